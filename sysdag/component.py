@@ -1,0 +1,103 @@
+"""What a component meets: the conditional distribution of a node, with its weights.
+
+A component works on flat lists: one input and one draw an element. Rows, plates and candidates are the executor's
+business, so a component knows neither the graph nor the objective.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from sysdag.errors import PlanError
+from sysdag.graph import LikelihoodKind
+from sysdag.trace import Draw
+
+
+class Component(ABC):
+    """A conditional distribution p(value | input).
+
+    Constructors are cheap: weights load when `module` is first read, so a graph can be built, printed and saved
+    without them.
+
+    Class attributes:
+        likelihood: `exact` (log-probabilities), `bound` (a per-draw estimate of a lower bound, never summed over
+            candidates) or `none`.
+        value_type: the type of a drawn value, where it is always the same; lets `.each()` be checked early.
+    """
+
+    likelihood: ClassVar[LikelihoodKind]
+    value_type: ClassVar[type | None] = None
+
+    @property
+    def module(self) -> nn.Module | None:
+        """The weights, loaded on first access; None for a component without any."""
+        return None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are; the CPU for a component without any."""
+        parameter = None if self.module is None else next(self.module.parameters(), None)
+        return torch.device("cpu") if parameter is None else parameter.device
+
+    @abstractmethod
+    def sample(self, inputs: Sequence[Any], *, generator: torch.Generator | None = None) -> list[Draw]:
+        """Draws one value for each input, with no gradient.
+
+        An exact component fills `Draw.log_prob`, and `log_prob` of the draw gives the same number.
+        """
+
+    @abstractmethod
+    def observe(self, values: Sequence[Any]) -> list[Draw]:
+        """Draws that stand for given values (a completion's text, an image), ready to be scored.
+
+        Raises:
+            DataError: for a value that this component could not have drawn; `DataError.element` is its index.
+        """
+
+    def log_prob(self, inputs: Sequence[Any], draws: Sequence[Draw]) -> Float[Tensor, " n"]:
+        """Natural log-probability of each draw given its input, differentiable, fp32 or better."""
+        raise PlanError(f"{self!r} has no exact likelihood (its kind is {self.likelihood!r}).")
+
+    def noise(self, draws: Sequence[Draw], generator: torch.Generator | None = None) -> Any:
+        """What a bound's estimate is random in, for these draws; passed to both policy and reference."""
+        return None
+
+    def score(self, inputs: Sequence[Any], draws: Sequence[Draw], noise: Any = None) -> Float[Tensor, " n"]:
+        """What enters a preference margin: the log-probability, or for a bound its estimate at the given noise."""
+        return self.log_prob(inputs, draws)
+
+    def lengths(self, draws: Sequence[Draw]) -> list[int]:
+        """How many terms each draw's log-likelihood sums: scored tokens of a text, 1 for anything else."""
+        return [1] * len(draws)
+
+    def key(self, draw: Draw) -> Any:
+        """A hashable value that two draws share exactly when they are the same outcome."""
+        return draw.value
+
+    def search(self, inputs: Sequence[Any], num_candidates: int, diversity_penalty: float) -> list[list[Draw]]:
+        """Up to `num_candidates` distinct values of high probability for each input, best first."""
+        raise PlanError(f"{self!r} cannot be searched; use MonteCarlo candidates.")
+
+    def reference(self) -> Component:
+        """A frozen component that scores as this one does now and keeps doing so while this one trains."""
+        raise PlanError(f"{self!r} has no weights to compare with a reference.")
+
+    @abstractmethod
+    def save_pretrained(self, folder: Path) -> Mapping[str, Any]:
+        """Writes the weights in their own library's format; returns the JSON-ready options to build it again."""
+
+    @classmethod
+    @abstractmethod
+    def from_pretrained(cls, folder: Path, options: Mapping[str, Any]) -> Self:
+        """A component from what `save_pretrained` wrote and returned."""
+
+    def load_weights(self, folder: Path) -> None:
+        """Replaces the weights in place by those that `save_pretrained` wrote (a checkpoint being resumed)."""
+        raise PlanError(f"{self!r} has no weights to load.")

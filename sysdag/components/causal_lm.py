@@ -1,0 +1,359 @@
+"""A causal language model of transformers as a component: text in, text out, exact log-probabilities."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from sysdag.beam import diverse_beam_search
+from sysdag.component import Component
+from sysdag.decoding import left_pad, sample_tokens
+from sysdag.errors import DataError, PlanError
+from sysdag.trace import Draw
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+
+class CausalLM(Component):
+    """Any transformers causal language model.
+
+    The node's function returns the prompt: a string, tokenised as it stands, or a list of chat messages, rendered by
+    the tokenizer's chat template with a generation prompt. The value is the completion's text; the draw's record
+    holds the `token_ids` that were sampled (the end-of-sequence token included) and whether it `finished` or was cut
+    at `max_new_tokens`. Prompt and completion are tokenised apart and joined as ids.
+
+    Args:
+        model: a name on the Hub, a folder, or a loaded model.
+        tokenizer: a name, folder or tokenizer; by default the model's.
+        peft_config: puts a new adapter of the peft library on the model; only the adapter trains, and the reference is
+            the model with the adapter switched off.
+        max_new_tokens: most tokens of a completion; by default 256, or half of `max_length` where that is less.
+        max_length: most tokens of prompt and completion together; by default the model's number of positions. A
+            prompt that leaves no room for `max_new_tokens` loses tokens at its start, an observed completion that does
+            not fit loses tokens at its end; both are logged.
+        temperature, top_p: of sampling; log-probabilities are always the model's own.
+        batch_size: most sequences decoded side by side.
+        model_kwargs: passed to `from_pretrained` (`dtype`, `device_map`, `quantization_config`, ...).
+
+    Raises:
+        PlanError: for options out of range.
+    """
+
+    likelihood = "exact"
+    value_type = str
+
+    def __init__(
+        self,
+        model: str | Path | PreTrainedModel,
+        tokenizer: str | Path | PreTrainedTokenizerBase | None = None,
+        *,
+        peft_config: PeftConfig | None = None,
+        max_new_tokens: int | None = None,
+        max_length: int | None = None,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        batch_size: int = 64,
+        model_kwargs: Mapping[str, Any] | None = None,
+    ) -> None:
+        if not isinstance(model, (str, Path)) and tokenizer is None:
+            raise PlanError("CausalLM(model) was given a loaded model; pass its tokenizer too.")
+        if (max_new_tokens is not None and max_new_tokens < 1) or (
+            max_length is not None and max_length <= (max_new_tokens or 1)
+        ):
+            raise PlanError(
+                "CausalLM needs max_new_tokens >= 1 and max_length > max_new_tokens, got "
+                f"max_new_tokens={max_new_tokens}, max_length={max_length}."
+            )
+        if temperature <= 0 or not 0 < top_p <= 1:
+            raise PlanError(f"CausalLM needs temperature > 0 and 0 < top_p <= 1, got {temperature} and {top_p}.")
+        self._source = model
+        self._tokenizer_source = model if tokenizer is None else tokenizer
+        self._peft_config = peft_config
+        self._adapter_folder: Path | None = None
+        self._adapter_off = False
+        self._model: nn.Module | None = None
+        self._tokenizer: PreTrainedTokenizerBase | None = None
+        self._warned: set[str] = set()
+        self._max_length = max_length
+        self._max_new_tokens = max_new_tokens
+        self.temperature = temperature
+        self.top_p = top_p
+        self.batch_size = batch_size
+        self.model_kwargs = dict(model_kwargs or {})
+
+    def __repr__(self) -> str:
+        name = self._source if isinstance(self._source, (str, Path)) else type(self._source).__name__
+        adapter = " + adapter" if self._peft_config is not None or self._adapter_folder is not None else ""
+        return f"CausalLM({str(name)!r}{adapter})"
+
+    @property
+    def module(self) -> nn.Module:
+        if self._model is None:
+            self._model = self._load_model()
+        return self._model
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        if self._tokenizer is None:
+            if isinstance(self._tokenizer_source, (str, Path)):
+                from transformers import AutoTokenizer
+
+                self._tokenizer = AutoTokenizer.from_pretrained(self._tokenizer_source)
+            else:
+                self._tokenizer = self._tokenizer_source
+            if self._tokenizer.eos_token_id is None:
+                raise PlanError(f"{self!r}: the tokenizer has no end-of-sequence token; set tokenizer.eos_token.")
+        return self._tokenizer
+
+    @property
+    def max_length(self) -> int | None:
+        """Most tokens of prompt and completion together; None where nothing limits it."""
+        return self._max_length or getattr(self.module.config, "max_position_embeddings", None)
+
+    @property
+    def max_new_tokens(self) -> int:
+        """Most tokens of a completion."""
+        if self._max_new_tokens is not None:
+            return self._max_new_tokens
+        return 256 if self.max_length is None else min(256, self.max_length // 2)
+
+    def _load_model(self) -> nn.Module:
+        model = self._source
+        if isinstance(model, (str, Path)):
+            from transformers import AutoModelForCausalLM
+
+            model = AutoModelForCausalLM.from_pretrained(model, **self.model_kwargs)
+        if self._adapter_folder is not None:
+            from peft import PeftModel
+
+            return PeftModel.from_pretrained(model, self._adapter_folder, is_trainable=True)
+        if self._peft_config is not None:
+            from peft import get_peft_model
+
+            return get_peft_model(model, self._peft_config)
+        return model
+
+    @property
+    def _is_peft(self) -> bool:
+        return hasattr(self.module, "peft_config") and hasattr(self.module, "disable_adapter")
+
+    @property
+    def _eos_token_ids(self) -> list[int]:
+        configured = getattr(getattr(self.module, "generation_config", None), "eos_token_id", None)
+        listed = configured if isinstance(configured, list) else [] if configured is None else [configured]
+        return list(dict.fromkeys([self.tokenizer.eos_token_id, *listed]))
+
+    @property
+    def _pad_token_id(self) -> int:
+        pad = self.tokenizer.pad_token_id
+        return self.tokenizer.eos_token_id if pad is None else pad
+
+    @contextlib.contextmanager
+    def _scoring(self) -> Iterator[nn.Module]:
+        with self.module.disable_adapter() if self._adapter_off else contextlib.nullcontext():
+            yield self.module
+
+    @contextlib.contextmanager
+    def _decoding(self) -> Iterator[nn.Module]:
+        was_training = self.module.training
+        self.module.eval()
+        try:
+            with self._scoring() as model, torch.no_grad():
+                yield model
+        finally:
+            self.module.train(was_training)
+
+    def prompt_ids(self, prompts: Sequence[Any]) -> list[list[int]]:
+        """Token ids of each prompt; the start of an over-long one is cut.
+
+        Raises:
+            DataError: for a prompt that is neither a string nor chat messages, or that has no tokens.
+        """
+        room = None if self.max_length is None else self.max_length - self.max_new_tokens
+        if room is not None and room < 1:
+            raise PlanError(f"{self!r}: max_new_tokens={self.max_new_tokens} leaves no room in {self.max_length} positions.")
+        rows = []
+        for element, prompt in enumerate(prompts):
+            ids = self._encode_prompt(prompt, element)
+            if room is not None and len(ids) > room:
+                self._warn_once("prompt", f"a prompt of {len(ids)} tokens was cut to its last {room} (max_length)")
+                ids = ids[-room:]
+            rows.append(ids)
+        return rows
+
+    def _encode_prompt(self, prompt: Any, element: int) -> list[int]:
+        if isinstance(prompt, str):
+            ids = list(self.tokenizer(prompt)["input_ids"])
+        elif isinstance(prompt, list) and prompt and all(isinstance(message, dict) for message in prompt):
+            if self.tokenizer.chat_template is None:
+                raise DataError(
+                    f"{self!r}: the prompt is a list of chat messages, but the tokenizer has no chat template. Return "
+                    "a string, or set tokenizer.chat_template.",
+                    element=element,
+                )
+            ids = list(self.tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False))
+        else:
+            raise DataError(
+                f"{self!r}: a prompt must be a string or a list of chat messages, got {prompt!r:.200}.", element=element
+            )
+        if not ids:
+            raise DataError(f"{self!r}: the prompt {prompt!r} has no tokens; a model needs at least one.", element=element)
+        return ids
+
+    def _warn_once(self, kind: str, message: str) -> None:
+        if kind not in self._warned:
+            self._warned.add(kind)
+            logger.warning("%r: %s; further cases are not reported.", self, message)
+
+    def sample(self, inputs: Sequence[Any], *, generator: torch.Generator | None = None) -> list[Draw]:
+        draws: list[Draw] = []
+        prompts = self.prompt_ids(inputs)
+        with self._decoding() as model:
+            for start in range(0, len(prompts), self.batch_size):
+                ids, mask = left_pad(prompts[start : start + self.batch_size], self._pad_token_id, self.device)
+                sampled = sample_tokens(
+                    model, ids, mask, max_new_tokens=self.max_new_tokens, eos_token_ids=self._eos_token_ids,
+                    pad_token_id=self._pad_token_id, temperature=self.temperature, top_p=self.top_p, generator=generator,
+                )  # fmt: skip
+                for row, length, log_prob in zip(
+                    sampled.token_ids.tolist(), sampled.lengths.tolist(), sampled.log_probs.tolist(), strict=True
+                ):
+                    draws.append(self._draw(row[:length], log_prob))
+        return draws
+
+    def search(self, inputs: Sequence[Any], num_candidates: int, diversity_penalty: float) -> list[list[Draw]]:
+        """Diverse beam search with one beam a group (Vijayakumar et al. 2016, arXiv 1610.02424)."""
+        found: list[list[Draw]] = []
+        prompts = self.prompt_ids(inputs)
+        step = max(1, self.batch_size // num_candidates)
+        with self._decoding() as model:
+            for start in range(0, len(prompts), step):
+                ids, mask = left_pad(prompts[start : start + step], self._pad_token_id, self.device)
+                sequences, _ = diverse_beam_search(
+                    model, ids, mask, num_beams=num_candidates, num_beam_groups=num_candidates,
+                    diversity_penalty=diversity_penalty, max_new_tokens=self.max_new_tokens,
+                    eos_token_id=self._eos_token_ids, pad_token_id=self._pad_token_id,
+                )  # fmt: skip
+                found += [self._distinct(rows) for rows in sequences.tolist()]
+        return found
+
+    def _distinct(self, rows: Sequence[Sequence[int]]) -> list[Draw]:
+        ends = set(self._eos_token_ids)
+        kept: dict[tuple[int, ...], Draw] = {}
+        for row in rows:
+            end = next((place + 1 for place, token in enumerate(row) if token in ends), len(row))
+            kept.setdefault(tuple(row[:end]), self._draw(row[:end], None))
+        return list(kept.values())
+
+    def _draw(self, token_ids: Sequence[int], log_prob: float | None) -> Draw:
+        finished = token_ids[-1] in self._eos_token_ids
+        text = self.tokenizer.decode(token_ids[:-1] if finished else token_ids, skip_special_tokens=True)
+        return Draw(text, {"token_ids": list(token_ids), "finished": finished}, log_prob)
+
+    def key(self, draw: Draw) -> Any:
+        return tuple(draw.record["token_ids"])
+
+    def observe(self, values: Sequence[Any]) -> list[Draw]:
+        draws = []
+        for element, value in enumerate(values):
+            match value:
+                case str():
+                    text = value
+                case [{"role": "assistant", "content": str(text)}]:
+                    pass
+                case _:
+                    raise DataError(
+                        f"{self!r}: a completion must be a string or one assistant message, got {value!r:.200}.",
+                        element=element,
+                    )
+            ids = list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+            draws.append(Draw(text, {"token_ids": [*ids, self.tokenizer.eos_token_id], "finished": True}))
+        return draws
+
+    def log_prob(self, inputs: Sequence[Any], draws: Sequence[Draw]) -> Float[Tensor, " n"]:
+        """Sum over the completion's tokens of their log-probabilities; end-of-sequence counts once, where it is there."""
+        prompts = self.prompt_ids(inputs)
+        rows = [self._fit(prompt, draw.record["token_ids"]) for prompt, draw in zip(prompts, draws, strict=True)]
+        width = max(len(prompt) + len(completion) for prompt, completion in rows)
+        ids = torch.full((len(rows), width), self._pad_token_id)
+        mask = torch.zeros(len(rows), width, dtype=torch.long)
+        scored = torch.zeros(len(rows), width, dtype=torch.bool)
+        for row, (prompt, completion) in enumerate(rows):
+            end = len(prompt) + len(completion)
+            ids[row, :end] = torch.tensor([*prompt, *completion])
+            mask[row, :end] = 1
+            scored[row, len(prompt) : end] = True
+        ids, mask, scored = ids.to(self.device), mask.to(self.device), scored.to(self.device)
+        with self._scoring() as model:
+            logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        at = scored[:, 1:].nonzero(as_tuple=True)
+        chosen_logits = logits[:, :-1][at].float()
+        token_log_probs = chosen_logits.log_softmax(-1).gather(1, ids[:, 1:][at][:, None])[:, 0]
+        return token_log_probs.new_zeros(len(rows)).index_add(0, at[0], token_log_probs)
+
+    def _fit(self, prompt: list[int], completion: Sequence[int]) -> tuple[list[int], list[int]]:
+        room = None if self.max_length is None else self.max_length - len(prompt)
+        if room is not None and len(completion) > room:
+            self._warn_once("completion", f"a completion of {len(completion)} tokens was cut to {room} (max_length)")
+            completion = completion[:room]
+        return prompt, list(completion)
+
+    def lengths(self, draws: Sequence[Draw]) -> list[int]:
+        return [len(draw.record["token_ids"]) for draw in draws]
+
+    def reference(self) -> CausalLM:
+        """The adapter switched off where it is new, else a frozen copy."""
+        view = copy.copy(self)
+        if self._is_peft and self._adapter_folder is None and self._peft_config is not None:
+            view._model, view._adapter_off = self.module, True
+            return view
+        view._model = copy.deepcopy(self.module).requires_grad_(False).eval()
+        return view
+
+    def save_pretrained(self, folder: Path) -> Mapping[str, Any]:
+        self.module.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+        options = {
+            "max_new_tokens": self._max_new_tokens,
+            "max_length": self._max_length,
+            "temperature": self.temperature,
+            "top_p": self.top_p,
+            "batch_size": self.batch_size,
+        }
+        if not self._is_peft:
+            return options
+        if isinstance(self._source, (str, Path)):
+            return {**options, "base": str(self._source)}
+        copy.deepcopy(self.module).unload().save_pretrained(folder / "base")
+        return {**options, "base": None}
+
+    @classmethod
+    def from_pretrained(cls, folder: Path, options: Mapping[str, Any]) -> Self:
+        options = dict(options)
+        if "base" not in options:
+            return cls(folder, **options)
+        base = options.pop("base")
+        made = cls(folder / "base" if base is None else base, folder, **options)
+        made._adapter_folder = folder
+        return made
+
+    def load_weights(self, folder: Path) -> None:
+        if self._is_peft:
+            from peft import load_peft_weights, set_peft_model_state_dict
+
+            set_peft_model_state_dict(self.module, load_peft_weights(str(folder), device=str(self.device)))
+            return
+        saved = type(self.module).from_pretrained(folder, dtype=self.module.dtype)
+        self.module.load_state_dict(saved.state_dict())

@@ -1,0 +1,61 @@
+"""What components over finitely many values share."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Hashable, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sysdag.component import Component
+from sysdag.decoding import device_generator
+from sysdag.errors import DataError
+from sysdag.trace import Draw
+
+
+class Discrete(Component):
+    """A component that draws one of `values`; subclasses say where the logits come from."""
+
+    likelihood = "exact"
+    values: tuple[Hashable, ...]
+
+    @abstractmethod
+    def logits(self, inputs: Sequence[Any]) -> Float[Tensor, "n values"]:
+        """Unnormalised log-probabilities of every value for each input."""
+
+    def sample(self, inputs: Sequence[Any], *, generator: torch.Generator | None = None) -> list[Draw]:
+        with torch.no_grad():
+            log_probs = self.logits(inputs).log_softmax(-1)
+            drawn = torch.multinomial(log_probs.exp(), 1, generator=device_generator(generator, log_probs.device))
+            chosen = log_probs.gather(1, drawn)
+        return [
+            self._draw(index, log_prob)
+            for index, log_prob in zip(drawn[:, 0].tolist(), chosen[:, 0].tolist(), strict=True)
+        ]
+
+    def observe(self, values: Sequence[Any]) -> list[Draw]:
+        for element, value in enumerate(values):
+            if value not in self.values:
+                raise DataError(f"{self!r}: {value!r} is none of its values {list(self.values)}.", element=element)
+        return [self._draw(self.values.index(value)) for value in values]
+
+    def _draw(self, index: int, log_prob: float | None = None) -> Draw:
+        return Draw(self.values[index], {"index": index}, log_prob)
+
+    def log_prob(self, inputs: Sequence[Any], draws: Sequence[Draw]) -> Float[Tensor, " n"]:
+        log_probs = self.logits(inputs).log_softmax(-1)
+        indices = torch.tensor([draw.record["index"] for draw in draws], device=log_probs.device)
+        return log_probs.gather(1, indices[:, None])[:, 0]
+
+    def search(self, inputs: Sequence[Any], num_candidates: int, diversity_penalty: float) -> list[list[Draw]]:
+        """The most probable values: what a diverse beam search of length 1 finds under any penalty that separates."""
+        with torch.no_grad():
+            log_probs = self.logits(inputs).log_softmax(-1)
+            best = log_probs.topk(min(num_candidates, len(self.values)), dim=-1)
+        return [
+            [self._draw(index) for index, log_prob in zip(indices, scores, strict=True) if log_prob > -torch.inf]
+            for indices, scores in zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        ]

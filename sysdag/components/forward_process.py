@@ -1,0 +1,139 @@
+"""The forward process of a diffusion model, x_t = alpha_t x_0 + sigma_t eps, and what the model predicts at x_t.
+
+One form covers the variance-preserving schedulers of diffusers (Ho et al. 2020, arXiv 2006.11239; v-prediction:
+Salimans and Ho 2022, arXiv 2202.00512) and flow matching (rectified flow; Esser et al. 2024, arXiv 2403.03206):
+
+    kind            alpha_t             sigma_t                 the model predicts
+    epsilon         sqrt(abar_t)        sqrt(1 - abar_t)        eps
+    v_prediction    sqrt(abar_t)        sqrt(1 - abar_t)        alpha_t eps - sigma_t x_0
+    sample          sqrt(abar_t)        sqrt(1 - abar_t)        x_0
+    flow            1 - sigma_t         shifted t / T           eps - x_0
+
+Times are integers t in 0..T-1 and more noise comes with larger t, whatever the order in which a scheduler keeps them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from sysdag.errors import PlanError
+
+Prediction = Literal["epsilon", "v_prediction", "sample", "flow"]
+_PREDICTIONS: dict[str, Prediction] = {
+    "epsilon": "epsilon",
+    "v_prediction": "v_prediction",
+    "sample": "sample",
+    "flow_prediction": "flow",
+}
+
+
+@dataclass(frozen=True, eq=False)
+class DiffusionNoise:
+    """What a diffusion score is random in: the times and the noise, M of each for every draw.
+
+    Policy and reference, and the winner and the loser of a pair, are scored at the same noise.
+
+    Attributes:
+        timesteps: (n,), or (n, M) for M > 1; integers in 0..T-1.
+        eps: (n, C, H, W), or (n, M, C, H, W); standard normal.
+    """
+
+    timesteps: Int[Tensor, " n *M"]
+    eps: Float[Tensor, "n *M C H W"]
+
+    def __len__(self) -> int:
+        return self.timesteps.shape[0]
+
+    def select(self, rows: Sequence[int] | Int[Tensor, " k"]) -> DiffusionNoise:
+        """The noise of the given draws, in that order; rows may repeat."""
+        index = torch.as_tensor(rows, dtype=torch.long, device=self.timesteps.device)
+        return DiffusionNoise(self.timesteps[index], self.eps[index])
+
+
+@dataclass(frozen=True, eq=False)
+class ForwardProcess:
+    """A scheduler's forward process at its full training resolution.
+
+    Attributes:
+        alphas, sigmas: (T,) fp32, the scales of signal and noise.
+        model_times: (T,) what the model receives as its time: t itself, or sigma_t T for flow matching.
+        prediction: what the model predicts.
+    """
+
+    alphas: Float[Tensor, " T"]
+    sigmas: Float[Tensor, " T"]
+    model_times: Tensor
+    prediction: Prediction
+
+    @classmethod
+    def of(cls, scheduler: Any) -> ForwardProcess:
+        """The forward process that a scheduler of diffusers was trained with, whatever its inference steps are set to.
+
+        Raises:
+            PlanError: for a scheduler that is neither variance preserving nor flow matching, or an unknown prediction.
+        """
+        name = type(scheduler).__name__
+        config = scheduler.config
+        steps = config.num_train_timesteps
+        if hasattr(scheduler, "scale_noise"):  # the flow matching schedulers' forward process
+            prediction: Prediction = "flow"
+            shift = config.get("shift", 1.0)
+            if config.get("invert_sigmas"):
+                raise PlanError(f"{name} with invert_sigmas=True is not supported: its times run from data to noise.")
+        elif not hasattr(scheduler, "alphas_cumprod"):
+            raise PlanError(
+                f"{name} cannot score: its forward process is neither variance preserving (`alphas_cumprod`) nor flow "
+                "matching (`scale_noise`). Pass the scheduler that the model was trained with, such as DDPMScheduler "
+                "or FlowMatchEulerDiscreteScheduler."
+            )
+        elif config.get("prediction_type", "epsilon") not in _PREDICTIONS:
+            raise PlanError(f"{name} has prediction_type={config.prediction_type!r}; known are {sorted(_PREDICTIONS)}.")
+        else:
+            prediction = _PREDICTIONS[config.get("prediction_type", "epsilon")]
+            shift = config.get("flow_shift", 1.0)
+        if prediction == "flow":
+            linear = torch.arange(1, steps + 1, dtype=torch.float32) / steps
+            # With dynamic shifting the shift depends on the image's size and is applied while sampling only.
+            sigmas = linear if config.get("use_dynamic_shifting") else shift * linear / (1 + (shift - 1) * linear)
+            return cls(1 - sigmas, sigmas, sigmas * steps, prediction)
+        kept = type(scheduler).from_config(config).alphas_cumprod.float().cpu()
+        return cls(kept.sqrt(), (1 - kept).sqrt(), torch.arange(steps), prediction)
+
+    @property
+    def num_timesteps(self) -> int:
+        return len(self.sigmas)
+
+    def corrupt(
+        self, clean: Float[Tensor, "n C H W"], timesteps: Int[Tensor, " n"], eps: Float[Tensor, "n C H W"]
+    ) -> Float[Tensor, "n C H W"]:
+        """x_t, the noisy sample."""
+        return _at(self.alphas, timesteps) * clean + _at(self.sigmas, timesteps) * eps
+
+    def target(
+        self, clean: Float[Tensor, "n C H W"], timesteps: Int[Tensor, " n"], eps: Float[Tensor, "n C H W"]
+    ) -> Float[Tensor, "n C H W"]:
+        """What a perfect model would predict at x_t."""
+        match self.prediction:
+            case "epsilon":
+                return eps
+            case "v_prediction":
+                return _at(self.alphas, timesteps) * eps - _at(self.sigmas, timesteps) * clean
+            case "sample":
+                return clean
+            case "flow":
+                return eps - clean
+
+    def snr(self, timesteps: Int[Tensor, " *n"]) -> Float[Tensor, " *n"]:
+        """Signal-to-noise ratio alpha_t^2 / sigma_t^2 (exp of the paper's lambda_t)."""
+        index = timesteps.to(self.sigmas.device)
+        return ((self.alphas[index] / self.sigmas[index]) ** 2).to(timesteps.device)
+
+
+def _at(scales: Float[Tensor, " T"], timesteps: Int[Tensor, " n"]) -> Float[Tensor, "n 1 1 1"]:
+    return scales.to(timesteps.device)[timesteps][:, None, None, None]

@@ -1,0 +1,48 @@
+"""A callable, an API or a tool as a node: it can be run, and has no likelihood."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+
+from sysdag.component import Component
+from sysdag.errors import SerializationError
+from sysdag.graph import import_function
+from sysdag.trace import Draw
+
+
+class Opaque(Component):
+    """What a function returns for the node's input; its randomness, if any, is its own.
+
+    Args:
+        function: called with what the node's function returned, once for each element.
+    """
+
+    likelihood = "none"
+
+    def __init__(self, function: Callable[[Any], Any]) -> None:
+        self.function = function
+
+    def __repr__(self) -> str:
+        return f"Opaque({getattr(self.function, '__qualname__', self.function)})"
+
+    def sample(self, inputs: Sequence[Any], *, generator: torch.Generator | None = None) -> list[Draw]:
+        return [Draw(self.function(element)) for element in inputs]
+
+    def observe(self, values: Sequence[Any]) -> list[Draw]:
+        return [Draw(value) for value in values]
+
+    def save_pretrained(self, folder: Path) -> Mapping[str, Any]:
+        path = f"{getattr(self.function, '__module__', '')}:{getattr(self.function, '__qualname__', '<object>')}"
+        if "<" in path or path.startswith("__main__"):
+            raise SerializationError(
+                f"{self!r}: {path} cannot be imported again; move the function to the top level of a module."
+            )
+        return {"function": path}
+
+    @classmethod
+    def from_pretrained(cls, folder: Path, options: Mapping[str, Any]) -> Self:
+        return cls(import_function(options["function"]))

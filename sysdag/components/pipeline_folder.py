@@ -1,0 +1,185 @@
+"""A diffusers pipeline folder: one subfolder for each part, in the layout of the library that the part belongs to.
+
+    unet/ or transformer/    the denoiser
+    scheduler/               its noise schedule
+    text_encoder/, tokenizer/, vae/, adapter/    where there are any
+    model_index.json         the class of each part, as diffusers writes it
+
+Classes are looked up by name in diffusers and transformers and nowhere else; weights are safetensors.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from sysdag.components import adapter as adapters
+from sysdag.errors import PlanError, SerializationError
+
+DENOISERS = ("unet", "transformer")
+PARTS = (*DENOISERS, "scheduler", "text_encoder", "tokenizer", "vae")
+ADAPTER = "adapter"
+_LIBRARIES = ("diffusers", "transformers")
+_PIPELINES = {
+    ("UNet2DModel",): "DDPMPipeline",
+    ("DiTTransformer2DModel", "AutoencoderKL"): "DiTPipeline",
+    ("UNet2DConditionModel", "CLIPTextModel", "AutoencoderKL"): "StableDiffusionPipeline",
+}
+# Parts that StableDiffusionPipeline asks for and may be null.
+_OPTIONAL = {"StableDiffusionPipeline": ("safety_checker", "feature_extractor", "image_encoder")}
+
+Index = Mapping[str, Mapping[str, Any]]
+"""For each part its `library`, `class` and, for models, `dtype`."""
+
+
+def read_index(source: str | Path, revision: str | None = None) -> dict[str, dict[str, Any]]:
+    """Which parts the folder or Hub repository has, and their classes.
+
+    Raises:
+        PlanError: if it holds no denoiser or no scheduler.
+    """
+    from diffusers import DiffusionPipeline
+
+    folder = Path(source)
+    if folder.is_dir() and not (folder / "model_index.json").exists():
+        index = {name: _class_from_config(folder / name) for name in PARTS if (folder / name).is_dir()}
+    else:
+        config = DiffusionPipeline.load_config(source, revision=revision)
+        index = {name: config[name] for name in PARTS if (config.get(name) or (None,))[0] is not None}
+    if "scheduler" not in index or not any(name in index for name in DENOISERS):
+        raise PlanError(
+            f"{str(source)!r} is no pipeline folder: expected the subfolders scheduler/ and unet/ or transformer/, "
+            f"found {sorted(index)}."
+        )
+    return {name: {"library": library, "class": class_name} for name, (library, class_name) in index.items()}
+
+
+def _class_from_config(folder: Path) -> tuple[str, str]:
+    if folder.name == "tokenizer":
+        return "transformers", "AutoTokenizer"
+    file = "scheduler_config.json" if folder.name == "scheduler" else "config.json"
+    config = json.loads((folder / file).read_text(encoding="utf-8"))
+    if "_class_name" in config:
+        return "diffusers", config["_class_name"]
+    return "transformers", config["architectures"][0]
+
+
+def denoiser_name(parts: Mapping[str, Any]) -> str:
+    """The denoiser's subfolder among the names of parts: `unet` or `transformer`."""
+    return next(name for name in DENOISERS if name in parts)
+
+
+def find_class(name: str, entry: Mapping[str, Any]) -> type:
+    """The class of a part; only diffusers and transformers are searched.
+
+    Raises:
+        SerializationError: for another library or a name that it does not have.
+    """
+    library, class_name = entry["library"], entry["class"]
+    found = getattr(importlib.import_module(library), class_name, None) if library in _LIBRARIES else None
+    if not isinstance(found, type):
+        raise SerializationError(
+            f"Part {name!r} is {class_name!r} of {library!r}; only classes of diffusers and transformers are loaded."
+        )
+    return found
+
+
+def load_part(
+    source: str | Path,
+    name: str,
+    entry: Mapping[str, Any],
+    *,
+    dtype: torch.dtype | None = None,
+    revision: str | None = None,
+    variant: str | None = None,
+) -> Any:
+    """One part, by its own library's `from_pretrained`: safetensors only, no code from the Hub.
+
+    Args:
+        dtype: of a model's weights; by default the one that the index records, else the library's own default.
+    """
+    made = find_class(name, entry)
+    options: dict[str, Any] = {"subfolder": name, **({"revision": revision} if revision else {})}
+    if issubclass(made, nn.Module):
+        options |= {"use_safetensors": True, **({"variant": variant} if variant else {})}
+        recorded = entry.get("dtype")
+        dtype = dtype or (recorded and getattr(torch, recorded))
+        if dtype is not None:
+            options["torch_dtype" if entry["library"] == "diffusers" else "dtype"] = dtype
+    elif entry["class"] == "AutoTokenizer":
+        options["trust_remote_code"] = False
+    return made.from_pretrained(source, **options)
+
+
+def save_parts(parts: Mapping[str, Any], folder: Path, adapter_name: str | None = None) -> dict[str, dict[str, Any]]:
+    """Writes every part to its subfolder and `model_index.json`; a denoiser's adapter goes to `adapter/`.
+
+    Returns:
+        The index of what was written, ready for JSON.
+
+    Raises:
+        SerializationError: for a part whose class is not one of diffusers or transformers.
+    """
+    import diffusers
+
+    index = {}
+    for name, part in parts.items():
+        entry = {"library": type(part).__module__.partition(".")[0], "class": type(part).__name__}
+        if find_class(name, entry) is not type(part):
+            raise SerializationError(
+                f"Part {name!r} is of class {type(part).__module__}.{type(part).__name__}, which diffusers and "
+                "transformers could not load again."
+            )
+        index[name] = entry | ({"dtype": str(part.dtype).removeprefix("torch.")} if isinstance(part, nn.Module) else {})
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, part in parts.items():
+        if name in DENOISERS and adapter_name is not None:
+            _without_adapters(part).save_pretrained(folder / name)
+            adapters.save(part, adapter_name, folder / ADAPTER)
+        else:
+            part.save_pretrained(folder / name)
+    classes = {entry["class"] for entry in index.values() if "dtype" in entry}
+    pipeline = next((made for needed, made in _PIPELINES.items() if set(needed) == classes), "DiffusionPipeline")
+    model_index = {"_class_name": pipeline, "_diffusers_version": diffusers.__version__}
+    model_index |= {name: [entry["library"], entry["class"]] for name, entry in index.items()}
+    model_index |= {name: [None, None] for name in _OPTIONAL.get(pipeline, ())}
+    (folder / "model_index.json").write_text(json.dumps(model_index, indent=2) + "\n")
+    return index
+
+
+def _without_adapters(model: nn.Module) -> nn.Module:
+    with torch.device("meta"):
+        bare = type(model).from_config(model.config)
+    # Buffers that are not saved stay on the meta device: the bare model is only written, never run.
+    bare.load_state_dict(adapters.base_state(model), assign=True)
+    return bare
+
+
+def load_weights(parts: Mapping[str, Any], folder: Path, adapter_name: str | None = None) -> None:
+    """Replaces the weights of every model among `parts` in place by those that `save_parts` wrote.
+
+    Raises:
+        SerializationError: if the folder lacks a part, or a part there has other tensors.
+    """
+    if (folder / ADAPTER).is_dir() != (adapter_name is not None):
+        have, want = ("an adapter", "none") if adapter_name is None else ("no adapter", "one")
+        raise SerializationError(f"{str(folder)!r} holds {have}, but the component has {want}.")
+    for name, part in parts.items():
+        if not isinstance(part, nn.Module):
+            continue
+        if not (folder / name).is_dir():
+            raise SerializationError(f"{str(folder)!r} lacks the subfolder {name!r}.")
+        entry = {"library": type(part).__module__.partition(".")[0], "class": type(part).__name__}
+        saved = load_part(folder, name, entry, dtype=part.dtype).state_dict()
+        own = adapters.base_state(part)
+        adapters.check_same_tensors(own, saved, folder / name)
+        for key, tensor in own.items():
+            tensor.copy_(saved[key])
+    if adapter_name is not None:
+        adapters.load(parts[denoiser_name(parts)], adapter_name, folder / ADAPTER)

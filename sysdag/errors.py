@@ -1,0 +1,33 @@
+"""Every error sysdag raises on purpose. Each names the node, row or option, what was expected, and what to do."""
+
+
+class SysdagError(Exception):
+    """Base of all errors that sysdag raises on purpose."""
+
+
+class GraphError(SysdagError, ValueError):
+    """The graph of a system is malformed: a cycle, an unknown parent, a duplicate name."""
+
+
+class PlanError(SysdagError, ValueError):
+    """A plan cannot do what was asked: wrong inputs, or a likelihood that the objective needs and a node lacks."""
+
+
+class DataError(SysdagError, ValueError):
+    """A value or dataset row cannot be used; the message names the row and the node.
+
+    Attributes:
+        element: where a component raised it, the index of the value in the list that it was given.
+    """
+
+    def __init__(self, message: str, *, element: int | None = None) -> None:
+        super().__init__(message)
+        self.element = element
+
+
+class TrainingError(SysdagError, RuntimeError):
+    """Training would go wrong: the step-0 check failed, or a score is not finite."""
+
+
+class SerializationError(SysdagError, ValueError):
+    """A saved system cannot be written or read back; the message names the node or file."""

@@ -1,0 +1,244 @@
+"""Training a system with transformers' Trainer, which brings accelerate, schedulers, checkpoints and trackers."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Trainer, TrainingArguments
+from transformers.trainer_callback import TrainerCallback
+
+from sysdag.candidates import CandidateStrategy
+from sysdag.data import PreferencePair, encode_pairs
+from sysdag.engine import NodeOptions, ObjectiveOptions, StepOutput, SystemModel
+from sysdag.errors import PlanError, TrainingError
+from sysdag.graph import System
+from sysdag.serialization import load_weights
+
+
+@dataclass
+class SysDPOConfig(TrainingArguments):
+    """`transformers.TrainingArguments` and the options of SysDPO, under TRL's names.
+
+    Args:
+        objective: `direct` (intermediates observed) or `sampling` (approximated by candidates).
+        beta: strength of the regularisation towards the reference.
+        loss_type: one or more of `sigmoid`, `ipo`, `hinge`, `robust`, `sft`; a plain name stands for a list of one.
+        loss_weights: one weight for each loss; all 1 by default.
+        label_smoothing: probability that a preference is flipped, for `sigmoid` (cDPO) and `robust`; in [0, 0.5).
+        nodes: options by node: `{"answer": {"beta": 0.2, "scale": 1.0, "learning_rate": 1e-5, "trainable": False}}`.
+        disable_dropout: sets the dropout probabilities of trained models to 0, as TRL does, so that policy and
+            reference agree at step 0.
+        check_reference: at step 0 of a training, stop unless policy and reference score alike on every node.
+        learning_rate: 1e-6 by default, as in TRL.
+    """
+
+    learning_rate: float = 1e-6
+    remove_unused_columns: bool | None = False
+    objective: str = "direct"
+    beta: float = 0.1
+    loss_type: list[str] | str = field(default_factory=lambda: ["sigmoid"])
+    loss_weights: list[float] | None = None
+    label_smoothing: float = 0.0
+    nodes: dict[str, dict[str, Any]] | None = None
+    disable_dropout: bool = True
+    check_reference: bool = True
+
+    def __post_init__(self) -> None:
+        if isinstance(self.loss_type, str):
+            self.loss_type = [self.loss_type]
+        if self.remove_unused_columns:
+            raise PlanError("remove_unused_columns must be False: the columns are the system's inputs and nodes.")
+        self.objective_options()
+        self.node_options()
+        super().__post_init__()
+
+    def objective_options(self) -> ObjectiveOptions:
+        """The objective's part of the configuration, checked."""
+        return ObjectiveOptions(
+            objective=self.objective,  # type: ignore[arg-type]
+            beta=self.beta,
+            loss_type=tuple(self.loss_type),
+            loss_weights=None if self.loss_weights is None else tuple(self.loss_weights),
+            label_smoothing=self.label_smoothing,
+        )
+
+    def node_options(self) -> dict[str, NodeOptions]:
+        """The nodes' part of the configuration, checked."""
+        known = {option.name for option in fields(NodeOptions)}
+        found = {}
+        for name, options in (self.nodes or {}).items():
+            unknown = set(options) - known
+            if unknown:
+                raise PlanError(f"nodes: {name!r} has the unknown option {sorted(unknown)[0]!r}; known: {sorted(known)}.")
+            found[name] = NodeOptions(**options)
+        return found
+
+
+class SysDPOTrainer(Trainer):
+    """Aligns all models of a system jointly from preferences about its outputs.
+
+    Args:
+        model: the system; its components are trained in place.
+        args: the configuration.
+        candidates: for `objective="sampling"`, how latent candidates are found.
+        train_dataset, eval_dataset: preference rows (see `sysdag.data.encode_pairs`); `eval_dataset` may be a dict.
+        kwargs: what else `transformers.Trainer` takes: callbacks, optimizers, ...
+
+    Raises:
+        PlanError: for options that the system cannot serve.
+        DataError: for a row that cannot be used.
+    """
+
+    def __init__(
+        self,
+        model: System,
+        args: SysDPOConfig,
+        *,
+        candidates: CandidateStrategy | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        callbacks: list[TrainerCallback] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if not isinstance(model, System):
+            raise PlanError(f"SysDPOTrainer(model=...) takes a sysdag.System, got {type(model).__name__}.")
+        self.system = model
+        plan = model.compile()
+        system_model = SystemModel(plan, args.objective_options(), args.node_options(), candidates)
+        if args.disable_dropout:
+            _disable_dropout(system_model)
+        self._metrics: dict[str, dict[str, list[float]]] = {"train": defaultdict(list), "eval": defaultdict(list)}
+        self._evaluated_batches = 0
+
+        def encode(rows: Any) -> Any:
+            if rows is None or (isinstance(rows, list) and rows and isinstance(rows[0], PreferencePair)):
+                return rows
+            if isinstance(rows, dict):
+                return {name: encode(part) for name, part in rows.items()}
+            return encode_pairs(plan, rows, system_model.options.objective)
+
+        super().__init__(
+            model=system_model,
+            args=args,
+            data_collator=lambda pairs: {"pairs": pairs},
+            train_dataset=encode(train_dataset),
+            eval_dataset=encode(eval_dataset),
+            callbacks=callbacks,
+            **kwargs,
+        )
+        system_model.move_references(self.args.device)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """One pair of parameter groups (with and without weight decay) for each component, at its learning rate."""
+        trained = self.model if model is None else model
+        rates = {key: self._system_model.learning_rate(key) for key in self._system_model.references}
+        if self.optimizer is not None or all(rate is None for rate in rates.values()):
+            return super().create_optimizer(model)
+        decayed = set(self.get_decay_parameter_names(trained))
+        groups: dict[tuple[float, bool], list[nn.Parameter]] = defaultdict(list)
+        for name, parameter in trained.named_parameters():
+            if parameter.requires_grad:
+                key = name.partition("policies.")[2].partition(".")[0]
+                rate = rates.get(key)
+                groups[self.args.learning_rate if rate is None else rate, name in decayed].append(parameter)
+        optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, trained)
+        self.optimizer = optimizer_class(
+            [
+                {"params": parameters, "lr": rate, "weight_decay": self.args.weight_decay if decay else 0.0}
+                for (rate, decay), parameters in groups.items()
+            ],
+            **options,
+        )
+        return self.optimizer
+
+    @property
+    def _system_model(self) -> SystemModel:
+        return self.accelerator.unwrap_model(self.model)
+
+    def compute_loss(
+        self, model: nn.Module, inputs: Mapping[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        mode = "train" if model.training else "eval"
+        generator = None
+        if mode == "eval":
+            generator = torch.Generator().manual_seed(self.args.seed + self._evaluated_batches)
+            self._evaluated_batches += 1
+        output: StepOutput = model(inputs["pairs"], generator)
+        if mode == "train" and self.state.global_step == 0 and self.args.check_reference:
+            _check_reference(output)
+        for name, value in output.metrics.items():
+            self._metrics[mode][name].append(value)
+        return (output.loss, output) if return_outputs else output.loss
+
+    def prediction_step(
+        self, model: nn.Module, inputs: Mapping[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
+    ) -> tuple[torch.Tensor, None, None]:
+        with torch.no_grad(), self.compute_loss_context_manager():
+            return self.compute_loss(model, inputs).detach(), None, None
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """As in `transformers.Trainer`; noise and candidates are the same at every evaluation, and the preference
+        metrics are among the returned ones, so that `metric_for_best_model` can name them."""
+        self._evaluated_batches = 0
+        self._metrics["eval"].clear()
+        output = super().evaluation_loop(*args, **kwargs)
+        prefix = kwargs.get("metric_key_prefix", "eval")
+        output.metrics.update({f"{prefix}_{name}": value for name, value in self._take("eval").items()})
+        return output
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            logs |= self._take("train")
+        super().log(logs, start_time)
+
+    def _take(self, mode: str) -> dict[str, float]:
+        """Means of the metrics since the last call, over all processes."""
+        names = sorted(self._metrics[mode])
+        if not names:
+            return {}
+        sums = torch.tensor(
+            [[sum(self._metrics[mode][name]), len(self._metrics[mode][name])] for name in names], device=self.args.device
+        )
+        total, count = self.accelerator.reduce(sums, "sum").T
+        self._metrics[mode].clear()
+        return dict(zip(names, (total / count).tolist(), strict=True))
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        folder = Path(output_dir or self.args.output_dir)
+        self.system.save_pretrained(folder)
+        torch.save(self.args, folder / "training_args.bin")
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        load_weights(self.system, resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        load_weights(self.system, self.state.best_model_checkpoint)
+
+
+def _disable_dropout(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+
+
+def _check_reference(output: StepOutput) -> None:
+    """At step 0 the policy is the reference: every margin must be 0 up to rounding."""
+    for name, difference in output.log_ratios.items():
+        worst = float(difference.abs().max())
+        allowed = 1e-3 * max(1.0, float(output.scores[name].abs().max()) * _ROUNDING.get(difference.dtype, 0.01))
+        if worst > allowed:
+            raise TrainingError(
+                f"Node {name!r}: policy and reference differ by {worst:.3g} nats before the first step, at most "
+                f"{allowed:.3g} is rounding. The reference is not the model that training starts from: dropout may be "
+                "on (disable_dropout=True turns it off), or the adapter was trained before. "
+                "check_reference=False trains all the same."
+            )
+
+
+_ROUNDING = {torch.float32: 0.01, torch.float64: 0.0}

@@ -1,0 +1,10 @@
+import torch
+from hypothesis import settings
+from jaxtyping import install_import_hook
+
+torch.set_num_threads(1)
+settings.register_profile("sysdag", deadline=None)
+settings.load_profile("sysdag")
+
+# Modules of pure tensor functions: their shape annotations are checked on every call that a test makes.
+install_import_hook(["sysdag.objective", "sysdag.decoding", "sysdag.beam"], "beartype.beartype")

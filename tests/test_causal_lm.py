@@ -1,0 +1,256 @@
+import logging
+
+import pytest
+import torch
+from peft import LoraConfig
+from tiny import ALPHABET, char_tokenizer, llama
+from transformers import AutoModelForCausalLM
+
+from sysdag import DataError, Draw, PlanError
+from sysdag.components import CausalLM
+
+PROMPTS = ["ab", "a longer prompt than that", "z?"]
+
+
+@pytest.fixture
+def lm():
+    return CausalLM(llama(), char_tokenizer(), max_new_tokens=10)
+
+
+def log_prob_by_hand(model, prompt_ids, completion_ids):
+    """Token by token, one forward each, no padding, no cache."""
+    total = 0.0
+    for place in range(len(completion_ids)):
+        ids = torch.tensor([[*prompt_ids, *completion_ids[:place]]])
+        with torch.no_grad():
+            total += float(model(ids).logits[0, -1].double().log_softmax(-1)[completion_ids[place]])
+    return total
+
+
+def test_samples_rescore_to_what_they_were_drawn_with(lm):
+    draws = lm.sample(PROMPTS * 8, generator=torch.Generator().manual_seed(1))
+    assert {draw.record["finished"] for draw in draws} == {True, False}
+    scored = lm.log_prob(PROMPTS * 8, draws)
+    assert scored.tolist() == pytest.approx([draw.log_prob for draw in draws], abs=1e-4)
+
+
+def test_log_prob_equals_one_forward_a_token(lm):
+    prompts = lm.prompt_ids(PROMPTS)
+    draws = lm.observe(["x1", "", "some more text"])
+    expected = [log_prob_by_hand(lm.module, p, d.record["token_ids"]) for p, d in zip(prompts, draws, strict=True)]
+    assert lm.log_prob(PROMPTS, draws).tolist() == pytest.approx(expected, abs=1e-4)
+    alone = [lm.log_prob([p], [d]).item() for p, d in zip(PROMPTS, draws, strict=True)]
+    assert alone == pytest.approx(expected, abs=1e-4)
+
+
+def test_the_end_of_sequence_counts_once_and_an_empty_completion_is_that_token_alone(lm):
+    (empty, full) = lm.observe(["", "ab"])
+    assert empty.record["token_ids"] == [lm.tokenizer.eos_token_id]
+    assert full.record["token_ids"] == [*lm.tokenizer("ab")["input_ids"], lm.tokenizer.eos_token_id]
+    assert lm.lengths([empty, full]) == [1, 3]
+    assert torch.isfinite(lm.log_prob(["q", "q"], [empty, full])).all()
+
+
+def test_sampling_frequencies_agree_with_the_model():
+    model = llama(3, vocab_size=6)
+    lm = CausalLM(model, char_tokenizer("abc"), max_new_tokens=1)
+    draws = lm.sample(["ab"] * 4000, generator=torch.Generator().manual_seed(0))
+    counts = torch.bincount(torch.tensor([draw.record["token_ids"][0] for draw in draws]), minlength=6)
+    expected = model(torch.tensor([lm.prompt_ids(["ab"])[0]])).logits[0, -1].softmax(-1) * len(draws)
+    chi_square = ((counts - expected) ** 2 / expected).sum()
+    assert chi_square < 20.5  # the 0.999 quantile at 5 degrees of freedom
+
+
+def test_temperature_and_top_p_are_part_of_the_proposal():
+    model = llama(3, vocab_size=6)
+    lm = CausalLM(model, char_tokenizer("abc"), max_new_tokens=1, temperature=0.5, top_p=0.8)
+    logits = model(torch.tensor([lm.prompt_ids(["ab"])[0]])).logits[0, -1].detach() / 0.5
+    probs, order = logits.softmax(-1).sort(descending=True)
+    kept = int((probs.cumsum(0) < 0.8).sum()) + 1
+    assert kept < 6
+    expected = dict(zip(order[:kept].tolist(), (probs[:kept] / probs[:kept].sum()).log().tolist(), strict=True))
+    draws = lm.sample(["ab"] * 200, generator=torch.Generator().manual_seed(0))
+    for draw in draws:
+        (token,) = draw.record["token_ids"]
+        assert draw.log_prob == pytest.approx(expected[token], abs=1e-5)
+
+
+def test_the_same_seed_draws_the_same_and_the_global_seed_counts_without_one(lm):
+    first, again, other = (lm.sample(PROMPTS, generator=torch.Generator().manual_seed(s)) for s in (5, 5, 6))
+    assert [d.value for d in first] == [d.value for d in again] != [d.value for d in other]
+    torch.manual_seed(3)
+    first = lm.sample(PROMPTS)
+    torch.manual_seed(3)
+    assert [d.value for d in lm.sample(PROMPTS)] == [d.value for d in first]
+
+
+def test_chat_messages_use_the_template():
+    chat = CausalLM(llama(), char_tokenizer(chat=True))
+    messages = [{"role": "user", "content": "hi"}]
+    assert chat.prompt_ids([messages]) == chat.prompt_ids(["user: hi\nassistant: "])
+    assert chat.observe([[{"role": "assistant", "content": "yo"}]])[0].value == "yo"
+
+
+def test_messages_without_a_template_name_the_fix(lm):
+    with pytest.raises(DataError, match="no chat template.*Return a string") as error:
+        lm.prompt_ids(["ok", [{"role": "user", "content": "hi"}]])
+    assert error.value.element == 1
+
+
+@pytest.mark.parametrize("bad", [3, None, [], ["x"], ""])
+def test_a_prompt_that_is_none_is_a_data_error(lm, bad):
+    with pytest.raises(DataError, match="prompt") as error:
+        lm.prompt_ids(["ok", bad])
+    assert error.value.element == 1
+
+
+def test_a_completion_that_is_no_text_is_a_data_error(lm):
+    with pytest.raises(DataError, match="completion must be a string") as error:
+        lm.observe(["ok", 4])
+    assert error.value.element == 1
+
+
+def test_an_over_long_prompt_keeps_its_end_and_is_reported(caplog):
+    lm = CausalLM(llama(), char_tokenizer(), max_new_tokens=4, max_length=10)
+    with caplog.at_level(logging.WARNING):
+        assert lm.prompt_ids(["0123456789"]) == lm.prompt_ids(["456789"])
+    assert "cut to its last 6" in caplog.text
+    draws = lm.sample(["0123456789"] * 6, generator=torch.Generator().manual_seed(0))
+    assert lm.log_prob(["0123456789"] * 6, draws).tolist() == pytest.approx([d.log_prob for d in draws], abs=1e-4)
+
+
+def test_an_over_long_completion_is_cut_reported_and_never_nan(caplog):
+    lm = CausalLM(llama(), char_tokenizer(), max_new_tokens=4, max_length=10)
+    (draw,) = lm.observe(["abcdefghijklmnop"])
+    with caplog.at_level(logging.WARNING):
+        got = lm.log_prob(["012"], [draw])
+    assert "cut to 7" in caplog.text
+    cut = Draw("", {"token_ids": draw.record["token_ids"][:7]})
+    assert float(got) == pytest.approx(float(lm.log_prob(["012"], [cut])))
+
+
+def test_a_limit_without_room_is_refused():
+    with pytest.raises(PlanError, match="leaves no room in 128 positions"):
+        CausalLM(llama(), char_tokenizer(), max_new_tokens=128).prompt_ids(["a"])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens >= 1"),
+        ({"max_new_tokens": 9, "max_length": 9}, "max_length > max_new_tokens"),
+        ({"temperature": 0.0}, "temperature > 0"),
+        ({"top_p": 0.0}, "top_p"),
+    ],
+)
+def test_options_out_of_range_are_refused(options, message):
+    with pytest.raises(PlanError, match=message):
+        CausalLM("somewhere", **options)
+
+
+def test_by_default_a_completion_may_take_half_of_a_short_context():
+    assert CausalLM(llama(), char_tokenizer()).max_new_tokens == 64
+    assert CausalLM(llama(max_position_embeddings=1024), char_tokenizer()).max_new_tokens == 256
+
+
+def test_a_loaded_model_needs_its_tokenizer():
+    with pytest.raises(PlanError, match="pass its tokenizer"):
+        CausalLM(llama())
+
+
+def test_a_folder_loads_lazily(tmp_path):
+    lm = CausalLM(tmp_path / "nowhere")
+    assert "nowhere" in repr(lm)
+    llama(7).save_pretrained(tmp_path / "model")
+    char_tokenizer().save_pretrained(tmp_path / "model")
+    loaded, at_hand = CausalLM(tmp_path / "model"), CausalLM(llama(7), char_tokenizer())
+    draws = at_hand.observe(["abc"])
+    torch.testing.assert_close(loaded.log_prob(["q"], draws), at_hand.log_prob(["q"], draws))
+
+
+def test_search_gives_distinct_candidates_that_score_by_teacher_forcing(lm):
+    found = lm.search(PROMPTS, 4, 20.0)
+    assert len(found) == 3
+    for prompt, draws in zip(PROMPTS, found, strict=True):
+        keys = [lm.key(draw) for draw in draws]
+        assert len(set(keys)) == len(keys) > 1
+        assert all(draw.log_prob is None for draw in draws)
+        assert lm.search([prompt], 4, 20.0)[0][0].value == draws[0].value
+
+
+def test_a_frozen_copy_stays_while_the_policy_trains(lm):
+    draws = lm.observe(["ab", "c", "d"])
+    reference = lm.reference()
+    before = reference.log_prob(PROMPTS, draws)
+    torch.testing.assert_close(before, lm.log_prob(PROMPTS, draws), rtol=0, atol=0)
+    optimizer = torch.optim.SGD(lm.module.parameters(), lr=0.1)
+    lm.log_prob(PROMPTS, draws).sum().backward()
+    optimizer.step()
+    torch.testing.assert_close(reference.log_prob(PROMPTS, draws), before, rtol=0, atol=0)
+    assert not torch.allclose(lm.log_prob(PROMPTS, draws), before)
+    assert not any(parameter.requires_grad for parameter in reference.module.parameters())
+
+
+def lora():
+    return LoraConfig(r=4, target_modules=["q_proj", "v_proj"])
+
+
+def test_an_adapter_switched_off_is_the_reference():
+    lm = CausalLM(llama(), char_tokenizer(), peft_config=lora())
+    draws = lm.observe(["ab", "c", "d"])
+    reference = lm.reference()
+    assert reference.module is lm.module
+    base = CausalLM(llama(), char_tokenizer())
+    expected = base.log_prob(PROMPTS, draws)
+    optimizer = torch.optim.SGD([p for p in lm.module.parameters() if p.requires_grad], lr=1.0)
+    for _ in range(2):
+        lm.log_prob(PROMPTS, draws).sum().backward()
+        optimizer.step()
+    torch.testing.assert_close(reference.log_prob(PROMPTS, draws), expected)
+    assert not torch.allclose(lm.log_prob(PROMPTS, draws), expected)
+
+
+def trained(lm):
+    with torch.no_grad():
+        for parameter in lm.module.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.05)
+    return lm
+
+
+def test_a_full_model_saves_to_a_folder_transformers_loads(tmp_path, lm):
+    options = trained(lm).save_pretrained(tmp_path)
+    loaded = CausalLM.from_pretrained(tmp_path, options)
+    assert loaded.max_new_tokens == 10
+    for name, tensor in AutoModelForCausalLM.from_pretrained(tmp_path).state_dict().items():
+        torch.testing.assert_close(tensor, lm.module.state_dict()[name], rtol=0, atol=0)
+    draws = lm.observe(["ab"])
+    torch.testing.assert_close(loaded.log_prob(["q"], draws), lm.log_prob(["q"], draws), rtol=0, atol=0)
+    other = CausalLM(llama(9), char_tokenizer())
+    other.load_weights(tmp_path)
+    torch.testing.assert_close(other.log_prob(["q"], draws), lm.log_prob(["q"], draws), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("by_path", [True, False])
+def test_an_adapter_saves_and_loads(tmp_path, by_path):
+    source = llama()
+    if by_path:
+        source.save_pretrained(tmp_path / "base")
+        source = tmp_path / "base"
+    lm = trained(CausalLM(source, char_tokenizer(), peft_config=lora()))
+    (tmp_path / "saved").mkdir()
+    options = lm.save_pretrained(tmp_path / "saved")
+    draws = lm.observe(["ab"])
+    loaded = CausalLM.from_pretrained(tmp_path / "saved", options)
+    torch.testing.assert_close(loaded.log_prob(["q"], draws), lm.log_prob(["q"], draws))
+    assert [p for p in loaded.module.parameters() if p.requires_grad]
+    fresh = CausalLM(llama(), char_tokenizer(), peft_config=lora())
+    fresh.load_weights(tmp_path / "saved")
+    torch.testing.assert_close(fresh.log_prob(["q"], draws), lm.log_prob(["q"], draws))
+    reference = loaded.reference()
+    torch.testing.assert_close(reference.log_prob(["q"], draws), loaded.log_prob(["q"], draws))
+
+
+def test_the_alphabet_of_the_tests_round_trips():
+    tokenizer = char_tokenizer()
+    assert tokenizer.decode(tokenizer(ALPHABET)["input_ids"]) == ALPHABET

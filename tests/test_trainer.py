@@ -1,0 +1,295 @@
+import copy
+import math
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from tiny import char_tokenizer, llama
+from trained_systems import question, rows, two_llms
+from transformers import AutoModelForCausalLM, EarlyStoppingCallback
+from trl import DPOConfig, DPOTrainer
+
+from sysdag import (
+    DataError,
+    DiverseBeamSearch,
+    PlanError,
+    SysDPOConfig,
+    SysDPOTrainer,
+    System,
+    TrainingError,
+    node,
+)
+from sysdag.components import CausalLM
+
+
+def config(tmp_path, **options):
+    defaults = {
+        "output_dir": str(tmp_path), "max_steps": 6, "per_device_train_batch_size": 4, "learning_rate": 1e-3,
+        "logging_steps": 1, "save_strategy": "no", "report_to": [], "use_cpu": True, "disable_tqdm": True,
+        "lr_scheduler_type": "constant",
+    }  # fmt: skip
+    return SysDPOConfig(**(defaults | options))
+
+
+def lora():
+    return LoraConfig(r=4, target_modules=["q_proj", "v_proj"], lora_alpha=16)
+
+
+def weights(system):
+    return {
+        f"{n.name}.{name}": tensor.clone()
+        for n in system.nodes
+        for name, tensor in n.component.module.state_dict().items()
+    }
+
+
+def log_of(trainer, name):
+    return [entry[name] for entry in trainer.state.log_history if name in entry]
+
+
+@pytest.mark.parametrize(
+    ("objective", "candidates"), [("direct", None), ("sampling", DiverseBeamSearch(num_candidates=2))]
+)
+def test_training_raises_the_margin_of_both_models_and_logs_by_node(tmp_path, objective, candidates):
+    system = two_llms()
+    before = weights(system)
+    trainer = SysDPOTrainer(
+        system, config(tmp_path, objective=objective, max_steps=12), candidates=candidates, train_dataset=rows(16)
+    )
+    trainer.train()
+    losses = log_of(trainer, "loss")
+    assert losses[0] == pytest.approx(math.log(2), abs=1e-4)
+    assert losses[-1] < losses[0] - 0.05
+    assert log_of(trainer, "rewards/margins")[-1] > 0.1
+    assert log_of(trainer, "rewards/accuracies")[-1] == 1.0
+    after = weights(system)
+    for name in ("draft", "answer"):
+        assert any(not torch.equal(before[key], after[key]) for key in before if key.startswith(name))
+        assert len(log_of(trainer, f"nodes/{name}/rewards/margins")) == 12
+    assert {"rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected"} <= trainer.state.log_history[0].keys()
+    sampled = {"candidates/effective_sample_size", "candidates/coverage", "candidates/distinct_2"}
+    assert (sampled <= trainer.state.log_history[0].keys()) == (objective == "sampling")
+
+
+@pytest.mark.parametrize("loss_type", ["sigmoid", "ipo", "hinge", "robust", "sft"])
+@pytest.mark.parametrize("peft_config", [None, lora()])
+def test_a_one_node_system_equals_trl(tmp_path, loss_type, peft_config):
+    """Loss, margins and gradients of TRL's DPOTrainer on the same batch, away from step 0."""
+    pairs = [{"prompt": "ab c", "chosen": "yes", "rejected": "no no no"}, {"prompt": "d", "chosen": "", "rejected": "e"}]
+    smoothing = 0.1 if loss_type == "robust" else 0.0
+    llama().save_pretrained(tmp_path / "model")
+    theirs = DPOTrainer(
+        AutoModelForCausalLM.from_pretrained(tmp_path / "model"),
+        args=DPOConfig(
+            output_dir=str(tmp_path), beta=0.3, loss_type=[loss_type], label_smoothing=smoothing, report_to=[],
+            per_device_train_batch_size=2, use_cpu=True, bf16=False, gradient_checkpointing=False, max_length=None,
+        ),
+        train_dataset=Dataset.from_list(pairs),
+        processing_class=char_tokenizer(),
+        peft_config=peft_config,
+    )  # fmt: skip
+
+    @node(CausalLM(llama(), char_tokenizer(), peft_config=peft_config))
+    def answer(question):
+        return question
+
+    ours = SysDPOTrainer(
+        System(question >> answer),
+        config(tmp_path, beta=0.3, loss_type=loss_type, label_smoothing=smoothing, check_reference=False),
+        train_dataset=pairs,
+    )
+    pairs_of = dict(ours.model.named_parameters())
+    moved = {}
+    for name, parameter in theirs.model.named_parameters():
+        own = pairs_of[f"policies.answer.{name}"]
+        assert own.requires_grad == parameter.requires_grad
+        if parameter.requires_grad:
+            torch.manual_seed(len(moved))
+            shift = 0.05 * torch.randn_like(parameter)
+            with torch.no_grad():
+                parameter.add_(shift)
+                own.copy_(parameter)
+            moved[name] = own
+    theirs.model.train()
+    ours.model.train()
+    batch = theirs._prepare_inputs(theirs.data_collator([theirs.train_dataset[i] for i in range(2)]))
+    their_loss = theirs.compute_loss(theirs.model, batch)
+    our_loss = ours.compute_loss(ours.model, ours.data_collator(ours.train_dataset))
+    torch.testing.assert_close(our_loss, their_loss, rtol=1e-5, atol=1e-5)
+    for name in ("rewards/margins", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "logps/chosen"):
+        assert ours._metrics["train"][name] == pytest.approx(theirs._metrics["train"][name], rel=1e-5, abs=1e-5), name
+    their_loss.backward()
+    our_loss.backward()
+    checked = 0
+    for name, parameter in theirs.model.named_parameters():
+        if parameter.requires_grad and parameter.grad is not None:
+            torch.testing.assert_close(moved[name].grad, parameter.grad, rtol=1e-4, atol=1e-5)
+            checked += 1
+    assert checked >= 4
+
+
+def test_resuming_gives_the_weights_of_an_uninterrupted_run(tmp_path):
+    def run(folder, **options):
+        torch.manual_seed(0)
+        system = two_llms(lora(), tmp_path / "base")
+        trainer = SysDPOTrainer(
+            system,
+            config(folder, objective="sampling", save_strategy="steps", save_steps=3, **options),
+            candidates=DiverseBeamSearch(num_candidates=2),
+            train_dataset=rows(12),
+        )
+        return system, trainer
+
+    whole, trainer = run(tmp_path / "whole")
+    trainer.train()
+    _, trainer = run(tmp_path / "parts", max_steps=3)
+    trainer.train()
+    resumed, trainer = run(tmp_path / "parts")
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.global_step == 6
+    expected = weights(whole)
+    for name, tensor in weights(resumed).items():
+        torch.testing.assert_close(tensor, expected[name], rtol=0, atol=0, msg=name)
+
+
+def test_early_stopping_keeps_the_best_checkpoint(tmp_path):
+    system = two_llms()
+    reversed_rows = [
+        {"question": r["question"], "chosen": r["rejected"], "rejected": r["chosen"],
+         "chosen_intermediates": r["rejected_intermediates"], "rejected_intermediates": r["chosen_intermediates"]}
+        for r in rows(8)
+    ]  # fmt: skip
+    trainer = SysDPOTrainer(
+        system,
+        config(
+            tmp_path, max_steps=20, eval_strategy="steps", eval_steps=2, save_strategy="steps", save_steps=2,
+            load_best_model_at_end=True, metric_for_best_model="rewards/margins", greater_is_better=True,
+        ),
+        train_dataset=rows(16),
+        eval_dataset=reversed_rows,
+        callbacks=[EarlyStoppingCallback(early_stopping_patience=2)],
+    )  # fmt: skip
+    trainer.train()
+    margins = log_of(trainer, "eval_rewards/margins")
+    assert len(margins) == 3  # the first is the best, since training opposes the evaluation's preferences
+    assert trainer.state.best_model_checkpoint.endswith("checkpoint-2")
+    assert trainer.evaluate()["eval_rewards/margins"] == pytest.approx(margins[0], abs=1e-6)
+
+
+@pytest.mark.parametrize("peft_config", [None, lora()])
+def test_a_trained_system_is_saved_in_folders_its_libraries_load(tmp_path, peft_config):
+    system = two_llms(peft_config, tmp_path / "base")
+    trainer = SysDPOTrainer(system, config(tmp_path, max_steps=2), train_dataset=rows(8))
+    trainer.train()
+    trainer.save_model(tmp_path / "saved")
+    loaded = System.from_pretrained(tmp_path / "saved")
+    inputs = {"question": ["a1", "b2", "c3"]}
+    trace = system.compile().sample(inputs, seed=3)
+    assert loaded.compile().sample(inputs, seed=3)["answer"] == trace["answer"]
+    for name, log_prob in loaded.compile().log_probs(trace).items():
+        torch.testing.assert_close(log_prob, system.compile().log_probs(trace)[name])
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "saved" / "draft")
+    torch.testing.assert_close(model.lm_head.weight, system["draft"].component.module.lm_head.weight)
+    assert not list((tmp_path / "saved").rglob("*.bin")) or {p.name for p in (tmp_path / "saved").rglob("*.bin")} == {
+        "training_args.bin"
+    }
+
+
+def test_each_node_has_its_learning_rate(tmp_path):
+    system = two_llms()
+    before = weights(system)
+    args = config(tmp_path, max_steps=1, optim="sgd", nodes={"answer": {"learning_rate": 0.0}, "draft": {"beta": 0.2}})
+    trainer = SysDPOTrainer(system, args, train_dataset=rows(4))
+    trainer.train()
+    rates = {group["lr"] for group in trainer.optimizer.param_groups}
+    assert rates == {0.0, 1e-3}
+    grouped = sum(len(group["params"]) for group in trainer.optimizer.param_groups)
+    assert grouped == len([p for p in trainer.model.parameters() if p.requires_grad])
+    after = weights(system)
+    assert all(torch.equal(before[key], after[key]) for key in before if key.startswith("answer"))
+    assert not all(torch.equal(before[key], after[key]) for key in before if key.startswith("draft"))
+
+
+def test_the_step_0_check_names_the_node_that_disagrees(tmp_path):
+    system = two_llms()
+    trainer = SysDPOTrainer(system, config(tmp_path), train_dataset=rows(8))
+    with torch.no_grad():
+        trainer.model.references["answer"].module.lm_head.weight.mul_(1.1)
+    before = weights(system)
+    with pytest.raises(TrainingError, match="'answer': policy and reference differ by .* nats before the first step"):
+        trainer.train()
+    assert all(torch.equal(before[key], tensor) for key, tensor in weights(system).items())
+    trainer.args.check_reference = False
+    trainer.train()
+
+
+def test_dropout_is_off_unless_asked_for(tmp_path):
+    def losses(**options):
+        model = llama(attention_dropout=0.0)
+        model.model.layers[0].mlp.act_fn = torch.nn.Sequential(model.model.layers[0].mlp.act_fn, torch.nn.Dropout(0.5))
+        system = two_llms().with_components({"draft": CausalLM(model, char_tokenizer())})
+        trainer = SysDPOTrainer(system, config(tmp_path, max_steps=1, **options), train_dataset=rows(4))
+        trainer.train()
+        return log_of(trainer, "loss")
+
+    assert losses() == pytest.approx([math.log(2)], abs=1e-4)
+    with pytest.raises(TrainingError, match="'draft'.*dropout may be on"):
+        losses(disable_dropout=False)
+
+
+def test_gradient_accumulation_gives_the_step_of_the_whole_batch(tmp_path):
+    ends = []
+    for batch, accumulation in ((4, 1), (2, 2)):
+        system = two_llms()
+        args = config(
+            tmp_path, max_steps=2, per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation,
+            optim="sgd",
+        )  # fmt: skip
+        SysDPOTrainer(system, args, train_dataset=rows(8)).train()
+        ends.append(weights(system))
+    for name, tensor in ends[0].items():
+        torch.testing.assert_close(tensor, ends[1][name], rtol=1e-4, atol=1e-6)
+
+
+def test_several_evaluation_sets_are_reported_apart(tmp_path):
+    trainer = SysDPOTrainer(
+        two_llms(), config(tmp_path), train_dataset=rows(8), eval_dataset={"near": rows(4), "far": rows(6)}
+    )
+    metrics = trainer.evaluate()
+    assert {"eval_near_loss", "eval_far_rewards/margins"} <= metrics.keys()
+    assert metrics["eval_near_loss"] == pytest.approx(math.log(2), abs=1e-4)
+
+
+def test_a_dataset_of_the_datasets_library_is_taken(tmp_path):
+    trainer = SysDPOTrainer(two_llms(), config(tmp_path, max_steps=1), train_dataset=Dataset.from_list(rows(8)))
+    trainer.train()
+    assert log_of(trainer, "loss") == pytest.approx([math.log(2)], abs=1e-4)
+
+
+def test_mistakes_in_the_configuration_are_named(tmp_path):
+    with pytest.raises(PlanError, match="'answer' has the unknown option 'lr'"):
+        config(tmp_path, nodes={"answer": {"lr": 1.0}})
+    with pytest.raises(PlanError, match="remove_unused_columns must be False"):
+        config(tmp_path, remove_unused_columns=True)
+    with pytest.raises(PlanError, match="takes a sysdag.System, got LlamaForCausalLM"):
+        SysDPOTrainer(llama(), config(tmp_path))
+    with pytest.raises(DataError, match="Row 1: chosen has no value of node 'draft'.*chosen_intermediates"):
+        SysDPOTrainer(two_llms(), config(tmp_path), train_dataset=[rows(1)[0], {"question": "a", "chosen": "b", "rejected": "c"}])
+
+
+def test_a_checkpoint_of_another_system_is_refused(tmp_path):
+    trainer = SysDPOTrainer(
+        two_llms(), config(tmp_path, max_steps=1, save_strategy="steps", save_steps=1), train_dataset=rows(4)
+    )
+    trainer.train()
+
+    @node(CausalLM(llama(), char_tokenizer()))
+    def other(question):
+        return question
+
+    args = copy.copy(config(tmp_path, max_steps=2))
+    pairs = [{"question": "a", "chosen": "b", "rejected": "c"}]
+    other_trainer = SysDPOTrainer(System(question >> other), args, train_dataset=pairs)
+    with pytest.raises(ValueError, match="holds another system"):
+        other_trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
