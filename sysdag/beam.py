@@ -274,7 +274,7 @@ class _Beams:
         return _Beams(*(getattr(self, field.name)[which] for field in fields(self)))
 
     def close(self, sequences: Tensor, scores: Tensor, which: Tensor) -> None:
-        """Offers sequences (B,G,K,t), those of the mask `which` (B,G,K); a group keeps its K best, on a tie the older."""
+        """Offers the sequences (B,G,K,t) of the mask `which` (B,G,K); a group keeps its K best, on a tie the older."""
         K, room = which.shape[-1], self.closed_tokens.shape[-1] - sequences.shape[-1]
         tokens = torch.cat([self.closed_tokens, nn.functional.pad(sequences, (0, room), value=_EMPTY)], -2)
         scores = torch.cat([self.closed_scores, scores.masked_fill(~which, -math.inf)], -1)

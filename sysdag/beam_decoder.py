@@ -37,7 +37,7 @@ class BeamDecoder:
         return logits
 
     def extend(self, tokens: Tensor, rows: Tensor) -> Tensor:
-        """Appends tokens (B,N), each to a row of the call before, `rows` (B,N); returns the logits after them (B,N,V)."""
+        """Appends each of the tokens (B,N) to a row of the call before, `rows` (B,N); returns logits (B,N,V)."""
         shape, rows = tokens.shape, rows.flatten()
         if len(rows) < len(self.mask) or not torch.equal(rows, torch.arange(len(rows), device=rows.device)):
             self.cache.reorder_cache(rows)

@@ -81,7 +81,7 @@ def draw(plan: Plan, path: str | Path) -> None:
 
     rows = [[given.name for given in plan.system.inputs], *plan.levels]
     columns = max(len(names) for names in rows)
-    figure = Figure(figsize=(2.2 * columns + 1.5, 1.3 * len(rows)))
+    figure = Figure(figsize=(2.2 * columns + 1.5, 1.3 * len(rows)), dpi=150)
     axes = figure.subplots()
     axes.set(xlim=(-columns / 2 - 0.3, columns / 2 + 0.3), ylim=(0.5 - len(rows), 0.5))
     axes.set_axis_off()
@@ -97,25 +97,28 @@ def draw(plan: Plan, path: str | Path) -> None:
             "linewidth": 2.5 if kinds[name]["output"] else 1.0,
         }
         boxes[name] = axes.text(*position, _label(plan, name, "\n"), ha="center", va="center", fontsize=9, bbox=box)
-    figure.draw_without_rendering()  # gives the boxes their sizes, at which the arrows end
+    figure.draw_without_rendering()  # gives the boxes their sizes: an arrow goes from the edge of one to the next
+    to_data = axes.transData.inverted()
+    height = {
+        name: text.get_bbox_patch().get_window_extent().transformed(to_data).height for name, text in boxes.items()
+    }
     for edge in plan.system.edges:
         (x, y), (child_x, child_y) = place[edge.parent], place[edge.child]
-        skips = x == child_x and y - child_y > 1  # would run through the boxes between
-        axes.annotate(
-            "each" if edge.each else "",
-            xy=(child_x, child_y),
-            xytext=(x, y),
-            arrowprops={
-                "arrowstyle": "-|>",
-                "color": "#555555",
-                "linestyle": "--" if edge.each else "-",
-                "connectionstyle": "arc3,rad=0.5" if skips else "arc3",
-                "patchA": boxes[edge.parent].get_bbox_patch(),
-                "patchB": boxes[edge.child].get_bbox_patch(),
-            },
-            zorder=0,
-        )
-    figure.savefig(path, dpi=150, bbox_inches="tight")
+        start, end = y - height[edge.parent] / 2, child_y + height[edge.child] / 2
+        # Past other levels in a bow, since a straight line may run through the boxes between.
+        bend = 0 if y - child_y <= 1 else -0.5 if x > child_x else 0.5
+        arrow = {
+            "arrowstyle": "-|>",
+            "color": "#555555",
+            "linestyle": "--" if edge.each else "-",
+            "connectionstyle": f"arc3,rad={bend}",
+            "shrinkA": 0,
+            "shrinkB": 0,
+        }
+        axes.annotate("", xy=(child_x, end), xytext=(x, start), arrowprops=arrow)
+        if edge.each:
+            axes.text((x + child_x) / 2, (start + end) / 2, "  each", ha="left", va="center", fontsize=8)
+    figure.savefig(path, bbox_inches="tight")
 
 
 def _label(plan: Plan, name: str, newline: str) -> str:

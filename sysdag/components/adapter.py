@@ -25,7 +25,7 @@ _PEFT_PREFIX = "base_model.model."  # the names inside a PeftModel
 _NAME = "sysdag"
 
 
-def attach(model: nn.Module, config: PeftConfig) -> str:
+def attach(model: Any, config: PeftConfig) -> str:
     """Puts a new adapter on `model` in place and returns its name; of the weights, only adapters require gradients.
 
     Raises:
@@ -34,9 +34,10 @@ def attach(model: nn.Module, config: PeftConfig) -> str:
     """
     from peft import inject_adapter_in_model
 
-    if getattr(config, "bias", "none") != "none":
+    bias = getattr(config, "bias", "none")
+    if bias != "none":
         raise PlanError(
-            f"peft_config has bias={config.bias!r}, which trains biases of the base model: the reference could not be "
+            f"peft_config has bias={bias!r}, which trains biases of the base model: the reference could not be "
             "the adapter switched off. Use bias='none'."
         )
     taken = list(getattr(model, "peft_config", {}))
@@ -131,7 +132,7 @@ def state(model: nn.Module, name: str) -> dict[str, Tensor]:
     return {_PEFT_PREFIX + key: value for key, value in get_peft_model_state_dict(model, adapter_name=name).items()}
 
 
-def save(model: nn.Module, name: str, folder: Path) -> None:
+def save(model: Any, name: str, folder: Path) -> None:
     """Writes `adapter_config.json` and `adapter_model.safetensors`."""
     from safetensors.torch import save_file
 
@@ -168,8 +169,8 @@ def check_same_tensors(own: dict[str, Tensor], saved: dict[str, Tensor], folder:
     if different:
         key = different[0]
         raise SerializationError(
-            f"{str(folder)!r} holds other weights than this model: {len(different)} tensors differ, the first is {key!r} "
-            f"(expected shape {mine.get(key)}, got {theirs.get(key)})."
+            f"{str(folder)!r} holds other weights than this model: {len(different)} tensors differ, the first is "
+            f"{key!r} (expected shape {mine.get(key)}, got {theirs.get(key)})."
         )
 
 

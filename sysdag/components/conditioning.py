@@ -38,8 +38,8 @@ class Conditioner:
         null_class: the label that means "no class", for guidance; None: the model's own, where it has one.
     """
 
-    denoiser: nn.Module
-    text_encoder: nn.Module | None = None
+    denoiser: Any
+    text_encoder: Any = None
     tokenizer: Any = None
     hook: Hook | None = None
     train_text_encoder: bool = False
@@ -59,7 +59,7 @@ class Conditioner:
         for element, kind in enumerate(kinds):
             if kind != kinds[0]:
                 raise DataError(
-                    f"expected the same kind of conditioning in a whole batch ({kinds[0]}, as in element 0), got {kind}.",
+                    f"expected one kind of conditioning in a batch, {kinds[0]} as in element 0, got {kind}.",
                     element=element,
                 )
         self._check_takes(kinds[0])
@@ -123,7 +123,7 @@ class Conditioner:
         return None
 
     @property
-    def _num_classes(self) -> int | None:
+    def _num_classes(self) -> Any:
         if "class_labels" not in self._parameters:
             return None
         is_dit = self._config.get("norm_type") == "ada_norm_zero"
@@ -134,7 +134,7 @@ class Conditioner:
         return self._num_classes is not None
 
     @property
-    def _null_class(self) -> int | None:
+    def _null_class(self) -> Any:
         if self.null_class is not None:
             return self.null_class
         # DiT's label table has one row more than classes, for classifier-free guidance.
@@ -171,9 +171,9 @@ class Conditioner:
 
     def _labels(self, inputs: Sequence[Any]) -> Int[Tensor, " n"]:
         for element, label in enumerate(inputs):
-            if not 0 <= label < self._num_classes and label != self._null_class:  # type: ignore[operator]
+            if not 0 <= label < self._num_classes and label != self._null_class:
                 raise DataError(
-                    f"expected a class label in 0..{self._num_classes - 1}, got {label}.",  # type: ignore[operator]
+                    f"expected a class label in 0..{self._num_classes - 1}, got {label}.",
                     element=element,
                 )
         return torch.tensor([int(label) for label in inputs])
@@ -218,24 +218,25 @@ class Conditioner:
         encoder, tokenizer = self.text_encoder, self.tokenizer
         if tokenizer.pad_token_id is None:
             raise PlanError(f"The tokenizer {type(tokenizer).__name__} has no padding token; set tokenizer.pad_token.")
-        positions = getattr(encoder.config, "max_position_embeddings", None) or 512  # type: ignore[union-attr]
+        positions = getattr(encoder.config, "max_position_embeddings", None) or 512
         limit = self.max_text_length or min(tokenizer.model_max_length, positions)
         batch = tokenizer(list(texts), padding="max_length", max_length=limit, truncation=True, return_tensors="pt")
         for element, text in enumerate(texts):
             if batch["attention_mask"][element].all() and len(tokenizer(text)["input_ids"]) > limit:
                 logger.warning("Text %d was cut to %d tokens: %.80r", element, limit, text)
-        is_clip = "clip" in encoder.config.model_type  # type: ignore[union-attr]
+        is_clip = "clip" in encoder.config.model_type
         masked = not is_clip if self.mask_padding is None else self.mask_padding
-        device = next(encoder.parameters()).device  # type: ignore[union-attr]
+        device = next(encoder.parameters()).device
         mask = batch["attention_mask"].to(device) if masked else None
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.train_text_encoder):
-            states = encoder(batch["input_ids"].to(device), attention_mask=mask).last_hidden_state  # type: ignore[misc]
+            states = encoder(batch["input_ids"].to(device), attention_mask=mask).last_hidden_state
         if masked and "encoder_attention_mask" in self._parameters:
             return {"encoder_hidden_states": states, "encoder_attention_mask": mask}
         return {"encoder_hidden_states": states}
 
     def _from_hook(self, inputs: list[Any]) -> dict[str, Any]:
-        made = self.hook(inputs)  # type: ignore[misc]
+        assert self.hook is not None
+        made = self.hook(inputs)
         if not isinstance(made, Mapping):
             raise PlanError(f"condition= must return a dict of the model's arguments, got {type(made).__name__}.")
         unknown = sorted(made.keys() - self._parameters.keys())

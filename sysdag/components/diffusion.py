@@ -126,7 +126,7 @@ class Diffusion(Component):
         self._peft_config = peft_config
         self._pipeline: Pipeline | None = None
         self._process: ForwardProcess | None = None
-        self._sample_shape = None if sample_shape is None else tuple(sample_shape)
+        self._sample_shape = None if sample_shape is None else (sample_shape[0], sample_shape[1], sample_shape[2])
         self.condition = condition
         self.num_inference_steps = num_inference_steps
         self.guidance_scale = guidance_scale
@@ -273,7 +273,7 @@ class Diffusion(Component):
         noise that k draws would get.
         """
         count = self.num_noise_draws
-        place = {"generator": generator, "device": "cpu" if generator is None else generator.device}
+        place: dict[str, Any] = {"generator": generator, "device": "cpu" if generator is None else generator.device}
         times, eps = [], []
         for _ in draws:
             times.append(torch.randint(self.forward_process.num_timesteps, (count,), **place).cpu())

@@ -91,11 +91,11 @@ class Pipeline:
         return PipelineModule(self.denoiser, self.parts.get("text_encoder"), self.vae)
 
     @property
-    def denoiser(self) -> nn.Module:
+    def denoiser(self) -> Any:
         return self.parts[pipeline_folder.denoiser_name(self.parts)]
 
     @property
-    def vae(self) -> nn.Module | None:
+    def vae(self) -> Any:
         return self.parts.get("vae")
 
     @contextlib.contextmanager
@@ -205,7 +205,7 @@ def _evaluating(module: nn.Module) -> Iterator[None]:
             part.training = training
 
 
-def _latent_scale(vae: nn.Module) -> tuple[Any, Any]:
+def _latent_scale(vae: Any) -> tuple[Any, Any]:
     """Mean and scale with which latents = (encoded - mean) * scale, from a VAE's config."""
     config = vae.config
     scale = config.get("scaling_factor") or 1.0

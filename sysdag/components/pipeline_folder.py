@@ -75,7 +75,7 @@ def denoiser_name(parts: Mapping[str, Any]) -> str:
     return next(name for name in DENOISERS if name in parts)
 
 
-def find_class(name: str, entry: Mapping[str, Any]) -> type:
+def find_class(name: str, entry: Mapping[str, Any]) -> Any:
     """The class of a part; only diffusers and transformers are searched.
 
     Raises:
@@ -136,7 +136,7 @@ def save_parts(parts: Mapping[str, Any], folder: Path, adapter_name: str | None 
                 f"Part {name!r} is of class {type(part).__module__}.{type(part).__name__}, which diffusers and "
                 "transformers could not load again."
             )
-        index[name] = entry | ({"dtype": str(part.dtype).removeprefix("torch.")} if isinstance(part, nn.Module) else {})
+        index[name] = entry | ({"dtype": _dtype_name(part)} if isinstance(part, nn.Module) else {})
     folder.mkdir(parents=True, exist_ok=True)
     for name, part in parts.items():
         if name in DENOISERS and adapter_name is not None:
@@ -146,14 +146,18 @@ def save_parts(parts: Mapping[str, Any], folder: Path, adapter_name: str | None 
             part.save_pretrained(folder / name)
     classes = {entry["class"] for entry in index.values() if "dtype" in entry}
     pipeline = next((made for needed, made in _PIPELINES.items() if set(needed) == classes), "DiffusionPipeline")
-    model_index = {"_class_name": pipeline, "_diffusers_version": diffusers.__version__}
+    model_index: dict[str, Any] = {"_class_name": pipeline, "_diffusers_version": diffusers.__version__}
     model_index |= {name: [entry["library"], entry["class"]] for name, entry in index.items()}
     model_index |= {name: [None, None] for name in _OPTIONAL.get(pipeline, ())}
     (folder / "model_index.json").write_text(json.dumps(model_index, indent=2) + "\n")
     return index
 
 
-def _without_adapters(model: nn.Module) -> nn.Module:
+def _dtype_name(model: Any) -> str:
+    return str(model.dtype).removeprefix("torch.")
+
+
+def _without_adapters(model: Any) -> Any:
     with torch.device("meta"):
         bare = type(model).from_config(model.config)
     # Buffers that are not saved stay on the meta device: the bare model is only written, never run.
@@ -176,7 +180,7 @@ def load_weights(parts: Mapping[str, Any], folder: Path, adapter_name: str | Non
         if not (folder / name).is_dir():
             raise SerializationError(f"{str(folder)!r} lacks the subfolder {name!r}.")
         entry = {"library": type(part).__module__.partition(".")[0], "class": type(part).__name__}
-        saved = load_part(folder, name, entry, dtype=part.dtype).state_dict()
+        saved = load_part(folder, name, {**entry, "dtype": _dtype_name(part)}).state_dict()
         own = adapters.base_state(part)
         adapters.check_same_tensors(own, saved, folder / name)
         for key, tensor in own.items():
