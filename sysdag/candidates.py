@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,7 +58,7 @@ class CandidateStrategy(ABC):
         if not isinstance(self.num_candidates, int) or self.num_candidates < 2:
             raise PlanError(f"num_candidates must be an integer of 2 or more, got {self.num_candidates!r}.")
 
-    def draw(self, plan: Plan, inputs: dict[str, list[Any]], generator: torch.Generator | None = None) -> Candidates:
+    def draw(self, plan: Plan, inputs: Mapping[str, Sequence[Any]], generator: torch.Generator | None = None) -> Candidates:
         """Distinct candidates for each prompt, from the components as they are now."""
         prompts = len(next(iter(inputs.values())))
         latents = plan.latents("sampling")

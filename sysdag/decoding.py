@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -105,7 +105,7 @@ def position_ids(model: nn.Module, attention_mask: Int[Tensor, "B T"], last: int
     return {"position_ids": (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, -last:]}
 
 
-def _forward_parameters(model: nn.Module) -> Any:
+def _forward_parameters(model: Any) -> Mapping[str, inspect.Parameter]:
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     return inspect.signature(inner.forward).parameters
 

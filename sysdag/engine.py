@@ -235,7 +235,7 @@ class SystemModel(nn.Module):
             if not values.isfinite().all():
                 row = int((~values.isfinite()).nonzero()[0])
                 raise TrainingError(
-                    f"Node {name!r}: the {side}'s score of pair {pair_of[row]} of the batch is {float(values[row])}. "
+                    f"Node {name!r}: the {side}'s score of pair {pair_of[row]} of the batch is {values[row].item()}. "
                     "The weights were not changed."
                 )
         return policy, frozen
@@ -279,6 +279,7 @@ class SystemModel(nn.Module):
     def _score_sampling(self, pairs: Sequence[PreferencePair], generator: torch.Generator | None):
         count = len(pairs)
         chosen, rejected = collate(pairs)
+        assert self.candidates is not None  # checked when the model was built
         drawn = self.candidates.draw(self.plan, chosen.inputs, generator)
         prompt = list(drawn.prompt)
         latents = self.plan.latents("sampling")
@@ -288,7 +289,7 @@ class SystemModel(nn.Module):
         index = torch.tensor(prompt, device=next(self.policies.parameters()).device)
 
         log_ratios, policies, shares = {}, {}, {}
-        joint, reference_joint = 0.0, 0.0
+        joint = reference_joint = torch.zeros((), device=index.device)
         for name in self.factors:
             latent = name in latents
             rows = latent_trace if latent else trace
@@ -327,7 +328,7 @@ class SystemModel(nn.Module):
     ) -> dict[str, Tensor]:  # fmt: skip
         rows = index.shape[0]
         both_index = torch.cat([index, index + count])
-        latent_log_prob = sum(policies[name] for name in latents if name in policies)
+        latent_log_prob = torch.stack([policies[name] for name in latents if name in policies]).sum(0)
         texts = [str(value) for name in latents for value in drawn[name]]
         return {
             "candidates/effective_sample_size": effective_sample_size(weights, both_index, 2 * count),

@@ -39,7 +39,7 @@ class SysDPOConfig(TrainingArguments):
     """
 
     learning_rate: float = 1e-6
-    remove_unused_columns: bool | None = False
+    remove_unused_columns: bool = False
     objective: str = "direct"
     beta: float = 0.1
     loss_type: list[str] | str = field(default_factory=lambda: ["sigmoid"])
@@ -95,6 +95,8 @@ class SysDPOTrainer(Trainer):
         DataError: for a row that cannot be used.
     """
 
+    args: SysDPOConfig
+
     def __init__(
         self,
         model: System,
@@ -136,7 +138,7 @@ class SysDPOTrainer(Trainer):
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """One pair of parameter groups (with and without weight decay) for each component, at its learning rate."""
-        trained = self.model if model is None else model
+        trained: Any = self.model if model is None else model
         rates = {key: self._system_model.learning_rate(key) for key in self._system_model.references}
         if self.optimizer is not None or all(rate is None for rate in rates.values()):
             return super().create_optimizer(model)
@@ -189,8 +191,8 @@ class SysDPOTrainer(Trainer):
         self._metrics["eval"].clear()
         output = super().evaluation_loop(*args, **kwargs)
         prefix = kwargs.get("metric_key_prefix", "eval")
-        output.metrics.update({f"{prefix}_{name}": value for name, value in self._take("eval").items()})
-        return output
+        preferences = {f"{prefix}_{name}": value for name, value in self._take("eval").items()}
+        return output._replace(metrics={**(output.metrics or {}), **preferences})
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
@@ -210,7 +212,7 @@ class SysDPOTrainer(Trainer):
         return dict(zip(names, (total / count).tolist(), strict=True))
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        folder = Path(output_dir or self.args.output_dir)
+        folder = Path(output_dir or self.args.output_dir or "trainer_output")
         self.system.save_pretrained(folder)
         torch.save(self.args, folder / "training_args.bin")
 
@@ -218,6 +220,7 @@ class SysDPOTrainer(Trainer):
         load_weights(self.system, resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
+        assert self.state.best_model_checkpoint is not None  # the Trainer calls this only where there is one
         load_weights(self.system, self.state.best_model_checkpoint)
 
 

@@ -50,20 +50,20 @@ class Categorical(Discrete):
         self.values = tuple(options)
         self._source = model
         self._tokenizer_source = model if tokenizer is None and isinstance(model, (str, Path)) else tokenizer
-        self._tokenizer: PreTrainedTokenizerBase | None = None
-        self._module: nn.Module | None = None
+        self._tokenizer: Any = None
+        self._module: Any = None
         self.max_length = max_length
 
     def __repr__(self) -> str:
         return f"Categorical({list(self.values)})"
 
     @property
-    def module(self) -> nn.Module:
+    def module(self) -> Any:
         if self._module is None:
             self._module = self._load_module()
         return self._module
 
-    def _load_module(self) -> nn.Module:
+    def _load_module(self) -> Any:
         if isinstance(self._source, nn.Module):
             return self._source
         if isinstance(self._source, int):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from sysdag.beam import diverse_beam_search
 from sysdag.component import Component
@@ -83,8 +83,8 @@ class CausalLM(Component):
         self._peft_config = peft_config
         self._adapter_folder: Path | None = None
         self._adapter_off = False
-        self._model: nn.Module | None = None
-        self._tokenizer: PreTrainedTokenizerBase | None = None
+        self._model: Any = None
+        self._tokenizer: Any = None
         self._warned: set[str] = set()
         self._max_length = max_length
         self._max_new_tokens = max_new_tokens
@@ -99,7 +99,7 @@ class CausalLM(Component):
         return f"CausalLM({str(name)!r}{adapter})"
 
     @property
-    def module(self) -> nn.Module:
+    def module(self) -> Any:
         if self._model is None:
             self._model = self._load_model()
         return self._model
@@ -129,8 +129,8 @@ class CausalLM(Component):
             return self._max_new_tokens
         return 256 if self.max_length is None else min(256, self.max_length // 2)
 
-    def _load_model(self) -> nn.Module:
-        model = self._source
+    def _load_model(self) -> Any:
+        model: Any = self._source
         if isinstance(model, (str, Path)):
             from transformers import AutoModelForCausalLM
 
@@ -161,12 +161,12 @@ class CausalLM(Component):
         return self.tokenizer.eos_token_id if pad is None else pad
 
     @contextlib.contextmanager
-    def _scoring(self) -> Iterator[nn.Module]:
+    def _scoring(self) -> Iterator[Any]:
         with self.module.disable_adapter() if self._adapter_off else contextlib.nullcontext():
             yield self.module
 
     @contextlib.contextmanager
-    def _decoding(self) -> Iterator[nn.Module]:
+    def _decoding(self) -> Iterator[Any]:
         was_training = self.module.training
         self.module.eval()
         try:
@@ -234,30 +234,37 @@ class CausalLM(Component):
         return draws
 
     def search(self, inputs: Sequence[Any], num_candidates: int, diversity_penalty: float) -> list[list[Draw]]:
-        """Diverse beam search with one beam a group (Vijayakumar et al. 2016, arXiv 1610.02424)."""
-        found: list[list[Draw]] = []
+        """Diverse beam search with one beam a group (Vijayakumar et al. 2016, arXiv 1610.02424).
+
+        Groups may end in the same text, since an end of sequence is not penalised. A prompt that is left with fewer
+        than `num_candidates` distinct ones is searched again with 2, then 4 beams a group, and topped up from those.
+        """
         prompts = self.prompt_ids(inputs)
-        step = max(1, self.batch_size // num_candidates)
-        with self._decoding() as model:
-            for start in range(0, len(prompts), step):
-                ids, mask = left_pad(prompts[start : start + step], self._pad_token_id, self.device)
-                sequences, _ = diverse_beam_search(
-                    model, ids, mask, num_beams=num_candidates, num_beam_groups=num_candidates,
-                    diversity_penalty=diversity_penalty, max_new_tokens=self.max_new_tokens,
-                    eos_token_id=self._eos_token_ids, pad_token_id=self._pad_token_id,
-                )  # fmt: skip
-                found += [self._distinct(rows) for rows in sequences.tolist()]
-        return found
+        found: list[dict[tuple[int, ...], Draw]] = [{} for _ in prompts]
+        for beams_per_group in (1, 2, 4):
+            short = [place for place, kept in enumerate(found) if len(kept) < num_candidates]
+            beams = num_candidates * beams_per_group
+            step = max(1, self.batch_size // beams)
+            for start in range(0, len(short), step):
+                places = short[start : start + step]
+                ids, mask = left_pad([prompts[place] for place in places], self._pad_token_id, self.device)
+                with self._decoding() as model:
+                    sequences, _ = diverse_beam_search(
+                        model, ids, mask, num_beams=beams, num_beam_groups=num_candidates,
+                        diversity_penalty=diversity_penalty, max_new_tokens=self.max_new_tokens,
+                        eos_token_id=self._eos_token_ids, pad_token_id=self._pad_token_id,
+                    )  # fmt: skip
+                for place, rows in zip(places, sequences.tolist(), strict=True):
+                    for row in rows:
+                        draw = self._draw(self._ended(row), None)
+                        found[place].setdefault(self.key(draw), draw)
+        return [list(kept.values())[:num_candidates] for kept in found]
 
-    def _distinct(self, rows: Sequence[Sequence[int]]) -> list[Draw]:
+    def _ended(self, row: list[int]) -> list[int]:
         ends = set(self._eos_token_ids)
-        kept: dict[tuple[int, ...], Draw] = {}
-        for row in rows:
-            end = next((place + 1 for place, token in enumerate(row) if token in ends), len(row))
-            kept.setdefault(tuple(row[:end]), self._draw(row[:end], None))
-        return list(kept.values())
+        return row[: next((place + 1 for place, token in enumerate(row) if token in ends), len(row))]
 
-    def _draw(self, token_ids: Sequence[int], log_prob: float | None) -> Draw:
+    def _draw(self, token_ids: list[int], log_prob: float | None) -> Draw:
         finished = token_ids[-1] in self._eos_token_ids
         text = self.tokenizer.decode(token_ids[:-1] if finished else token_ids, skip_special_tokens=True)
         return Draw(text, {"token_ids": list(token_ids), "finished": finished}, log_prob)

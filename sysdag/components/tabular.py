@@ -42,8 +42,8 @@ class Tabular(Discrete):
             if min(row.values(), default=-1) < 0 or abs(total - 1) > 1e-6:
                 raise PlanError(f"Tabular row {key!r}: probabilities must be >= 0 and sum to 1, got sum {total}.")
         probabilities = [[row.get(value, 0.0) for value in self.values] for row in table.values()]
-        self._module = nn.Module()
-        self._module.logits = nn.Parameter(torch.tensor(probabilities, dtype=torch.float64).log().to(dtype))
+        table_logits = torch.tensor(probabilities, dtype=torch.float64).log().to(dtype)
+        self._module = nn.ParameterDict({"logits": nn.Parameter(table_logits)})
         self._row = {key: row for row, key in enumerate(self.keys)}
 
     def __repr__(self) -> str:
@@ -57,7 +57,7 @@ class Tabular(Discrete):
         for element, key in enumerate(inputs):
             if not isinstance(key, Hashable) or key not in self._row:
                 raise DataError(f"{self!r}: no row for {key!r}; its keys are {list(self.keys)}.", element=element)
-        return self._module.logits[[self._row[key] for key in inputs]]
+        return self._module["logits"][[self._row[key] for key in inputs]]
 
     def reference(self) -> Tabular:
         frozen = copy.copy(self)
@@ -67,7 +67,7 @@ class Tabular(Discrete):
     def save_pretrained(self, folder: Path) -> Mapping[str, Any]:
         from safetensors.torch import save_file
 
-        save_file({"logits": self._module.logits.detach().contiguous()}, folder / "model.safetensors")
+        save_file({"logits": self._module["logits"].detach().contiguous()}, folder / "model.safetensors")
         names = {
             "keys": [encode_value(key, "key") for key in self.keys],
             "values": [encode_value(value, "value") for value in self.values],
@@ -88,4 +88,4 @@ class Tabular(Discrete):
 
         saved = load_file(folder / "model.safetensors")["logits"]
         with torch.no_grad():
-            self._module.logits.data = self._module.logits.data.to(saved.dtype).copy_(saved)
+            self._module["logits"].data = self._module["logits"].data.to(saved.dtype).copy_(saved)
