@@ -6,7 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sysdag.candidates import DiverseBeamSearch, MonteCarlo
+    from sysdag.candidates import DiverseBeamSearch, Exhaustive, ImportanceSampling, MonteCarlo
     from sysdag.component import Component
     from sysdag.errors import DataError, GraphError, PlanError, SerializationError, SysdagError, TrainingError
     from sysdag.graph import Edge, Input, Node, System, loop, node
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from sysdag.trainer import SysDPOConfig, SysDPOTrainer
 
 _MODULES = {
-    "candidates": ("DiverseBeamSearch", "MonteCarlo"),
+    "candidates": ("DiverseBeamSearch", "Exhaustive", "ImportanceSampling", "MonteCarlo"),
     "component": ("Component",),
     "errors": ("DataError", "GraphError", "PlanError", "SerializationError", "SysdagError", "TrainingError"),
     "graph": ("Edge", "Input", "Node", "System", "loop", "node"),
@@ -25,7 +25,8 @@ _MODULES = {
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 __all__ = [
-    "Component", "DataError", "DiverseBeamSearch", "Draw", "Edge", "GraphError", "Input", "MonteCarlo", "Node", "Plan",
+    "Component", "DataError", "DiverseBeamSearch", "Draw", "Edge", "Exhaustive", "GraphError",
+    "ImportanceSampling", "Input", "MonteCarlo", "Node", "Plan",
     "PlanError", "SerializationError", "SysDPOConfig", "SysDPOTrainer", "SysdagError", "System", "Trace",
     "TrainingError", "loop", "node",
 ]  # fmt: skip

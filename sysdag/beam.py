@@ -71,7 +71,9 @@ def diverse_beam_step(
     M = 2 * K if num_candidates is None else num_candidates
     _require(K <= M <= K * V, "num_candidates", f"{K} (beams of a group) to {K * V} (times the vocabulary)", M)
     _require(ngram_size >= 1, "ngram_size", "at least 1", ngram_size)
-    if ngram_size > 1:
+    if ngram_size == 1:
+        history = None
+    else:
         fits = history is not None and history.dim() == 4 and history.shape[:3] == scores.shape
         got = None if history is None else tuple(history.shape)
         _require(fits, "history", f"shape ({B}, {G}, {K}, t) for ngram_size {ngram_size}", got)
@@ -81,7 +83,7 @@ def diverse_beam_step(
     counts = log_probs.new_zeros(B, 1, V)  # the n of each token; with n-grams (B,K,V)
     earlier: list[Tensor] = []  # with n-grams: the sequences (B,K,t+1) that each earlier group chose
     for g in range(G):
-        if earlier:
+        if history is not None and g:
             counts = _ngram_counts(torch.cat(earlier, 1), history[:, g], ngram_size, V)
         group = log_probs[:, g] - penalty * counts if g else log_probs[:, g]
         best, flat = (group + scores[:, g, :, None]).flatten(1).topk(M)
@@ -90,7 +92,7 @@ def diverse_beam_step(
         kept = _open_candidates(tokens, eos_token_ids, K)
         tokens, parents = tokens.gather(-1, kept), parents.gather(-1, kept)
         ended = None if done is None else done[:, g, None]
-        if ngram_size > 1:
+        if history is not None:
             earlier.append(_append(history[:, g], tokens, parents, ended))
         else:
             tokens = tokens if ended is None else tokens.masked_fill(ended, pad_token_id)

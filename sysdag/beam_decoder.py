@@ -20,10 +20,11 @@ class BeamDecoder:
                 "call model.eval() before the search."
             )
         self.model, self.accepts = model, _argument_names(model)
+        self.cache: Any = None
 
     def start(self, input_ids: Tensor, mask: Tensor, beams: int) -> Tensor:
         """Reads the prompts once, then gives each `beams` rows; returns the logits after them (B,V)."""
-        self.cache, self.mask, self.positions = None, mask, (mask.cumsum(-1) - 1).clamp(min=0)
+        self.mask, self.positions = mask, (mask.cumsum(-1) - 1).clamp(min=0)
         logits = self._forward(input_ids)
         rows = torch.arange(len(input_ids), device=input_ids.device).repeat_interleave(beams)
         self.mask, self.positions = mask[rows], self.positions[rows, -1:]
@@ -51,11 +52,11 @@ class BeamDecoder:
         output = self.model(
             input_ids=input_ids, attention_mask=self.mask, past_key_values=self.cache, use_cache=True, **options
         )
-        self.cache = output.past_key_values
+        self.cache = getattr(output, "past_key_values", None)
         return output.logits[:, -1].to(input_ids.device)
 
 
-def _argument_names(model: nn.Module) -> set[str]:
+def _argument_names(model: Any) -> set[str]:
     """What the language model's own forward takes, under a PEFT, DDP or torch.compile wrapper."""
     if callable(getattr(model, "get_base_model", None)):
         return _argument_names(model.get_base_model())
@@ -66,16 +67,17 @@ def _argument_names(model: nn.Module) -> set[str]:
 
 def _with_room(layer: Any, rows: Tensor) -> Any:
     """The cache layer with its rows repeated; a plain `DynamicLayer` becomes one that grows and reorders in place."""
-    roomy = _roomy_layer_class()
-    if type(layer) is roomy.__base__ and layer.is_initialized:
-        return roomy(layer, rows)
+    from transformers.cache_utils import DynamicLayer  # importing sysdag must not import transformers
+
+    if type(layer) is DynamicLayer and layer.is_initialized:
+        return _roomy_layer_class()(layer, rows)
     layer.reorder_cache(rows)
     return layer
 
 
 @functools.cache
 def _roomy_layer_class() -> type:
-    from transformers.cache_utils import DynamicLayer  # importing sysdag must not import transformers
+    from transformers.cache_utils import DynamicLayer
 
     class RoomyLayer(DynamicLayer):
         """Keys and values (rows, heads, tokens, width) as views of slabs with room for more tokens.
@@ -86,8 +88,10 @@ def _roomy_layer_class() -> type:
         """
 
         room = 128
+        keys: Tensor
+        values: Tensor
 
-        def __init__(self, layer: DynamicLayer, rows: Tensor) -> None:
+        def __init__(self, layer: Any, rows: Tensor) -> None:
             super().__init__()
             self.__dict__.update(vars(layer))
             self.prompt = layer.keys.shape[-2]

@@ -245,7 +245,7 @@ def _is_no_list(kind: Any) -> bool:
     if origin in (typing.Any, object):
         return False
     if origin in (typing.Union, types.UnionType):
-        return all(_is_no_list(member) for member in typing.get_args(kind) if member is not types.NoneType)
+        return all(_is_no_list(member) for member in typing.get_args(kind))
     return isinstance(origin, type) and (not issubclass(origin, Sequence) or issubclass(origin, (str, bytes)))
 
 

@@ -6,10 +6,11 @@ and reference. Several latent nodes give joint paths, drawn along the topologica
 
 from __future__ import annotations
 
+import itertools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,7 +21,16 @@ from sysdag.execute import fill, flat_draws, node_inputs
 from sysdag.plan import Plan
 from sysdag.trace import Cell, Trace
 
-__all__ = ["CandidateStrategy", "Candidates", "DiverseBeamSearch", "MonteCarlo", "distinct_ngrams", "diverse_beam_search"]
+__all__ = [
+    "CandidateStrategy",
+    "Candidates",
+    "DiverseBeamSearch",
+    "Exhaustive",
+    "ImportanceSampling",
+    "MonteCarlo",
+    "distinct_ngrams",
+    "diverse_beam_search",
+]
 
 
 @dataclass(frozen=True)
@@ -30,10 +40,43 @@ class Candidates:
     Attributes:
         trace: one row a candidate, those of one prompt next to each other: the inputs and the latents' cells.
         prompt: for each row, the prompt it belongs to, ascending.
+        log_proposal: for each row, the log-probability of its path under the distribution it was drawn from; None
+            where candidates were searched and not drawn.
+        log_weight: for each row, what is added to log p(y, z|x) before the sum over candidates: 0 for a plain sum,
+            -log q(y|x) - log k for importance sampling.
     """
 
     trace: Trace
     prompt: tuple[int, ...]
+    log_proposal: tuple[float, ...] | None = None
+    log_weight: tuple[float, ...] | None = None
+
+    def select(self, rows: Sequence[int]) -> Candidates:
+        """The candidates of the given rows."""
+        pick = lambda column: None if column is None else tuple(column[row] for row in rows)  # noqa: E731
+        return Candidates(
+            self.trace.select(rows), tuple(self.prompt[row] for row in rows), pick(self.log_proposal), pick(self.log_weight)
+        )
+
+    def of_prompt(self, prompt: int) -> Candidates:
+        """The candidates of one prompt, as prompt 0."""
+        found = self.select([row for row, p in enumerate(self.prompt) if p == prompt])
+        return replace(found, prompt=(0,) * len(found.prompt))
+
+    @staticmethod
+    def join(parts: Sequence[Candidates]) -> Candidates:
+        """Candidates of one prompt each, as those of prompts 0, 1, ..."""
+
+        def chain(name: str) -> tuple[float, ...] | None:
+            columns = [getattr(part, name) for part in parts]
+            return None if None in columns else tuple(itertools.chain.from_iterable(columns))
+
+        return Candidates(
+            Trace.concatenate([part.trace for part in parts]),
+            tuple(number for number, part in enumerate(parts) for _ in part.prompt),
+            chain("log_proposal"),
+            chain("log_weight"),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,29 +101,35 @@ class CandidateStrategy(ABC):
         if not isinstance(self.num_candidates, int) or self.num_candidates < 2:
             raise PlanError(f"num_candidates must be an integer of 2 or more, got {self.num_candidates!r}.")
 
-    def draw(self, plan: Plan, inputs: Mapping[str, Sequence[Any]], generator: torch.Generator | None = None) -> Candidates:
-        """Distinct candidates for each prompt, from the components as they are now."""
-        prompts = len(next(iter(inputs.values())))
+    @property
+    def is_lower_bound(self) -> bool:
+        """Whether the sum over candidates is a plain one over distinct values, and so at most p(z|x)."""
+        return True
+
+    def draw(
+        self, plan: Plan, inputs: Mapping[str, Sequence[Any]], generator: torch.Generator | None = None
+    ) -> Candidates:
+        """Candidates for each prompt, from the components as they are now.
+
+        Args:
+            plan: the system; its latents under Sampling are drawn.
+            inputs: for each input, one value a prompt.
+            generator: a CPU generator; torch's global one by default.
+        """
         latents = plan.latents("sampling")
         shared = [name for name in latents if plan.system[name].likelihood == "none"]
         rows = Trace(inputs, {})
         for name in shared:
-            rows = _extend(plan, rows, name, [[cell] for cell in self._sampled(plan, rows, name, generator)])[0]
-        searched = [name for name in latents if name not in shared]
-        paths = self._paths(plan, rows, searched, generator)
-        kept = _first_distinct(plan, paths, searched, self.num_candidates)
-        return Candidates(paths.trace.select(kept), tuple(paths.prompt[row] for row in kept)) if prompts else paths
+            elements = node_inputs(plan, fill(plan, rows), name)
+            draws = plan.system[name].component.sample(elements.values, generator=generator)
+            rows = rows.updated({name: elements.cells(draws)})
+        return self._paths(plan, rows, [name for name in latents if name not in shared], generator)
 
     @abstractmethod
     def _paths(
         self, plan: Plan, rows: Trace, latents: Sequence[str], generator: torch.Generator | None
     ) -> Candidates:
-        """Joint paths of the latents for each row, best first, possibly repeated."""
-
-    @staticmethod
-    def _sampled(plan: Plan, rows: Trace, name: str, generator: torch.Generator | None) -> list[Cell]:
-        elements = node_inputs(plan, fill(plan, rows), name)
-        return elements.cells(plan.system[name].component.sample(elements.values, generator=generator))
+        """Joint paths of the latents for each row."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,43 +152,129 @@ class DiverseBeamSearch(CandidateStrategy):
     ) -> Candidates:
         prompt = list(range(len(rows)))
         for name in latents:
+            _refuse_plate(plan, name, self)
             fewest = min((prompt.count(p) for p in set(prompt)), default=1)
+            values = node_inputs(plan, fill(plan, rows), name).values
             wanted = math.ceil(self.num_candidates / fewest)
-            elements = node_inputs(plan, fill(plan, rows), name)
-            if elements.counts is not None:
-                raise PlanError(
-                    f"Node {name!r} is a plate and latent; DiverseBeamSearch searches single values. Use MonteCarlo."
-                )
-            found = plan.system[name].component.search(elements.values, wanted, self.diversity_penalty)
-            rows, parents = _extend(plan, rows, name, found)
-            prompt = [prompt[parent] for parent in parents]
-        return Candidates(rows, tuple(prompt))
+            found = plan.system[name].component.search(values, wanted, self.diversity_penalty)
+            rows, prompt = _extend(rows, prompt, name, found)
+        return _distinct(plan, Candidates(rows, tuple(prompt)), latents, self.num_candidates)
 
 
 @dataclass(frozen=True, kw_only=True)
 class MonteCarlo(CandidateStrategy):
-    """`num_candidates` runs of the latent nodes for each prompt; repeated paths are kept once.
+    """`num_candidates` runs of the latent nodes for each prompt.
 
-    As in the paper, the candidates' joint probabilities are summed as they are: the sum is a lower bound on p(z|x).
+    As in the paper, the joint probabilities of the distinct ones are summed as they are: a lower bound on p(z|x).
+
+    Args:
+        temperature, top_p: of sampling; by default the components' own.
+        distinct: keep repeated paths once. With False each counts, and the sum is no bound.
     """
+
+    num_candidates: int = 4
+    temperature: float | None = None
+    top_p: float | None = None
+    distinct: bool = True
+
+    @property
+    def is_lower_bound(self) -> bool:
+        return self.distinct
 
     def _paths(
         self, plan: Plan, rows: Trace, latents: Sequence[str], generator: torch.Generator | None
     ) -> Candidates:
         prompt = [row for row in range(len(rows)) for _ in range(self.num_candidates)]
         rows = rows.select(prompt)
+        log_proposal = [0.0] * len(prompt)
         for name in latents:
-            rows = rows.updated({name: self._sampled(plan, rows, name, generator)})
+            elements = node_inputs(plan, fill(plan, rows), name)
+            component = plan.system[name].component
+            if self.temperature is None and self.top_p is None:
+                draws = component.sample(elements.values, generator=generator)
+            else:
+                temperature, top_p = self.temperature or 1.0, self.top_p or 1.0
+                draws = component.propose(elements.values, temperature=temperature, top_p=top_p, generator=generator)
+            for row, draw in zip(elements.rows, draws, strict=True):
+                log_proposal[row] += draw.log_prob
+            rows = rows.updated({name: elements.cells(draws)})
+        found = Candidates(rows, tuple(prompt), tuple(log_proposal))
+        return _distinct(plan, found, latents, self.num_candidates) if self.distinct else found
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportanceSampling(MonteCarlo):
+    """`num_candidates` runs weighted by the inverse of the probability that they were drawn with.
+
+    log p(z|x) is estimated by logmeanexp [log p(y|x) - log q(y|x) + log p(z|x, y)]: exp of it is unbiased, whatever
+    the temperature, provided that q covers p (top_p < 1 does not). Repeated draws count each. An extension of the paper.
+    """
+
+    distinct: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.distinct:
+            raise PlanError("ImportanceSampling needs every draw, repeated ones too; distinct must be False.")
+
+    def _paths(
+        self, plan: Plan, rows: Trace, latents: Sequence[str], generator: torch.Generator | None
+    ) -> Candidates:
+        found = super()._paths(plan, rows, latents, generator)
+        assert found.log_proposal is not None
+        log_k = math.log(self.num_candidates)
+        return replace(found, log_weight=tuple(-log_q - log_k for log_q in found.log_proposal))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exhaustive(CandidateStrategy):
+    """Every value of every latent node, where all of them draw from finitely many (`Categorical`, `Tabular`): exact.
+
+    Args:
+        num_candidates: most paths of one prompt; more are refused rather than left out.
+    """
+
+    num_candidates: int = 4096
+
+    def _paths(
+        self, plan: Plan, rows: Trace, latents: Sequence[str], generator: torch.Generator | None
+    ) -> Candidates:
+        prompt = list(range(len(rows)))
+        for name in latents:
+            component = plan.system[name].component
+            values = getattr(component, "values", None)
+            if values is None:
+                raise PlanError(f"Exhaustive needs latents with finitely many values; node {name!r} is {component!r}.")
+            _refuse_plate(plan, name, self)
+            draws = component.observe(list(values))
+            rows, prompt = _extend(rows, prompt, name, [draws] * len(rows))
+            most = max((prompt.count(p) for p in set(prompt)), default=0)
+            if most > self.num_candidates:
+                raise PlanError(
+                    f"Exhaustive: node {name!r} makes {most} paths a prompt, more than num_candidates="
+                    f"{self.num_candidates}. Raise it, or use another strategy."
+                )
         return Candidates(rows, tuple(prompt))
 
 
-def _extend(plan: Plan, rows: Trace, name: str, found: Sequence[Sequence[Cell]]) -> tuple[Trace, list[int]]:
-    """Rows repeated once for each value found for them, with that value added; and the row each came from."""
+def _refuse_plate(plan: Plan, name: str, strategy: CandidateStrategy) -> None:
+    if plan.is_plate(name):
+        raise PlanError(
+            f"Node {name!r} is a plate and latent; {type(strategy).__name__} searches single values. Use MonteCarlo."
+        )
+
+
+def _extend(
+    rows: Trace, prompt: Sequence[int], name: str, found: Sequence[Sequence[Cell]]
+) -> tuple[Trace, list[int]]:
+    """Rows repeated once for each value found for them, with that value added, and their prompts."""
     parents = [row for row, cells in enumerate(found) for _ in cells]
-    return rows.select(parents).updated({name: [cell for cells in found for cell in cells]}), parents
+    extended = rows.select(parents).updated({name: [cell for cells in found for cell in cells]})
+    return extended, [prompt[parent] for parent in parents]
 
 
-def _first_distinct(plan: Plan, paths: Candidates, latents: Sequence[str], limit: int) -> list[int]:
+def _distinct(plan: Plan, paths: Candidates, latents: Sequence[str], limit: int) -> Candidates:
+    """The first `limit` different paths of each prompt."""
     seen: dict[int, set[Any]] = {}
     kept = []
     for row, prompt in enumerate(paths.prompt):
@@ -151,7 +286,7 @@ def _first_distinct(plan: Plan, paths: Candidates, latents: Sequence[str], limit
         if key not in found and len(found) < limit:
             found.add(key)
             kept.append(row)
-    return kept
+    return paths.select(kept)
 
 
 def distinct_ngrams(values: Sequence[Any], n: int = 2) -> float:

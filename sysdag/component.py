@@ -53,6 +53,12 @@ class Component(ABC):
         An exact component fills `Draw.log_prob`, and `log_prob` of the draw gives the same number.
         """
 
+    def propose(
+        self, inputs: Sequence[Any], *, temperature: float, top_p: float, generator: torch.Generator | None = None
+    ) -> list[Draw]:
+        """Draws at another temperature and nucleus; `Draw.log_prob` is under the distribution they were drawn from."""
+        raise PlanError(f"{self!r} cannot be sampled at another temperature or top_p.")
+
     @abstractmethod
     def observe(self, values: Sequence[Any]) -> list[Draw]:
         """Draws that stand for given values (a completion's text, an image), ready to be scored.

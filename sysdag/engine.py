@@ -12,80 +12,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sysdag.candidates import CandidateStrategy, distinct_ngrams
+from sysdag.candidate_cache import CandidateCache
+from sysdag.candidates import Candidates, CandidateStrategy, distinct_ngrams
 from sysdag.component import Component
 from sysdag.data import PreferencePair, collate
 from sysdag.errors import PlanError, TrainingError
 from sysdag.execute import fill, flat_draws
 from sysdag.likelihood import node_score
 from sysdag.objective import (
-    LOSSES,
-    SMOOTHED_LOSSES,
     PairScores,
     candidate_log_sum,
+    certificate,
     effective_sample_size,
     preference_loss,
     responsibilities,
 )
-from sysdag.plan import Objective, Plan
+from sysdag.options import NodeOptions, ObjectiveOptions
+from sysdag.plan import Plan
 from sysdag.serialization import component_keys
 from sysdag.trace import Cell, Trace
-
-
-@dataclass(frozen=True, kw_only=True)
-class NodeOptions:
-    """What the objective knows of one node.
-
-    Attributes:
-        beta: the node's own strength of regularisation; the objective's by default.
-        scale: multiplies beta; a diffusion node's convention sets its natural size (see `Diffusion`).
-        trainable: whether the node's component learns.
-        learning_rate: the component's own; the trainer's by default.
-    """
-
-    beta: float | None = None
-    scale: float = 1.0
-    trainable: bool = True
-    learning_rate: float | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class ObjectiveOptions:
-    """Which preference objective, and with what constants; the names are TRL's.
-
-    Raises:
-        PlanError: naming the option that is unknown, out of range, or that the chosen losses would ignore.
-    """
-
-    objective: Objective = "direct"
-    beta: float = 0.1
-    loss_type: tuple[str, ...] = ("sigmoid",)
-    loss_weights: tuple[float, ...] | None = None
-    label_smoothing: float = 0.0
-
-    def __post_init__(self) -> None:
-        if self.objective not in ("direct", "sampling"):
-            raise PlanError(f"objective must be 'direct' or 'sampling', got {self.objective!r}.")
-        if not self.beta > 0:
-            raise PlanError(f"beta must be positive, got {self.beta}.")
-        unknown = [name for name in self.loss_type if name not in LOSSES]
-        if unknown or not self.loss_type:
-            raise PlanError(f"loss_type must name one or more of {sorted(LOSSES)}, got {list(self.loss_type)}.")
-        if self.loss_weights is not None and len(self.loss_weights) != len(self.loss_type):
-            raise PlanError(
-                f"loss_weights needs one weight for each of loss_type {list(self.loss_type)}, got {self.loss_weights}."
-            )
-        if not 0 <= self.label_smoothing < 0.5:
-            raise PlanError(f"label_smoothing must be in [0, 0.5), got {self.label_smoothing}.")
-        if self.label_smoothing and not set(self.loss_type) & set(SMOOTHED_LOSSES):
-            raise PlanError(
-                f"label_smoothing={self.label_smoothing} has no effect on loss_type {list(self.loss_type)}; it belongs "
-                f"to {list(SMOOTHED_LOSSES)}."
-            )
-
-    @property
-    def weights(self) -> tuple[float, ...]:
-        return self.loss_weights or (1.0,) * len(self.loss_type)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,10 +73,10 @@ class SystemModel(nn.Module):
         super().__init__()
         plan.check(options.objective)
         if options.objective == "sampling" and candidates is None:
-            raise PlanError("objective='sampling' needs candidates=DiverseBeamSearch(...) or MonteCarlo(...).")
+            raise PlanError("objective='sampling' needs candidates=DiverseBeamSearch(...) or another strategy.")
         if options.objective == "direct" and candidates is not None:
             raise PlanError("objective='direct' observes the intermediates and has no use for candidates; drop them.")
-        self.plan, self.options, self.candidates = plan, options, candidates
+        self.plan, self.options = plan, options
         self.factors = plan.factors(options.objective)
         self.nodes = self._node_options(dict(nodes or {}))
         self.components: dict[str, Component] = {}
@@ -150,6 +95,14 @@ class SystemModel(nn.Module):
         if not self.references:
             raise PlanError("No node is trainable; there is nothing to align.")
         self.policies = nn.ModuleDict(modules)
+        self.candidates = None if candidates is None else CandidateCache(candidates, options.candidates_refresh_steps)
+        self.proposal = plan if options.candidates_from == "policy" else self._reference_plan()
+
+    def _reference_plan(self) -> Plan:
+        """The plan whose components are the references."""
+        return self.plan.system.with_components(
+            {name: self.references.get(self._key(name), self.plan.system[name].component) for name in self.plan.random_nodes}
+        ).compile()
 
     def _node_options(self, given: dict[str, NodeOptions]) -> dict[str, NodeOptions]:
         found = {}
@@ -186,18 +139,24 @@ class SystemModel(nn.Module):
             if reference.module is not None:
                 reference.module.to(device)
 
-    def forward(self, pairs: Sequence[PreferencePair], generator: torch.Generator | None = None) -> StepOutput:
+    def forward(
+        self, pairs: Sequence[PreferencePair], generator: torch.Generator | None = None, step: int | None = None
+    ) -> StepOutput:
         """Loss and metrics of a batch of preference pairs.
 
         Args:
             pairs: what `sysdag.data.encode_pairs` gives.
             generator: a CPU generator for noise and candidates; torch's global one by default.
+            step: number of optimizer steps so far, for candidates that are kept; None draws anew and keeps nothing.
 
         Raises:
             TrainingError: if a score is not finite, naming the node and the pair.
         """
-        score = self._score_direct if self.options.objective == "direct" else self._score_sampling
-        scores, metrics, log_ratios, policy = score(pairs, generator)
+        if self.candidates is None:
+            scores, metrics, log_ratios, policy = self._score_direct(pairs, generator)
+        else:
+            drawn = self.candidates.draw(self.proposal, collate(pairs)[0].inputs, generator, step)
+            scores, metrics, log_ratios, policy = self._score_sampling(pairs, drawn)
         loss = preference_loss(
             scores, self.options.loss_type, self.options.weights,
             beta=self.options.beta, label_smoothing=self.options.label_smoothing,
@@ -276,67 +235,83 @@ class SystemModel(nn.Module):
         )  # fmt: skip
         return scores, metrics, log_ratios, policies
 
-    def _score_sampling(self, pairs: Sequence[PreferencePair], generator: torch.Generator | None):
+    def _score_sampling(self, pairs: Sequence[PreferencePair], drawn: Candidates):
         count = len(pairs)
-        chosen, rejected = collate(pairs)
-        assert self.candidates is not None  # checked when the model was built
-        drawn = self.candidates.draw(self.plan, chosen.inputs, generator)
+        sides = collate(pairs)
         prompt = list(drawn.prompt)
         latents = self.plan.latents("sampling")
         latent_trace = fill(self.plan, drawn.trace)
-        both = [drawn.trace.updated(side.select(prompt).cells) for side in (chosen, rejected)]
+        both = [drawn.trace.updated(side.select(prompt).cells) for side in sides]
         trace = fill(self.plan, Trace.concatenate(both))
-        index = torch.tensor(prompt, device=next(self.policies.parameters()).device)
+        index = torch.tensor([*prompt, *(p + count for p in prompt)], device=next(self.policies.parameters()).device)
 
         log_ratios, policies, shares = {}, {}, {}
         joint = reference_joint = torch.zeros((), device=index.device)
+        terms = torch.zeros(len(index), device=index.device)
         for name in self.factors:
             latent = name in latents
             rows = latent_trace if latent else trace
             policy, reference = self._score(rows, name, None, prompt if latent else [*prompt, *prompt])
+            lengths = self._lengths(rows, name, index.device)
             log_ratios[name], policies[name] = (policy - reference).detach(), policy.detach()
             if latent:
-                policy, reference = policy.repeat(2), reference.repeat(2)
+                policy, reference, lengths = policy.repeat(2), reference.repeat(2), lengths.repeat(2)
             shares[name] = (policy - reference).detach()
-            joint, reference_joint = joint + policy, reference_joint + reference
+            joint, reference_joint, terms = joint + policy, reference_joint + reference, terms + lengths
 
-        both_index = torch.cat([index, index + count])
-        log_p = candidate_log_sum(joint, both_index, 2 * count)
-        log_q = candidate_log_sum(reference_joint, both_index, 2 * count)
+        log_p, weights = self._candidate_sum(joint, drawn, terms, index, 2 * count)
+        log_q, _ = self._candidate_sum(reference_joint, drawn, terms, index, 2 * count)
         rewards = self.options.beta * (log_p - log_q)
-        with torch.no_grad():
-            weights = responsibilities(joint, both_index, 2 * count)
-            metrics = self._candidate_metrics(drawn.trace, policies, latents, weights, index, count)
-            for name, share in shares.items():
-                credit = torch.zeros_like(rewards).index_add(0, both_index, self.options.beta * weights * share)
-                metrics |= _node_metrics(name, credit[:count], credit[count:])
+        metrics = self._candidate_metrics(drawn, policies, log_p.detach(), weights, index)
+        for name, share in shares.items():
+            credit = torch.zeros_like(rewards).index_add(0, index, self.options.beta * weights * share)
+            metrics |= _node_metrics(name, credit[:count], credit[count:])
         metrics |= {"logps/chosen": log_p[:count], "logps/rejected": log_p[count:]}
-        lengths = torch.zeros(2 * count, device=log_p.device)
+        output_lengths = torch.zeros(2 * count, device=index.device)
         for name in self.plan.system.outputs:
-            cells = [*chosen.cells[name], *rejected.cells[name]]
-            lengths = lengths + self._lengths(Trace({}, {name: cells}), name, log_p.device)
+            column = Trace({}, {name: [*sides[0].cells[name], *sides[1].cells[name]]})
+            output_lengths = output_lengths + self._lengths(column, name, index.device)
         scores = PairScores(
             chosen_rewards=rewards[:count], rejected_rewards=rewards[count:],
-            chosen_lengths=lengths[:count], rejected_lengths=lengths[count:],
-            chosen_nll=-log_p[:count].sum() / lengths[:count].sum().clamp(min=1),
+            chosen_lengths=output_lengths[:count], rejected_lengths=output_lengths[count:],
+            chosen_nll=-log_p[:count].sum() / output_lengths[:count].sum().clamp(min=1),
         )  # fmt: skip
         return scores, metrics, log_ratios, policies
 
+    def _candidate_sum(
+        self, joint: Tensor, drawn: Candidates, terms: Tensor, index: Tensor, sides: int
+    ) -> tuple[Tensor, Tensor]:
+        """log p-hat(z|x) of every side, and the candidates' responsibilities (without gradient)."""
+        if drawn.log_weight is not None:
+            joint = joint + torch.tensor(drawn.log_weight, dtype=joint.dtype, device=joint.device).repeat(2)
+        if self.options.candidate_length_normalization:
+            joint = joint / terms.clamp(min=1)
+        temperature = self.options.responsibility_temperature
+        log_sum = temperature * candidate_log_sum(joint / temperature, index, sides)
+        return log_sum, responsibilities(joint.detach() / temperature, index, sides)
+
     def _candidate_metrics(
-        self, drawn: Trace, policies: Mapping[str, Tensor], latents: Sequence[str], weights: Tensor, index: Tensor,
-        count: int,
-    ) -> dict[str, Tensor]:  # fmt: skip
-        rows = index.shape[0]
-        both_index = torch.cat([index, index + count])
-        latent_log_prob = torch.stack([policies[name] for name in latents if name in policies]).sum(0)
-        texts = [str(value) for name in latents for value in drawn[name]]
-        return {
-            "candidates/effective_sample_size": effective_sample_size(weights, both_index, 2 * count),
-            "candidates/coverage": torch.zeros(count, device=index.device).index_add(0, index, latent_log_prob.exp().float()),
-            "candidates/count": torch.bincount(index, minlength=count).float(),
+        self, drawn: Candidates, policies: Mapping[str, Tensor], log_p: Tensor, weights: Tensor, index: Tensor
+    ) -> dict[str, Tensor]:
+        count, rows = len(log_p) // 2, len(index) // 2
+        latents = [name for name in self.plan.latents("sampling") if name in policies]
+        texts = [str(value) for name in latents for value in drawn.trace[name]]
+        metrics = {
+            "candidates/effective_sample_size": effective_sample_size(weights, index, 2 * count),
+            "candidates/count": torch.bincount(index[:rows], minlength=count).float(),
             "candidates/responsibility_gap": (weights[:rows] - weights[rows:]).abs(),
             "candidates/distinct_2": torch.tensor(distinct_ngrams(texts)),
         }
+        assert self.candidates is not None
+        plain = self.options.responsibility_temperature == 1 and not self.options.candidate_length_normalization
+        if self.candidates.strategy.is_lower_bound:
+            latent_log_prob = torch.stack([policies[name] for name in latents]).sum(0)
+            coverage = latent_log_prob.new_zeros(count).index_add(0, index[:rows], latent_log_prob.exp())
+            metrics["candidates/coverage"] = coverage
+            if plain:
+                lower, upper = certificate(log_p, coverage.repeat(2))
+                metrics |= {"candidates/certified_lower": lower[:count], "candidates/certified_upper": upper[:count]}
+        return metrics
 
 
 def _node_metrics(name: str, chosen: Tensor, rejected: Tensor) -> dict[str, Tensor]:

@@ -124,3 +124,18 @@ def effective_sample_size(
 ) -> Float[Tensor, " P"]:
     """1 / sum of squared responsibilities (Kish): k when all candidates matter alike, 1 when one has everything."""
     return 1 / weights.new_zeros(num_prompts).index_add(0, prompt, weights**2)
+
+
+def certificate(
+    log_sum: Float[Tensor, " P"], coverage: Float[Tensor, " P"]
+) -> tuple[Float[Tensor, " P"], Float[Tensor, " P"]]:
+    """Bounds on log p(z|x) for a discrete z: p-hat <= p(z|x) <= p-hat + (1 - c).
+
+    Args:
+        log_sum: log p-hat, the log of the sum of p(y, z|x) over distinct candidates.
+        coverage: c, the sum of p(y|x) over the same candidates, at most 1; what is left bounds what was left out.
+
+    Returns:
+        The logarithms of the lower and the upper bound.
+    """
+    return log_sum, torch.logaddexp(log_sum, (1 - coverage).clamp(min=0).log()).clamp(max=0)

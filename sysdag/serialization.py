@@ -6,7 +6,6 @@ module declares as nodes, and refuses one that changed since: a saved system mus
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shutil
@@ -141,6 +140,7 @@ def save_system(system: System, folder: str | Path) -> None:
             )
     classes = {key: _class_name(type(component), key) for key, component in components.items()}
     data = system_to_dict(system)
+    created = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=".saving-", dir=folder))
     try:
@@ -158,7 +158,7 @@ def save_system(system: System, folder: str | Path) -> None:
         os.replace(temporary / FILE_NAME, folder / FILE_NAME)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-        with contextlib.suppress(OSError):  # succeeds only where nothing was written
+        if created and not any(folder.iterdir()):
             folder.rmdir()
 
 

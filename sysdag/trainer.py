@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -15,10 +16,13 @@ from transformers.trainer_callback import TrainerCallback
 
 from sysdag.candidates import CandidateStrategy
 from sysdag.data import PreferencePair, encode_pairs
-from sysdag.engine import NodeOptions, ObjectiveOptions, StepOutput, SystemModel
+from sysdag.engine import StepOutput, SystemModel
 from sysdag.errors import PlanError, TrainingError
 from sysdag.graph import System
+from sysdag.options import NodeOptions, ObjectiveOptions
 from sysdag.serialization import load_weights
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -32,6 +36,8 @@ class SysDPOConfig(TrainingArguments):
         loss_weights: one weight for each loss; all 1 by default.
         label_smoothing: probability that a preference is flipped, for `sigmoid` (cDPO) and `robust`; in [0, 0.5).
         nodes: options by node: `{"answer": {"beta": 0.2, "scale": 1.0, "learning_rate": 1e-5, "trainable": False}}`.
+        responsibility_temperature, candidate_length_normalization, candidates_from, candidates_refresh_steps: of
+            Sampling; see `sysdag.options.ObjectiveOptions`.
         disable_dropout: sets the dropout probabilities of trained models to 0, as TRL does, so that policy and
             reference agree at step 0.
         check_reference: at step 0 of a training, stop unless policy and reference score alike on every node.
@@ -45,6 +51,10 @@ class SysDPOConfig(TrainingArguments):
     loss_type: list[str] | str = field(default_factory=lambda: ["sigmoid"])
     loss_weights: list[float] | None = None
     label_smoothing: float = 0.0
+    responsibility_temperature: float = 1.0
+    candidate_length_normalization: bool = False
+    candidates_from: str = "policy"
+    candidates_refresh_steps: int = 1
     nodes: dict[str, dict[str, Any]] | None = None
     disable_dropout: bool = True
     check_reference: bool = True
@@ -60,13 +70,10 @@ class SysDPOConfig(TrainingArguments):
 
     def objective_options(self) -> ObjectiveOptions:
         """The objective's part of the configuration, checked."""
-        return ObjectiveOptions(
-            objective=self.objective,  # type: ignore[arg-type]
-            beta=self.beta,
-            loss_type=tuple(self.loss_type),
-            loss_weights=None if self.loss_weights is None else tuple(self.loss_weights),
-            label_smoothing=self.label_smoothing,
-        )
+        taken = {option.name: getattr(self, option.name) for option in fields(ObjectiveOptions)}
+        for name in ("loss_type", "loss_weights"):
+            taken[name] = None if taken[name] is None else tuple(taken[name])
+        return ObjectiveOptions(**taken)
 
     def node_options(self) -> dict[str, NodeOptions]:
         """The nodes' part of the configuration, checked."""
@@ -117,6 +124,7 @@ class SysDPOTrainer(Trainer):
             _disable_dropout(system_model)
         self._metrics: dict[str, dict[str, list[float]]] = {"train": defaultdict(list), "eval": defaultdict(list)}
         self._evaluated_batches = 0
+        self._warned_of_collapse = False
 
         def encode(rows: Any) -> Any:
             if rows is None or (isinstance(rows, list) and rows and isinstance(rows[0], PreferencePair)):
@@ -167,11 +175,11 @@ class SysDPOTrainer(Trainer):
         self, model: nn.Module, inputs: Mapping[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         mode = "train" if model.training else "eval"
-        generator = None
+        generator, step = None, int(self.state.global_step) if mode == "train" else None
         if mode == "eval":
             generator = torch.Generator().manual_seed(self.args.seed + self._evaluated_batches)
             self._evaluated_batches += 1
-        output: StepOutput = model(inputs["pairs"], generator)
+        output: StepOutput = model(inputs["pairs"], generator, step)
         if mode == "train" and self.state.global_step == 0 and self.args.check_reference:
             _check_reference(output)
         for name, value in output.metrics.items():
@@ -197,6 +205,7 @@ class SysDPOTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
             logs |= self._take("train")
+            self._warn_of_collapse(logs)
         super().log(logs, start_time)
 
     def _take(self, mode: str) -> dict[str, float]:
@@ -210,6 +219,20 @@ class SysDPOTrainer(Trainer):
         total, count = self.accelerator.reduce(sums, "sum").T
         self._metrics[mode].clear()
         return dict(zip(names, (total / count).tolist(), strict=True))
+
+    def _warn_of_collapse(self, logs: Mapping[str, float]) -> None:
+        """Says once when the latents' models have stopped learning (one candidate has all the responsibility)."""
+        size, gap = logs.get("candidates/effective_sample_size"), logs.get("candidates/responsibility_gap")
+        if size is None or gap is None or self._warned_of_collapse or size > 1.05 or gap > 0.01:
+            return
+        self._warned_of_collapse = True
+        logger.warning(
+            "Responsibilities have collapsed: the effective sample size of the candidates is %.3f and winner and loser "
+            "share the same one (mean |w_w - w_l| = %.4f), so the latent nodes' models hardly learn. More diverse "
+            "candidates, responsibility_temperature > 1 or candidate_length_normalization=True spread them.",
+            size,
+            gap,
+        )
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         folder = Path(output_dir or self.args.output_dir or "trainer_output")

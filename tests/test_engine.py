@@ -7,7 +7,8 @@ from tiny import char_tokenizer, llama
 from sysdag import DiverseBeamSearch, Input, MonteCarlo, PlanError, System, TrainingError, node
 from sysdag.components import CausalLM, Opaque, Tabular
 from sysdag.data import encode_pairs
-from sysdag.engine import NodeOptions, ObjectiveOptions, SystemModel
+from sysdag.engine import SystemModel
+from sysdag.options import NodeOptions, ObjectiveOptions
 
 QUESTION = Input("question")
 ROWS = [

@@ -1,0 +1,57 @@
+"""Candidates that are kept for a number of optimizer steps."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from sysdag.candidates import Candidates, CandidateStrategy
+from sysdag.encoding import encode_value
+from sysdag.plan import Plan
+
+
+class CandidateCache:
+    """Draws candidates, and draws those of a prompt anew once they are `refresh_steps` optimizer steps old.
+
+    Args:
+        strategy: how candidates are found.
+        refresh_steps: 1 draws afresh after every update.
+    """
+
+    def __init__(self, strategy: CandidateStrategy, refresh_steps: int) -> None:
+        self.strategy = strategy
+        self.refresh_steps = refresh_steps
+        self._kept: dict[str, tuple[int, Candidates]] = {}
+
+    def draw(
+        self,
+        plan: Plan,
+        inputs: Mapping[str, Sequence[Any]],
+        generator: torch.Generator | None = None,
+        step: int | None = None,
+    ) -> Candidates:
+        """Candidates for each prompt.
+
+        Args:
+            plan, inputs, generator: see `CandidateStrategy.draw`.
+            step: number of optimizer steps so far; None draws anew and keeps nothing.
+        """
+        if self.refresh_steps == 1 or step is None:
+            return self.strategy.draw(plan, inputs, generator)
+        prompts = len(next(iter(inputs.values())))
+        keys = [_key({name: column[row] for name, column in inputs.items()}) for row in range(prompts)]
+        first_row = {key: row for row, key in reversed(list(enumerate(keys)))}
+        stale = [key for key in first_row if key not in self._kept or step - self._kept[key][0] >= self.refresh_steps]
+        if stale:
+            rows = [first_row[key] for key in stale]
+            fresh = self.strategy.draw(plan, {name: [column[row] for row in rows] for name, column in inputs.items()}, generator)
+            for number, key in enumerate(stale):
+                self._kept[key] = (step, fresh.of_prompt(number))
+        return Candidates.join([self._kept[key][1] for key in keys])
+
+
+def _key(inputs: Mapping[str, Any]) -> str:
+    return json.dumps({name: encode_value(value, name) for name, value in inputs.items()}, sort_keys=True)

@@ -1,0 +1,99 @@
+"""The options of an objective and of its nodes, checked when they are made."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from sysdag.errors import PlanError
+from sysdag.objective import LOSSES, SMOOTHED_LOSSES
+from sysdag.plan import Objective
+
+_SAMPLING_ONLY = (
+    "responsibility_temperature",
+    "candidate_length_normalization",
+    "candidates_from",
+    "candidates_refresh_steps",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NodeOptions:
+    """What the objective knows of one node.
+
+    Attributes:
+        beta: the node's own strength of regularisation; the objective's by default.
+        scale: multiplies beta; a diffusion node's convention sets its natural size (see `Diffusion`).
+        trainable: whether the node's component learns.
+        learning_rate: the component's own; the trainer's by default.
+    """
+
+    beta: float | None = None
+    scale: float = 1.0
+    trainable: bool = True
+    learning_rate: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveOptions:
+    """Which preference objective, and with what constants; the names are TRL's.
+
+    Attributes:
+        objective: `direct` or `sampling`.
+        beta: strength of the regularisation towards the reference.
+        loss_type, loss_weights: names in `sysdag.objective.LOSSES`, and one weight each (1 by default).
+        label_smoothing: probability that a preference is flipped, for `sigmoid` and `robust`.
+        responsibility_temperature: t in t log sum exp(joint / t) over candidates; above 1 it keeps one candidate from
+            taking the whole gradient. 1 is the paper's.
+        candidate_length_normalization: divides each candidate's joint log-probability by its number of tokens before
+            the sum, so that long candidates are not left out. Off in the paper.
+        candidates_from: whose distribution candidates are drawn from.
+        candidates_refresh_steps: optimizer steps for which a prompt's candidates are kept.
+
+    Raises:
+        PlanError: naming the option that is unknown, out of range, or that the chosen losses would ignore.
+    """
+
+    objective: Objective = "direct"
+    beta: float = 0.1
+    loss_type: tuple[str, ...] = ("sigmoid",)
+    loss_weights: tuple[float, ...] | None = None
+    label_smoothing: float = 0.0
+    responsibility_temperature: float = 1.0
+    candidate_length_normalization: bool = False
+    candidates_from: Literal["policy", "reference"] = "policy"
+    candidates_refresh_steps: int = 1
+
+    def __post_init__(self) -> None:
+        if self.objective not in ("direct", "sampling"):
+            raise PlanError(f"objective must be 'direct' or 'sampling', got {self.objective!r}.")
+        if not self.beta > 0:
+            raise PlanError(f"beta must be positive, got {self.beta}.")
+        unknown = [name for name in self.loss_type if name not in LOSSES]
+        if unknown or not self.loss_type:
+            raise PlanError(f"loss_type must name one or more of {sorted(LOSSES)}, got {list(self.loss_type)}.")
+        if self.loss_weights is not None and len(self.loss_weights) != len(self.loss_type):
+            raise PlanError(
+                f"loss_weights needs one weight for each of loss_type {list(self.loss_type)}, got {self.loss_weights}."
+            )
+        if not 0 <= self.label_smoothing < 0.5:
+            raise PlanError(f"label_smoothing must be in [0, 0.5), got {self.label_smoothing}.")
+        if self.label_smoothing and not set(self.loss_type) & set(SMOOTHED_LOSSES):
+            raise PlanError(
+                f"label_smoothing={self.label_smoothing} has no effect on loss_type {list(self.loss_type)}; it belongs "
+                f"to {list(SMOOTHED_LOSSES)}."
+            )
+        if not self.responsibility_temperature > 0:
+            raise PlanError(f"responsibility_temperature must be positive, got {self.responsibility_temperature}.")
+        if self.candidates_from not in ("policy", "reference"):
+            raise PlanError(f"candidates_from must be 'policy' or 'reference', got {self.candidates_from!r}.")
+        if self.candidates_refresh_steps < 1:
+            raise PlanError(f"candidates_refresh_steps must be 1 or more, got {self.candidates_refresh_steps}.")
+        if self.objective == "direct":
+            for option in _SAMPLING_ONLY:
+                if getattr(self, option) != getattr(ObjectiveOptions, option):
+                    raise PlanError(f"{option} has no effect on objective='direct', which observes the intermediates.")
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        return self.loss_weights or (1.0,) * len(self.loss_type)
