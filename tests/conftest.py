@@ -1,9 +1,11 @@
+import os
+
 import torch
 from hypothesis import settings
 from jaxtyping import install_import_hook
 
 torch.set_num_threads(1)
-settings.register_profile("sysdag", deadline=None)
+settings.register_profile("sysdag", deadline=None, derandomize="CI" in os.environ)
 settings.load_profile("sysdag")
 
 # Modules of pure tensor functions: their shape annotations are checked on every call that a test makes.
