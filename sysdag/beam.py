@@ -126,7 +126,7 @@ def _ngram_counts(earlier: Tensor, history: Tensor, size: int, vocabulary: int) 
         return counts
     grams = earlier.unfold(-1, size, 1)[:, None]  # (B,1,P,W,n)
     last = grams[..., -1]
-    same = (grams[..., :-1] == history[:, :, None, None, t + 1 - size :]).all(-1) & (last != _EMPTY)  # (B,K,P,W)
+    same = (grams[..., :-1] == history[:, :, None, None, t + 1 - size :]).all(-1)  # (B,K,P,W)
     ends = torch.where(same, last, _EMPTY).sort(-1).values
     repeated = nn.functional.pad(ends[..., 1:] == ends[..., :-1], (1, 0), value=False)
     once = (ends != _EMPTY) & ~repeated
@@ -227,7 +227,6 @@ def diverse_beam_search(
             beams.done = torch.ones_like(beams.done)
 
         rows = torch.arange(len(tokens) * N, device=device).view_as(tokens) // K * K + parents
-        tokens = tokens.masked_fill(done[..., None], pad)
         finished = beams.done.all(-1)
         if (eos is not None or length == T) and finished.any():
             sequences[beams.prompts[finished]], scores[beams.prompts[finished]] = beams.select(finished).ranked()

@@ -43,7 +43,9 @@ class CandidateCache:
             return self.strategy.draw(plan, inputs, generator)
         prompts = len(next(iter(inputs.values())))
         keys = [_key({name: column[row] for name, column in inputs.items()}) for row in range(prompts)]
-        first_row = {key: row for row, key in reversed(list(enumerate(keys)))}
+        first_row: dict[str, int] = {}
+        for row, key in enumerate(keys):
+            first_row.setdefault(key, row)
         stale = [key for key in first_row if key not in self._kept or step - self._kept[key][0] >= self.refresh_steps]
         if stale:
             rows = [first_row[key] for key in stale]

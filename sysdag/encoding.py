@@ -11,6 +11,7 @@ import io
 import json
 import math
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import numpy
@@ -83,7 +84,7 @@ def _raw(text: str) -> bytes:
 
 def _npy(value: numpy.ndarray | numpy.generic, name: str) -> bytes:
     # A dtype that NumPy's file format does not know (bfloat16, for one) would come back as raw bytes.
-    if value.dtype.hasobject or value.dtype.isbuiltin == 2 or value.dtype.kind == "T":
+    if value.dtype.hasobject or value.dtype.isbuiltin == 2:
         raise DataError(f"{name!r}: an array of dtype {value.dtype} cannot be written without loss; convert it first.")
     buffer = io.BytesIO()
     numpy.save(buffer, value, allow_pickle=False)
@@ -115,7 +116,7 @@ def _from_image(content: list) -> Any:
     return Image.frombytes(mode, tuple(size), _raw(text))
 
 
-_DECODERS = {
+_DECODERS: dict[str, Callable[[Any], Any]] = {
     "__float__": float,
     "__utf8__": lambda text: _raw(text).decode("utf-8", "surrogatepass"),
     "__bytes__": _raw,

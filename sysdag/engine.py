@@ -156,7 +156,7 @@ class SystemModel(nn.Module):
             scores, metrics, log_ratios, policy = self._score_direct(pairs, generator)
         else:
             drawn = self.candidates.draw(self.proposal, collate(pairs)[0].inputs, generator, step)
-            scores, metrics, log_ratios, policy = self._score_sampling(pairs, drawn)
+            scores, metrics, log_ratios, policy = self._score_sampling(pairs, drawn, generator)
         loss = preference_loss(
             scores, self.options.loss_type, self.options.weights,
             beta=self.options.beta, label_smoothing=self.options.label_smoothing,
@@ -235,7 +235,9 @@ class SystemModel(nn.Module):
         )  # fmt: skip
         return scores, metrics, log_ratios, policies
 
-    def _score_sampling(self, pairs: Sequence[PreferencePair], drawn: Candidates):
+    def _score_sampling(
+        self, pairs: Sequence[PreferencePair], drawn: Candidates, generator: torch.Generator | None
+    ):
         count = len(pairs)
         sides = collate(pairs)
         prompt = list(drawn.prompt)
@@ -249,6 +251,8 @@ class SystemModel(nn.Module):
         joint = reference_joint = torch.zeros((), device=index.device)
         terms = torch.zeros(len(index), device=index.device)
         for name in self.factors:
+            if self.plan.system[name].likelihood == "bound":
+                continue
             latent = name in latents
             rows = latent_trace if latent else trace
             policy, reference = self._score(rows, name, None, prompt if latent else [*prompt, *prompt])
@@ -267,6 +271,13 @@ class SystemModel(nn.Module):
             credit = torch.zeros_like(rewards).index_add(0, index, self.options.beta * weights * share)
             metrics |= _node_metrics(name, credit[:count], credit[count:])
         metrics |= {"logps/chosen": log_p[:count], "logps/rejected": log_p[count:]}
+        for name in self.factors:
+            if self.plan.system[name].likelihood == "bound":
+                policy, reference = self._score_outside(name, sides, drawn, generator)
+                log_ratios[name], policies[name] = (policy - reference).detach(), policy.detach()
+                reward = self.options.beta * (policy - reference)
+                log_p, rewards = log_p + policy, rewards + reward
+                metrics |= _node_metrics(name, reward[:count], reward[count:])
         output_lengths = torch.zeros(2 * count, device=index.device)
         for name in self.plan.system.outputs:
             column = Trace({}, {name: [*sides[0].cells[name], *sides[1].cells[name]]})
@@ -277,6 +288,16 @@ class SystemModel(nn.Module):
             chosen_nll=-log_p[:count].sum() / output_lengths[:count].sum().clamp(min=1),
         )  # fmt: skip
         return scores, metrics, log_ratios, policies
+
+    def _score_outside(
+        self, name: str, sides: Sequence[Trace], drawn: Candidates, generator: torch.Generator | None
+    ) -> tuple[Tensor, Tensor]:
+        """Scores of an output that no candidate changes: the same term in every summand, so it leaves the sum."""
+        first = [drawn.prompt.index(prompt) for prompt in range(len(sides[0]))]
+        shared = drawn.trace.select(first)
+        trace = fill(self.plan, Trace.concatenate([shared.updated(side.cells) for side in sides]))
+        noise = _paired_noise(self.plan.system[name].component, trace.cells[name], generator)
+        return self._score(trace, name, noise, [*range(len(first)), *range(len(first))])
 
     def _candidate_sum(
         self, joint: Tensor, drawn: Candidates, terms: Tensor, index: Tensor, sides: int

@@ -99,9 +99,8 @@ def draw(plan: Plan, path: str | Path) -> None:
         boxes[name] = axes.text(*position, _label(plan, name, "\n"), ha="center", va="center", fontsize=9, bbox=box)
     figure.draw_without_rendering()  # gives the boxes their sizes: an arrow goes from the edge of one to the next
     to_data = axes.transData.inverted()
-    height = {
-        name: text.get_bbox_patch().get_window_extent().transformed(to_data).height for name, text in boxes.items()
-    }
+    patches = {name: text.get_bbox_patch() for name, text in boxes.items()}
+    height = {name: patch.get_window_extent().transformed(to_data).height for name, patch in patches.items() if patch}
     for edge in plan.system.edges:
         (x, y), (child_x, child_y) = place[edge.parent], place[edge.child]
         start, end = y - height[edge.parent] / 2, child_y + height[edge.child] / 2

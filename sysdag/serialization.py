@@ -46,7 +46,7 @@ def system_to_dict(system: System) -> dict[str, Any]:
     of the builtins str, int, float, list, dict and bool.
     """
     key_of = {id(component): key for key, component in component_keys(system).items()}
-    name_of_type = {kind: name for name, kind in _VALUE_TYPES.items()}
+    name_of_type: dict[type | None, str] = {kind: name for name, kind in _VALUE_TYPES.items()}
     return {
         "format_version": FORMAT_VERSION,
         "inputs": [{"name": i.name, "value_type": name_of_type.get(i.value_type)} for i in system.inputs],

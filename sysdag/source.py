@@ -20,7 +20,7 @@ def source_hash(function: Callable[..., Any]) -> str | None:
     Decorators are left out: the component that `@node(...)` names is saved apart.
     """
     try:
-        source = textwrap.dedent(inspect.getsource(inspect.unwrap(function)))
+        source = textwrap.dedent(inspect.getsource(function))
     except (OSError, TypeError):
         return None
     try:

@@ -7,7 +7,7 @@ import pytest
 from systems import Fake, edges, node_of
 
 from sysdag.errors import GraphError, SysdagError
-from sysdag.graph import Edge, Edges, Input, System, loop, node
+from sysdag.graph import Edge, Edges, Input, Node, System, loop, node
 
 x, y = Input("x"), Input("y")
 
@@ -110,8 +110,7 @@ def test_duplicate_name(members):
     first, second = members()
     child = node_of("child", "a x")
     with refused(
-        "Name 'a' stands for 2 different inputs or nodes; names must be unique. Rename one with "
-        "@node(..., name='...')."
+        "Name 'a' stands for 2 different inputs or nodes; names must be unique. Rename one with @node(..., name='...')."
     ):
         System(*(x >> m for m in (first, second) if not isinstance(m, Input)), (x & first & second) >> child)
 
@@ -203,9 +202,7 @@ def test_component_given_as_a_class():
 
 
 def test_component_that_is_none():
-    with refused(
-        "Node 'a': expected a component (something with `likelihood`, `sample` and `log_prob`), got 'gpt-4'."
-    ):
+    with refused("Node 'a': expected a component (something with `likelihood`, `sample` and `log_prob`), got 'gpt-4'."):
         node_of("a", "x", "gpt-4")
     with refused("expected a component"):
         node_of("a", "x", Fake(likelihood="likely"))
@@ -242,6 +239,9 @@ def test_names_are_identifiers(name):
         node_of(name, "x")
     with refused(f"Input name must be a Python identifier (it is a parameter of functions), got {name!r}."):
         Input(name)
+    unchecked = Node(lambda: 0, None, name)
+    with refused(f"Node name must be a Python identifier, got {name!r}."):
+        System.from_parts([], [unchecked], [], [name])
 
 
 def test_names_of_lambdas_and_objects():

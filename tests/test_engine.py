@@ -1,10 +1,12 @@
+import dataclasses
 import math
+from typing import ClassVar
 
 import pytest
 import torch
 from tiny import char_tokenizer, llama
 
-from sysdag import DiverseBeamSearch, Input, MonteCarlo, PlanError, System, TrainingError, node
+from sysdag import DiverseBeamSearch, ImportanceSampling, Input, MonteCarlo, PlanError, System, TrainingError, node
 from sysdag.components import CausalLM, Opaque, Tabular
 from sysdag.data import encode_pairs
 from sysdag.engine import SystemModel
@@ -264,3 +266,132 @@ def test_an_opaque_parent_cancels_in_direct_and_is_shared_by_candidates_in_sampl
     assert output.metrics["candidates/coverage"] == pytest.approx(1.0)
     assert output.metrics["candidates/count"] == 2
     assert output.metrics["logps/chosen"] == pytest.approx(math.log(0.5 * 0.9 + 0.5 * 0.2))
+
+
+def sampled(model, pairs, **options):
+    """The metrics of a batch under other options of the objective."""
+    model.options = dataclasses.replace(model.options, **options)
+    return model(pairs)
+
+
+def test_a_responsibility_temperature_flattens_the_responsibilities():
+    model, pairs = build(two_llms(), ROWS, candidates=FixedDrafts(num_candidates=3), objective="sampling", beta=0.3)
+    sizes = [
+        sampled(model, pairs, responsibility_temperature=t).metrics["candidates/effective_sample_size"] for t in (1, 5, 1e6)
+    ]
+    assert sizes[0] < sizes[1] < sizes[2] == pytest.approx((3 + 2) / 2, rel=1e-4)
+    metrics = sampled(model, pairs, responsibility_temperature=2.0).metrics
+    assert "candidates/certified_lower" not in metrics
+
+
+def test_length_normalization_is_the_log_sum_of_averaged_likelihoods():
+    model, pairs = build(two_llms(), ROWS[:1], candidates=FixedDrafts(num_candidates=3), objective="sampling", beta=0.3)
+    model.candidates.strategy.__class__.drafts = (("y", "n0", ""),)
+    try:
+        output = sampled(model, pairs, candidate_length_normalization=True)
+    finally:
+        model.candidates.strategy.__class__.drafts = (("y", "n0", ""), ("a", "bb"))
+    rewards = {}
+    for side in ("chosen", "rejected"):
+        sums = []
+        for parts in (model.components, model.references):
+            terms = []
+            for y in ("y", "n0", ""):
+                log_p = text_log_prob(parts["draft"], "q: ab d:", y) + text_log_prob(
+                    parts["answer"], f"q: ab d: {y} a:", ROWS[0][side]
+                )
+                terms.append(log_p / (len(y) + 1 + len(ROWS[0][side]) + 1))
+            sums.append(torch.stack(terms).logsumexp(0))
+        rewards[side] = 0.3 * (sums[0] - sums[1])
+    assert output.metrics["rewards/margins"] == pytest.approx(float((rewards["chosen"] - rewards["rejected"]).detach()), abs=1e-6)
+
+
+def test_importance_weights_enter_the_sum():
+    drawn = {}
+
+    class Watched(ImportanceSampling):
+        def draw(self, plan, inputs, generator=None):
+            drawn["candidates"] = super().draw(plan, inputs, generator)
+            return drawn["candidates"]
+
+    model, pairs = build(two_llms(3), ROWS, candidates=Watched(num_candidates=3), objective="sampling", beta=0.3)
+    output = model(pairs, torch.Generator().manual_seed(0))
+    candidates = drawn["candidates"]
+    assert candidates.prompt == (0, 0, 0, 1, 1, 1)
+    expected = []
+    for number, row in enumerate(ROWS):
+        terms = [
+            text_log_prob(model.components["answer"], f"q: {row['question']} d: {cell.value} a:", row["chosen"])
+            for cell, prompt in zip(candidates.trace.cells["draft"], candidates.prompt, strict=True)
+            if prompt == number
+        ]
+        expected.append(float(torch.stack(terms).logsumexp(0).detach()) - math.log(3))
+    # candidates come from the policy itself, so p(y|x) / q(y|x) is 1
+    assert output.metrics["logps/chosen"] == pytest.approx(sum(expected) / 2, abs=1e-4)
+    assert "candidates/coverage" not in output.metrics
+
+
+def test_candidates_are_kept_for_the_asked_number_of_steps():
+    calls = []
+
+    class Counted(MonteCarlo):
+        def draw(self, plan, inputs, generator=None):
+            calls.append(list(inputs["question"]))
+            return super().draw(plan, inputs, generator)
+
+    strategy = Counted(num_candidates=3)
+    model, pairs = build(two_llms(), ROWS, candidates=strategy, objective="sampling", candidates_refresh_steps=3)
+    kept = [model(pairs, step=step).metrics["candidates/distinct_2"] for step in range(3)]
+    assert calls == [["ab", "what?"]]
+    assert len(set(kept)) == 1
+    model(pairs[:1], step=3)
+    assert calls[1:] == [["ab"]]
+    model(pairs, step=4)
+    assert calls[2:] == [["what?"]]
+    model(pairs)
+    assert calls[3:] == [["ab", "what?"]]
+    fresh, pairs = build(two_llms(), ROWS, candidates=strategy, objective="sampling")
+    calls.clear()
+    fresh(pairs, step=0)
+    fresh(pairs, step=0)
+    assert len(calls) == 2
+
+
+def test_candidates_may_come_from_the_reference():
+    class Watched(DiverseBeamSearch):
+        seen: ClassVar = []
+
+        def draw(self, plan, inputs, generator=None):
+            self.seen.append(plan.system["draft"].component)
+            return super().draw(plan, inputs, generator)
+
+    for source in ("policy", "reference"):
+        model, pairs = build(
+            two_llms(), ROWS, candidates=Watched(num_candidates=2), objective="sampling", candidates_from=source
+        )
+        model(pairs)
+        expected = model.components if source == "policy" else model.references
+        assert Watched.seen[-1] is expected["draft"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"responsibility_temperature": 2.0},
+        {"candidate_length_normalization": True},
+        {"candidates_from": "reference"},
+        {"candidates_refresh_steps": 2},
+    ],
+)
+def test_options_of_sampling_are_refused_for_direct(options):
+    with pytest.raises(PlanError, match=f"{next(iter(options))} has no effect on objective='direct'"):
+        ObjectiveOptions(**options)
+    ObjectiveOptions(objective="sampling", **options)
+
+
+@pytest.mark.parametrize(
+    "options", [{"responsibility_temperature": 0.0}, {"candidates_from": "both"}, {"candidates_refresh_steps": 0}]
+)
+def test_options_of_sampling_out_of_range_are_refused(options):
+    with pytest.raises(PlanError, match=next(iter(options))):
+        ObjectiveOptions(objective="sampling", **options)

@@ -227,6 +227,12 @@ def test_a_plate_into_a_loop_reaches_every_visit():
     assert edges(system) == {"x.each() >> a[0]", "x.each() >> a[1]", "state >> a[0]", "a[0] >> a[1] as state"}
 
 
+def test_feedback_of_a_plate_is_a_plate():
+    start, a = node_of("start"), node_of("a", "start")
+    system = System(loop(start.each() >> a, carry={"start": a}, times=2))
+    assert edges(system) == {"start.each() >> a[0]", "a[0].each() >> a[1] as start"}
+
+
 @pytest.mark.parametrize("written", [True, False])
 def test_feedback_into_an_optional_parameter_starts_at_its_default(written):
     @node
@@ -295,6 +301,9 @@ def test_with_components_replaces_the_named_ones_alone():
     assert system["critic"].component is systems.shared
     with pytest.raises(GraphError, match="no node 'critik'"):
         system.with_components({"critik": other})
+    a = node_of("a", "x", Fake("m"))
+    visits = System(loop(x >> a, carry={"x": a}, times=2)).with_components({"a[1]": other}).nodes
+    assert [visit.component.label for visit in visits] == ["m", "other"]
 
 
 def test_from_parts_rebuilds_and_checks():

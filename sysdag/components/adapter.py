@@ -8,6 +8,7 @@ may put an adapter each on one base model. Saved adapters have peft's own layout
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,7 +50,9 @@ def attach(model: Any, config: PeftConfig) -> str:
         )
     name = f"{_NAME}_{len(taken)}" if taken else _NAME
     others = {key for key, parameter in model.named_parameters() if taken and parameter.requires_grad}
-    inject_adapter_in_model(config, model, adapter_name=name)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several adapters are meant
+        inject_adapter_in_model(config, model, adapter_name=name)
     for key, parameter in model.named_parameters():
         parameter.requires_grad_(parameter.requires_grad or key in others)
     return name

@@ -218,6 +218,11 @@ class CausalLM(Component):
             logger.warning("%r: %s; further cases are not reported.", self, message)
 
     def sample(self, inputs: Sequence[Any], *, generator: torch.Generator | None = None) -> list[Draw]:
+        return self.propose(inputs, temperature=self.temperature, top_p=self.top_p, generator=generator)
+
+    def propose(
+        self, inputs: Sequence[Any], *, temperature: float, top_p: float, generator: torch.Generator | None = None
+    ) -> list[Draw]:
         draws: list[Draw] = []
         prompts = self.prompt_ids(inputs)
         with self._decoding() as model:
@@ -225,7 +230,7 @@ class CausalLM(Component):
                 ids, mask = left_pad(prompts[start : start + self.batch_size], self._pad_token_id, self.device)
                 sampled = sample_tokens(
                     model, ids, mask, max_new_tokens=self.max_new_tokens, eos_token_ids=self._eos_token_ids,
-                    pad_token_id=self._pad_token_id, temperature=self.temperature, top_p=self.top_p, generator=generator,
+                    pad_token_id=self._pad_token_id, temperature=temperature, top_p=top_p, generator=generator,
                 )  # fmt: skip
                 for row, length, log_prob in zip(
                     sampled.token_ids.tolist(), sampled.lengths.tolist(), sampled.log_probs.tolist(), strict=True

@@ -13,20 +13,24 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from sysdag.component import Component
-from sysdag.components import pipeline_folder
+from sysdag.components import hooks, pipeline_folder
 from sysdag.components.conditioning import Conditioner, Hook, repeated
 from sysdag.components.forward_process import DiffusionNoise, ForwardProcess
-from sysdag.components.images import read_pixels, to_pil
+from sysdag.components.images import read_pixels, stack_latents, to_pil
 from sysdag.components.pipeline import Pipeline
 from sysdag.components.reverse_process import denoise
-from sysdag.errors import DataError, PlanError, SerializationError
-from sysdag.graph import import_function
+from sysdag.errors import PlanError, SerializationError
 from sysdag.trace import Draw
 
 if TYPE_CHECKING:
     from peft import PeftConfig
 
 CONVENTIONS = ("sysdpo", "diffusion-dpo", "diffusers")
+_FUNCTIONS = ("condition", "weighting")
+_OPTIONS = (
+    "sample_shape", "num_inference_steps", "guidance_scale", "convention", "num_noise_draws", "train_text_encoder",
+    "mask_padding", "max_text_length", "null_class", "batch_size",
+)  # fmt: skip
 
 
 class Diffusion(Component):
@@ -247,41 +251,15 @@ class Diffusion(Component):
     def key(self, draw: Draw) -> Any:
         return numpy.asarray(draw.record["latents"]).tobytes()
 
-    def _latents(self, draws: Sequence[Draw]) -> Float[Tensor, "n C H W"]:
-        found = []
-        for element, draw in enumerate(draws):
-            if "latents" not in draw.record:
-                raise DataError(
-                    f"{self!r} scores draws that hold latents, got the record {list(draw.record)}; make draws of "
-                    "images with observe(...).",
-                    element=element,
-                )
-            found.append(torch.as_tensor(draw.record["latents"], dtype=torch.float32))
-            if found[-1].shape != self.sample_shape:
-                raise DataError(
-                    f"{self!r} draws latents of shape {self.sample_shape}, got {tuple(found[-1].shape)}.",
-                    element=element,
-                )
-        return torch.stack(found)
-
-    # Scores
-
     def noise(self, draws: Sequence[Draw], generator: torch.Generator | None = None) -> DiffusionNoise:
         """Times t ~ U{0..T-1} and standard normal eps for each draw, on the CPU.
 
         Pass the same to policy and reference, and to the winner and the loser of a pair. The first k of n draws get the
         noise that k draws would get.
         """
-        count = self.num_noise_draws
-        place: dict[str, Any] = {"generator": generator, "device": "cpu" if generator is None else generator.device}
-        times, eps = [], []
-        for _ in draws:
-            times.append(torch.randint(self.forward_process.num_timesteps, (count,), **place).cpu())
-            eps.append(torch.randn(count, *self.sample_shape, **place).cpu())
-        if not times:
-            return DiffusionNoise(torch.zeros(0, dtype=torch.long), torch.zeros(0, *self.sample_shape))
-        made = DiffusionNoise(torch.stack(times), torch.stack(eps))
-        return made if count > 1 else DiffusionNoise(made.timesteps[:, 0], made.eps[:, 0])
+        return DiffusionNoise.draw(
+            len(draws), self.num_noise_draws, self.forward_process.num_timesteps, self.sample_shape, generator
+        )
 
     def errors(self, inputs: Sequence[Any], draws: Sequence[Draw], noise: DiffusionNoise) -> Float[Tensor, " n"]:
         """|target - prediction|^2 summed over a draw's C*H*W elements, fp32; with several (t, eps), their mean.
@@ -319,13 +297,11 @@ class Diffusion(Component):
         times = noise.timesteps.reshape(-1).to(device)
         eps = noise.eps.reshape(-1, *self.sample_shape).to(device)
         count = len(times) // len(draws)
-        clean = self._latents(draws).to(device).repeat_interleave(count, dim=0)
+        clean = stack_latents(draws, self.sample_shape).to(device).repeat_interleave(count, dim=0)
         with self.pipeline.running():
             arguments = repeated(self._conditioner()(inputs), count)
             model_times = process.model_times.to(device)[times]
             prediction = self.pipeline.predict(process.corrupt(clean, times, eps), model_times, arguments)
-        if prediction.shape[0] != len(clean) or prediction.shape[2:] != clean.shape[2:]:
-            raise PlanError(f"{self!r}: the denoiser made {tuple(prediction.shape)} of {tuple(clean.shape)}.")
         difference = process.target(clean, times, eps) - prediction[:, : clean.shape[1]]
         return difference.square().flatten(1).sum(1).reshape(len(draws), count)
 
@@ -345,39 +321,35 @@ class Diffusion(Component):
         """Writes each part to the subfolder that its own library loads, and an adapter to `adapter/`.
 
         Raises:
-            SerializationError: for a part that is no class of diffusers or transformers, or a `condition` or
-                `weighting` that cannot be imported again.
+            SerializationError: for a reference, a part that is no class of diffusers or transformers, or a `condition`
+                or `weighting` that cannot be imported again.
         """
-        functions = {name: _import_path(name, getattr(self, name)) for name in ("condition", "weighting")}
+        if self.pipeline.frozen:
+            raise SerializationError(f"{self!r} is a reference; save the component that it was made from.")
+        functions = {name: hooks.describe(name, getattr(self, name)) for name in _FUNCTIONS}
         index = pipeline_folder.save_parts(self.pipeline.parts, Path(folder), self.pipeline.adapter)
-        names = (
-            "num_inference_steps", "guidance_scale", "convention", "num_noise_draws", "train_text_encoder",
-            "mask_padding", "max_text_length", "null_class", "batch_size",
-        )  # fmt: skip
-        shape = None if self._sample_shape is None else list(self._sample_shape)
-        return {"parts": index, "sample_shape": shape, **functions, **{name: getattr(self, name) for name in names}}
+        options = {name: getattr(self, name) for name in _OPTIONS} | {"sample_shape": self._sample_shape}
+        return {"parts": index, "adapter": self.pipeline.adapter is not None, **functions, **options}
 
     @classmethod
     def from_pretrained(cls, folder: Path, options: Mapping[str, Any]) -> Self:
         """A component from what `save_pretrained` wrote; the weights load when `module` is first needed.
 
         Raises:
-            SerializationError: if a part's folder is missing, or a function cannot be imported.
+            SerializationError: if an option or a part's folder is missing or unknown, or a function cannot be had.
         """
-        options = dict(options)
-        index = options.pop("parts")
-        missing = [name for name in index if not (Path(folder) / name).is_dir()]
-        if missing:
-            raise SerializationError(f"{str(folder)!r} lacks the subfolders {missing} of a saved Diffusion.")
-        for name in ("condition", "weighting"):
-            if options[name] is not None:
-                try:
-                    options[name] = import_function(options[name])
-                except (ImportError, AttributeError) as error:
-                    raise SerializationError(
-                        f"{name}={options[name]!r} cannot be imported ({error}); put its module on the path."
-                    ) from error
-        made = cls(Path(folder), **options)
+        unknown = sorted(options.keys() ^ {"parts", "adapter", *_FUNCTIONS, *_OPTIONS})
+        if unknown:
+            raise SerializationError(
+                f"These are not the options of a saved Diffusion: {unknown} are unknown or missing."
+            )
+        index = options["parts"]
+        parts = [*index, pipeline_folder.ADAPTER] if options["adapter"] else [*index]
+        missing = [name for name in parts if not (Path(folder) / name).is_dir()]
+        if missing or not index.keys() <= pipeline_folder.PARTS:
+            raise SerializationError(f"{str(folder)!r} lacks {missing} of the parts {parts} of a saved Diffusion.")
+        functions: dict[str, Any] = {name: hooks.load(name, options.get(name)) for name in _FUNCTIONS}
+        made = cls(Path(folder), **functions, **{name: options[name] for name in _OPTIONS})
         made._index = index
         return made
 
@@ -393,19 +365,3 @@ class Diffusion(Component):
 def _draw(pixels: Float[Tensor, "c h w"], latents: Float[Tensor, "C H W"]) -> Draw:
     image = to_pil(pixels) if len(pixels) in (1, 3) else pixels.cpu().numpy().copy()
     return Draw(image, {"latents": latents.cpu().numpy().copy()})
-
-
-def _import_path(option: str, function: Callable[..., Any] | None) -> str | None:
-    if function is None:
-        return None
-    path = f"{getattr(function, '__module__', None)}:{getattr(function, '__qualname__', type(function).__qualname__)}"
-    try:
-        found = None if path.startswith("__main__:") else import_function(path)
-    except (ImportError, AttributeError):
-        found = None
-    if found is not function:
-        raise SerializationError(
-            f"{option}={path} cannot be saved: it is not importable under that name. Move the function to the top "
-            "level of a module."
-        )
-    return path

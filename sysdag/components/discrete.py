@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sysdag.component import Component
-from sysdag.decoding import device_generator
+from sysdag.decoding import device_generator, proposal_log_probs
 from sysdag.errors import DataError
 from sysdag.trace import Draw
 
@@ -27,8 +27,13 @@ class Discrete(Component):
         """Unnormalised log-probabilities of every value for each input."""
 
     def sample(self, inputs: Sequence[Any], *, generator: torch.Generator | None = None) -> list[Draw]:
+        return self.propose(inputs, temperature=1.0, top_p=1.0, generator=generator)
+
+    def propose(
+        self, inputs: Sequence[Any], *, temperature: float, top_p: float, generator: torch.Generator | None = None
+    ) -> list[Draw]:
         with torch.no_grad():
-            log_probs = self.logits(inputs).log_softmax(-1)
+            log_probs = proposal_log_probs(self.logits(inputs), temperature, top_p)
             drawn = torch.multinomial(log_probs.exp(), 1, generator=device_generator(generator, log_probs.device))
             chosen = log_probs.gather(1, drawn)
         return [

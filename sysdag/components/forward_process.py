@@ -47,6 +47,24 @@ class DiffusionNoise:
     timesteps: Int[Tensor, " n *M"]
     eps: Float[Tensor, "n *M C H W"]
 
+    @classmethod
+    def draw(
+        cls,
+        count: int,
+        draws_each: int,
+        num_timesteps: int,
+        shape: tuple[int, int, int],
+        generator: torch.Generator | None = None,
+    ) -> DiffusionNoise:
+        """Noise for `count` draws, on the CPU. The first k of n draws get the noise that k draws would get."""
+        place: dict[str, Any] = {"generator": generator, "device": "cpu" if generator is None else generator.device}
+        timesteps = torch.zeros(count, draws_each, dtype=torch.long)
+        eps = torch.zeros(count, draws_each, *shape)
+        for row in range(count):
+            timesteps[row] = torch.randint(num_timesteps, (draws_each,), **place)
+            eps[row] = torch.randn(draws_each, *shape, **place)
+        return cls(timesteps, eps) if draws_each > 1 else cls(timesteps[:, 0], eps[:, 0])
+
     def __len__(self) -> int:
         return self.timesteps.shape[0]
 

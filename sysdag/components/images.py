@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sysdag.errors import DataError
+from sysdag.trace import Draw
 
 _MODES = {1: ("L", "1"), 3: ("RGB", "P")}
 
@@ -91,3 +93,24 @@ def _from_array(value: Any, shape: tuple[int, int, int], element: int | None) ->
         low, high = array.min().item(), array.max().item()
         raise DataError(f"{expected}, got values from {low:.3g} to {high:.3g}.", element=element)
     return array
+
+
+def stack_latents(draws: Sequence[Draw], shape: tuple[int, int, int]) -> Float[Tensor, "n C H W"]:
+    """The latents of draws, fp32 on the CPU.
+
+    Raises:
+        DataError: for a draw that holds no latents, or latents of another shape.
+    """
+    found = []
+    for element, draw in enumerate(draws):
+        if "latents" not in draw.record:
+            raise DataError(
+                f"expected a draw that holds latents, got the record {list(draw.record)}; make draws of images with "
+                "observe(...).",
+                element=element,
+            )
+        latents = torch.as_tensor(draw.record["latents"], dtype=torch.float32).cpu()
+        if tuple(latents.shape) != tuple(shape):
+            raise DataError(f"expected latents of shape {shape}, got {tuple(latents.shape)}.", element=element)
+        found.append(latents)
+    return torch.stack(found)

@@ -118,11 +118,21 @@ class Pipeline:
     def predict(
         self, noisy: Float[Tensor, "n C H W"], times: Tensor, arguments: Mapping[str, Any]
     ) -> Float[Tensor, "n K H W"]:
-        """The denoiser's output, fp32, computed in its own dtype on its own device. To be called inside `running`."""
-        weight = next(self.denoiser.parameters())
+        """The denoiser's output, fp32, computed in its own dtype on its own device. To be called inside `running`.
+
+        Raises:
+            PlanError: if it is not (n, C, H, W), or (n, 2C, H, W) with a learned variance.
+        """
+        weight = next(parameter for parameter in self.denoiser.parameters() if parameter.is_floating_point())
         device, dtype = weight.device, weight.dtype
         placed = mapped(arguments, lambda tensor: tensor.to(device, dtype if tensor.is_floating_point() else None))
         output = self.denoiser(noisy.to(device, dtype), timestep=times.to(device), **placed, return_dict=False)[0]
+        n, channels, *size = noisy.shape
+        if tuple(output.shape) not in ((n, channels, *size), (n, 2 * channels, *size)):
+            raise PlanError(
+                f"{type(self.denoiser).__name__} made {tuple(output.shape)} of samples {tuple(noisy.shape)}; expected "
+                "as many channels, or twice as many where it learns its variance too."
+            )
         return output.float()
 
     def reference(self) -> Pipeline:

@@ -23,7 +23,7 @@ from sysdag.components import adapter as adapters
 from sysdag.errors import PlanError, SerializationError
 
 DENOISERS = ("unet", "transformer")
-PARTS = (*DENOISERS, "scheduler", "text_encoder", "tokenizer", "vae")
+PARTS = frozenset({*DENOISERS, "scheduler", "text_encoder", "tokenizer", "vae"})
 ADAPTER = "adapter"
 _LIBRARIES = ("diffusers", "transformers")
 _PIPELINES = {
@@ -48,10 +48,10 @@ def read_index(source: str | Path, revision: str | None = None) -> dict[str, dic
 
     folder = Path(source)
     if folder.is_dir() and not (folder / "model_index.json").exists():
-        index = {name: _class_from_config(folder / name) for name in PARTS if (folder / name).is_dir()}
+        index = {name: _class_from_config(folder / name) for name in sorted(PARTS) if (folder / name).is_dir()}
     else:
         config = DiffusionPipeline.load_config(source, revision=revision)
-        index = {name: config[name] for name in PARTS if (config.get(name) or (None,))[0] is not None}
+        index = {name: config[name] for name in sorted(PARTS) if (config.get(name) or (None,))[0] is not None}
     if "scheduler" not in index or not any(name in index for name in DENOISERS):
         raise PlanError(
             f"{str(source)!r} is no pipeline folder: expected the subfolders scheduler/ and unet/ or transformer/, "

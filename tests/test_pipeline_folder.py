@@ -1,0 +1,281 @@
+"""Saved `Diffusion` components: bit by bit, each part by its own library, and no code of the folder's choosing."""
+
+import copy
+import functools
+import json
+
+import diffusers
+import pytest
+import torch
+import transformers
+from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, UNet2DConditionModel
+from peft import LoraConfig, PeftModel
+from tiny_diffusion import (
+    HOOKED,
+    LORA,
+    Diffusion,
+    T,
+    autoencoder,
+    dit,
+    drift,
+    from_text,
+    images,
+    latents_of,
+    pixart,
+    plain_unet,
+    pooled,
+    scheduler_of,
+    sd3,
+    seed,
+    t5,
+    text_unet,
+    unmasked_unet,
+    vectors,
+    word_tokenizer,
+)
+from transformers import CLIPTextModel
+
+from sysdag.errors import PlanError, SerializationError
+
+SAVED = {
+    "text": (lambda: from_text(vae=autoencoder(), guidance_scale=2.0), ["dark", "a light circle"]),
+    "lora": (lambda: from_text(peft_config=LoraConfig(**LORA), convention="diffusion-dpo"), ["dark", "light"]),
+    "lora and text encoder": (
+        lambda: from_text(peft_config=LoraConfig(**LORA), train_text_encoder=True, max_text_length=4),
+        ["dark", "light"],
+    ),
+    "labels": (lambda: Diffusion(dit(), scheduler=scheduler_of("v_prediction"), num_noise_draws=2), [1, 4]),
+    "pixart": (
+        lambda: Diffusion(pixart(), scheduler=scheduler_of("epsilon"), text_encoder=t5(), tokenizer=word_tokenizer()),
+        ["dark", "a light circle"],
+    ),
+    "unconditional": (
+        lambda: Diffusion(plain_unet(), scheduler=scheduler_of("sample"), sample_shape=(1, 8, 4), batch_size=3),
+        [None] * 2,
+    ),
+    "hook": (lambda: HOOKED, [0.5, 2.0]),
+    "half": (
+        lambda: Diffusion(
+            text_unet().to(torch.bfloat16), scheduler=scheduler_of("epsilon"), peft_config=LoraConfig(**LORA)
+        ),
+        vectors(2),
+    ),
+}  # fmt: skip
+
+
+def assert_same_tensors(one, other):
+    """Both modules hold bit-identical tensors, adapters' names aside."""
+    mine, theirs = one.state_dict(), other.state_dict()
+    assert mine.keys() == theirs.keys()
+    for key, tensor in mine.items():
+        assert tensor.dtype == theirs[key].dtype, key
+        assert torch.equal(tensor, theirs[key]), key
+
+
+@pytest.mark.parametrize("name", SAVED)
+def test_saved_component_comes_back_bit_by_bit(name, tmp_path):
+    make, inputs = SAVED[name]
+    component = make()
+    drift(component.module, size=0.02)
+    options = json.loads(json.dumps(component.save_pretrained(tmp_path)))
+    assert not list(tmp_path.rglob("*.bin"))
+    loaded = Diffusion.from_pretrained(tmp_path, options)
+    assert loaded._pipeline is None  # nothing is read before it is needed
+    assert_same_tensors(component.module, loaded.module)
+    for one, other in zip(component.module.parameters(), loaded.module.parameters(), strict=True):
+        assert one.requires_grad == other.requires_grad
+    draws = component.sample(inputs, generator=seed(0))
+    assert torch.equal(latents_of(draws), latents_of(loaded.sample(inputs, generator=seed(0))))
+    noise = component.noise(draws, seed(1))
+    assert torch.equal(component.score(inputs, draws, noise), loaded.score(inputs, draws, noise))
+    assert loaded.save_pretrained(tmp_path / "again") == options | {"sample_shape": component._sample_shape}
+
+
+@pytest.mark.parametrize("name", SAVED)
+def test_load_weights_puts_every_tensor_back_in_place(name, tmp_path):
+    component = SAVED[name][0]()
+    drift(component.module, size=0.02)
+    before = copy.deepcopy(component.module.state_dict())
+    places = {key: tensor.data_ptr() for key, tensor in component.module.state_dict().items()}
+    component.save_pretrained(tmp_path)
+    with torch.no_grad():
+        for tensor in component.module.state_dict().values():
+            tensor.add_(1)
+    component.load_weights(tmp_path)
+    after = component.module.state_dict()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    assert places == {key: tensor.data_ptr() for key, tensor in after.items()}
+
+
+def test_each_folder_is_loaded_by_its_own_library(tmp_path):
+    component = from_text(vae=autoencoder(), peft_config=LoraConfig(**LORA))
+    drift(component.module)
+    component.save_pretrained(tmp_path)
+    unet = UNet2DConditionModel.from_pretrained(tmp_path / "unet", use_safetensors=True)
+    assert_same_tensors(unet, text_unet())
+    assert_same_tensors(AutoencoderKL.from_pretrained(tmp_path / "vae"), component.module["vae"])
+    assert_same_tensors(CLIPTextModel.from_pretrained(tmp_path / "text_encoder"), component.module["text_encoder"])
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "tokenizer")
+    assert tokenizer("a dark square")["input_ids"] == [3, 4, 6]
+    scheduler = DDIMScheduler.from_pretrained(tmp_path / "scheduler")
+    assert scheduler.config.num_train_timesteps == T
+
+    adapted = PeftModel.from_pretrained(unet, tmp_path / "adapter")
+    x, t, states = torch.randn(2, 1, 8, 8), torch.tensor([3, 7]), torch.randn(2, 1, 8)
+    with torch.no_grad():
+        ours = component.module["denoiser"](x, t, states).sample
+        torch.testing.assert_close(adapted(x, t, states).sample, ours)
+        with adapted.disable_adapter():
+            assert (adapted(x, t, states).sample - ours).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize(
+    ("component", "pipeline"),
+    [
+        (lambda: from_text(vae=autoencoder(shift_factor=None)), "StableDiffusionPipeline"),
+        (lambda: Diffusion(plain_unet(), scheduler=scheduler_of("epsilon")), "DDPMPipeline"),
+    ],
+)
+def test_parts_of_a_known_pipeline_load_as_one(component, pipeline, tmp_path):
+    component().save_pretrained(tmp_path)
+    pipe = diffusers.DiffusionPipeline.from_pretrained(tmp_path, use_safetensors=True)
+    assert type(pipe).__name__ == pipeline
+    assert_same_tensors(pipe.unet, component().module["denoiser"])
+
+
+def test_a_pipeline_folder_is_a_model(tmp_path):
+    component = from_text(vae=autoencoder())
+    component.save_pretrained(tmp_path)
+    with_index = Diffusion(str(tmp_path), num_inference_steps=4)
+    assert repr(with_index) == f"Diffusion('{tmp_path}', steps=4, guidance=1, scale=sysdpo)"
+    (copied := tmp_path / "copied").mkdir()
+    for part in ("unet", "scheduler", "text_encoder", "tokenizer", "vae"):
+        (tmp_path / part).rename(copied / part)
+    without_index = Diffusion(copied, num_inference_steps=4)
+    (copied / "model_index.json").write_text((tmp_path / "model_index.json").read_text())
+    with_index._source = copied
+    expected = latents_of(component.sample(["dark"], generator=seed(0)))
+    for loaded in (with_index, without_index):
+        assert torch.equal(latents_of(loaded.sample(["dark"], generator=seed(0))), expected)
+        assert loaded.pipeline.parts.keys() == component.pipeline.parts.keys()
+    replaced = Diffusion(copied, scheduler=DDPMScheduler(num_train_timesteps=T), peft_config=LoraConfig(**LORA))
+    assert isinstance(replaced.pipeline.parts["scheduler"], DDPMScheduler)
+    assert all("lora_" in name for name, p in replaced.module.named_parameters() if p.requires_grad)
+    half = Diffusion(copied, dtype=torch.float16)
+    assert {p.dtype for p in half.module.parameters()} == {torch.float16}
+
+
+def test_a_folder_with_an_adapter_continues_it(tmp_path):
+    component = from_text(peft_config=LoraConfig(**LORA))
+    drift(component.module)
+    component.save_pretrained(tmp_path)
+    loaded = Diffusion(tmp_path, num_inference_steps=4)
+    assert_same_tensors(component.module, loaded.module)
+    draws = component.observe(images(1))
+    noise = component.noise(draws, seed(0))
+    reference = loaded.reference()
+    assert torch.equal(reference.score(["dark"], draws, noise), component.score(["dark"], draws, noise))
+    with pytest.raises(PlanError, match="holds an adapter; leave peft_config out"):
+        Diffusion(tmp_path, peft_config=LoraConfig(**LORA)).module  # noqa: B018
+
+
+def test_a_folder_that_is_no_pipeline_is_named(tmp_path):
+    (tmp_path / "unet").mkdir()
+    (tmp_path / "unet" / "config.json").write_text('{"_class_name": "UNet2DModel"}')
+    with pytest.raises(PlanError, match=r"is no pipeline folder: expected .*scheduler/.*found \['unet'\]"):
+        Diffusion(tmp_path).module  # noqa: B018
+
+
+def test_pickled_weights_are_not_read(tmp_path):
+    component = Diffusion(plain_unet(), scheduler=scheduler_of("epsilon"))
+    options = component.save_pretrained(tmp_path)
+    weights = component.module["denoiser"].state_dict()
+    torch.save(weights, tmp_path / "unet" / "diffusion_pytorch_model.bin")
+    (tmp_path / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    with pytest.raises(OSError, match="safetensors"):
+        Diffusion.from_pretrained(tmp_path, options).module  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    "entry", [{"library": "os", "class": "system"}, {"library": "diffusers", "class": "utils"},
+              {"library": "transformers", "class": "NoSuchModel"}],
+)  # fmt: skip
+def test_classes_come_from_diffusers_and_transformers_only(entry, tmp_path):
+    options = dict(Diffusion(plain_unet(), scheduler=scheduler_of("epsilon")).save_pretrained(tmp_path))
+    options["parts"] = options["parts"] | {"unet": entry}
+    with pytest.raises(SerializationError, match="only classes of diffusers and transformers"):
+        Diffusion.from_pretrained(tmp_path, options).module  # noqa: B018
+
+
+def test_a_part_of_another_class_is_not_saved(tmp_path):
+    component = Diffusion(unmasked_unet(), scheduler=scheduler_of("epsilon"))
+    with pytest.raises(SerializationError, match="is 'Unmasked' of 'tiny_diffusion'"):
+        component.save_pretrained(tmp_path)
+
+
+def undeclared(inputs):
+    return pooled(inputs)
+
+
+@pytest.mark.parametrize(
+    ("hook", "message"),
+    [
+        (lambda inputs: pooled(inputs), "must be a function at the top level"),
+        (functools.partial(pooled), "must be a function at the top level"),
+        (undeclared, r"gives no such function to a component\. Make the node, @node\(\.\.\.\(condition=undeclared\)\)"),
+    ],
+)
+def test_a_hook_that_could_not_be_found_again_is_not_saved(hook, message, tmp_path):
+    component = Diffusion(sd3(), scheduler=scheduler_of("flow"), condition=hook)
+    with pytest.raises(SerializationError, match=message):
+        component.save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("saved", "message"),
+    [
+        ({"path": "os:system", "source_sha256": None}, "os gives no such function to a component"),
+        ({"path": "subprocess:call", "source_sha256": None}, "subprocess gives no such function"),
+        ({"path": "no_such_module:f", "source_sha256": None}, "cannot be imported"),
+        ({"path": "tiny_diffusion:nothing", "source_sha256": None}, "gives no such function"),
+        ({"path": "tiny_diffusion:pooled", "source_sha256": "0"}, "changed since"),
+    ],
+)
+def test_a_saved_hook_cannot_name_any_function(saved, message, tmp_path):
+    options = dict(HOOKED.save_pretrained(tmp_path)) | {"condition": saved}
+    with pytest.raises(SerializationError, match=message):
+        Diffusion.from_pretrained(tmp_path, options)
+
+
+def test_folders_and_options_that_do_not_fit_are_named(tmp_path):
+    plain = Diffusion(plain_unet(), scheduler=scheduler_of("epsilon"))
+    options = dict(plain.save_pretrained(tmp_path / "plain"))
+    with pytest.raises(SerializationError, match=r"\['surprise'\] are unknown or missing"):
+        Diffusion.from_pretrained(tmp_path / "plain", options | {"surprise": 1})
+    with pytest.raises(SerializationError, match=r"\['convention'\] are unknown or missing"):
+        Diffusion.from_pretrained(tmp_path / "plain", {k: v for k, v in options.items() if k != "convention"})
+    with pytest.raises(SerializationError, match=r"lacks \['unet', 'scheduler'\]|lacks \['scheduler', 'unet'\]"):
+        Diffusion.from_pretrained(tmp_path, options)
+    with pytest.raises(SerializationError, match=r"lacks \['adapter'\]"):
+        Diffusion.from_pretrained(tmp_path / "plain", options | {"adapter": True})
+    other = Diffusion(plain_unet(block_out_channels=(8, 16)), scheduler=scheduler_of("epsilon"))
+    with pytest.raises(SerializationError, match=r"other weights than this model: \d+ tensors differ"):
+        other.load_weights(tmp_path / "plain")
+    adapted = Diffusion(
+        plain_unet(), scheduler=scheduler_of("epsilon"), peft_config=LoraConfig(r=2, target_modules=["conv1"])
+    )
+    with pytest.raises(SerializationError, match="holds no adapter, but the component has one"):
+        adapted.load_weights(tmp_path / "plain")
+    adapted.save_pretrained(tmp_path / "adapted")
+    with pytest.raises(SerializationError, match="holds an adapter, but the component has none"):
+        plain.load_weights(tmp_path / "adapted")
+    wider = Diffusion(
+        plain_unet(), scheduler=scheduler_of("epsilon"), peft_config=LoraConfig(r=3, target_modules=["conv1"])
+    )
+    with pytest.raises(SerializationError, match=r"lora_A.weight' \(expected shape \(3, 8, 3, 3\), got \(2, 8, 3, 3\)"):
+        wider.load_weights(tmp_path / "adapted")
+    with pytest.raises(SerializationError, match="is a reference; save the component"):
+        plain.reference().save_pretrained(tmp_path / "reference")
+    with pytest.raises(SerializationError, match=r"lacks the subfolder '(text_encoder|unet)'"):
+        from_text().load_weights(tmp_path / "nowhere")
