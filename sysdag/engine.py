@@ -13,24 +13,16 @@ import torch
 from torch import Tensor, nn
 
 from sysdag.candidate_cache import CandidateCache
-from sysdag.candidates import Candidates, CandidateStrategy, distinct_ngrams
+from sysdag.candidates import CandidateStrategy
+from sysdag.comparison import Comparison, DirectComparison, SamplingComparison, Term
 from sysdag.component import Component
-from sysdag.data import PreferencePair, collate
+from sysdag.data import PreferencePair
 from sysdag.errors import PlanError, TrainingError
-from sysdag.execute import fill, flat_draws
 from sysdag.likelihood import node_score
-from sysdag.objective import (
-    PairScores,
-    candidate_log_sum,
-    certificate,
-    effective_sample_size,
-    preference_loss,
-    responsibilities,
-)
+from sysdag.objective import preference_loss
 from sysdag.options import NodeOptions, ObjectiveOptions
 from sysdag.plan import Plan
 from sysdag.serialization import component_keys
-from sysdag.trace import Cell, Trace
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,9 +92,9 @@ class SystemModel(nn.Module):
 
     def _reference_plan(self) -> Plan:
         """The plan whose components are the references."""
-        return self.plan.system.with_components(
-            {name: self.references.get(self._key(name), self.plan.system[name].component) for name in self.plan.random_nodes}
-        ).compile()
+        frozen = {id(self.components[key]): reference for key, reference in self.references.items()}
+        nodes = [self.plan.system[name] for name in self.plan.random_nodes]
+        return self.plan.system.with_components({n.name: frozen.get(id(n.component), n.component) for n in nodes}).compile()
 
     def _node_options(self, given: dict[str, NodeOptions]) -> dict[str, NodeOptions]:
         found = {}
@@ -152,11 +144,10 @@ class SystemModel(nn.Module):
         Raises:
             TrainingError: if a score is not finite, naming the node and the pair.
         """
-        if self.candidates is None:
-            scores, metrics, log_ratios, policy = self._score_direct(pairs, generator)
-        else:
-            drawn = self.candidates.draw(self.proposal, collate(pairs)[0].inputs, generator, step)
-            scores, metrics, log_ratios, policy = self._score_sampling(pairs, drawn, generator)
+        comparison = self._compare(pairs, generator, step)
+        scored = {term.name: self._score(term) for term in comparison.terms}
+        policy = {name: ours for name, (ours, _) in scored.items()}
+        scores, metrics = comparison.combine(policy, {name: theirs for name, (_, theirs) in scored.items()})
         loss = preference_loss(
             scores, self.options.loss_type, self.options.weights,
             beta=self.options.beta, label_smoothing=self.options.label_smoothing,
@@ -171,187 +162,35 @@ class SystemModel(nn.Module):
         return StepOutput(
             loss=loss,
             metrics={name: float(value.detach().float().mean()) for name, value in metrics.items()},
-            log_ratios=log_ratios,
-            scores=policy,
+            log_ratios={name: (ours - theirs).detach() for name, (ours, theirs) in scored.items()},
+            scores={name: ours.detach() for name, ours in policy.items()},
         )
 
-    def _weight(self, name: str) -> float:
-        node = self.nodes[name]
-        return (self.options.beta if node.beta is None else node.beta) * node.scale
+    def _compare(
+        self, pairs: Sequence[PreferencePair], generator: torch.Generator | None, step: int | None
+    ) -> Comparison:
+        if self.candidates is None:
+            return DirectComparison(self.plan, self.options, self.nodes, pairs, generator)
+        inputs = {name: [pair.inputs[name] for pair in pairs] for name in pairs[0].inputs}
+        drawn = self.candidates.draw(self.proposal, inputs, generator, step)
+        is_lower_bound = self.candidates.strategy.is_lower_bound
+        return SamplingComparison(self.plan, self.options, pairs, drawn, is_lower_bound, generator)
 
-    def _score(
-        self, trace: Trace, name: str, noise: Any, pair_of: Sequence[int]
-    ) -> tuple[Tensor, Tensor]:
-        """Policy's and reference's scores of one node, one a row of the trace; `pair_of` names rows in errors."""
-        policy = node_score(self.plan, trace, name, noise=noise)
-        reference = self.references.get(self._key(name))
+    def _score(self, term: Term) -> tuple[Tensor, Tensor]:
+        """Policy's and reference's scores of one term; where nothing trains, they are the same."""
+        policy = node_score(self.plan, term.trace, term.name, noise=term.noise)
+        component = self.plan.system[term.name].component
+        reference = next((self.references.get(key) for key, c in self.components.items() if c is component), None)
         if reference is None:
-            frozen = policy.detach()
+            frozen = policy = policy.detach()
         else:
             with torch.no_grad():
-                frozen = node_score(self.plan, trace, name, component=reference, noise=noise).to(policy.device)
+                frozen = node_score(self.plan, term.trace, term.name, component=reference, noise=term.noise)
         for side, values in (("policy", policy), ("reference", frozen)):
             if not values.isfinite().all():
                 row = int((~values.isfinite()).nonzero()[0])
                 raise TrainingError(
-                    f"Node {name!r}: the {side}'s score of pair {pair_of[row]} of the batch is {values[row].item()}. "
-                    "The weights were not changed."
+                    f"Node {term.name!r}: the {side}'s score of pair {term.pair_of[row]} of the batch is "
+                    f"{values[row].item()}. The weights were not changed."
                 )
-        return policy, frozen
-
-    def _key(self, name: str) -> str:
-        component = self.plan.system[name].component
-        return next((key for key, other in self.components.items() if other is component), "")
-
-    def _lengths(self, trace: Trace, name: str, device: torch.device) -> Tensor:
-        component = self.plan.system[name].component
-        column = trace.cells[name]
-        return torch.tensor([float(sum(component.lengths(flat_draws([cell])))) for cell in column], device=device)
-
-    def _score_direct(self, pairs: Sequence[PreferencePair], generator: torch.Generator | None):
-        count = len(pairs)
-        trace = fill(self.plan, Trace.concatenate(collate(pairs)))
-        pair_of = [*range(count), *range(count)]
-        device = next(self.policies.parameters()).device
-        rewards, lengths, log_probs = (torch.zeros(2 * count, device=device) for _ in range(3))
-        nll = torch.zeros((), device=device)
-        metrics: dict[str, Tensor] = {}
-        log_ratios, policies = {}, {}
-        for name in self.factors:
-            noise = _paired_noise(self.plan.system[name].component, trace.cells[name], generator)
-            policy, reference = self._score(trace, name, noise, pair_of)
-            terms = self._lengths(trace, name, device)
-            reward = self._weight(name) * (policy - reference)
-            rewards, lengths = rewards + reward, lengths + terms
-            nll = nll - self.nodes[name].scale * policy[:count].sum() / terms[:count].sum().clamp(min=1)
-            log_ratios[name], policies[name] = (policy - reference).detach(), policy.detach()
-            metrics |= _node_metrics(name, reward[:count], reward[count:])
-            if self.plan.system[name].likelihood == "exact":
-                log_probs = log_probs + policy.detach()
-        metrics |= {"logps/chosen": log_probs[:count], "logps/rejected": log_probs[count:]}
-        scores = PairScores(
-            chosen_rewards=rewards[:count], rejected_rewards=rewards[count:],
-            chosen_lengths=lengths[:count], rejected_lengths=lengths[count:], chosen_nll=nll,
-        )  # fmt: skip
-        return scores, metrics, log_ratios, policies
-
-    def _score_sampling(
-        self, pairs: Sequence[PreferencePair], drawn: Candidates, generator: torch.Generator | None
-    ):
-        count = len(pairs)
-        sides = collate(pairs)
-        prompt = list(drawn.prompt)
-        latents = self.plan.latents("sampling")
-        latent_trace = fill(self.plan, drawn.trace)
-        both = [drawn.trace.updated(side.select(prompt).cells) for side in sides]
-        trace = fill(self.plan, Trace.concatenate(both))
-        index = torch.tensor([*prompt, *(p + count for p in prompt)], device=next(self.policies.parameters()).device)
-
-        log_ratios, policies, shares = {}, {}, {}
-        joint = reference_joint = torch.zeros((), device=index.device)
-        terms = torch.zeros(len(index), device=index.device)
-        for name in self.factors:
-            if self.plan.system[name].likelihood == "bound":
-                continue
-            latent = name in latents
-            rows = latent_trace if latent else trace
-            policy, reference = self._score(rows, name, None, prompt if latent else [*prompt, *prompt])
-            lengths = self._lengths(rows, name, index.device)
-            log_ratios[name], policies[name] = (policy - reference).detach(), policy.detach()
-            if latent:
-                policy, reference, lengths = policy.repeat(2), reference.repeat(2), lengths.repeat(2)
-            shares[name] = (policy - reference).detach()
-            joint, reference_joint, terms = joint + policy, reference_joint + reference, terms + lengths
-
-        log_p, weights = self._candidate_sum(joint, drawn, terms, index, 2 * count)
-        log_q, _ = self._candidate_sum(reference_joint, drawn, terms, index, 2 * count)
-        rewards = self.options.beta * (log_p - log_q)
-        metrics = self._candidate_metrics(drawn, policies, log_p.detach(), weights, index)
-        for name, share in shares.items():
-            credit = torch.zeros_like(rewards).index_add(0, index, self.options.beta * weights * share)
-            metrics |= _node_metrics(name, credit[:count], credit[count:])
-        metrics |= {"logps/chosen": log_p[:count], "logps/rejected": log_p[count:]}
-        for name in self.factors:
-            if self.plan.system[name].likelihood == "bound":
-                policy, reference = self._score_outside(name, sides, drawn, generator)
-                log_ratios[name], policies[name] = (policy - reference).detach(), policy.detach()
-                reward = self.options.beta * (policy - reference)
-                log_p, rewards = log_p + policy, rewards + reward
-                metrics |= _node_metrics(name, reward[:count], reward[count:])
-        output_lengths = torch.zeros(2 * count, device=index.device)
-        for name in self.plan.system.outputs:
-            column = Trace({}, {name: [*sides[0].cells[name], *sides[1].cells[name]]})
-            output_lengths = output_lengths + self._lengths(column, name, index.device)
-        scores = PairScores(
-            chosen_rewards=rewards[:count], rejected_rewards=rewards[count:],
-            chosen_lengths=output_lengths[:count], rejected_lengths=output_lengths[count:],
-            chosen_nll=-log_p[:count].sum() / output_lengths[:count].sum().clamp(min=1),
-        )  # fmt: skip
-        return scores, metrics, log_ratios, policies
-
-    def _score_outside(
-        self, name: str, sides: Sequence[Trace], drawn: Candidates, generator: torch.Generator | None
-    ) -> tuple[Tensor, Tensor]:
-        """Scores of an output that no candidate changes: the same term in every summand, so it leaves the sum."""
-        first = [drawn.prompt.index(prompt) for prompt in range(len(sides[0]))]
-        shared = drawn.trace.select(first)
-        trace = fill(self.plan, Trace.concatenate([shared.updated(side.cells) for side in sides]))
-        noise = _paired_noise(self.plan.system[name].component, trace.cells[name], generator)
-        return self._score(trace, name, noise, [*range(len(first)), *range(len(first))])
-
-    def _candidate_sum(
-        self, joint: Tensor, drawn: Candidates, terms: Tensor, index: Tensor, sides: int
-    ) -> tuple[Tensor, Tensor]:
-        """log p-hat(z|x) of every side, and the candidates' responsibilities (without gradient)."""
-        if drawn.log_weight is not None:
-            joint = joint + torch.tensor(drawn.log_weight, dtype=joint.dtype, device=joint.device).repeat(2)
-        if self.options.candidate_length_normalization:
-            joint = joint / terms.clamp(min=1)
-        temperature = self.options.responsibility_temperature
-        log_sum = temperature * candidate_log_sum(joint / temperature, index, sides)
-        return log_sum, responsibilities(joint.detach() / temperature, index, sides)
-
-    def _candidate_metrics(
-        self, drawn: Candidates, policies: Mapping[str, Tensor], log_p: Tensor, weights: Tensor, index: Tensor
-    ) -> dict[str, Tensor]:
-        count, rows = len(log_p) // 2, len(index) // 2
-        latents = [name for name in self.plan.latents("sampling") if name in policies]
-        texts = [str(value) for name in latents for value in drawn.trace[name]]
-        metrics = {
-            "candidates/effective_sample_size": effective_sample_size(weights, index, 2 * count),
-            "candidates/count": torch.bincount(index[:rows], minlength=count).float(),
-            "candidates/responsibility_gap": (weights[:rows] - weights[rows:]).abs(),
-            "candidates/distinct_2": torch.tensor(distinct_ngrams(texts)),
-        }
-        assert self.candidates is not None
-        plain = self.options.responsibility_temperature == 1 and not self.options.candidate_length_normalization
-        if self.candidates.strategy.is_lower_bound:
-            latent_log_prob = torch.stack([policies[name] for name in latents]).sum(0)
-            coverage = latent_log_prob.new_zeros(count).index_add(0, index[:rows], latent_log_prob.exp())
-            metrics["candidates/coverage"] = coverage
-            if plain:
-                lower, upper = certificate(log_p, coverage.repeat(2))
-                metrics |= {"candidates/certified_lower": lower[:count], "candidates/certified_upper": upper[:count]}
-        return metrics
-
-
-def _node_metrics(name: str, chosen: Tensor, rejected: Tensor) -> dict[str, Tensor]:
-    return {
-        f"nodes/{name}/rewards/chosen": chosen,
-        f"nodes/{name}/rewards/rejected": rejected,
-        f"nodes/{name}/rewards/margins": chosen - rejected,
-    }
-
-
-def _paired_noise(component: Component, cells: Sequence[Cell], generator: torch.Generator | None) -> Any:
-    """Noise for winners followed by losers, one draw shared by the two sides of a pair (and of a plate's element)."""
-    if component.likelihood != "bound":
-        return None
-    count = len(cells) // 2
-    columns = [flat_draws([cell]) for cell in cells]
-    longest = [max(columns[row], columns[row + count], key=len) for row in range(count)]
-    starts = [0]
-    for column in longest:
-        starts.append(starts[-1] + len(column))
-    noise = component.noise([draw for column in longest for draw in column], generator)
-    return noise.select([starts[row % count] + place for row, column in enumerate(columns) for place in range(len(column))])
+        return policy, frozen.to(policy.device)

@@ -15,7 +15,7 @@ PACKAGE = ROOT / "sysdag"
 LAYERS = [
     "errors", "graph", "build", "render", "plan", "encoding", "trace", "source", "component", "serialization",
     "decoding", "beam_decoder", "beam", "components", "execute", "likelihood", "candidates",
-    "candidate_cache", "objective", "options", "theory", "data", "engine", "trainer",
+    "candidate_cache", "objective", "options", "theory", "data", "comparison", "engine", "trainer",
 ]  # fmt: skip
 # A user reaches everything from a System or a Plan: these methods import upwards when they are called.
 FACADES = {
