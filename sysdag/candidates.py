@@ -143,9 +143,12 @@ class DiverseBeamSearch(CandidateStrategy):
         num_candidates: k; the paper uses 2 to 4.
         diversity_penalty: subtracted from a token's log-probability for each earlier group that chose it at this step,
             in nats; the paper uses 20.
+        ngram_size: 1 counts tokens chosen at this step (Hamming diversity, the paper's); n counts n-grams that earlier
+            groups already contain.
     """
 
     diversity_penalty: float = 20.0
+    ngram_size: int = 1
 
     def _paths(
         self, plan: Plan, rows: Trace, latents: Sequence[str], generator: torch.Generator | None
@@ -156,7 +159,7 @@ class DiverseBeamSearch(CandidateStrategy):
             fewest = min((prompt.count(p) for p in set(prompt)), default=1)
             values = node_inputs(plan, fill(plan, rows), name).values
             wanted = math.ceil(self.num_candidates / fewest)
-            found = plan.system[name].component.search(values, wanted, self.diversity_penalty)
+            found = plan.system[name].component.search(values, wanted, self.diversity_penalty, self.ngram_size)
             rows, prompt = _extend(rows, prompt, name, found)
         return _distinct(plan, Candidates(rows, tuple(prompt)), latents, self.num_candidates)
 

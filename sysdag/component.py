@@ -87,8 +87,11 @@ class Component(ABC):
         """A hashable value that two draws share exactly when they are the same outcome."""
         return draw.value
 
-    def search(self, inputs: Sequence[Any], num_candidates: int, diversity_penalty: float) -> list[list[Draw]]:
-        """Up to `num_candidates` distinct values of high probability for each input, best first."""
+    def search(
+        self, inputs: Sequence[Any], num_candidates: int, diversity_penalty: float, ngram_size: int = 1
+    ) -> list[list[Draw]]:
+        """Up to `num_candidates` distinct values of high probability for each input, best first; the penalty and the
+        size of the n-grams it counts are those of a diverse beam search."""
         raise PlanError(f"{self!r} cannot be searched; use MonteCarlo candidates.")
 
     def reference(self) -> Component:

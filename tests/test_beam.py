@@ -181,19 +181,18 @@ def test_an_ngram_twice_in_one_beam_counts_once():
         assert (max(got, key=got.get) == 1) is (token == 1)
 
 
-def test_a_done_group_holds_the_ngrams_of_each_of_its_beams_once():
-    history = torch.tensor([[[[0, 1], [0, 2]], [[3, 0], [3, 1]]]])
+def test_a_done_group_holds_the_ngrams_of_its_history_only():
+    history = torch.tensor([[[[0, 1], [0, 2]], [[3, 0], [3, 2]]]])
     logits = torch.zeros(1, 2, 2, 5)
-    logits[0, 0, 1] = torch.tensor([0.0, 0, 0, 0, 9])  # both candidates of the done group descend from its beam 1
-    logits[0, 0, 0] = torch.tensor([0.0, 0, 0, 0, 9])
-    done = torch.tensor([[True, False]])
-    tokens, parents, scores = diverse_beam_step(
-        logits, torch.tensor([[[-1.0, 0], [0, -5]]]), 1.0, num_candidates=5, done=done, history=history, ngram_size=2
+    logits[0, 0, 1, 4] = 9.0  # both of the done group's candidates descend from its beam 1, and the best is (2, 4)
+    scores, done = torch.tensor([[[-9.0, 0], [0, 0]]]), torch.tensor([[True, False]])
+    tokens, parents, best = diverse_beam_step(
+        logits, scores, 1.0, num_candidates=10, done=done, history=history, ngram_size=2
     )
-    assert dict(zip(tokens[0, 1].tolist(), scores[0, 1].tolist(), strict=True)) == pytest.approx(
-        {v: -math.log(5) - (v in (1, 2)) for v in range(5)}
+    ends = zip(parents[0, 1].tolist(), tokens[0, 1].tolist(), strict=True)
+    assert dict(zip(ends, best[0, 1].tolist(), strict=True)) == pytest.approx(
+        {(k, v): -math.log(5) - ((k, v) in {(0, 1), (0, 2)}) for k in range(2) for v in range(5)}
     )
-    assert parents[0, 1].tolist() == [0] * 5
 
 
 # --- the search against a plain search without a cache ---

@@ -178,6 +178,12 @@ def test_search_gives_distinct_candidates_that_score_by_teacher_forcing(lm):
         assert lm.search([prompt], 4, 20.0)[0][0].value == draws[0].value
 
 
+def test_ngram_diversity_is_another_search():
+    lm = CausalLM(llama(5), char_tokenizer(), max_new_tokens=8)
+    hamming, trigrams = (lm.search(["ab cd"], 4, 2.0, ngram_size=n)[0] for n in (1, 3))
+    assert [lm.key(draw) for draw in hamming] != [lm.key(draw) for draw in trigrams]
+
+
 def test_a_frozen_copy_stays_while_the_policy_trains(lm):
     draws = lm.observe(["ab", "c", "d"])
     reference = lm.reference()

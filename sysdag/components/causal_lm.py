@@ -238,7 +238,9 @@ class CausalLM(Component):
                     draws.append(self._draw(row[:length], log_prob))
         return draws
 
-    def search(self, inputs: Sequence[Any], num_candidates: int, diversity_penalty: float) -> list[list[Draw]]:
+    def search(
+        self, inputs: Sequence[Any], num_candidates: int, diversity_penalty: float, ngram_size: int = 1
+    ) -> list[list[Draw]]:
         """Diverse beam search with one beam a group (Vijayakumar et al. 2016, arXiv 1610.02424).
 
         Groups may end in the same text, since an end of sequence is not penalised. A prompt that is left with fewer
@@ -257,7 +259,7 @@ class CausalLM(Component):
                     sequences, _ = diverse_beam_search(
                         model, ids, mask, num_beams=beams, num_beam_groups=num_candidates,
                         diversity_penalty=diversity_penalty, max_new_tokens=self.max_new_tokens,
-                        eos_token_id=self._eos_token_ids, pad_token_id=self._pad_token_id,
+                        eos_token_id=self._eos_token_ids, pad_token_id=self._pad_token_id, ngram_size=ngram_size,
                     )  # fmt: skip
                 for place, rows in zip(places, sequences.tolist(), strict=True):
                     for row in rows:

@@ -55,7 +55,9 @@ class Discrete(Component):
         indices = torch.tensor([draw.record["index"] for draw in draws], device=log_probs.device)
         return log_probs.gather(1, indices[:, None])[:, 0]
 
-    def search(self, inputs: Sequence[Any], num_candidates: int, diversity_penalty: float) -> list[list[Draw]]:
+    def search(
+        self, inputs: Sequence[Any], num_candidates: int, diversity_penalty: float, ngram_size: int = 1
+    ) -> list[list[Draw]]:
         """The most probable values: what a diverse beam search of length 1 finds under any penalty that separates."""
         with torch.no_grad():
             log_probs = self.logits(inputs).log_softmax(-1)
