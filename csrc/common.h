@@ -1,0 +1,48 @@
+// Shared by every op: torch's stable ABI, run-time dispatch on the CPU's vector width, and an exponential that vectorises.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+
+namespace sysdag {
+
+using torch::stable::Tensor;
+
+// The loader picks the widest version that the processor has.
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define SYSDAG_VECTOR_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define SYSDAG_VECTOR_CLONES
+#endif
+
+#define SYSDAG_INLINE inline __attribute__((always_inline))
+
+// exp(x) for x <= 88, relative error below 2e-7, 0 for x < -87 (so for -inf). Cody-Waite reduction by ln 2, then a
+// polynomial of degree 6 on [-ln2/2, ln2/2]; straight-line code, so that loops around it vectorise.
+SYSDAG_INLINE float fast_exp(float x) {
+  const float clamped = x < -87.0f ? -87.0f : x;
+  const float n = std::nearbyintf(clamped * 1.44269504088896341f);
+  float r = clamped - n * 0.693359375f;
+  r = r + n * 2.12194440e-4f;
+  float p = 1.9875691500e-4f;
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  const std::int32_t bits = (static_cast<std::int32_t>(n) + 127) << 23;
+  float scale;
+  std::memcpy(&scale, &bits, sizeof(scale));
+  return x < -87.0f ? 0.0f : p * scale;
+}
+
+}  // namespace sysdag

@@ -1,0 +1,114 @@
+"""Which backend serves an op: chosen from the tensors' device and what is installed, or forced.
+
+Backends are `reference` (plain torch, always there), `cpp` (the extension's CPU kernels), `triton` (CUDA, or the
+interpreter) and `cuda` (the extension's CUDA kernels). `SYSDAG_BACKEND=name` or `with use_backend(name):` forces one; a
+forced backend that cannot serve raises, it is never replaced.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.util
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Literal, get_args
+
+import torch
+
+from sysdag.errors import SysdagError
+
+Backend = Literal["reference", "cpp", "triton", "cuda"]
+
+logger = logging.getLogger(__name__)
+_forced: ContextVar[Backend | None] = ContextVar("sysdag_backend", default=None)
+
+
+class BackendError(SysdagError, RuntimeError):
+    """A forced backend cannot serve the op on these tensors."""
+
+
+@contextlib.contextmanager
+def use_backend(name: Backend) -> Iterator[None]:
+    """Forces a backend for every op called inside.
+
+    Raises:
+        BackendError: for an unknown name.
+    """
+    token = _forced.set(_checked(name))
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def _checked(name: str) -> Backend:
+    if name not in get_args(Backend):
+        raise BackendError(f"Unknown backend {name!r}; the backends are {list(get_args(Backend))}.")
+    return name  # type: ignore[return-value]
+
+
+def forced_backend() -> Backend | None:
+    """The backend that the context or `SYSDAG_BACKEND` asks for, if any."""
+    named = _forced.get()
+    if named is None and os.environ.get("SYSDAG_BACKEND"):
+        named = _checked(os.environ["SYSDAG_BACKEND"])
+    return named
+
+
+def resolve(op: str, device: torch.device, preference: Sequence[Backend]) -> Backend:
+    """The backend for one call of an op.
+
+    Args:
+        op: its name, for errors.
+        device: of its tensors.
+        preference: the backends that implement the op for these arguments, fastest first; `reference` serves always.
+
+    Raises:
+        BackendError: if the forced backend does not implement the op for these arguments, or is not available there.
+    """
+    forced = forced_backend()
+    if forced is not None:
+        if forced != "reference" and forced not in preference:
+            raise BackendError(f"{op}: backend {forced!r} does not implement it for these arguments; {list(preference)} do.")
+        reason = why_unavailable(forced, device.type)
+        if reason:
+            raise BackendError(f"{op}: backend {forced!r} cannot serve tensors on {device}: {reason}.")
+        return forced
+    return next((name for name in preference if why_unavailable(name, device.type) is None), "reference")
+
+
+@functools.cache
+def why_unavailable(backend: Backend, device_type: str) -> str | None:
+    """Why a backend cannot serve tensors of a type of device; None where it can."""
+    if backend == "reference":
+        return None
+    if backend == "triton":
+        if importlib.util.find_spec("triton") is None:
+            return "triton is not installed"
+        interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+        return None if device_type == "cuda" or interpreted else "it needs CUDA tensors, or TRITON_INTERPRET=1"
+    wanted = "cpu" if backend == "cpp" else "cuda"
+    if device_type != wanted:
+        return f"it needs {wanted.upper()} tensors"
+    if not extension_loaded():
+        return "the extension sysdag._C is not built (make build)"
+    name = "cuda_built" if backend == "cuda" else "cpu_built"
+    return None if hasattr(torch.ops.sysdag_C, name) else f"the extension was built without {wanted.upper()} kernels"
+
+
+@functools.cache
+def extension_loaded() -> bool:
+    """Loads `sysdag/_C*.so` if it is there; says once in the log if it is there and does not load."""
+    folder = Path(__file__).resolve().parent.parent
+    for file in sorted(folder.glob("_C*.so")):
+        try:
+            torch.ops.load_library(str(file))
+        except OSError as error:
+            logger.warning("%s does not load, plain torch is used instead: %s", file.name, error)
+        else:
+            return True
+    return False
