@@ -1,0 +1,165 @@
+"""Base models: tiny, trained here from scratch, saved in the formats of transformers and diffusers."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import numpy
+import torch
+from diffusers import DDIMScheduler, UNet2DConditionModel
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+from torch import nn
+from transformers import CLIPTextConfig, CLIPTextModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from examples.tasks import ordered_digits
+from examples.tasks.ordered_digits import Digits, Illustrator
+
+IGNORED = -100
+PAD, END, UNKNOWN = "<pad>", "</s>", "<unk>"
+
+
+def word_tokenizer(words: Sequence[str], max_length: int, end_captions: bool = False) -> PreTrainedTokenizerFast:
+    """One token a word; `end_captions` appends the end token, as a text encoder's tokenizer does."""
+    tokenizer = _tokenizer(words)
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    if end_captions:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"$A {END}", special_tokens=[(END, tokenizer.token_to_id(END))]
+        )
+    return _wrap(tokenizer, max_length)
+
+
+def letter_tokenizer(letters: str, max_length: int) -> PreTrainedTokenizerFast:
+    """One token a character."""
+    tokenizer = _tokenizer(list(letters))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return _wrap(tokenizer, max_length)
+
+
+def _tokenizer(words: Sequence[str]) -> Tokenizer:
+    vocabulary = {word: index for index, word in enumerate(dict.fromkeys([PAD, END, UNKNOWN, *words]))}
+    return Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
+
+
+def _wrap(tokenizer: Tokenizer, max_length: int) -> PreTrainedTokenizerFast:
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token=PAD, eos_token=END, unk_token=UNKNOWN, model_max_length=max_length
+    )
+
+
+def train_language_model(
+    folder: Path,
+    tokenizer: PreTrainedTokenizerFast,
+    demonstrate: Callable[[random.Random], tuple[str, str]],
+    *,
+    seed: int,
+    steps: int,
+    width: int = 64,
+    batch_size: int = 64,
+    learning_rate: float = 5e-3,
+) -> None:
+    """Trains a two-layer Llama on fresh (prompt, completion) demonstrations and saves it with its tokenizer."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=width, intermediate_size=2 * width, num_hidden_layers=2,
+        num_attention_heads=4, max_position_embeddings=64, tie_word_embeddings=True, initializer_range=0.1,
+        pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, bos_token_id=None,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).train()
+    rng = random.Random(f"demonstrations-{seed}")
+
+    def loss() -> torch.Tensor:
+        ids, labels = _demonstrations(tokenizer, [demonstrate(rng) for _ in range(batch_size)])
+        return model(input_ids=ids, attention_mask=(ids != tokenizer.pad_token_id).long(), labels=labels).loss
+
+    _fit(model.parameters(), loss, steps, learning_rate)
+    model.eval().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _demonstrations(
+    tokenizer: PreTrainedTokenizerFast, examples: Sequence[tuple[str, str]]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Right-padded ids and labels; prompt and completion are tokenised apart, the completion ends with `</s>`."""
+    prompts = tokenizer([prompt for prompt, _ in examples], add_special_tokens=False)["input_ids"]
+    completions = tokenizer([completion for _, completion in examples], add_special_tokens=False)["input_ids"]
+    rows = [
+        [*prompt, *completion, tokenizer.eos_token_id] for prompt, completion in zip(prompts, completions, strict=True)
+    ]
+    ids = torch.full((len(rows), max(map(len, rows))), tokenizer.pad_token_id)
+    labels = torch.full_like(ids, IGNORED)
+    for row, (tokens, prompt) in enumerate(zip(rows, prompts, strict=True)):
+        ids[row, : len(tokens)] = torch.tensor(tokens)
+        labels[row, len(prompt) : len(tokens)] = torch.tensor(tokens[len(prompt) :])
+    return ids, labels
+
+
+def train_diffusion_model(
+    folder: Path, digits: Digits, illustrator: Illustrator, *, seed: int, steps: int, batch_size: int = 128
+) -> None:
+    """Trains a small UNet and its text encoder on captioned digits and saves them as a diffusers pipeline's folders.
+
+    The caption is all that the model is told of an image.
+    """
+    torch.manual_seed(seed)
+    rng = random.Random(f"captions-{seed}")
+    tokenizer = word_tokenizer(list(ordered_digits.DIGIT_OF), max_length=4, end_captions=True)
+    encoder = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=1,
+            num_attention_heads=2, max_position_embeddings=tokenizer.model_max_length, projection_dim=32,
+            pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
+            bos_token_id=tokenizer.eos_token_id,
+        )
+    ).train()  # fmt: skip
+    unet = UNet2DConditionModel(
+        sample_size=8, in_channels=1, out_channels=1, block_out_channels=(24, 48), layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=32, attention_head_dim=2, norm_num_groups=8,
+    ).train()  # fmt: skip
+    scheduler = DDIMScheduler(
+        num_train_timesteps=1000,
+        beta_schedule="squaredcos_cap_v2",
+        timestep_spacing="trailing",
+        prediction_type="v_prediction",
+    )
+    images, labels = digits.drawn
+    pictures = torch.from_numpy(images)[:, None]
+    with_label = [numpy.flatnonzero(labels == digit) for digit in range(10)]
+    words = list(ordered_digits.DIGIT_OF)
+
+    def loss() -> torch.Tensor:
+        captions = [rng.choice(words) for _ in range(batch_size)]
+        rows = [int(rng.choice(with_label[illustrator.depict(word, rng)])) for word in captions]
+        ids = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt")["input_ids"]
+        clean = pictures[rows]
+        noise = torch.randn_like(clean)
+        times = torch.randint(scheduler.config.num_train_timesteps, (batch_size,))
+        predicted = unet(scheduler.add_noise(clean, noise, times), times, encoder(ids).last_hidden_state).sample
+        return nn.functional.mse_loss(predicted, scheduler.get_velocity(clean, noise, times))
+
+    _fit([*unet.parameters(), *encoder.parameters()], loss, steps, learning_rate=2e-3)
+    unet.eval().save_pretrained(folder / "unet")
+    encoder.eval().save_pretrained(folder / "text_encoder")
+    tokenizer.save_pretrained(folder / "tokenizer")
+    scheduler.save_pretrained(folder / "scheduler")
+
+
+def _fit(
+    parameters: Iterable[nn.Parameter], loss: Callable[[], torch.Tensor], steps: int, learning_rate: float
+) -> None:
+    parameters = list(parameters)
+    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps, pct_start=0.1)
+    for step in range(1, steps + 1):
+        optimizer.zero_grad()
+        value = loss()
+        value.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        schedule.step()
+        if step % max(1, steps // 4) == 0:
+            print(f"    step {step:4d} of {steps}  loss {value.item():.3f}", flush=True)
