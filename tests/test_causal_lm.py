@@ -216,6 +216,14 @@ def test_an_adapter_switched_off_is_the_reference():
     assert not torch.allclose(lm.log_prob(PROMPTS, draws), expected)
 
 
+def test_a_second_adapter_on_one_loaded_model_is_refused():
+    base = llama()
+    first, second = (CausalLM(base, char_tokenizer(), peft_config=lora()) for _ in range(2))
+    assert first.module
+    with pytest.raises(PlanError, match="already carries one"):
+        second.module  # noqa: B018
+
+
 def trained(lm):
     with torch.no_grad():
         for parameter in lm.module.parameters():

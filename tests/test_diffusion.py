@@ -267,6 +267,8 @@ def test_reference_agrees_at_first_and_stays_put_while_the_policy_trains(adapter
     for _ in range(2):
         optimizer.zero_grad()
         (component.score(texts, draws, noise) - reference.score(texts, draws, noise)).sum().backward()
+        reached = {name.partition(".")[0] for name, p in component.module.named_parameters() if p.grad is not None}
+        assert reached == ({"denoiser", "text_encoder"} if trains_text else {"denoiser"})
         optimizer.step()
 
     moved, still = scores()
@@ -274,6 +276,20 @@ def test_reference_agrees_at_first_and_stays_put_while_the_policy_trains(adapter
     assert 0.1 < (moved - policy).sum() < 1000  # it was ascended
     assert torch.equal(latents_of(reference.sample(texts, generator=seed(0))), latents_of(before))
     assert not torch.equal(latents_of(component.sample(texts, generator=seed(0))), latents_of(before))
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+def test_the_reference_has_no_dropout_while_the_policy_trains(adapter):
+    config = LoraConfig(r=2, target_modules=["conv1"]) if adapter else None
+    component = Diffusion(plain_unet(dropout=0.5), scheduler=scheduler_of("epsilon"), peft_config=config)
+    draws = component.observe(images(2))
+    noise = component.noise(draws, seed(0))
+    expected = component.score([None] * 2, draws, noise).detach()
+    reference = component.reference()
+    component.module.train()
+    assert torch.equal(reference.score([None] * 2, draws, noise), expected)
+    assert not torch.equal(component.score([None] * 2, draws, noise), expected)
+    assert all(module.training for module in component.module["denoiser"].modules())
 
 
 def test_a_new_adapters_reference_shares_the_weights_and_a_full_models_does_not():
@@ -331,8 +347,10 @@ def test_a_module_saved_by_peft_config_is_off_in_the_reference_too():
 
 def test_two_components_put_an_adapter_each_on_one_base():
     base = text_unet()
+    others = {"r": 2, "target_modules": ["to_q", "to_k"], "modules_to_save": ["conv_out"]}
     first, second = (
-        Diffusion(base, scheduler=scheduler_of("epsilon"), peft_config=LoraConfig(**LORA)) for _ in range(2)
+        Diffusion(base, scheduler=scheduler_of("epsilon"), peft_config=LoraConfig(**config))
+        for config in (LORA, others)
     )
     draws, captions = first.observe(images(2)), vectors(2)
     noise = first.noise(draws, seed(0))

@@ -3,13 +3,14 @@
 import copy
 import functools
 import json
+import shutil
 
 import diffusers
 import pytest
 import torch
 import transformers
 from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, UNet2DConditionModel
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from tiny_diffusion import (
     HOOKED,
     LORA,
@@ -19,6 +20,7 @@ from tiny_diffusion import (
     dit,
     drift,
     from_text,
+    from_vectors,
     images,
     latents_of,
     pixart,
@@ -179,6 +181,40 @@ def test_a_folder_with_an_adapter_continues_it(tmp_path):
         Diffusion(tmp_path, peft_config=LoraConfig(**LORA)).module  # noqa: B018
 
 
+def test_an_adapter_that_peft_saved_is_trained_further(tmp_path):
+    Diffusion(text_unet(), scheduler=scheduler_of("epsilon")).save_pretrained(tmp_path)
+    config = LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False)
+    adapted = get_peft_model(text_unet(), config)
+    adapted.save_pretrained(tmp_path / "adapter")
+    assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["inference_mode"]
+    component = Diffusion(tmp_path)
+    trained = [name for name, p in component.module.named_parameters() if p.requires_grad]
+    assert trained
+    assert all("lora_" in name for name in trained)
+    x, t, states = torch.randn(2, 1, 8, 8), torch.tensor([3, 7]), torch.randn(2, 1, 8)
+    with torch.no_grad():
+        ours = component.module["denoiser"](x, t, states).sample
+        torch.testing.assert_close(ours, adapted(x, t, states).sample)
+
+
+def test_an_adapter_kept_in_another_dtype_than_its_base_comes_back_in_it(tmp_path):
+    def make():
+        return from_vectors(peft_config=LoraConfig(**LORA))
+
+    component = make()
+    component.module.to(torch.bfloat16)
+    for name, parameter in component.module.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.float()
+    drift(component.module)
+    options = component.save_pretrained(tmp_path)
+    assert_same_tensors(Diffusion.from_pretrained(tmp_path, options).module, component.module)
+    other = make()
+    other.module.to(torch.bfloat16)
+    other.load_weights(tmp_path)
+    assert_same_tensors(other.module, component.module)
+
+
 def test_a_folder_that_is_no_pipeline_is_named(tmp_path):
     (tmp_path / "unet").mkdir()
     (tmp_path / "unet" / "config.json").write_text('{"_class_name": "UNet2DModel"}')
@@ -267,9 +303,13 @@ def test_folders_and_options_that_do_not_fit_are_named(tmp_path):
     )
     with pytest.raises(SerializationError, match="holds no adapter, but the component has one"):
         adapted.load_weights(tmp_path / "plain")
-    adapted.save_pretrained(tmp_path / "adapted")
+    adapted_options = adapted.save_pretrained(tmp_path / "adapted")
     with pytest.raises(SerializationError, match="holds an adapter, but the component has none"):
         plain.load_weights(tmp_path / "adapted")
+    shutil.copytree(tmp_path / "adapted", tmp_path / "torn")
+    shutil.rmtree(tmp_path / "torn" / "adapter")
+    with pytest.raises(SerializationError, match=r"lacks \['adapter'\]"):
+        Diffusion.from_pretrained(tmp_path / "torn", adapted_options)
     wider = Diffusion(
         plain_unet(), scheduler=scheduler_of("epsilon"), peft_config=LoraConfig(r=3, target_modules=["conv1"])
     )

@@ -49,12 +49,9 @@ def attach(model: Any, config: PeftConfig) -> str:
             "(fuse_lora, then unload_lora) before it gets one to train."
         )
     name = f"{_NAME}_{len(taken)}" if taken else _NAME
-    others = {key for key, parameter in model.named_parameters() if taken and parameter.requires_grad}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several adapters are meant
         inject_adapter_in_model(config, model, adapter_name=name)
-    for key, parameter in model.named_parameters():
-        parameter.requires_grad_(parameter.requires_grad or key in others)
     return name
 
 
@@ -71,7 +68,7 @@ def activate(model: nn.Module, name: str) -> None:
     (peft's own `set_adapter` freezes every other adapter, so two adapters on one base could not train together.)
     """
     for layer in _layers(model):
-        layer._active_adapter = [name] if name in layer._get_available_adapters() else []
+        layer._active_adapter = [name]
 
 
 @contextlib.contextmanager

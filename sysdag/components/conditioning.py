@@ -192,14 +192,14 @@ class Conditioner:
 
     def _from_vectors(self, inputs: Sequence[Any]) -> dict[str, Any]:
         rows = [torch.as_tensor(numpy.asarray(v) if not isinstance(v, Tensor) else v).float() for v in inputs]
-        rows = [row[None] if row.ndim == 1 else row for row in rows]
         for element, row in enumerate(rows):
-            if row.ndim != 2 or row.numel() == 0 or (self._width is not None and row.shape[1] != self._width):
+            if row.ndim > 2 or row.numel() == 0 or (self._width is not None and row.shape[-1] != self._width):
                 raise DataError(
                     f"expected a vector (D,) or (L, D) with D = {self._width or 'the width of the model'}, got shape "
-                    f"{tuple(inputs[element].shape if hasattr(inputs[element], 'shape') else row.shape)}.",
+                    f"{tuple(row.shape)}.",
                     element=element,
                 )
+        rows = [row[None] if row.ndim == 1 else row for row in rows]
         lengths = [len(row) for row in rows]
         states = nn.utils.rnn.pad_sequence(rows, batch_first=True)
         if len(set(lengths)) == 1:
