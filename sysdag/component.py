@@ -72,7 +72,10 @@ class Component(ABC):
         raise PlanError(f"{self!r} has no exact likelihood (its kind is {self.likelihood!r}).")
 
     def noise(self, draws: Sequence[Draw], generator: torch.Generator | None = None) -> Any:
-        """What a bound's estimate is random in, for these draws; passed to both policy and reference."""
+        """What a bound's estimate is random in, for these draws; passed to both policy and reference.
+
+        Its `select(elements)` gives the noise of some of the draws, which may repeat.
+        """
         return None
 
     def score(self, inputs: Sequence[Any], draws: Sequence[Draw], noise: Any = None) -> Float[Tensor, " n"]:
@@ -95,7 +98,10 @@ class Component(ABC):
         raise PlanError(f"{self!r} cannot be searched; use MonteCarlo candidates.")
 
     def reference(self) -> Component:
-        """A frozen component that scores as this one does now and keeps doing so while this one trains."""
+        """A frozen component that scores as this one does now and keeps doing so while this one trains.
+
+        Its `module` may share weights with this one's (an adapter switched off).
+        """
         raise PlanError(f"{self!r} has no weights to compare with a reference.")
 
     @abstractmethod

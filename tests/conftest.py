@@ -9,4 +9,5 @@ settings.register_profile("sysdag", deadline=None, derandomize="CI" in os.enviro
 settings.load_profile("sysdag")
 
 # Modules of pure tensor functions: their shape annotations are checked on every call that a test makes.
-install_import_hook(["sysdag.objective", "sysdag.decoding", "sysdag.beam"], "beartype.beartype")
+_TENSOR_MODULES = ["objective", "decoding", "beam", *(f"components.{n}" for n in ("forward_process", "reverse_process", "images"))]
+install_import_hook([f"sysdag.{name}" for name in _TENSOR_MODULES], "beartype.beartype")

@@ -17,6 +17,9 @@ def shout(text):
     return text.upper()
 
 
+SHOUTING = Opaque(shout)
+
+
 def classifier(seed=0, labels=3):
     torch.manual_seed(seed)
     config = BertConfig(
@@ -138,7 +141,7 @@ def test_mistakes_are_named():
 
 
 def test_opaque_runs_its_function_and_has_no_likelihood(tmp_path):
-    tool = Opaque(shout)
+    tool = SHOUTING
     assert [draw.value for draw in tool.sample(["a", "b"])] == ["A", "B"]
     with pytest.raises(PlanError, match="no exact likelihood.*'none'"):
         tool.log_prob(["a"], tool.observe(["A"]))
@@ -146,5 +149,7 @@ def test_opaque_runs_its_function_and_has_no_likelihood(tmp_path):
         tool.reference()
     loaded = Opaque.from_pretrained(tmp_path, tool.save_pretrained(tmp_path))
     assert loaded.function is shout
-    with pytest.raises(SerializationError, match="cannot be imported again"):
+    with pytest.raises(SerializationError, match="top level of a module"):
         Opaque(lambda text: text).save_pretrained(tmp_path)
+    with pytest.raises(SerializationError, match="gives no such function to a component"):
+        Opaque.from_pretrained(tmp_path, {"function": {"path": "os:system", "source_sha256": None}})

@@ -141,7 +141,13 @@ class CausalLM(Component):
             return PeftModel.from_pretrained(model, self._adapter_folder, is_trainable=True)
         if self._peft_config is not None:
             from peft import get_peft_model
+            from peft.tuners.tuners_utils import BaseTunerLayer
 
+            if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+                raise PlanError(
+                    f"{self!r}: peft_config would put a second adapter on a model that already carries one, and both "
+                    "would act at once. Give each component a base model of its own."
+                )
             return get_peft_model(model, self._peft_config)
         return model
 

@@ -9,8 +9,7 @@ from typing import Any, Self
 import torch
 
 from sysdag.component import Component
-from sysdag.errors import SerializationError
-from sysdag.graph import import_function
+from sysdag.components import hooks
 from sysdag.trace import Draw
 
 
@@ -18,7 +17,8 @@ class Opaque(Component):
     """What a function returns for the node's input; its randomness, if any, is its own.
 
     Args:
-        function: called with what the node's function returned, once for each element.
+        function: called with what the node's function returned, once for each element. A saved system names it by
+            import path; it is loaded again only if its module gives it to a component there (see `hooks`).
     """
 
     likelihood = "none"
@@ -36,13 +36,10 @@ class Opaque(Component):
         return [Draw(value) for value in values]
 
     def save_pretrained(self, folder: Path) -> Mapping[str, Any]:
-        path = f"{getattr(self.function, '__module__', '')}:{getattr(self.function, '__qualname__', '<object>')}"
-        if "<" in path or path.startswith("__main__"):
-            raise SerializationError(
-                f"{self!r}: {path} cannot be imported again; move the function to the top level of a module."
-            )
-        return {"function": path}
+        return {"function": hooks.describe("function", self.function)}
 
     @classmethod
     def from_pretrained(cls, folder: Path, options: Mapping[str, Any]) -> Self:
-        return cls(import_function(options["function"]))
+        function = hooks.load("function", options["function"])
+        assert function is not None  # an Opaque always has one
+        return cls(function)
