@@ -85,8 +85,8 @@ def diverse_beam_step(
     for g in range(G):
         if history is not None and g:
             counts = _ngram_counts(torch.cat(earlier, 1), history[:, g], ngram_size, V)
-        group = log_probs[:, g] - penalty * counts if g else log_probs[:, g]
-        best, flat = (group + scores[:, g, :, None]).flatten(1).topk(M)
+        penalised = log_probs[:, g].sub_(penalty * counts) if g else log_probs[:, g]
+        best, flat = penalised.add_(scores[:, g, :, None]).flatten(1).topk(M)
         tokens, parents = flat % V, flat.div(V, rounding_mode="floor")
         candidates.append((tokens, parents, best))
         kept = _open_candidates(tokens, eos_token_ids, K)
@@ -107,6 +107,15 @@ def _open_candidates(tokens: Tensor, eos_token_ids: Tensor | None, count: int) -
         return torch.arange(count, device=tokens.device).expand(*tokens.shape[:-1], count)
     ends = (tokens[..., None] == eos_token_ids).any(-1)
     return ends.to(torch.uint8).argsort(dim=-1, stable=True)[..., :count]
+
+
+def _in_place(parents: Tensor) -> Tensor:
+    """The order (..., K) of new beams that puts each parent's first child in the parent's place: few rows then move."""
+    if parents.shape[-1] == 1:
+        return parents
+    later = (parents[..., None] == parents[..., None, :]).tril(-1).any(-1)
+    free = torch.ones_like(later).scatter(-1, parents, False).to(torch.uint8).argsort(dim=-1, descending=True)
+    return torch.where(later, free.gather(-1, later.cumsum(-1).sub(1).clamp(min=0)), parents).argsort(-1)
 
 
 def _append(history: Tensor, tokens: Tensor, parents: Tensor, done: Tensor | None) -> Tensor:
@@ -219,6 +228,7 @@ def diverse_beam_search(
                 full &= beams.closed_scores[..., -1] >= totals[..., 0].double() / horizon**length_penalty
             beams.done = done | full
         kept = _open_candidates(tokens, eos, K)
+        kept = kept.gather(-1, _in_place(parents.gather(-1, kept)))
         tokens, parents, beams.scores = (part.gather(-1, kept) for part in (tokens, parents, totals))
         beams.history = _append(beams.history, tokens, parents, done[..., None])
         if length == T:
@@ -244,7 +254,7 @@ class _Beams:
 
     Attributes:
         prompts: their positions in the caller's batch (B,).
-        scores: accumulated scores of the open beams, best first (B,G,K).
+        scores: accumulated scores of the open beams (B,G,K).
         history: new tokens of the open beams (B,G,K,t).
         closed_scores: length-normalised scores of the ended sequences, best first, -inf where none; fp64 (B,G,K).
         closed_tokens: the ended sequences (B,G,K,T), right-padded with `_EMPTY`.

@@ -30,21 +30,41 @@ class BeamDecoder:
         self.mask, self.positions = mask[rows], self.positions[rows, -1:]
         if not hasattr(self.cache, "reorder_cache"):
             raise ValueError(f"model: expected a past_key_values with reorder_cache, got {type(self.cache).__name__}.")
-        if hasattr(self.cache, "layers"):
-            for i, layer in enumerate(self.cache.layers):
-                self.cache.layers[i] = _with_room(layer, rows)
-        else:
+        if not hasattr(self.cache, "layers"):
             self.cache.reorder_cache(rows)
+            return logits
+        for i, layer in enumerate(self.cache.layers):
+            if _is_plain(layer):
+                self.cache.layers[i] = _roomy_layer_class()(layer, beams)
+            else:
+                layer.reorder_cache(rows)
         return logits
 
     def extend(self, tokens: Tensor, rows: Tensor) -> Tensor:
-        """Appends each of the tokens (B,N) to a row of the call before, `rows` (B,N); returns logits (B,N,V)."""
+        """Appends each of the tokens (B,N) to a row of the call before, `rows` (B,N); returns logits (B,N,V).
+
+        A row that is not dropped must be of the same prompt as the row that was in its place.
+        """
         shape, rows = tokens.shape, rows.flatten()
-        if len(rows) < len(self.mask) or not torch.equal(rows, torch.arange(len(rows), device=rows.device)):
-            self.cache.reorder_cache(rows)
+        self._reorder(rows)
         self.mask = nn.functional.pad(self.mask[rows], (0, 1), value=1)
         self.positions = self.positions[rows] + 1
         return self._forward(tokens.reshape(-1, 1)).unflatten(0, shape)
+
+    def _reorder(self, rows: Tensor) -> None:
+        """Puts earlier row `rows[i]` at i."""
+        if len(rows) < len(self.mask):
+            self.cache.reorder_cache(rows)
+            return
+        moved = (rows != torch.arange(len(rows), device=rows.device)).nonzero().squeeze(-1)
+        if not len(moved):
+            return
+        layers = getattr(self.cache, "layers", [self.cache])
+        for layer in layers:
+            if isinstance(layer, _roomy_layer_class()):
+                layer.copy_rows(rows[moved], moved)
+            else:
+                layer.reorder_cache(rows)
 
     def _forward(self, input_ids: Tensor) -> Tensor:
         options: dict[str, Any] = {"position_ids": self.positions, "logits_to_keep": 1}
@@ -65,14 +85,10 @@ def _argument_names(model: Any) -> set[str]:
     return names if "input_ids" in names or inner is None else _argument_names(inner)
 
 
-def _with_room(layer: Any, rows: Tensor) -> Any:
-    """The cache layer with its rows repeated; a plain `DynamicLayer` becomes one that grows and reorders in place."""
+def _is_plain(layer: Any) -> bool:
     from transformers.cache_utils import DynamicLayer  # importing sysdag must not import transformers
 
-    if type(layer) is DynamicLayer and layer.is_initialized:
-        return _roomy_layer_class()(layer, rows)
-    layer.reorder_cache(rows)
-    return layer
+    return type(layer) is DynamicLayer and layer.is_initialized
 
 
 @functools.cache
@@ -82,40 +98,51 @@ def _roomy_layer_class() -> type:
     class RoomyLayer(DynamicLayer):
         """Keys and values (rows, heads, tokens, width) as views of slabs with room for more tokens.
 
-        `DynamicLayer` copies everything at each token and again at each reordering, most of the time of a step. Here a
-        token is written in place. Beams only ever descend from beams of their own prompt, so a reordering that keeps
-        the number of rows leaves the prompt's part alone.
+        `DynamicLayer` copies everything at each token and again at each reordering, which takes most of a step's time.
+        Here a token is written in place, and a beam that takes the place of another of its prompt is copied alone,
+        without the prompt's part.
         """
 
         room = 128
         keys: Tensor
         values: Tensor
 
-        def __init__(self, layer: Any, rows: Tensor) -> None:
+        def __init__(self, layer: Any, beams: int) -> None:
             super().__init__()
             self.__dict__.update(vars(layer))
             self.prompt = layer.keys.shape[-2]
-            self.slabs = [part.index_select(0, rows.to(part.device)) for part in (layer.keys, layer.values)]
-            self.keys, self.values = self.slabs
+            self.slabs = []
+            for part in (layer.keys, layer.values):
+                self.slabs.append(self._slab(part, len(part) * beams))
+                self.slabs[-1].unflatten(0, (len(part), beams))[..., : self.prompt, :] = part[:, None]
+            self._show(self.prompt)
+
+        def _slab(self, part: Tensor, rows: int) -> Tensor:
+            return part.new_empty(rows, part.shape[1], part.shape[2] + self.room, part.shape[3])
+
+        def _show(self, tokens: int) -> tuple[Tensor, Tensor]:
+            self.keys, self.values = (slab[:, :, :tokens] for slab in self.slabs)
+            return self.keys, self.values
 
         def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
             start = self.keys.shape[-2]
             end = start + key_states.shape[-2]
-            if end > self.slabs[0].shape[-2]:
-                room = (0, 0, 0, end - start + self.room)
-                self.slabs = [nn.functional.pad(slab, room) for slab in (self.keys, self.values)]
-            for slab, states in zip(self.slabs, (key_states, value_states), strict=True):
-                slab[:, :, start:end] = states
-            self.keys, self.values = (slab[:, :, :end] for slab in self.slabs)
-            return self.keys, self.values
+            for i, (seen, new) in enumerate([(self.keys, key_states), (self.values, value_states)]):
+                if end > self.slabs[i].shape[-2]:
+                    self.slabs[i] = self._slab(seen, len(seen))
+                    self.slabs[i][:, :, :start] = seen
+                self.slabs[i][:, :, start:end] = new
+            return self._show(end)
+
+        def copy_rows(self, sources: Tensor, places: Tensor) -> None:
+            """Copies the new tokens of some rows over those of rows of the same prompts."""
+            for part in (self.keys, self.values):
+                new = part[:, :, self.prompt :]
+                new[places.to(part.device)] = new[sources.to(part.device)]
 
         def reorder_cache(self, beam_idx: Tensor) -> None:
-            beam_idx, end = beam_idx.to(self.keys.device), self.keys.shape[-2]
-            if len(beam_idx) == len(self.keys):
-                for slab in self.slabs:
-                    slab[:, :, self.prompt : end] = slab[:, :, self.prompt : end].index_select(0, beam_idx)
-                return
-            self.slabs = [slab.index_select(0, beam_idx) for slab in self.slabs]
-            self.keys, self.values = (slab[:, :, :end] for slab in self.slabs)
+            tokens = self.keys.shape[-2]
+            self.slabs = [slab.index_select(0, beam_idx.to(slab.device)) for slab in self.slabs]
+            self._show(tokens)
 
     return RoomyLayer
