@@ -3,13 +3,17 @@ PYTHON ?= python3
 SEED ?= 0
 BIN := .venv/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test build lint clean
 
 demo: .venv/ready
 	$(BIN)/python -m examples.demo --seed $(SEED) --output demo-output
 
 test: .venv/ready
+	@if command -v c++ > /dev/null; then $(MAKE) --no-print-directory build; else echo "no C++ compiler: testing on plain torch"; fi
 	$(BIN)/python -m pytest
+
+build: .venv/ready
+	$(BIN)/python setup.py --quiet build_ext --inplace
 
 lint: .venv/ready
 	$(BIN)/ruff check .
