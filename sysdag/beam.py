@@ -19,94 +19,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from sysdag.beam_decoder import BeamDecoder
-
-_EMPTY = -1  # in a history: the group was done, there is no token
-
-
-def diverse_beam_step(
-    logits: Float[Tensor, "B G K V"],
-    scores: Float[Tensor, "B G K"],
-    penalty: float,
-    *,
-    num_candidates: int | None = None,
-    eos_token_ids: Int[Tensor, " E"] | None = None,
-    done: Bool[Tensor, "B G"] | None = None,
-    pad_token_id: int = 0,
-    history: Int[Tensor, "B G K t"] | None = None,
-    ngram_size: int = 1,
-) -> tuple[Int[Tensor, "B G M"], Int[Tensor, "B G M"], Float[Tensor, "B G M"]]:
-    """The best continuations of every group, the groups choosing one after the other (arXiv 1610.02424, algorithm 1).
-
-    Token v after beam k of group g scores `scores[b,g,k] + log_softmax(logits[b,g,k])[v] - penalty * n`. With
-    `ngram_size` 1, n is the number of beams of groups before g that chose v in this step (Hamming diversity). With a
-    larger size, n is the number of beams of groups before g whose new tokens, this step's included, hold the n-gram
-    that v would end, wherever it stands (n-gram diversity; the paper counts occurrences, here a beam that repeats
-    itself counts once, so that the penalty has the same scale as Hamming diversity).
-
-    A group chooses its K best candidates that do not end the sequence. A group that is done "chooses" `pad_token_id` K
-    times, as in transformers, and holds the n-grams of its history.
-
-    Args:
-        logits: unnormalised, any floating dtype; computed in fp32.
-        scores: accumulated score of each open beam, nats.
-        penalty: nats for each earlier beam, at least 0.
-        num_candidates: M, by default 2K. (E+1)K are enough to leave K that do not end the sequence.
-        eos_token_ids: the tokens that end a sequence.
-        done: groups that have ended; what is returned for them means nothing.
-        pad_token_id: what a done group chooses.
-        history: new tokens of each open beam so far, -1 where its group was done; needed by `ngram_size` above 1.
-        ngram_size: 1, or the n of the n-grams.
-
-    Returns:
-        tokens, parents (position of the beam in its group) and scores of each group's candidates, best first. Equal
-        scores come in the order in which `torch.topk` gives them over the flat (K*V): unspecified, but repeatable.
-
-    Raises:
-        ValueError: a shape or an option does not fit.
-    """
-    _require(logits.dim() == 4, "logits", "shape (B, G, K, V)", tuple(logits.shape))
-    B, G, K, V = logits.shape
-    _require(scores.shape == (B, G, K), "scores", f"shape {(B, G, K)}", tuple(scores.shape))
-    _require(0 <= penalty < math.inf, "penalty", "a finite number of at least 0", penalty)
-    M = 2 * K if num_candidates is None else num_candidates
-    _require(K <= M <= K * V, "num_candidates", f"{K} (beams of a group) to {K * V} (times the vocabulary)", M)
-    _require(ngram_size >= 1, "ngram_size", "at least 1", ngram_size)
-    if ngram_size == 1:
-        history = None
-    else:
-        fits = history is not None and history.dim() == 4 and history.shape[:3] == scores.shape
-        got = None if history is None else tuple(history.shape)
-        _require(fits, "history", f"shape ({B}, {G}, {K}, t) for ngram_size {ngram_size}", got)
-
-    log_probs = logits.log_softmax(-1, dtype=torch.float32)
-    candidates: list[tuple[Tensor, Tensor, Tensor]] = []
-    counts = log_probs.new_zeros(B, 1, V)  # the n of each token; with n-grams (B,K,V)
-    earlier: list[Tensor] = []  # with n-grams: the sequences (B,K,t+1) that each earlier group chose
-    for g in range(G):
-        if history is not None and g:
-            counts = _ngram_counts(torch.cat(earlier, 1), history[:, g], ngram_size, V)
-        penalised = log_probs[:, g].sub_(penalty * counts) if g else log_probs[:, g]
-        best, flat = penalised.add_(scores[:, g, :, None]).flatten(1).topk(M)
-        tokens, parents = flat % V, flat.div(V, rounding_mode="floor")
-        candidates.append((tokens, parents, best))
-        kept = _open_candidates(tokens, eos_token_ids, K)
-        tokens, parents = tokens.gather(-1, kept), parents.gather(-1, kept)
-        ended = None if done is None else done[:, g, None]
-        if history is not None:
-            earlier.append(_append(history[:, g], tokens, parents, ended))
-        else:
-            tokens = tokens if ended is None else tokens.masked_fill(ended, pad_token_id)
-            counts.scatter_add_(-1, tokens[:, None], counts.new_ones(B, 1, K))
-    tokens, parents, best = (torch.stack(parts, 1) for parts in zip(*candidates, strict=True))
-    return tokens, parents, best
-
-
-def _open_candidates(tokens: Tensor, eos_token_ids: Tensor | None, count: int) -> Tensor:
-    """Positions (..., count) of the best candidates (..., M) that do not end the sequence."""
-    if eos_token_ids is None:
-        return torch.arange(count, device=tokens.device).expand(*tokens.shape[:-1], count)
-    ends = (tokens[..., None] == eos_token_ids).any(-1)
-    return ends.to(torch.uint8).argsort(dim=-1, stable=True)[..., :count]
+from sysdag.ops.diverse_beam_step import EMPTY, append, diverse_beam_step, open_candidates, require
 
 
 def _in_place(parents: Tensor) -> Tensor:
@@ -116,30 +29,6 @@ def _in_place(parents: Tensor) -> Tensor:
     later = (parents[..., None] == parents[..., None, :]).tril(-1).any(-1)
     free = torch.ones_like(later).scatter(-1, parents, False).to(torch.uint8).argsort(dim=-1, descending=True)
     return torch.where(later, free.gather(-1, later.cumsum(-1).sub(1).clamp(min=0)), parents).argsort(-1)
-
-
-def _append(history: Tensor, tokens: Tensor, parents: Tensor, done: Tensor | None) -> Tensor:
-    """Sequences (..., C, t+1) of the beams that append `tokens` to `parents` (..., C); a done group's stay."""
-    if done is not None:
-        tokens = tokens.masked_fill(done, _EMPTY)
-        parents = torch.where(done, torch.arange(tokens.shape[-1], device=tokens.device), parents)
-    history = history.gather(-2, parents[..., None].expand(*parents.shape, history.shape[-1]))
-    return torch.cat([history, tokens[..., None]], -1)
-
-
-def _ngram_counts(earlier: Tensor, history: Tensor, size: int, vocabulary: int) -> Tensor:
-    """How many of the earlier beams (B,P,t+1) hold the n-gram that each token after `history` (B,K,t) ends: (B,K,V)."""
-    B, K, t = history.shape
-    counts = torch.zeros(B, K, vocabulary, device=history.device)
-    if t + 1 < size:
-        return counts
-    grams = earlier.unfold(-1, size, 1)[:, None]  # (B,1,P,W,n)
-    last = grams[..., -1]
-    same = (grams[..., :-1] == history[:, :, None, None, t + 1 - size :]).all(-1)  # (B,K,P,W)
-    ends = torch.where(same, last, _EMPTY).sort(-1).values
-    repeated = nn.functional.pad(ends[..., 1:] == ends[..., :-1], (1, 0), value=False)
-    once = (ends != _EMPTY) & ~repeated
-    return counts.scatter_add_(-1, ends.clamp(min=0).flatten(2), once.to(counts.dtype).flatten(2))
 
 
 @torch.no_grad()
@@ -199,11 +88,11 @@ def diverse_beam_search(
     decoder = BeamDecoder(model)
     logits = decoder.start(input_ids, attention_mask.long(), N)
     V = logits.shape[-1]
-    _require(0 <= pad < V, "pad_token_id", f"a token of the vocabulary, 0 to {V - 1}", pad)
-    _require(len(set(eos_ids)) < V, "eos_token_id", f"fewer tokens than the vocabulary's {V}", len(set(eos_ids)))
+    require(0 <= pad < V, "pad_token_id", f"a token of the vocabulary, 0 to {V - 1}", pad)
+    require(len(set(eos_ids)) < V, "eos_token_id", f"fewer tokens than the vocabulary's {V}", len(set(eos_ids)))
     logits = logits[:, None].expand(B, N, V)
     beams = _Beams.start(B, G, K, T, device)
-    sequences, scores = torch.full((B, N, T), _EMPTY, device=device), torch.zeros(B, N, device=device)
+    sequences, scores = torch.full((B, N, T), EMPTY, device=device), torch.zeros(B, N, device=device)
     for length in range(1, T + 1):
         tokens, parents, totals = diverse_beam_step(
             logits.unflatten(1, (G, K)),
@@ -220,17 +109,17 @@ def diverse_beam_search(
         if eos is not None:
             ends = (tokens[..., :K, None] == eos).any(-1) & ~done[..., None]
             if ends.any():
-                ended = _append(beams.history, torch.full_like(tokens[..., :K], eos_ids[0]), parents[..., :K], None)
+                ended = append(beams.history, torch.full_like(tokens[..., :K], eos_ids[0]), parents[..., :K], None)
                 beams.close(ended, totals[..., :K].double() / length**length_penalty, ends)
             full = beams.closed_scores[..., -1] > -math.inf
             if early_stopping is not True:
                 horizon = T if early_stopping == "never" and length_penalty > 0 else length
                 full &= beams.closed_scores[..., -1] >= totals[..., 0].double() / horizon**length_penalty
             beams.done = done | full
-        kept = _open_candidates(tokens, eos, K)
+        kept = open_candidates(tokens, eos, K)
         kept = kept.gather(-1, _in_place(parents.gather(-1, kept)))
         tokens, parents, beams.scores = (part.gather(-1, kept) for part in (tokens, parents, totals))
-        beams.history = _append(beams.history, tokens, parents, done[..., None])
+        beams.history = append(beams.history, tokens, parents, done[..., None])
         if length == T:
             still = ~beams.done[..., None].expand_as(tokens)
             beams.close(beams.history, beams.scores.double() / T**length_penalty, still)
@@ -244,7 +133,7 @@ def diverse_beam_search(
         if not len(tokens):
             break
         logits = decoder.extend(tokens.flatten(1), rows.flatten(1))
-    empty = sequences == _EMPTY
+    empty = sequences == EMPTY
     return sequences.masked_fill(empty, pad)[..., : T - int(empty.all(1).all(0).sum())], scores
 
 
@@ -257,7 +146,7 @@ class _Beams:
         scores: accumulated scores of the open beams (B,G,K).
         history: new tokens of the open beams (B,G,K,t).
         closed_scores: length-normalised scores of the ended sequences, best first, -inf where none; fp64 (B,G,K).
-        closed_tokens: the ended sequences (B,G,K,T), right-padded with `_EMPTY`.
+        closed_tokens: the ended sequences (B,G,K,T), right-padded with `EMPTY`.
         done: groups that take no further sequence (B,G).
     """
 
@@ -277,7 +166,7 @@ class _Beams:
             scores=scores,
             history=torch.zeros(B, G, K, 0, dtype=torch.long, device=device),
             closed_scores=torch.full((B, G, K), -math.inf, dtype=torch.float64, device=device),
-            closed_tokens=torch.full((B, G, K, T), _EMPTY, device=device),
+            closed_tokens=torch.full((B, G, K, T), EMPTY, device=device),
             done=torch.zeros(B, G, dtype=torch.bool, device=device),
         )
 
@@ -287,7 +176,7 @@ class _Beams:
     def close(self, sequences: Tensor, scores: Tensor, which: Tensor) -> None:
         """Offers the sequences (B,G,K,t) of the mask `which` (B,G,K); a group keeps its K best, on a tie the older."""
         K, room = which.shape[-1], self.closed_tokens.shape[-1] - sequences.shape[-1]
-        tokens = torch.cat([self.closed_tokens, nn.functional.pad(sequences, (0, room), value=_EMPTY)], -2)
+        tokens = torch.cat([self.closed_tokens, nn.functional.pad(sequences, (0, room), value=EMPTY)], -2)
         scores = torch.cat([self.closed_scores, scores.masked_fill(~which, -math.inf)], -1)
         scores, order = scores.sort(dim=-1, descending=True, stable=True)
         self.closed_scores, order = scores[..., :K], order[..., :K]
@@ -300,21 +189,16 @@ class _Beams:
         return tokens.gather(1, order[..., None].expand_as(tokens)), scores.float()
 
 
-def _require(fits: bool, option: str, expected: str, got: object) -> None:
-    if not fits:
-        raise ValueError(f"{option}: expected {expected}, got {got!r}.")
-
-
 def _check(ids: Tensor, mask: Tensor, N: int, G: int, penalty: float, T: int, early_stopping: object) -> None:
-    _require(N >= 1, "num_beams", "at least 1", N)
-    _require(1 <= G <= N and N % G == 0, "num_beam_groups", f"a divisor of num_beams ({N})", G)
-    _require(0 <= penalty < math.inf, "diversity_penalty", "a finite number of at least 0", penalty)
-    _require(T >= 1, "max_new_tokens", "at least 1", T)
+    require(N >= 1, "num_beams", "at least 1", N)
+    require(1 <= G <= N and N % G == 0, "num_beam_groups", f"a divisor of num_beams ({N})", G)
+    require(0 <= penalty < math.inf, "diversity_penalty", "a finite number of at least 0", penalty)
+    require(T >= 1, "max_new_tokens", "at least 1", T)
     known = isinstance(early_stopping, bool) or early_stopping == "never"
-    _require(known, "early_stopping", 'True, False or "never"', early_stopping)
+    require(known, "early_stopping", 'True, False or "never"', early_stopping)
     shape = tuple(ids.shape)
-    _require(ids.dim() == 2 and ids.numel() > 0, "input_ids", "shape (B, P), at least one prompt of one token", shape)
-    _require(mask.shape == ids.shape, "attention_mask", f"the shape of input_ids {shape}", tuple(mask.shape))
+    require(ids.dim() == 2 and ids.numel() > 0, "input_ids", "shape (B, P), at least one prompt of one token", shape)
+    require(mask.shape == ids.shape, "attention_mask", f"the shape of input_ids {shape}", tuple(mask.shape))
     mask = mask.bool()
     left = bool(mask[:, -1].all()) and not bool((mask[:, :-1] & ~mask[:, 1:]).any())
-    _require(left, "attention_mask", "prompts of at least one token, padded on the left", "padding after a token")
+    require(left, "attention_mask", "prompts of at least one token, padded on the left", "padding after a token")

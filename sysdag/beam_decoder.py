@@ -43,7 +43,7 @@ class BeamDecoder:
     def extend(self, tokens: Tensor, rows: Tensor) -> Tensor:
         """Appends each of the tokens (B,N) to a row of the call before, `rows` (B,N); returns logits (B,N,V).
 
-        A row that is not dropped must be of the same prompt as the row that was in its place.
+        Where no row is dropped, each is followed by a row of the same prompt: its prompt's part stays where it is.
         """
         shape, rows = tokens.shape, rows.flatten()
         self._reorder(rows)
@@ -92,7 +92,7 @@ def _is_plain(layer: Any) -> bool:
 
 
 @functools.cache
-def _roomy_layer_class() -> type:
+def _roomy_layer_class() -> Any:
     from transformers.cache_utils import DynamicLayer
 
     class RoomyLayer(DynamicLayer):
@@ -138,7 +138,7 @@ def _roomy_layer_class() -> type:
             """Copies the new tokens of some rows over those of rows of the same prompts."""
             for part in (self.keys, self.values):
                 new = part[:, :, self.prompt :]
-                new[places.to(part.device)] = new[sources.to(part.device)]
+                new.index_copy_(0, places.to(part.device), new.index_select(0, sources.to(part.device)))
 
         def reorder_cache(self, beam_idx: Tensor) -> None:
             tokens = self.keys.shape[-2]

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from sysdag.beam import diverse_beam_search, diverse_beam_step
+from sysdag.beam import _in_place, diverse_beam_search, diverse_beam_step
 from sysdag.beam_decoder import _roomy_layer_class
 
 FIXTURES = Path(__file__).parent / "fixtures" / "diverse_beam"
@@ -291,6 +291,14 @@ def shape_of_each_call(model, **options):
     model.register_forward_pre_hook(record, with_kwargs=True)
     search(model, **options)
     return shapes
+
+
+@given(st.integers(1, 5).flatmap(lambda k: st.lists(st.integers(0, k - 1), min_size=k, max_size=k)))
+def test_as_few_rows_move_as_can(parents):
+    order = _in_place(torch.tensor([parents]))[0].tolist()
+    assert sorted(order) == list(range(len(parents)))
+    moved = sum(parents[child] != place for place, child in enumerate(order))
+    assert moved == len(parents) - len(set(parents))
 
 
 def test_one_call_a_token_with_all_groups():

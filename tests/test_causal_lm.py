@@ -224,6 +224,17 @@ def test_a_second_adapter_on_one_loaded_model_is_refused():
         second.module  # noqa: B018
 
 
+def test_the_reference_of_an_adapter_that_was_trained_before_is_what_it_is_now():
+    lm = trained(CausalLM(llama(), char_tokenizer(), peft_config=lora()))
+    draws = lm.observe(["ab"])
+    reference = lm.reference()
+    assert reference.module is not lm.module
+    now = lm.log_prob(["q"], draws)
+    torch.testing.assert_close(reference.log_prob(["q"], draws), now, rtol=0, atol=0)
+    trained(lm)
+    torch.testing.assert_close(reference.log_prob(["q"], draws), now, rtol=0, atol=0)
+
+
 def trained(lm):
     with torch.no_grad():
         for parameter in lm.module.parameters():

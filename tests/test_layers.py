@@ -14,7 +14,7 @@ PACKAGE = ROOT / "sysdag"
 # From the bottom up; a module may import those before it.
 LAYERS = [
     "errors", "graph", "build", "render", "plan", "encoding", "trace", "source", "component", "serialization",
-    "decoding", "ops", "beam_decoder", "beam", "components", "execute", "likelihood", "candidates",
+    "decoding", "kernels", "ops", "beam_decoder", "beam", "components", "execute", "likelihood", "candidates",
     "candidate_cache", "objective", "options", "theory", "data", "comparison", "engine", "trainer",
 ]  # fmt: skip
 # A user reaches everything from a System or a Plan: these methods import upwards when they are called.

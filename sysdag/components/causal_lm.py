@@ -15,6 +15,8 @@ from torch import Tensor
 
 from sysdag.beam import diverse_beam_search
 from sysdag.component import Component
+from sysdag.components import adapter
+from sysdag.components.language_head import TokenScorer
 from sysdag.decoding import left_pad, sample_tokens
 from sysdag.errors import DataError, PlanError
 from sysdag.trace import Draw
@@ -86,6 +88,7 @@ class CausalLM(Component):
         self._model: Any = None
         self._tokenizer: Any = None
         self._warned: set[str] = set()
+        self._scorer: TokenScorer | None = None
         self._max_length = max_length
         self._max_new_tokens = max_new_tokens
         self.temperature = temperature
@@ -95,8 +98,8 @@ class CausalLM(Component):
 
     def __repr__(self) -> str:
         name = self._source if isinstance(self._source, (str, Path)) else type(self._source).__name__
-        adapter = " + adapter" if self._peft_config is not None or self._adapter_folder is not None else ""
-        return f"CausalLM({str(name)!r}{adapter})"
+        adapted = " + adapter" if self._peft_config is not None or self._adapter_folder is not None else ""
+        return f"CausalLM({str(name)!r}{adapted})"
 
     @property
     def module(self) -> Any:
@@ -317,11 +320,10 @@ class CausalLM(Component):
             scored[row, len(prompt) : end] = True
         ids, mask, scored = ids.to(self.device), mask.to(self.device), scored.to(self.device)
         with self._scoring() as model:
-            logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-        at = scored[:, 1:].nonzero(as_tuple=True)
-        chosen_logits = logits[:, :-1][at].float()
-        token_log_probs = chosen_logits.log_softmax(-1).gather(1, ids[:, 1:][at][:, None])[:, 0]
-        return token_log_probs.new_zeros(len(rows)).index_add(0, at[0], token_log_probs)
+            if self._scorer is None or not self._scorer.fits(model):
+                self._scorer = TokenScorer(model)
+            token_log_probs, row_of = self._scorer(ids, mask, scored)
+        return token_log_probs.new_zeros(len(rows)).index_add(0, row_of, token_log_probs)
 
     def _fit(self, prompt: list[int], completion: Sequence[int]) -> tuple[list[int], list[int]]:
         room = None if self.max_length is None else self.max_length - len(prompt)
@@ -334,9 +336,9 @@ class CausalLM(Component):
         return [len(draw.record["token_ids"]) for draw in draws]
 
     def reference(self) -> CausalLM:
-        """The adapter switched off where it is new, else a frozen copy."""
+        """The adapter switched off while it changes nothing yet, else a frozen copy."""
         view = copy.copy(self)
-        if self._is_peft and self._adapter_folder is None and self._peft_config is not None:
+        if self._is_peft and adapter.is_identity(self.module, self.module.active_adapter):
             view._model, view._adapter_off = self.module, True
             return view
         view._model = copy.deepcopy(self.module).requires_grad_(False).eval()

@@ -20,6 +20,7 @@ from sysdag.components.images import read_pixels, stack_latents, to_pil
 from sysdag.components.pipeline import Pipeline
 from sysdag.components.reverse_process import denoise
 from sysdag.errors import PlanError, SerializationError
+from sysdag.ops import diffusion_error
 from sysdag.trace import Draw
 
 if TYPE_CHECKING:
@@ -302,8 +303,8 @@ class Diffusion(Component):
             arguments = repeated(self._conditioner()(inputs), count)
             model_times = process.model_times.to(device)[times]
             prediction = self.pipeline.predict(process.corrupt(clean, times, eps), model_times, arguments)
-        difference = process.target(clean, times, eps) - prediction[:, : clean.shape[1]]
-        return difference.square().flatten(1).sum(1).reshape(len(draws), count)
+        target = process.target(clean, times, eps)
+        return diffusion_error(target, prediction[:, : clean.shape[1]]).reshape(len(draws), count)
 
     def reference(self) -> Diffusion:
         """This component frozen as it is now; its scores carry no gradient.

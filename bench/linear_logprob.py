@@ -1,0 +1,222 @@
+"""Log-probabilities from hidden states and a head: time and peak extra memory against other ways to them.
+
+    python -m bench.linear_logprob [--threads 2] [--repeats 5] [--device cpu] [--csv PATH]
+
+The gate comes first: a result less exact than eager torch's ends the run. Times are of forward and backward,
+interleaved; `times_eager` is how many times faster than eager torch, in the same turns. `peak_mib` is one call's peak
+memory beyond its arguments, in a process of its own: the high-water mark of resident memory on a CPU (Linux), of the
+allocator on a GPU.
+"""
+
+from __future__ import annotations
+
+import functools
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from bench import measure
+from sysdag.ops import linear_logprob
+
+CPU_SHAPE = (2048, 512, 32000)
+GPU_SHAPES = ((8192, 4096, 128256), (16384, 2048, 151936))
+
+
+class Case(NamedTuple):
+    """One problem; all peers compute the labels' log-probabilities and the gradients that are needed."""
+
+    shape: tuple[int, int, int]
+    mode: str  # "no grad", "frozen" (hidden needs a gradient) or "trained" (the weight too)
+    device: str = "cpu"
+    dtype: torch.dtype = torch.float32
+    peaked: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"{self.mode}{', peaked' if self.peaked else ''}"
+
+
+def cases(device: str) -> list[Case]:
+    """What is measured on a kind of device."""
+    if device == "cpu":
+        return [
+            Case(CPU_SHAPE, "frozen"), Case(CPU_SHAPE, "trained"), Case(CPU_SHAPE, "no grad"),
+            Case(CPU_SHAPE, "frozen", peaked=True),
+        ]  # fmt: skip
+    modes = ("frozen", "trained", "no grad")
+    return [Case(shape, mode, device, torch.bfloat16) for shape in GPU_SHAPES for mode in modes]
+
+
+class Problem:
+    """The arguments of a case."""
+
+    def __init__(self, case: Case) -> None:
+        made = torch.Generator().manual_seed(0)
+        (N, H, V), self.case = case.shape, case
+        scale = (4.0 if case.peaked else 1.0) / H**0.5
+        options = {"device": case.device, "dtype": case.dtype}
+        self.hidden = torch.randn(N, H, generator=made).to(**options).requires_grad_(case.mode != "no grad")
+        self.weight = (torch.randn(V, H, generator=made) * scale).to(**options).requires_grad_(case.mode == "trained")
+        self.labels = torch.randint(V, (N,), generator=made).to(case.device)
+        self.rows = torch.arange(N, device=case.device)
+        self.grad = torch.randn(N, generator=made).to(case.device)
+
+    def run(self, function: Callable[[Problem], Tensor]) -> list[Tensor]:
+        """The result and its gradients."""
+        wanted = [leaf for leaf in (self.hidden, self.weight) if leaf.requires_grad]
+        with torch.set_grad_enabled(bool(wanted)):
+            result = function(self)
+        grad = self.grad if result.dim() else None
+        return [result.detach(), *(torch.autograd.grad(result, wanted, grad) if wanted else [])]
+
+
+def ours(p: Problem) -> Tensor:
+    return linear_logprob(p.hidden, p.weight, p.rows, p.labels)
+
+
+def four_labels(p: Problem) -> Tensor:
+    """Each row serves four labels; their mean, so that the gradient has the same shape."""
+    labels = (p.labels + torch.arange(4, device=p.labels.device)[:, None] * 997) % len(p.weight)
+    return linear_logprob(p.hidden, p.weight, p.rows.repeat(4), labels.flatten()).view(4, -1).mean(0)
+
+
+def eager(p: Problem) -> Tensor:
+    return torch.log_softmax(p.hidden @ p.weight.T, -1).gather(1, p.labels[:, None])[:, 0]
+
+
+@functools.cache
+def _compiled_eager() -> Any:
+    return torch.compile(lambda h, w, y: torch.log_softmax(h @ w.T, -1).gather(1, y[:, None])[:, 0], dynamic=False)
+
+
+def compiled(p: Problem) -> Tensor:
+    return _compiled_eager()(p.hidden, p.weight, p.labels)
+
+
+def trl(p: Problem) -> Tensor:
+    from trl.kernels.chunked_logprob import ChunkedLogProbFunction
+
+    return ChunkedLogProbFunction.apply(p.hidden, p.weight, None, p.labels, 1.0, 8192, None, 1.0, ())[0]
+
+
+def torch_linear_cross_entropy(p: Problem) -> Tensor:
+    """The mean alone: torch's fused function gives no log-probabilities by label."""
+    return torch.nn.functional.linear_cross_entropy(p.hidden, p.weight, p.labels)
+
+
+PEERS: dict[str, Callable[[Problem], Tensor]] = {
+    "sysdag": ours,
+    "sysdag, 4 labels a row": four_labels,
+    "eager": eager,
+    "torch.compile": compiled,
+    "F.linear_cross_entropy (mean only)": torch_linear_cross_entropy,
+    "trl": trl,
+}
+
+
+def bare_products(p: Problem, count: int) -> Callable[[], None]:
+    """The first products of a forward and backward, into memory that is there already."""
+    (N, H, V), options = p.case.shape, {"device": p.case.device, "dtype": p.case.dtype}
+    logits, dh, dw = torch.empty(N, V, **options), torch.empty(N, H, **options), torch.empty(V, H, **options)
+    hidden, weight = p.hidden.detach(), p.weight.detach()
+
+    def run() -> None:
+        torch.mm(hidden, weight.T, out=logits)
+        if count > 1:
+            torch.mm(logits, weight, out=dh)
+        if count > 2:
+            torch.mm(logits.T, hidden, out=dw)
+
+    return run
+
+
+def absent(p: Problem) -> tuple[dict[str, Callable[[Problem], Tensor]], list[str]]:
+    """The peers that run here, and of the others why they don't."""
+    reasons = [] if p.case.device == "cuda" else ["left out: liger-kernel, cut-cross-entropy: their kernels need CUDA"]
+    found = {}
+    for name, function in PEERS.items():
+        try:
+            p.run(function)
+        except (ImportError, AttributeError, RuntimeError, NotImplementedError) as error:
+            lines = str(error).strip().splitlines() or [""]
+            reasons.append(f"left out: {name}: {type(error).__name__}: {lines[0]}")
+        else:
+            found[name] = function
+    return found, reasons
+
+
+def check(case: Case) -> None:
+    """The gate: every output against fp64, at a size where that is quick."""
+    N, H, V = case.shape
+    small = Problem(case._replace(shape=(min(N, 256), H, min(V, 8003))))
+    wide = Problem(small.case)
+    wide.hidden = small.hidden.detach().double().requires_grad_(small.hidden.requires_grad)
+    wide.weight = small.weight.detach().double().requires_grad_(small.weight.requires_grad)
+    wide.grad = small.grad.double()
+    found, theirs, truth = small.run(ours), small.run(eager), wide.run(eager)
+    for name, got, own, true in zip(("log-probabilities", "d hidden", "d weight"), found, theirs, truth, strict=False):
+        measure.gate(f"linear_logprob, {case.name}, {name}", got, own, true)
+
+
+def peak(case: Case, name: str, threads: int) -> None:
+    """Prints the MiB of one call, beyond its arguments; for a process of its own."""
+    torch.set_num_threads(threads)
+    small = Problem(case._replace(shape=(64, 64, 1024)))
+    small.run(PEERS[name])
+    problem = Problem(case)
+    if case.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        problem.run(PEERS[name])
+        print((torch.cuda.max_memory_allocated() - before) / 2**20)
+        return
+    torch.mm(problem.hidden.detach()[:64], problem.weight.detach()[:64].T)
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
+    before = _high_water()
+    problem.run(PEERS[name])
+    print(_high_water() - before)
+
+
+def _high_water() -> float:
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) / 1024
+
+
+def peak_mib(case: Case, name: str) -> float:
+    code = f"import torch; from bench.linear_logprob import *; peak({case!r}, {name!r}, {torch.get_num_threads()})"
+    return float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+
+
+def measured(case: Case, repeats: int, notes: list[str]) -> list[dict[str, Any]]:
+    """The table's rows for one case."""
+    check(case)
+    problem = Problem(case)
+    peers, reasons = absent(problem)
+    notes += [reason for reason in reasons if reason not in notes]
+    functions: dict[str, Callable[[], Any]] = {name: functools.partial(problem.run, f) for name, f in peers.items()}
+    products = {"no grad": 1, "frozen": 2, "trained": 3}[case.mode]
+    functions[f"bare products: {products}"] = bare_products(problem, products)
+    times = measure.interleave(functions, repeats)
+    N, H, V = case.shape
+    shown = measure.rows(times, baseline="eager", case=case.name, N=N, H=H, V=V, dtype=str(case.dtype)[6:])
+    for row in shown:
+        row["gflops"] = products * 2 * N * H * V / (row["median_ms"] * 1e6)
+        row["peak_mib"] = peak_mib(case, row["name"]) if row["name"] in peers else ""
+    return shown
+
+
+def main() -> None:
+    options = measure.options(__doc__, "linear_logprob", threads=2, repeats=5)
+    notes: list[str] = ["gflops counts the 1, 2 or 3 products that a case needs at least"]
+    found = [row for case in cases(options.device) for row in measured(case, options.repeats, notes)]
+    notes.append(f"trl {measure.version('trl')}")
+    measure.report("linear_logprob", found, options.csv, notes)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,174 @@
+"""Log-probabilities of tokens from a causal language model's last hidden state, without its logits where that can be.
+
+The model is called as ever, so that hooks on its forward (peft, DDP, FSDP, autocast) run; it is asked for the logits of
+the last position alone, and a hook on its decoder takes the hidden states. Whether the logits are a plain linear
+layer of those, scaled and softcapped as the config says, is looked up in the model's structure and then checked once,
+on the logits of the first batch's last positions.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from sysdag.ops import linear_logprob
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class LinearHead:
+    """softcap(scale * linear(decoder's last hidden state)) are the logits."""
+
+    decoder: nn.Module
+    linear: nn.Linear
+    scale: float
+    softcap: float | None
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        logits = self.linear(hidden).float() * self.scale
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+
+class TokenScorer:
+    """Scores tokens with one model. What its head is gets decided on the first batch.
+
+    Args:
+        model: a causal language model of transformers, perhaps inside a PeftModel.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self._candidates = _candidates(model)
+        self._embedding = _output_embedding(model)
+        self._checked = False
+
+    def fits(self, model: Any) -> bool:
+        """Whether this was made for the model, and for its output embedding as it is now."""
+        return self.model is model and self._embedding is _output_embedding(model)
+
+    def __call__(
+        self, ids: Int[Tensor, "B L"], mask: Int[Tensor, "B L"], scored: Bool[Tensor, "B L"]
+    ) -> tuple[Float[Tensor, " M"], Int[Tensor, " M"]]:
+        """Log-probabilities of the tokens where `scored`, each given those before it, and the row each is in.
+
+        Args:
+            ids: padded on the right.
+            mask: 1 for a token, 0 for padding.
+            scored: never the first token of a row.
+        """
+        at = scored[:, 1:].nonzero(as_tuple=True)
+        labels = ids[:, 1:][at]
+        output = self._hidden(ids, mask) if self._candidates else None
+        if output is None or output.hidden is None:
+            logits = self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1][at].float()
+            return logits.log_softmax(-1).gather(1, labels[:, None])[:, 0], at[0]
+        head = self._candidates[0]
+        weight, bias = head.linear.weight, head.linear.bias
+        with torch.autocast(ids.device.type, dtype=output.autocast, enabled=output.autocast is not None):
+            found = linear_logprob(
+                output.hidden.flatten(0, 1).to(weight.dtype), weight, at[0] * ids.shape[1] + at[1], labels,
+                bias=None if bias is None else bias * head.scale, softcap=head.softcap, logit_scale=head.scale,
+            )  # fmt: skip
+        return found, at[0]
+
+    def _hidden(self, ids: Tensor, mask: Tensor) -> _Output | None:
+        """What the decoder returns, or None if the model turns out to make its logits in another way."""
+        with _captured(self._candidates[0].decoder) as output:
+            last = self.model(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=1).logits
+        hidden = output.hidden
+        if not self._checked:
+            if not last.isfinite().all():  # this tells nothing of the head
+                return None
+            fits = hidden is not None and hidden.shape[:2] == ids.shape and last.shape[:2] == (len(ids), 1)
+            self._candidates = [head for head in self._candidates if fits and _agrees(head, output, last)]
+            self._checked = True
+            if not self._candidates:
+                _say(self.model, "its logits are not its output embedding applied to the last hidden state")
+                return None
+        return output
+
+
+@dataclass
+class _Output:
+    hidden: Tensor | None = None
+    autocast: torch.dtype | None = None  # in which the decoder ran
+
+
+@contextlib.contextmanager
+def _captured(decoder: nn.Module) -> Iterator[_Output]:
+    """What the decoder returns while the context lasts."""
+    output = _Output()
+
+    def take(module: nn.Module, arguments: Any, returned: Any) -> None:
+        output.hidden = returned[0] if isinstance(returned, tuple) else getattr(returned, "last_hidden_state", None)
+        if output.hidden is not None and torch.is_autocast_enabled(output.hidden.device.type):
+            output.autocast = torch.get_autocast_dtype(output.hidden.device.type)
+
+    handle = decoder.register_forward_hook(take)
+    try:
+        yield output
+    finally:
+        handle.remove()
+
+
+@torch.no_grad()
+def _agrees(head: LinearHead, output: _Output, last: Tensor) -> bool:
+    """Whether the head gives the model's own logits at the last position, as near as its dtype allows."""
+    hidden, autocast = output.hidden, output.autocast
+    assert hidden is not None
+    with torch.autocast(hidden.device.type, dtype=autocast, enabled=autocast is not None):
+        expected = head.logits(hidden[:, -1:].to(head.linear.weight.dtype))
+    half = autocast is not None or head.linear.weight.dtype in (torch.float16, torch.bfloat16)
+    tolerance = (2e-2 if half else 1e-4) * float(expected.abs().max())
+    return torch.allclose(expected, last.float(), rtol=0, atol=tolerance)
+
+
+def _candidates(model: Any) -> list[LinearHead]:
+    """The heads that the structure and the config allow, likeliest first; they differ in what a scale means."""
+    inner, linear = _inner(model), _output_embedding(model)
+    decoder = getattr(inner, "base_model", None)
+    if type(linear) is not nn.Linear:
+        reason = f"its output embedding is a {type(linear).__name__}, not a plain nn.Linear"
+    elif decoder is None or decoder is inner:
+        reason = "its decoder is not a module of its own"
+    elif "logits_to_keep" not in inspect.signature(inner.forward).parameters:
+        reason = "its forward cannot leave logits out (logits_to_keep)"
+    else:
+        config = inner.config.get_text_config()
+        softcap = getattr(config, "final_logit_softcapping", None)
+        return [LinearHead(decoder, linear, scale, softcap) for scale in _scales(config)]
+    _say(model, reason)
+    return []
+
+
+def _inner(model: Any) -> Any:
+    """The model of transformers inside a PeftModel."""
+    return model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
+
+
+def _output_embedding(model: Any) -> Any:
+    inner = _inner(model)
+    return inner.get_output_embeddings() if hasattr(inner, "get_output_embeddings") else None
+
+
+def _scales(config: Any) -> list[float]:
+    """What the product may be multiplied by; Granite divides by `logits_scaling`, HyperCLOVA X multiplies."""
+    found = [1.0]
+    for name in ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier"):
+        value = getattr(config, name, None)
+        if isinstance(value, (int, float)) and value not in (0, 1):
+            found = [1 / value, value, 1.0] if name == "logits_scaling" else [float(value), 1.0]
+    return found
+
+
+def _say(model: Any, reason: str) -> None:
+    logger.warning("%s is scored through its full logits, which takes more memory: %s.", type(model).__name__, reason)

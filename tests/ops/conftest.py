@@ -1,0 +1,57 @@
+"""The backends that each test of an op runs on.
+
+Without a GPU, Triton's kernels run in its interpreter. That is decided when triton is imported, so the variable is set
+here, before any test module is; a process that compiles kernels for real starts without it (see test_aot.py).
+"""
+
+import os
+import sys
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import pytest
+import torch
+
+if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
+    assert "triton" not in sys.modules, "triton was imported before tests/ops/conftest.py; set TRITON_INTERPRET=1"
+    os.environ["TRITON_INTERPRET"] = "1"
+
+from sysdag.ops._dispatch import Backend, use_backend, why_unavailable
+
+
+class Served(NamedTuple):
+    """A backend that is forced while the test runs, and where its tensors live."""
+
+    name: Backend
+    device: torch.device
+
+    @property
+    def interpreted(self) -> bool:
+        """Whether Triton's interpreter runs: slow, and wrong in bf16."""
+        return self.name == "triton" and self.device.type == "cpu"
+
+    @property
+    def dtypes(self) -> list[torch.dtype]:
+        """Those that the backend can be tested with; an op may implement fewer."""
+        every = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
+        return every[:-1] if self.interpreted else every
+
+
+@pytest.fixture(params=["reference", "cpp", "triton"])
+def backend(request: pytest.FixtureRequest) -> Iterator[Served]:
+    """Each backend in turn; a test names others with `parametrize("backend", [...], indirect=True)`."""
+    name: Backend = request.param
+    on_gpu = name == "cuda" or (name == "triton" and torch.cuda.is_available())
+    served = Served(name, torch.device("cuda" if on_gpu else "cpu"))
+    reason = why_unavailable(name, served.device.type)
+    if reason:
+        pytest.skip(f"{name}: {reason}")
+    with use_backend(name):
+        yield served
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
