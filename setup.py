@@ -1,8 +1,9 @@
 """What pyproject.toml cannot say: the package map, and the extension `sysdag._C`.
 
 `kernels/` is the package `sysdag.kernels` (see sysdag/kernels.py). The extension is built where torch can be imported,
-which is so with `--no-build-isolation`; without it the package works all the same, on plain torch. It uses torch's stable
-ABI alone, so one binary serves torch 2.11 and newer. CUDA sources are added where torch has CUDA and nvcc is found.
+which is so with `--no-build-isolation`; without it the package works all the same, on plain torch. It uses torch's
+stable ABI alone, so one binary serves torch 2.11 and newer. CUDA sources are added where torch has CUDA and nvcc is
+found.
 """
 
 import importlib.util

@@ -20,7 +20,11 @@ from sysdag.theory import check_alignment, enumerate_outcomes
 
 INPUTS = {"x": ["a", "b"]}
 OUTPUTS = "pqr"
-STRATEGIES = {"diverse beam search": DiverseBeamSearch, "Monte Carlo": MonteCarlo, "importance sampling": ImportanceSampling}
+STRATEGIES = {
+    "diverse beam search": DiverseBeamSearch,
+    "Monte Carlo": MonteCarlo,
+    "importance sampling": ImportanceSampling,
+}
 
 
 def table(keys: Sequence, values: str, seed: int) -> Tabular:
@@ -78,7 +82,9 @@ def measure(sizes: Sequence[int], repeats: int) -> list[dict[str, object]]:
     rows = []
     exact = check_alignment(system, reward, INPUTS, objective="sampling")
     print(exact)
-    rows.append(dict(strategy="all candidates", k=16, log_p_bias=0.0, deviation=exact.deviation, deviation_sd=0.0, repeats=1))
+    rows.append(
+        dict(strategy="all candidates", k=16, log_p_bias=0.0, deviation=exact.deviation, deviation_sd=0.0, repeats=1)
+    )
     for name, strategy in STRATEGIES.items():
         for k in sizes:
             seeds = range(1 if strategy is DiverseBeamSearch else repeats)
@@ -91,9 +97,16 @@ def measure(sizes: Sequence[int], repeats: int) -> list[dict[str, object]]:
             ]
             spread = statistics.stdev(found) if len(found) > 1 else 0.0
             rows.append(
-                dict(strategy=name, k=k, log_p_bias=bias, deviation=statistics.fmean(found), deviation_sd=spread, repeats=len(found))
+                dict(
+                    strategy=name,
+                    k=k,
+                    log_p_bias=bias,
+                    deviation=statistics.fmean(found),
+                    deviation_sd=spread,
+                    repeats=len(found),
+                )
             )
-            print(f"{name:22} k={k:3}  bias of log p {bias:+.4f} nats  deviation of the reward {rows[-1]['deviation']:.4f}")
+            print(f"{name:22} k={k:3}  bias of log p {bias:+.4f} nats  reward's deviation {rows[-1]['deviation']:.4f}")
     return rows
 
 

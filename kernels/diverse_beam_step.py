@@ -38,9 +38,7 @@ def _value(key):
 
 
 @triton.jit
-def scan_kernel(
-    logits, keys_out, maximum_out, total_out, V, stretch, row_stride, BLOCK: tl.constexpr, L: tl.constexpr
-):
+def scan_kernel(logits, keys_out, maximum_out, total_out, V, stretch, row_stride, BLOCK: tl.constexpr, L: tl.constexpr):
     """Partial results of one stretch: keys (rows, S, L), maximum and total (rows, S)."""
     row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     begin = part * stretch
@@ -69,9 +67,7 @@ def scan_kernel(
 
 
 @triton.jit
-def merge_kernel(
-    keys, maximum, total, log_probs, tokens, parts, count, PARTS: tl.constexpr, L: tl.constexpr
-):
+def merge_kernel(keys, maximum, total, log_probs, tokens, parts, count, PARTS: tl.constexpr, L: tl.constexpr):
     """The `count` best of a row's lists, as log-probabilities and tokens, best first."""
     row = tl.program_id(0).to(tl.int64)
     part = tl.arange(0, PARTS)
@@ -102,9 +98,7 @@ def top_log_probs(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
     log_probs = torch.empty(rows, count, dtype=torch.float32, device=logits.device)
     tokens = torch.empty(rows, count, dtype=torch.int64, device=logits.device)
     if rows:
-        scan_kernel[(rows, parts)](
-            logits, keys, maximum, total, V, stretch, logits.stride(0), BLOCK=BLOCK, L=L, **SCAN
-        )
+        scan_kernel[(rows, parts)](logits, keys, maximum, total, V, stretch, logits.stride(0), BLOCK=BLOCK, L=L, **SCAN)
         PARTS = triton.next_power_of_2(parts)
         merge_kernel[(rows,)](keys, maximum, total, log_probs, tokens, parts, count, PARTS=PARTS, L=L, num_warps=4)
     return log_probs, tokens

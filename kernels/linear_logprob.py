@@ -24,7 +24,8 @@ import triton.language as tl
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from sysdag.ops._head_folds import Labels, Tile
+    from sysdag.ops._head_folds import Tile
+    from sysdag.ops._head_labels import Labels
 
 
 @triton.jit
@@ -240,5 +241,3 @@ def aot_cases(arch: int) -> list[tuple[Any, dict[str, Any], dict[str, int]]]:
         scalars = {"coefficients": f"*{wide}", "row_grads": f"*{wide}", **out, "width": "i32", "BLOCK": 1024}
         cases.append((combine_kernel, {**combine_types, **scalars}, {}))
     return cases
-
-

@@ -49,7 +49,9 @@ class CandidateCache:
         stale = [key for key in first_row if key not in self._kept or step - self._kept[key][0] >= self.refresh_steps]
         if stale:
             rows = [first_row[key] for key in stale]
-            fresh = self.strategy.draw(plan, {name: [column[row] for row in rows] for name, column in inputs.items()}, generator)
+            fresh = self.strategy.draw(
+                plan, {name: [column[row] for row in rows] for name, column in inputs.items()}, generator
+            )
             for number, key in enumerate(stale):
                 self._kept[key] = (step, fresh.of_prompt(number))
         return Candidates.join([self._kept[key][1] for key in keys])

@@ -53,10 +53,12 @@ class Candidates:
 
     def select(self, rows: Sequence[int]) -> Candidates:
         """The candidates of the given rows."""
-        pick = lambda column: None if column is None else tuple(column[row] for row in rows)  # noqa: E731
-        return Candidates(
-            self.trace.select(rows), tuple(self.prompt[row] for row in rows), pick(self.log_proposal), pick(self.log_weight)
-        )
+
+        def pick(column: tuple[float, ...] | None) -> tuple[float, ...] | None:
+            return None if column is None else tuple(column[row] for row in rows)
+
+        prompt = tuple(self.prompt[row] for row in rows)
+        return Candidates(self.trace.select(rows), prompt, pick(self.log_proposal), pick(self.log_weight))
 
     def of_prompt(self, prompt: int) -> Candidates:
         """The candidates of one prompt, as prompt 0."""
@@ -126,9 +128,7 @@ class CandidateStrategy(ABC):
         return self._paths(plan, rows, [name for name in latents if name not in shared], generator)
 
     @abstractmethod
-    def _paths(
-        self, plan: Plan, rows: Trace, latents: Sequence[str], generator: torch.Generator | None
-    ) -> Candidates:
+    def _paths(self, plan: Plan, rows: Trace, latents: Sequence[str], generator: torch.Generator | None) -> Candidates:
         """Joint paths of the latents for each row."""
 
 
@@ -150,9 +150,7 @@ class DiverseBeamSearch(CandidateStrategy):
     diversity_penalty: float = 20.0
     ngram_size: int = 1
 
-    def _paths(
-        self, plan: Plan, rows: Trace, latents: Sequence[str], generator: torch.Generator | None
-    ) -> Candidates:
+    def _paths(self, plan: Plan, rows: Trace, latents: Sequence[str], generator: torch.Generator | None) -> Candidates:
         prompt = list(range(len(rows)))
         for name in latents:
             _refuse_plate(plan, name, self)
@@ -184,9 +182,7 @@ class MonteCarlo(CandidateStrategy):
     def is_lower_bound(self) -> bool:
         return self.distinct
 
-    def _paths(
-        self, plan: Plan, rows: Trace, latents: Sequence[str], generator: torch.Generator | None
-    ) -> Candidates:
+    def _paths(self, plan: Plan, rows: Trace, latents: Sequence[str], generator: torch.Generator | None) -> Candidates:
         prompt = [row for row in range(len(rows)) for _ in range(self.num_candidates)]
         rows = rows.select(prompt)
         log_proposal = [0.0] * len(prompt)
@@ -210,7 +206,7 @@ class ImportanceSampling(MonteCarlo):
     """`num_candidates` runs weighted by the inverse of the probability that they were drawn with.
 
     log p(z|x) is estimated by logmeanexp [log p(y|x) - log q(y|x) + log p(z|x, y)]: exp of it is unbiased, whatever
-    the temperature, provided that q covers p (top_p < 1 does not). Repeated draws count each. An extension of the paper.
+    the temperature, provided that q covers p (top_p < 1 does not). Repeated draws count each. Not in the paper.
     """
 
     distinct: bool = False
@@ -220,9 +216,7 @@ class ImportanceSampling(MonteCarlo):
         if self.distinct:
             raise PlanError("ImportanceSampling needs every draw, repeated ones too; distinct must be False.")
 
-    def _paths(
-        self, plan: Plan, rows: Trace, latents: Sequence[str], generator: torch.Generator | None
-    ) -> Candidates:
+    def _paths(self, plan: Plan, rows: Trace, latents: Sequence[str], generator: torch.Generator | None) -> Candidates:
         found = super()._paths(plan, rows, latents, generator)
         assert found.log_proposal is not None
         log_k = math.log(self.num_candidates)
@@ -239,9 +233,7 @@ class Exhaustive(CandidateStrategy):
 
     num_candidates: int = 4096
 
-    def _paths(
-        self, plan: Plan, rows: Trace, latents: Sequence[str], generator: torch.Generator | None
-    ) -> Candidates:
+    def _paths(self, plan: Plan, rows: Trace, latents: Sequence[str], generator: torch.Generator | None) -> Candidates:
         prompt = list(range(len(rows)))
         for name in latents:
             component = plan.system[name].component
@@ -267,9 +259,7 @@ def _refuse_plate(plan: Plan, name: str, strategy: CandidateStrategy) -> None:
         )
 
 
-def _extend(
-    rows: Trace, prompt: Sequence[int], name: str, found: Sequence[Sequence[Cell]]
-) -> tuple[Trace, list[int]]:
+def _extend(rows: Trace, prompt: Sequence[int], name: str, found: Sequence[Sequence[Cell]]) -> tuple[Trace, list[int]]:
     """Rows repeated once for each value found for them, with that value added, and their prompts."""
     parents = [row for row, cells in enumerate(found) for _ in cells]
     extended = rows.select(parents).updated({name: [cell for cells in found for cell in cells]})

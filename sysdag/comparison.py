@@ -59,8 +59,8 @@ class Comparison(Protocol):
 class DirectComparison:
     """SysDPO-Direct: every random node is observed, each side under its own parents' values.
 
-    The margin is the sum over nodes of beta_i (log p_i - log q_i), winner minus loser; a bound stands in for log p_i with
-    one (t, eps) for the two sides of a pair.
+    The margin is the sum over nodes of beta_i (log p_i - log q_i), winner minus loser; a bound stands in for log p_i
+    with one (t, eps) for the two sides of a pair.
     """
 
     def __init__(
@@ -136,7 +136,11 @@ class SamplingComparison:
         inside = [term.name for term in self.terms if self.plan.system[term.name].likelihood == "exact"]
         device = policy[inside[0]].device
         index = torch.tensor(self.prompt, device=device)
-        terms = sum(self._spread(t.name, term_lengths(self.plan, t.trace, t.name, device)) for t in self.terms if t.name in inside)
+        terms = sum(
+            self._spread(t.name, term_lengths(self.plan, t.trace, t.name, device))
+            for t in self.terms
+            if t.name in inside
+        )
         log_p, weights = self._log_sum([self._spread(name, policy[name]) for name in inside], terms, index)
         log_q, _ = self._log_sum([self._spread(name, reference[name]) for name in inside], terms, index)
         rewards = self.options.beta * (log_p - log_q)
@@ -145,7 +149,9 @@ class SamplingComparison:
         for name, score in policy.items():
             log_ratio = score - reference[name]
             if name in inside:
-                log_ratio = torch.zeros_like(rewards).index_add(0, index, weights * self._spread(name, log_ratio).detach())
+                log_ratio = torch.zeros_like(rewards).index_add(
+                    0, index, weights * self._spread(name, log_ratio).detach()
+                )
             else:
                 log_p, rewards = log_p + score, rewards + self.options.beta * log_ratio
             metrics |= _node_metrics(name, self.options.beta * log_ratio)
@@ -209,7 +215,9 @@ def _node_metrics(name: str, rewards: Tensor) -> dict[str, Tensor]:
 def term_lengths(plan: Plan, trace: Trace, name: str, device: torch.device) -> Tensor:
     """How many terms each row's score of a node sums."""
     component = plan.system[name].component
-    return torch.tensor([float(sum(component.lengths(flat_draws([cell])))) for cell in trace.cells[name]], device=device)
+    return torch.tensor(
+        [float(sum(component.lengths(flat_draws([cell])))) for cell in trace.cells[name]], device=device
+    )
 
 
 def paired_noise(component: Component, cells: Sequence[Cell], generator: torch.Generator | None) -> Any:
@@ -223,4 +231,6 @@ def paired_noise(component: Component, cells: Sequence[Cell], generator: torch.G
     for column in longest:
         starts.append(starts[-1] + len(column))
     noise = component.noise([draw for column in longest for draw in column], generator)
-    return noise.select([starts[row % count] + place for row, column in enumerate(columns) for place in range(len(column))])
+    return noise.select(
+        [starts[row % count] + place for row, column in enumerate(columns) for place in range(len(column))]
+    )

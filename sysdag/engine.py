@@ -94,7 +94,9 @@ class SystemModel(nn.Module):
         """The plan whose components are the references."""
         frozen = {id(self.components[key]): reference for key, reference in self.references.items()}
         nodes = [self.plan.system[name] for name in self.plan.random_nodes]
-        return self.plan.system.with_components({n.name: frozen.get(id(n.component), n.component) for n in nodes}).compile()
+        return self.plan.system.with_components(
+            {n.name: frozen.get(id(n.component), n.component) for n in nodes}
+        ).compile()
 
     def _node_options(self, given: dict[str, NodeOptions]) -> dict[str, NodeOptions]:
         found = {}
@@ -117,7 +119,9 @@ class SystemModel(nn.Module):
     def _agreed(self, names: Sequence[str], option: str) -> Any:
         values = {getattr(self.nodes[name], option) for name in names}
         if len(values) > 1:
-            raise PlanError(f"nodes: {list(names)} share one component, but their {option} differ: {sorted(values, key=str)}.")
+            raise PlanError(
+                f"nodes: {list(names)} share one component, but their {option} differ: {sorted(values, key=str)}."
+            )
         return values.pop()
 
     def learning_rate(self, key: str) -> float | None:

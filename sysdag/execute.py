@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -38,7 +39,7 @@ class Elements:
         if self.counts is None:
             return list(draws)
         ends = torch.tensor([0, *self.counts]).cumsum(0).tolist()
-        return [tuple(draws[start:end]) for start, end in zip(ends, ends[1:], strict=False)]
+        return [tuple(draws[start:end]) for start, end in itertools.pairwise(ends)]
 
 
 def flat_draws(cells: Sequence[Cell]) -> list[Draw]:

@@ -97,9 +97,7 @@ def preference_loss(
     return total
 
 
-def candidate_log_sum(
-    joint: Float[Tensor, " M"], prompt: Int[Tensor, " M"], num_prompts: int
-) -> Float[Tensor, " P"]:
+def candidate_log_sum(joint: Float[Tensor, " M"], prompt: Int[Tensor, " M"], num_prompts: int) -> Float[Tensor, " P"]:
     """log sum over a prompt's candidates of exp(joint): SysDPO-Sampling's estimate of log p(z|x).
 
     Args:
@@ -112,9 +110,7 @@ def candidate_log_sum(
     return joint.new_zeros(num_prompts).index_add(0, prompt, (joint - shift[prompt]).exp()).log() + shift
 
 
-def responsibilities(
-    joint: Float[Tensor, " M"], prompt: Int[Tensor, " M"], num_prompts: int
-) -> Float[Tensor, " M"]:
+def responsibilities(joint: Float[Tensor, " M"], prompt: Int[Tensor, " M"], num_prompts: int) -> Float[Tensor, " M"]:
     """Softmax of the joint log-probabilities within each prompt: the coefficients of the Sampling gradient."""
     return (joint - candidate_log_sum(joint, prompt, num_prompts)[prompt]).exp()
 

@@ -68,7 +68,9 @@ def enumerate_outcomes(plan: Plan, inputs: Mapping[str, Any], nodes: Sequence[st
     for name in plan.random_nodes if nodes is None else nodes:
         component = plan.system[name].component
         if not isinstance(component, Discrete) or plan.is_plate(name):
-            raise PlanError(f"Node {name!r} ({component!r}) cannot be enumerated; it needs finitely many values, and no plate.")
+            raise PlanError(
+                f"Node {name!r} ({component!r}) cannot be enumerated; it needs finitely many values, and no plate."
+            )
         draws = component.observe(list(component.values))
         repeated = rows.select([row for row in range(len(rows)) for _ in draws])
         rows = repeated.updated({name: draws * len(rows)})
@@ -133,7 +135,12 @@ class _Population:
     """
 
     def __init__(
-        self, reference: Plan, row: Mapping[str, Any], reward: Reward, objective: Objective, drawn: Candidates | None = None
+        self,
+        reference: Plan,
+        row: Mapping[str, Any],
+        reward: Reward,
+        objective: Objective,
+        drawn: Candidates | None = None,
     ) -> None:
         outputs = reference.system.outputs
         if drawn is None:
@@ -154,7 +161,9 @@ class _Population:
         self.count = len(group_of)
         rewards = []
         for number in first.values():
-            values = {name: self.trace[name][number] for name in (reference.order if objective == "direct" else outputs)}
+            values = {
+                name: self.trace[name][number] for name in (reference.order if objective == "direct" else outputs)
+            }
             rewards.append(float(reward(row, values)))
         self.reward = torch.tensor(rewards, dtype=torch.float64)
         self.reference = self.log_p(reference).detach()
@@ -207,7 +216,9 @@ def _copy(system: System) -> System:
     return system.with_components({n.name: copies[id(n.component)] for n in system.nodes if n.component is not None})
 
 
-def _missing_edges(plan: Plan, rows: Sequence[Mapping[str, Any]], reward: Reward, beta: float) -> tuple[tuple[str, str], ...]:
+def _missing_edges(
+    plan: Plan, rows: Sequence[Mapping[str, Any]], reward: Reward, beta: float
+) -> tuple[tuple[str, str], ...]:
     """Arrows that the optimum q exp(r / beta) / Z needs and the graph lacks.
 
     With full support each node's conditional given all earlier values is defined, and depends on exactly the parents it

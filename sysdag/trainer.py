@@ -82,7 +82,9 @@ class SysDPOConfig(TrainingArguments):
         for name, options in (self.nodes or {}).items():
             unknown = set(options) - known
             if unknown:
-                raise PlanError(f"nodes: {name!r} has the unknown option {sorted(unknown)[0]!r}; known: {sorted(known)}.")
+                raise PlanError(
+                    f"nodes: {name!r} has the unknown option {sorted(unknown)[0]!r}; known: {sorted(known)}."
+                )
             found[name] = NodeOptions(**options)
         return found
 
@@ -214,7 +216,8 @@ class SysDPOTrainer(Trainer):
         if not names:
             return {}
         sums = torch.tensor(
-            [[sum(self._metrics[mode][name]), len(self._metrics[mode][name])] for name in names], device=self.args.device
+            [[sum(self._metrics[mode][name]), len(self._metrics[mode][name])] for name in names],
+            device=self.args.device,
         )
         total, count = self.accelerator.reduce(sums, "sum").T
         self._metrics[mode].clear()

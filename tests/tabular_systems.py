@@ -1,4 +1,4 @@
-"""Random systems of tables and classifiers, with a brute-force enumeration of their joint that shares no code with sysdag."""
+"""Random systems of tables and classifiers, and an enumeration of their joint that shares no code with sysdag."""
 
 import inspect
 import itertools
@@ -43,7 +43,9 @@ class TabularSystem:
                 return
             variable = rest[0]
             if variable.lists is not None:
-                yield from extend({**values, variable.name: list(variable.lists[values[variable.parents[0]]])}, probability, rest[1:])
+                yield from extend(
+                    {**values, variable.name: list(variable.lists[values[variable.parents[0]]])}, probability, rest[1:]
+                )
             elif variable.each:
                 rows = [variable.table[(element,)] for element in values[variable.parents[0]]]
                 for drawn in itertools.product(*rows):
@@ -89,7 +91,9 @@ class TabularSystem:
             return node(Tabular(variable.table), name=variable.name)(key)
         classifier = torch.nn.Linear(len(keys), len(variable.table[keys[0]]), bias=False, dtype=torch.float64)
         with torch.no_grad():
-            classifier.weight.copy_(torch.tensor([list(variable.table[k].values()) for k in keys], dtype=torch.float64).log().T)
+            classifier.weight.copy_(
+                torch.tensor([list(variable.table[k].values()) for k in keys], dtype=torch.float64).log().T
+            )
         return node(Categorical(list(variable.table[keys[0]]), classifier), name=variable.name)(key)
 
 
@@ -101,7 +105,7 @@ def probabilities(draw: st.DrawFn, values: str) -> dict[str, float]:
 
 @st.composite
 def tabular_systems(draw: st.DrawFn, max_nodes: int = 5, plates: bool = True) -> TabularSystem:
-    """Chains, forks, joins and skips of up to `max_nodes` nodes and 3 values (5 in the smallest), some through plates."""
+    """Chains, forks, joins and skips of up to `max_nodes` nodes and 3 values (5 in the smallest), some with plates."""
     count = draw(st.integers(1, max_nodes))
     most_values = 5 if count <= 2 else 3
     variables: list[Variable] = []
@@ -113,7 +117,9 @@ def tabular_systems(draw: st.DrawFn, max_nodes: int = 5, plates: bool = True) ->
         parents = tuple(draw(st.lists(st.sampled_from(sorted(ranges)), unique=True, min_size=1, max_size=2)))
         if plates and draw(st.integers(0, 4)) == 0:
             lengths = st.lists(st.sampled_from("cd"), max_size=2).map(tuple)
-            variables.append(Variable(f"list{number}", parents[:1], lists={v: draw(lengths) for v in ranges[parents[0]]}))
+            variables.append(
+                Variable(f"list{number}", parents[:1], lists={v: draw(lengths) for v in ranges[parents[0]]})
+            )
             table = {(element,): draw(probabilities(values)) for element in "cd"}
             variables.append(Variable(name, (f"list{number}",), table, each=True))
             continue

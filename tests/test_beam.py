@@ -225,7 +225,7 @@ def search_by_loop(model, prompt, N, G, penalty, T, eos=(), pad=0, ngram_size=1)
         if len(ended[g]) < K:
             ended[g] += [(score / len(tokens), tokens) for tokens, score in beams[g]]
         ended[g] = sorted(ended[g], reverse=True)[:K]
-    return sorted(sum(ended, []), reverse=True)  # noqa: RUF017
+    return sorted(sum(ended, []), reverse=True)
 
 
 def assert_as_by_loop(model, N, G, penalty, T, eos, pad=0, ngram_size=1):

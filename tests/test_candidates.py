@@ -45,7 +45,9 @@ def paths(candidates):
 
 
 def test_beam_search_gives_the_most_probable_values_of_one_latent():
-    plan = System(X >> first, first >> node(Tabular({k: {"s": 1.0} for k in "pqr"}), name="out")(lambda first: first)).compile()
+    plan = System(
+        X >> first, first >> node(Tabular({k: {"s": 1.0} for k in "pqr"}), name="out")(lambda first: first)
+    ).compile()
     drawn = DiverseBeamSearch(num_candidates=2).draw(plan, {"x": ["a", "b"]})
     assert drawn.prompt == (0, 0, 1, 1)
     assert drawn.trace["first"] == ["p", "q", "r", "p"]

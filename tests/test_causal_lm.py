@@ -221,7 +221,7 @@ def test_a_second_adapter_on_one_loaded_model_is_refused():
     first, second = (CausalLM(base, char_tokenizer(), peft_config=lora()) for _ in range(2))
     assert first.module
     with pytest.raises(PlanError, match="already carries one"):
-        second.module  # noqa: B018
+        second.module
 
 
 def test_the_reference_of_an_adapter_that_was_trained_before_is_what_it_is_now():

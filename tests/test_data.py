@@ -71,7 +71,9 @@ def test_several_outputs_are_given_by_name():
     plan = System(X >> other, X >> draft).compile()
     row = {"question": "q", "chosen": {"draft": "a", "other": "s"}, "rejected": {"draft": "b", "other": "t"}}
     assert encode_pairs(plan, [row], "direct")[0].chosen["other"].value == "s"
-    with pytest.raises(DataError, match=r"Row 0: chosen must be a dict with one value for each of \['draft', 'other'\], got str"):
+    with pytest.raises(
+        DataError, match=r"Row 0: chosen must be a dict with one value for each of \['draft', 'other'\], got str"
+    ):
         encode_pairs(plan, [{**row, "chosen": "s"}], "direct")
 
 
@@ -94,7 +96,10 @@ def test_collate_gives_one_trace_a_side():
         ({"chosen_intermediates": None}, "Row 1: chosen has no value of node 'draft'"),
         ({"chosen_intermediates": "ab"}, "Row 1: chosen_intermediates must be a dict by node, got str"),
         ({"rejected_intermediates": {"draft": 4}}, "Row 1, rejected, node 'draft': .*completion must be a string"),
-        ({"rejected_intermediates": {"dr": "a"}}, r"Row 1: rejected_intermediates has 'dr'; the other nodes are \['draft', 'parts'\]"),
+        (
+            {"rejected_intermediates": {"dr": "a"}},
+            r"Row 1: rejected_intermediates has 'dr'; the other nodes are \['draft', 'parts'\]",
+        ),
     ],
 )  # fmt: skip
 def test_a_bad_row_is_named(change, message):

@@ -380,11 +380,11 @@ def test_two_components_put_an_adapter_each_on_one_base():
 
 def test_an_adapter_config_that_the_reference_could_not_undo_is_refused():
     with pytest.raises(PlanError, match="bias='lora_only'"):
-        from_vectors(peft_config=LoraConfig(**LORA, bias="lora_only")).module  # noqa: B018
+        from_vectors(peft_config=LoraConfig(**LORA, bias="lora_only")).module
     model = text_unet()
     model.add_adapter(LoraConfig(r=2, target_modules=["to_q"]), "style")
     with pytest.raises(PlanError, match=r"adapters \['style'\] of its own.*fuse_lora"):
-        Diffusion(model, scheduler=scheduler_of("epsilon"), peft_config=LoraConfig(**LORA)).module  # noqa: B018
+        Diffusion(model, scheduler=scheduler_of("epsilon"), peft_config=LoraConfig(**LORA)).module
 
 
 def test_train_mode_leaves_frozen_parts_and_class_labels_alone():
@@ -653,7 +653,7 @@ def test_a_text_encoder_to_train_must_be_in_the_folder(tmp_path):
     with pytest.raises(
         PlanError, match=r"train_text_encoder=True needs a text encoder; the parts are \['scheduler', 'unet'"
     ):
-        Diffusion(tmp_path, train_text_encoder=True).module  # noqa: B018
+        Diffusion(tmp_path, train_text_encoder=True).module
 
 
 def test_a_model_without_a_size_needs_sample_shape():

@@ -137,7 +137,9 @@ def test_node_margins_add_up_to_the_margin_in_direct():
     metrics = model(pairs).metrics
     total = metrics["nodes/draft/rewards/margins"] + metrics["nodes/answer/rewards/margins"]
     assert metrics["rewards/margins"] == pytest.approx(total, rel=1e-5)
-    assert metrics["rewards/margins"] == pytest.approx(metrics["rewards/chosen"] - metrics["rewards/rejected"], rel=1e-4)
+    assert metrics["rewards/margins"] == pytest.approx(
+        metrics["rewards/chosen"] - metrics["rewards/rejected"], rel=1e-4
+    )
 
 
 def test_before_the_first_step_the_loss_is_ln_2_and_every_margin_0():
@@ -278,7 +280,8 @@ def sampled(model, pairs, **options):
 def test_a_responsibility_temperature_flattens_the_responsibilities():
     model, pairs = build(two_llms(), ROWS, candidates=FixedDrafts(num_candidates=3), objective="sampling", beta=0.3)
     sizes = [
-        sampled(model, pairs, responsibility_temperature=t).metrics["candidates/effective_sample_size"] for t in (1, 5, 1e6)
+        sampled(model, pairs, responsibility_temperature=t).metrics["candidates/effective_sample_size"]
+        for t in (1, 5, 1e6)
     ]
     assert sizes[0] < sizes[1] < sizes[2] == pytest.approx((3 + 2) / 2, rel=1e-4)
     metrics = sampled(model, pairs, responsibility_temperature=2.0).metrics
@@ -304,7 +307,9 @@ def test_length_normalization_is_the_log_sum_of_averaged_likelihoods():
                 terms.append(log_p / (len(y) + 1 + len(ROWS[0][side]) + 1))
             sums.append(torch.stack(terms).logsumexp(0))
         rewards[side] = 0.3 * (sums[0] - sums[1])
-    assert output.metrics["rewards/margins"] == pytest.approx(float((rewards["chosen"] - rewards["rejected"]).detach()), abs=1e-6)
+    assert output.metrics["rewards/margins"] == pytest.approx(
+        float((rewards["chosen"] - rewards["rejected"]).detach()), abs=1e-6
+    )
 
 
 def test_importance_weights_enter_the_sum():

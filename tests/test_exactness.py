@@ -37,7 +37,9 @@ def trace_of(plan, x, outcomes):
     for name in plan.random_nodes:
         component = plan.system[name].component
         column = [outcome[name] for outcome in outcomes]
-        cells[name] = [tuple(component.observe(v)) for v in column] if plan.is_plate(name) else component.observe(column)
+        cells[name] = (
+            [tuple(component.observe(v)) for v in column] if plan.is_plate(name) else component.observe(column)
+        )
     return fill(plan, Trace({i.name: [x] * len(outcomes) for i in plan.system.inputs}, cells))
 
 
@@ -152,7 +154,9 @@ def test_the_certificate_always_brackets_the_truth(made, k, seed):
     generator = torch.Generator().manual_seed(seed)
     for strategy in (DiverseBeamSearch(num_candidates=k), MonteCarlo(num_candidates=k)):
         for z, p in itertools.islice(marginal.items(), 4):
-            log_sum, coverage = estimates(plan, "a", dict(zip(plan.system.outputs, z, strict=True)), strategy, generator)
+            log_sum, coverage = estimates(
+                plan, "a", dict(zip(plan.system.outputs, z, strict=True)), strategy, generator
+            )
             assert float(coverage) <= 1 + 1e-12
             lower, upper = certificate(log_sum, coverage)
             assert float(lower.exp()) <= p + 1e-12
@@ -160,9 +164,7 @@ def test_the_certificate_always_brackets_the_truth(made, k, seed):
 
 
 @settings(max_examples=15)
-@given(
-    tabular_systems(max_nodes=4), st.integers(2, 6), st.sampled_from([None, 0.7, 1.6]), st.integers(0, 2**31)
-)
+@given(tabular_systems(max_nodes=4), st.integers(2, 6), st.sampled_from([None, 0.7, 1.6]), st.integers(0, 2**31))
 def test_importance_sampling_is_unbiased_whatever_the_temperature(made, k, temperature, seed):
     plan = made.system().compile()
     assume(has_latents(plan) and plan.system.inputs)

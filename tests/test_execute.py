@@ -48,8 +48,10 @@ def test_a_run_records_every_variable_and_scores_to_what_it_was_drawn_with():
         assert values.tolist() == pytest.approx([cell.log_prob for cell in trace.cells[name]])
     for row, (x, c, f) in enumerate(zip(trace["x"], trace["coin"], trace["flip"], strict=True)):
         joint = {"a": {"h": 0.9, "t": 0.1}, "b": {"h": 0.2, "t": 0.8}}[x][c]
-        joint *= {("a", "h"): 0.6, ("a", "t"): 0.5, ("b", "h"): 0.1, ("b", "t"): 0.7}[x, c] if f == "u" else (
-            {("a", "h"): 0.4, ("a", "t"): 0.5, ("b", "h"): 0.9, ("b", "t"): 0.3}[x, c]
+        joint *= (
+            {("a", "h"): 0.6, ("a", "t"): 0.5, ("b", "h"): 0.1, ("b", "t"): 0.7}[x, c]
+            if f == "u"
+            else ({("a", "h"): 0.4, ("a", "t"): 0.5, ("b", "h"): 0.9, ("b", "t"): 0.3}[x, c])
         )
         assert float(sum(values[row] for values in scored.values()).exp()) == pytest.approx(joint)
 
@@ -101,7 +103,9 @@ def test_the_visits_of_a_loop_are_one_factor_each_under_one_set_of_weights():
         return coin
 
     plan = System(X >> coin, loop(coin >> turn, carry={"coin": turn}, times=2)).compile()
-    trace = Trace({"x": ["a"]}, {"coin": COIN.observe(["h"]), "turn[0]": table.observe(["t"]), "turn[1]": table.observe(["t"])})
+    trace = Trace(
+        {"x": ["a"]}, {"coin": COIN.observe(["h"]), "turn[0]": table.observe(["t"]), "turn[1]": table.observe(["t"])}
+    )
     joint = sum(plan.log_probs(trace).values())
     assert float(joint.exp()) == pytest.approx(0.9 * 0.7 * 0.4)
     joint.sum().backward()
@@ -177,7 +181,9 @@ def test_errors_in_a_run_name_the_node_and_the_row():
     def text(x):
         return "no list"
 
-    with pytest.raises(PlanError, match=r"text.each\(\) >> spread, row 0: a plate needs a list, but 'text' is str 'no list'"):
+    with pytest.raises(
+        PlanError, match=r"text.each\(\) >> spread, row 0: a plate needs a list, but 'text' is str 'no list'"
+    ):
         System(X >> text, text.each() >> spread_of("text")).compile().sample({"x": ["a"]})
 
 

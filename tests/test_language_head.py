@@ -99,7 +99,6 @@ def test_gradient_checkpointing_and_adapters_together():
     assert all(torch.allclose(one, other, atol=1e-5) for one, other in zip(plain, again, strict=True))
 
 
-
 def unusual_scale():
     model = llama()
     forward = model.forward

@@ -121,7 +121,10 @@ def test_a_bound_that_no_candidate_changes_stands_outside_the_sum():
         return "a dark square"
 
     plan = System(PROMPT >> draft >> answer, PROMPT >> image).compile()
-    both = {"chosen": {"answer": "x", "image": images(1)[0]}, "rejected": {"answer": "yy", "image": images(1, number=9)[0]}}
+    both = {
+        "chosen": {"answer": "x", "image": images(1)[0]},
+        "rejected": {"answer": "yy", "image": images(1, number=9)[0]},
+    }
     pairs = encode_pairs(plan, [{"prompt": "p", **both}], "sampling")
     model = SystemModel(
         plan, ObjectiveOptions(objective="sampling", beta=2.0), candidates=DiverseBeamSearch(num_candidates=2)

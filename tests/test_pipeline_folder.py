@@ -178,7 +178,7 @@ def test_a_folder_with_an_adapter_continues_it(tmp_path):
     reference = loaded.reference()
     assert torch.equal(reference.score(["dark"], draws, noise), component.score(["dark"], draws, noise))
     with pytest.raises(PlanError, match="holds an adapter; leave peft_config out"):
-        Diffusion(tmp_path, peft_config=LoraConfig(**LORA)).module  # noqa: B018
+        Diffusion(tmp_path, peft_config=LoraConfig(**LORA)).module
 
 
 def test_an_adapter_that_peft_saved_is_trained_further(tmp_path):
@@ -219,7 +219,7 @@ def test_a_folder_that_is_no_pipeline_is_named(tmp_path):
     (tmp_path / "unet").mkdir()
     (tmp_path / "unet" / "config.json").write_text('{"_class_name": "UNet2DModel"}')
     with pytest.raises(PlanError, match=r"is no pipeline folder: expected .*scheduler/.*found \['unet'\]"):
-        Diffusion(tmp_path).module  # noqa: B018
+        Diffusion(tmp_path).module
 
 
 def test_pickled_weights_are_not_read(tmp_path):
@@ -229,7 +229,7 @@ def test_pickled_weights_are_not_read(tmp_path):
     torch.save(weights, tmp_path / "unet" / "diffusion_pytorch_model.bin")
     (tmp_path / "unet" / "diffusion_pytorch_model.safetensors").unlink()
     with pytest.raises(OSError, match="safetensors"):
-        Diffusion.from_pretrained(tmp_path, options).module  # noqa: B018
+        Diffusion.from_pretrained(tmp_path, options).module
 
 
 @pytest.mark.parametrize(
@@ -240,7 +240,7 @@ def test_classes_come_from_diffusers_and_transformers_only(entry, tmp_path):
     options = dict(Diffusion(plain_unet(), scheduler=scheduler_of("epsilon")).save_pretrained(tmp_path))
     options["parts"] = options["parts"] | {"unet": entry}
     with pytest.raises(SerializationError, match="only classes of diffusers and transformers"):
-        Diffusion.from_pretrained(tmp_path, options).module  # noqa: B018
+        Diffusion.from_pretrained(tmp_path, options).module
 
 
 def test_a_part_of_another_class_is_not_saved(tmp_path):

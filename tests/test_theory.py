@@ -131,7 +131,12 @@ def test_sampling_over_some_candidates_is_biased_and_less_so_with_more():
         for k in (2, 12):
             runs = [
                 check_alignment(
-                    draft_and_answer(), reward, INPUTS, objective="sampling", candidates=strategy(num_candidates=k), seed=seed
+                    draft_and_answer(),
+                    reward,
+                    INPUTS,
+                    objective="sampling",
+                    candidates=strategy(num_candidates=k),
+                    seed=seed,
                 ).deviation
                 for seed in range(1 if strategy is DiverseBeamSearch else 4)
             ]
@@ -244,7 +249,9 @@ def marginals_of(system, x):
 
 
 def gradients(loss, *components):
-    return torch.autograd.grad(loss, [c.module["logits"] for c in components], allow_unused=True, materialize_grads=True)
+    return torch.autograd.grad(
+        loss, [c.module["logits"] for c in components], allow_unused=True, materialize_grads=True
+    )
 
 
 def test_the_unrolled_loop_has_the_gradient_of_enumeration_and_the_naive_cut_has_not():

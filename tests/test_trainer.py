@@ -67,7 +67,9 @@ def test_training_raises_the_margin_of_both_models_and_logs_by_node(tmp_path, ob
     for name in ("draft", "answer"):
         assert any(not torch.equal(before[key], after[key]) for key in before if key.startswith(name))
         assert len(log_of(trainer, f"nodes/{name}/rewards/margins")) == 12
-    assert {"rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected"} <= trainer.state.log_history[0].keys()
+    assert {"rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected"} <= trainer.state.log_history[
+        0
+    ].keys()
     sampled = {"candidates/effective_sample_size", "candidates/coverage", "candidates/distinct_2"}
     assert (sampled <= trainer.state.log_history[0].keys()) == (objective == "sampling")
 
@@ -76,7 +78,10 @@ def test_training_raises_the_margin_of_both_models_and_logs_by_node(tmp_path, ob
 @pytest.mark.parametrize("peft_config", [None, lora()])
 def test_a_one_node_system_equals_trl(tmp_path, loss_type, peft_config):
     """Loss, margins and gradients of TRL's DPOTrainer on the same batch, away from step 0."""
-    pairs = [{"prompt": "ab c", "chosen": "yes", "rejected": "no no no"}, {"prompt": "d", "chosen": "", "rejected": "e"}]
+    pairs = [
+        {"prompt": "ab c", "chosen": "yes", "rejected": "no no no"},
+        {"prompt": "d", "chosen": "", "rejected": "e"},
+    ]
     smoothing = 0.1 if loss_type == "robust" else 0.0
     llama().save_pretrained(tmp_path / "model")
     theirs = DPOTrainer(
@@ -275,7 +280,9 @@ def test_mistakes_in_the_configuration_are_named(tmp_path):
     with pytest.raises(PlanError, match="takes a sysdag.System, got LlamaForCausalLM"):
         SysDPOTrainer(llama(), config(tmp_path))
     with pytest.raises(DataError, match="Row 1: chosen has no value of node 'draft'.*chosen_intermediates"):
-        SysDPOTrainer(two_llms(), config(tmp_path), train_dataset=[rows(1)[0], {"question": "a", "chosen": "b", "rejected": "c"}])
+        SysDPOTrainer(
+            two_llms(), config(tmp_path), train_dataset=[rows(1)[0], {"question": "a", "chosen": "b", "rejected": "c"}]
+        )
 
 
 def test_a_checkpoint_of_another_system_is_refused(tmp_path):

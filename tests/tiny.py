@@ -1,11 +1,14 @@
 """Tiny models that the tests build themselves."""
 
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers, decoders
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 ALPHABET = "abcdefghijklmnopqrstuvwxyz0123456789 .,:?\n"
-CHAT_TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+CHAT_TEMPLATE = (
+    "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
 
 
 def char_tokenizer(alphabet: str = ALPHABET, chat: bool = False) -> PreTrainedTokenizerFast:
@@ -27,9 +30,18 @@ def llama(seed: int = 0, vocab_size: int | None = None, *, peaked: float = 3.0, 
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         options = dict(
-            vocab_size=vocab_size, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-            num_key_value_heads=2, max_position_embeddings=128, pad_token_id=0, eos_token_id=1, bos_token_id=None,
-            attention_dropout=0.0, tie_word_embeddings=False,
+            vocab_size=vocab_size,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=128,
+            pad_token_id=0,
+            eos_token_id=1,
+            bos_token_id=None,
+            attention_dropout=0.0,
+            tie_word_embeddings=False,
         )
         model = LlamaForCausalLM(LlamaConfig(**(options | config)))
         with torch.no_grad():

@@ -110,7 +110,9 @@ class Categorical(Discrete):
         rows = []
         for element, row in enumerate(inputs):
             if isinstance(row, str):
-                raise DataError(f"{self!r} reads vectors (it has no tokenizer), got the string {row!r}.", element=element)
+                raise DataError(
+                    f"{self!r} reads vectors (it has no tokenizer), got the string {row!r}.", element=element
+                )
             rows.append(torch.as_tensor(row, dtype=parameter.dtype, device=parameter.device))
             if rows[-1].shape != rows[0].shape or rows[-1].ndim != 1:
                 raise DataError(

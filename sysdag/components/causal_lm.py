@@ -192,7 +192,9 @@ class CausalLM(Component):
         """
         room = None if self.max_length is None else self.max_length - self.max_new_tokens
         if room is not None and room < 1:
-            raise PlanError(f"{self!r}: max_new_tokens={self.max_new_tokens} leaves no room in {self.max_length} positions.")
+            raise PlanError(
+                f"{self!r}: max_new_tokens={self.max_new_tokens} leaves no room in {self.max_length} positions."
+            )
         rows = []
         for element, prompt in enumerate(prompts):
             ids = self._encode_prompt(prompt, element)
@@ -218,7 +220,9 @@ class CausalLM(Component):
                 f"{self!r}: a prompt must be a string or a list of chat messages, got {prompt!r:.200}.", element=element
             )
         if not ids:
-            raise DataError(f"{self!r}: the prompt {prompt!r} has no tokens; a model needs at least one.", element=element)
+            raise DataError(
+                f"{self!r}: the prompt {prompt!r} has no tokens; a model needs at least one.", element=element
+            )
         return ids
 
     def _warn_once(self, kind: str, message: str) -> None:
@@ -306,7 +310,7 @@ class CausalLM(Component):
         return draws
 
     def log_prob(self, inputs: Sequence[Any], draws: Sequence[Draw]) -> Float[Tensor, " n"]:
-        """Sum over the completion's tokens of their log-probabilities; end-of-sequence counts once, where it is there."""
+        """Sum of the log-probabilities of the completion's tokens, its end of sequence included where it has one."""
         prompts = self.prompt_ids(inputs)
         rows = [self._fit(prompt, draw.record["token_ids"]) for prompt, draw in zip(prompts, draws, strict=True)]
         width = max(len(prompt) + len(completion) for prompt, completion in rows)

@@ -73,7 +73,9 @@ def resolve(op: str, device: torch.device, preference: Sequence[Backend]) -> Bac
     forced = forced_backend()
     if forced is not None:
         if forced != "reference" and forced not in preference:
-            raise BackendError(f"{op}: backend {forced!r} does not implement it for these arguments; {list(preference)} do.")
+            raise BackendError(
+                f"{op}: backend {forced!r} does not implement it for these arguments; {list(preference)} do."
+            )
         reason = why_unavailable(forced, device.type)
         if reason:
             raise BackendError(f"{op}: backend {forced!r} cannot serve tensors on {device}: {reason}.")

@@ -18,18 +18,7 @@ import torch
 from torch import Tensor
 
 from sysdag.ops._dispatch import Backend
-
-
-@dataclass(frozen=True)
-class Labels:
-    """The labels of R rows, grouped by row."""
-
-    offsets: Tensor  # (R+1,)
-    labels: Tensor  # (L,)
-
-    def rows(self, start: int, end: int) -> Labels:
-        """Those of some rows; `labels` stay all, so that places in them keep their meaning."""
-        return Labels(self.offsets[start : end + 1], self.labels)
+from sysdag.ops._head_labels import Labels
 
 
 @dataclass(frozen=True)

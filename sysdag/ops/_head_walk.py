@@ -26,7 +26,8 @@ import torch
 from torch import Tensor
 
 from sysdag.ops._dispatch import Backend
-from sysdag.ops._head_folds import Folds, Labels, Tile, folds
+from sysdag.ops._head_folds import Folds, Tile, folds
+from sysdag.ops._head_labels import Grouped, group, segment_sums
 
 _ROWS = {"cpu": 1024, "cuda": 2048}
 _ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 23}  # of a tile: 8 MiB, and 32 MiB, of fp32
@@ -85,38 +86,6 @@ class Head:
     bias: Tensor | None
     scale: float
     softcap: float
-
-
-class Grouped(NamedTuple):
-    """What is to be scored: the R rows that have labels, ascending, and their L labels sorted by row and token."""
-
-    rows: Tensor  # (R,)
-    targets: Labels
-    places: Tensor  # (L,) of the labels, among the M that were given
-    first: Tensor  # (L,) whether a label is the first of its row's equal ones
-
-
-def group(rows: Tensor, labels: Tensor, ignore_index: int, num_rows: int, vocabulary: int) -> Grouped:
-    """Groups labels by row and leaves out those that are ignored.
-
-    Raises:
-        ValueError: for a row or label out of range.
-    """
-    places = (labels != ignore_index).nonzero()[:, 0]
-    rows, labels = rows[places].long(), labels[places].long()
-    if len(places):
-        for what, values, end in (("rows", rows, num_rows), ("labels", labels, vocabulary)):
-            low, high = torch.stack([values.min(), values.max()]).tolist()
-            if low < 0 or high >= end:
-                wrong = low if low < 0 else high
-                raise ValueError(f"linear_logprob: {what} must be in [0, {end}), got {wrong}.")
-    keys, order = (rows * vocabulary + labels).sort()
-    rows, labels = rows[order], labels[order]
-    distinct, counts = rows.unique_consecutive(return_counts=True)
-    first = torch.ones_like(keys, dtype=torch.bool)
-    first[1:] = keys[1:] != keys[:-1]
-    offsets = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
-    return Grouped(distinct, Labels(offsets, labels), places[order], first)
 
 
 class _Span(NamedTuple):
@@ -266,10 +235,10 @@ def backward(
     counts = grouped.targets.offsets.diff()
     of_label = torch.repeat_interleave(torch.arange(count, device=hidden.device), counts)
     grads = grad[grouped.places].to(dtype)
-    row_grads = _sums(grads, grouped.targets.offsets)
+    row_grads = segment_sums(grads, grouped.targets.offsets)
     equal = grouped.first.cumsum(0) - 1
     ends = torch.nn.functional.pad(equal.unique_consecutive(return_counts=True)[1].cumsum(0), (1, 0))
-    grads = _sums(grads, ends)[equal]  # equal labels of a row share the sum of theirs
+    grads = segment_sums(grads, ends)[equal]  # equal labels of a row share the sum of theirs
     if len(saved.unit) or not (needs.weight or needs.bias):
         found = _scale_units(grouped, head, saved, of_label, grads, row_grads, folds(backend), hidden.dtype)
         return _spread(found, grouped.rows, hidden), hidden.new_empty(0, dtype=dtype), hidden.new_empty(0, dtype=dtype)
@@ -281,13 +250,6 @@ def _large(memory: Tensor, backend: Backend) -> Tensor:
     if backend == "cpp" and memory.nbytes >= 1 << 22:
         torch.ops.sysdag_C.advise_huge_pages(memory)
     return memory
-
-
-def _sums(values: Tensor, offsets: Tensor) -> Tensor:
-    """Sums of the segments between offsets, in a fixed order and without atomics."""
-    if len(values) == len(offsets) - 1:
-        return values
-    return torch.nn.functional.pad(values.double().cumsum(0), (1, 0))[offsets].diff().to(values.dtype)
 
 
 def _scale_units(

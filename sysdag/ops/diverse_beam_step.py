@@ -211,9 +211,7 @@ def _op(
     logits: Tensor, scores: Tensor, penalty: float, num_candidates: int, eos_token_ids: Tensor | None,
     done: Tensor | None, pad_token_id: int, history: Tensor | None, ngram_size: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    return _by_backend(
-        logits, scores, penalty, num_candidates, eos_token_ids, done, pad_token_id, history, ngram_size
-    )
+    return _by_backend(logits, scores, penalty, num_candidates, eos_token_ids, done, pad_token_id, history, ngram_size)
 
 
 def _fake(

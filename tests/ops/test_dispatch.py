@@ -18,7 +18,7 @@ def available(monkeypatch):
     """Pretends that exactly some backends can serve, on any device."""
 
     def pretend(*names):
-        reason = lambda name, device_type: None if name in (*names, "reference") else "it is not here"  # noqa: E731
+        reason = lambda name, device_type: None if name in (*names, "reference") else "it is not here"
         monkeypatch.setattr(_dispatch, "why_unavailable", reason)
 
     monkeypatch.delenv("SYSDAG_BACKEND", raising=False)
@@ -57,7 +57,7 @@ def test_a_forced_backend_wins_and_ends_with_its_block(available):
 
 def test_a_forced_backend_ends_with_its_block_on_an_error(available):
     with pytest.raises(ZeroDivisionError), use_backend("reference"):
-        1 / 0  # noqa: B018
+        1 / 0
     assert forced_backend() is None
 
 

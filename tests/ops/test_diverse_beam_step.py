@@ -148,9 +148,7 @@ def test_ties_come_in_torchs_order(seed):
     done = torch.rand(B, G, generator=generator) < 0.3
     M = min((1 + E) * K, K * V)
     with use_backend("cpp"):
-        found = diverse_beam_step(
-            logits, scores, 1.0, num_candidates=M, eos_token_ids=eos, done=done, pad_token_id=1
-        )
+        found = diverse_beam_step(logits, scores, 1.0, num_candidates=M, eos_token_ids=eos, done=done, pad_token_id=1)
     expected = diverse_beam_step_reference(logits, scores, 1.0, M, eos, done, 1)
     assert torch.equal(found[0], expected[0])
     assert torch.equal(found[1], expected[1])

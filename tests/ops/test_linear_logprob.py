@@ -44,9 +44,7 @@ def run(function, hidden, weight, bias, rows, labels, grad, *, trained, hidden_t
     leaves = [hidden, weight, *([] if bias is None else [bias])]
     trains = [hidden_trained, trained, trained][: len(leaves)]
     leaves = [leaf.detach().clone().requires_grad_(train) for leaf, train in zip(leaves, trains, strict=True)]
-    result = function(
-        leaves[0], leaves[1], rows, labels, bias=None if bias is None else leaves[2], **options
-    )
+    result = function(leaves[0], leaves[1], rows, labels, bias=None if bias is None else leaves[2], **options)
     wanted = [leaf for leaf in leaves if leaf.requires_grad]
     return [result.detach(), *torch.autograd.grad(result, wanted, grad.to(result.dtype))]
 
