@@ -86,6 +86,34 @@ class Component(ABC):
         """How many terms each draw's log-likelihood sums: scored tokens of a text, 1 for anything else."""
         return [1] * len(draws)
 
+    def token_counts(self, draws: Sequence[Draw]) -> list[int]:
+        """What scoring each draw weighs in a micro-batch, in positions that its model computes."""
+        return [1] * len(draws)
+
+    def micro_batches(self, inputs: Sequence[Any], draws: Sequence[Draw], max_tokens: int | None) -> list[list[int]]:
+        """Partition of the elements into groups that are scored one after the other, in bounded memory.
+
+        Group g is scored by `score([inputs[i] for i in g], [draws[i] for i in g], noise.select(g))`. Equal arguments
+        give equal groups.
+
+        Args:
+            max_tokens: most positions of a group (see `token_counts`); None puts all elements into one group. An
+                element that is larger is a group of its own.
+
+        Raises:
+            PlanError: if `max_tokens` is below 1.
+        """
+        check_max_tokens(max_tokens)
+        found: list[list[int]] = []
+        filled = 0
+        for element, count in enumerate(self.token_counts(draws)):
+            if not found or (max_tokens is not None and filled + count > max_tokens):
+                found.append([])
+                filled = 0
+            found[-1].append(element)
+            filled += count
+        return found
+
     def key(self, draw: Draw) -> Any:
         """A hashable value that two draws share exactly when they are the same outcome."""
         return draw.value
@@ -116,3 +144,9 @@ class Component(ABC):
     def load_weights(self, folder: Path) -> None:
         """Replaces the weights in place by those that `save_pretrained` wrote (a checkpoint being resumed)."""
         raise PlanError(f"{self!r} has no weights to load.")
+
+
+def check_max_tokens(max_tokens: int | None) -> None:
+    """Raises a PlanError for a budget that holds nothing."""
+    if max_tokens is not None and max_tokens < 1:
+        raise PlanError(f"micro_batches needs max_tokens >= 1, or None for one group of all, got {max_tokens}.")

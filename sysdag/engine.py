@@ -1,12 +1,13 @@
-"""One training step: score every node of winners and losers, form the margin, return a differentiable loss.
+"""One training step: score every node of winners and losers, form the margin, differentiate it by the scores.
 
 `SystemModel` holds a system's policies as one `torch.nn.Module`, so that whatever trains modules can train a system.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,32 +15,35 @@ from torch import Tensor, nn
 
 from sysdag.candidate_cache import CandidateCache
 from sysdag.candidates import CandidateStrategy
-from sysdag.comparison import Comparison, DirectComparison, SamplingComparison, Term
+from sysdag.comparison import Comparison, DirectComparison, SamplingComparison
 from sysdag.component import Component
 from sysdag.data import PreferencePair
-from sysdag.errors import PlanError, TrainingError
-from sysdag.likelihood import node_score
+from sysdag.errors import PlanError
+from sysdag.memory import SavedBytes
 from sysdag.objective import preference_loss
-from sysdag.options import NodeOptions, ObjectiveOptions
+from sysdag.options import EngineOptions, NodeOptions, ObjectiveOptions
 from sysdag.plan import Plan
+from sysdag.scoring import Budget, Turn, component_of, part_of_loss, score, turns, zero_of
 from sysdag.serialization import component_keys
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class StepOutput:
     """What one batch gave.
 
     Attributes:
-        loss: () differentiable.
+        loss: () differentiable where the step keeps its graphs (one pass); in two passes a number.
         metrics: means over the batch's pairs, by the names they are logged under.
         log_ratios: for each scored node, policy minus reference of every run (all candidates for Sampling), detached.
         scores: the policy's part of the same, for judging how small a difference is.
+        turns: the parts of the loss, micro-batch by micro-batch; see `sysdag.replay.accumulate_gradients`.
     """
 
     loss: Tensor
     metrics: dict[str, float]
     log_ratios: dict[str, Tensor]
     scores: dict[str, Tensor]
+    turns: tuple[Turn, ...]
 
 
 class SystemModel(nn.Module):
@@ -50,6 +54,7 @@ class SystemModel(nn.Module):
         options: the objective.
         nodes: options by node name (or base name, for all visits of a loop).
         candidates: for Sampling, how latent candidates are found.
+        engine: one pass or two, and how much at once.
 
     Raises:
         PlanError: if the objective cannot be served, or an option names no node or contradicts another.
@@ -61,6 +66,7 @@ class SystemModel(nn.Module):
         options: ObjectiveOptions,
         nodes: Mapping[str, NodeOptions] | None = None,
         candidates: CandidateStrategy | None = None,
+        engine: EngineOptions | None = None,
     ) -> None:
         super().__init__()
         plan.check(options.objective)
@@ -88,6 +94,10 @@ class SystemModel(nn.Module):
             raise PlanError("No node is trainable; there is nothing to align.")
         self.policies = nn.ModuleDict(modules)
         self.candidates = None if candidates is None else CandidateCache(candidates, options.candidates_refresh_steps)
+        self.engine = engine or EngineOptions()
+        self.budget = Budget(self.engine.micro_batch_tokens, self.engine.engine == "one_pass")
+        self.rounds: Callable[[int], int] | None = None
+        self._graph_bytes: SavedBytes | None = SavedBytes() if self.engine.engine == "auto" else None
         self.proposal = plan if options.candidates_from == "policy" else self._reference_plan()
 
     def _reference_plan(self) -> Plan:
@@ -135,23 +145,48 @@ class SystemModel(nn.Module):
             if reference.module is not None:
                 reference.module.to(device)
 
+    def trained_parameters(self) -> list[nn.Parameter]:
+        return [parameter for parameter in self.parameters() if parameter.requires_grad]
+
     def forward(
-        self, pairs: Sequence[PreferencePair], generator: torch.Generator | None = None, step: int | None = None
-    ) -> StepOutput:
-        """Loss and metrics of a batch of preference pairs.
+        self,
+        work: Sequence[PreferencePair] | Turn | None,
+        generator: torch.Generator | None = None,
+        step: int | None = None,
+    ) -> Any:
+        """Whatever runs the models goes through here, so that wrappers of the module (DDP, FSDP, autocast) see it.
 
         Args:
-            pairs: what `sysdag.data.encode_pairs` gives.
+            work: a batch of preference pairs, as `sysdag.data.encode_pairs` gives them, to be scored; or a `Turn` of
+                the output of one, to be differentiated; or None.
             generator: a CPU generator for noise and candidates; torch's global one by default.
             step: number of optimizer steps so far, for candidates that are kept; None draws anew and keeps nothing.
+
+        Returns:
+            A `StepOutput` for pairs; for a turn its part of the loss, (); for None a zero that depends on every trained
+            parameter, whose backward lets data-parallel wrappers exchange what the turns have accumulated.
 
         Raises:
             TrainingError: if a score is not finite, naming the node and the pair.
         """
+        if work is None:
+            return zero_of(self.trained_parameters())
+        if not isinstance(work, Turn):
+            return self._step(work, generator, step)
+        component = component_of(self.plan, work.batch.name)
+        with self._graph_bytes or contextlib.nullcontext():
+            return part_of_loss(work, component)
+
+    def _step(self, pairs: Sequence[PreferencePair], generator: torch.Generator | None, step: int | None) -> StepOutput:
         comparison = self._compare(pairs, generator, step)
-        scored = {term.name: self._score(term) for term in comparison.terms}
-        policy = {name: ours for name, (ours, _) in scored.items()}
-        scores, metrics = comparison.combine(policy, {name: theirs for name, (_, theirs) in scored.items()})
+        trains = torch.is_grad_enabled()
+        if trains and self._graph_bytes is not None and self._graph_bytes.total:
+            self.budget.keeps_graphs = self._graph_bytes.fits()
+            self._graph_bytes = None
+        budget = self.budget if trains else replace(self.budget, keeps_graphs=False)
+        scored = score(self.plan, comparison.terms, self._reference_of, budget, self.rounds)
+        leaves = {name: values.detach().requires_grad_(trains) for name, values in scored.policy.items()}
+        scores, metrics = comparison.combine(leaves, scored.reference)
         loss = preference_loss(
             scores, self.options.loss_type, self.options.weights,
             beta=self.options.beta, label_smoothing=self.options.label_smoothing,
@@ -163,12 +198,34 @@ class SystemModel(nn.Module):
             "rewards/margins": margins,
             "rewards/accuracies": (margins > 0).float(),
         }
-        return StepOutput(
-            loss=loss,
+        output = StepOutput(
+            loss=loss.detach(),
             metrics={name: float(value.detach().float().mean()) for name, value in metrics.items()},
-            log_ratios={name: (ours - theirs).detach() for name, (ours, theirs) in scored.items()},
-            scores={name: ours.detach() for name, ours in policy.items()},
+            log_ratios={name: values.detach() - scored.reference[name] for name, values in scored.policy.items()},
+            scores={name: values.detach() for name, values in scored.policy.items()},
+            turns=(),
         )
+        if trains:
+            found = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True)
+            coefficients = dict(zip(leaves, found, strict=True))
+            trained = [batch for batch in scored.batches if self._reference_of(component_of(self.plan, batch.name))]
+            output.turns = tuple(turns(trained, coefficients, self.rounds))
+            if budget.keeps_graphs:
+                linear = [(coefficients[name] * values).sum() for name, values in scored.policy.items()]
+                total = torch.stack(linear).sum()
+                output.loss = output.loss + (total - total.detach())
+        return output
+
+    def split(self, turn: Turn) -> list[Turn]:
+        """A turn in parts, after memory ran out in it.
+
+        Raises:
+            TrainingError: if it cannot be split.
+        """
+        return [turn.select(part) for part in self.budget.shrink(turn.batch, component_of(self.plan, turn.batch.name))]
+
+    def _reference_of(self, component: Component) -> Component | None:
+        return next((self.references.get(key) for key, own in self.components.items() if own is component), None)
 
     def _compare(
         self, pairs: Sequence[PreferencePair], generator: torch.Generator | None, step: int | None
@@ -179,22 +236,3 @@ class SystemModel(nn.Module):
         drawn = self.candidates.draw(self.proposal, inputs, generator, step)
         is_lower_bound = self.candidates.strategy.is_lower_bound
         return SamplingComparison(self.plan, self.options, pairs, drawn, is_lower_bound, generator)
-
-    def _score(self, term: Term) -> tuple[Tensor, Tensor]:
-        """Policy's and reference's scores of one term; where nothing trains, they are the same."""
-        policy = node_score(self.plan, term.trace, term.name, noise=term.noise)
-        component = self.plan.system[term.name].component
-        reference = next((self.references.get(key) for key, c in self.components.items() if c is component), None)
-        if reference is None:
-            frozen = policy = policy.detach()
-        else:
-            with torch.no_grad():
-                frozen = node_score(self.plan, term.trace, term.name, component=reference, noise=term.noise)
-        for side, values in (("policy", policy), ("reference", frozen)):
-            if not values.isfinite().all():
-                row = int((~values.isfinite()).nonzero()[0])
-                raise TrainingError(
-                    f"Node {term.name!r}: the {side}'s score of pair {term.pair_of[row]} of the batch is "
-                    f"{values[row].item()}. The weights were not changed."
-                )
-        return policy, frozen.to(policy.device)

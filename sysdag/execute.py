@@ -145,20 +145,20 @@ def _draw(plan: Plan, trace: Trace, name: str, generator: torch.Generator | None
         return elements.cells([Draw(value) for value in elements.values])
     if not elements.values:
         return elements.cells([])
-    with naming(name, elements):
+    with naming(name, elements.rows):
         draws = component.sample(elements.values, generator=generator)
     return elements.cells(draws)
 
 
 @contextlib.contextmanager
-def naming(name: str, elements: Elements) -> Iterator[None]:
-    """Context in which a component's `DataError` about an element is told as one about a node and a row."""
+def naming(name: str, rows: Sequence[int]) -> Iterator[None]:
+    """Context in which a component's `DataError` about an element is told as one about a node and the element's row."""
     try:
         yield
     except DataError as error:
         if error.element is None:
             raise
-        raise DataError(f"Node {name!r}, row {elements.rows[error.element]}: {error}") from error
+        raise DataError(f"Node {name!r}, row {rows[error.element]}: {error}") from error
 
 
 def check_inputs(plan: Plan, inputs: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:

@@ -34,7 +34,7 @@ def node_score(
     elements, draws = aligned(plan, trace, name)
     if not draws:
         return torch.zeros(len(trace), device=component.device)
-    with naming(name, elements):
+    with naming(name, elements.rows):
         scores = component.score(elements.values, draws, noise)
     if elements.counts is None:
         return scores

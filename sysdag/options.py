@@ -35,6 +35,32 @@ class NodeOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class EngineOptions:
+    """How a step is computed; its gradient is the same either way.
+
+    Attributes:
+        engine: `one_pass` keeps the graphs of everything that a step scores. `two_pass` scores without graphs, then
+            runs each micro-batch forward and backward: one more forward, the memory of one micro-batch. `auto` takes
+            two passes on the first step, measures there what the graphs take, and one pass from then on if twice that
+            is free.
+        micro_batch_tokens: most tokens of a micro-batch, counted as the component does: packed tokens of a language
+            model, positions of a diffusion model's latents. Halved by itself when memory runs out.
+
+    Raises:
+        PlanError: naming the option that is out of range.
+    """
+
+    engine: Literal["auto", "one_pass", "two_pass"] = "auto"
+    micro_batch_tokens: int = 8192
+
+    def __post_init__(self) -> None:
+        if self.engine not in ("auto", "one_pass", "two_pass"):
+            raise PlanError(f"engine must be 'auto', 'one_pass' or 'two_pass', got {self.engine!r}.")
+        if self.micro_batch_tokens < 1:
+            raise PlanError(f"micro_batch_tokens must be 1 or more, got {self.micro_batch_tokens}.")
+
+
+@dataclass(frozen=True, kw_only=True)
 class ObjectiveOptions:
     """Which preference objective, and with what constants; the names are TRL's.
 

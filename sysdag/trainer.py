@@ -19,7 +19,8 @@ from sysdag.data import PreferencePair, encode_pairs
 from sysdag.engine import StepOutput, SystemModel
 from sysdag.errors import PlanError, TrainingError
 from sysdag.graph import System
-from sysdag.options import NodeOptions, ObjectiveOptions
+from sysdag.options import EngineOptions, NodeOptions, ObjectiveOptions
+from sysdag.replay import accumulate_gradients
 from sysdag.serialization import load_weights
 
 logger = logging.getLogger(__name__)
@@ -38,6 +39,7 @@ class SysDPOConfig(TrainingArguments):
         nodes: options by node: `{"answer": {"beta": 0.2, "scale": 1.0, "learning_rate": 1e-5, "trainable": False}}`.
         responsibility_temperature, candidate_length_normalization, candidates_from, candidates_refresh_steps: of
             Sampling; see `sysdag.options.ObjectiveOptions`.
+        engine, micro_batch_tokens: how a step is computed; see `sysdag.options.EngineOptions`.
         disable_dropout: sets the dropout probabilities of trained models to 0, as TRL does, so that policy and
             reference agree at step 0.
         check_reference: at step 0 of a training, stop unless policy and reference score alike on every node.
@@ -55,6 +57,8 @@ class SysDPOConfig(TrainingArguments):
     candidate_length_normalization: bool = False
     candidates_from: str = "policy"
     candidates_refresh_steps: int = 1
+    engine: str = "auto"
+    micro_batch_tokens: int = 8192
     nodes: dict[str, dict[str, Any]] | None = None
     disable_dropout: bool = True
     check_reference: bool = True
@@ -65,6 +69,7 @@ class SysDPOConfig(TrainingArguments):
         if self.remove_unused_columns:
             raise PlanError("remove_unused_columns must be False: the columns are the system's inputs and nodes.")
         self.objective_options()
+        self.engine_options()
         self.node_options()
         super().__post_init__()
 
@@ -74,6 +79,10 @@ class SysDPOConfig(TrainingArguments):
         for name in ("loss_type", "loss_weights"):
             taken[name] = None if taken[name] is None else tuple(taken[name])
         return ObjectiveOptions(**taken)
+
+    def engine_options(self) -> EngineOptions:
+        """The engine's part of the configuration, checked."""
+        return EngineOptions(**{option.name: getattr(self, option.name) for option in fields(EngineOptions)})
 
     def node_options(self) -> dict[str, NodeOptions]:
         """The nodes' part of the configuration, checked."""
@@ -121,7 +130,9 @@ class SysDPOTrainer(Trainer):
             raise PlanError(f"SysDPOTrainer(model=...) takes a sysdag.System, got {type(model).__name__}.")
         self.system = model
         plan = model.compile()
-        system_model = SystemModel(plan, args.objective_options(), args.node_options(), candidates)
+        system_model = SystemModel(
+            plan, args.objective_options(), args.node_options(), candidates, args.engine_options()
+        )
         if args.disable_dropout:
             _disable_dropout(system_model)
         self._metrics: dict[str, dict[str, list[float]]] = {"train": defaultdict(list), "eval": defaultdict(list)}
@@ -181,12 +192,29 @@ class SysDPOTrainer(Trainer):
         if mode == "eval":
             generator = torch.Generator().manual_seed(self.args.seed + self._evaluated_batches)
             self._evaluated_batches += 1
-        output: StepOutput = model(inputs["pairs"], generator, step)
+        output: StepOutput = self._system_model(inputs["pairs"], generator, step)
         if mode == "train" and self.state.global_step == 0 and self.args.check_reference:
             _check_reference(output)
         for name, value in output.metrics.items():
             self._metrics[mode][name].append(value)
         return (output.loss, output) if return_outputs else output.loss
+
+    def training_step(
+        self, model: nn.Module, inputs: Mapping[str, Any], num_items_in_batch: Any = None
+    ) -> torch.Tensor:
+        """Loss and gradients of one batch, in one pass or two.
+
+        The models run without their data-parallel wrapper, which would exchange gradients at every backward; it
+        exchanges what has accumulated, once, at the end.
+        """
+        model.train()
+        with self.compute_loss_context_manager():
+            loss, output = self.compute_loss(model, inputs, return_outputs=True)
+        share = 1 / self.current_gradient_accumulation_steps
+        accumulate_gradients(self._system_model, output, lambda part: self.accelerator.backward(part * share))
+        if self.accelerator.num_processes > 1:
+            self.accelerator.backward(model(None))
+        return loss.detach() * share
 
     def prediction_step(
         self, model: nn.Module, inputs: Mapping[str, Any], prediction_loss_only: bool, ignore_keys: Any = None

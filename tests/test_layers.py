@@ -15,7 +15,8 @@ PACKAGE = ROOT / "sysdag"
 LAYERS = [
     "errors", "graph", "build", "render", "plan", "encoding", "trace", "source", "component", "serialization",
     "decoding", "kernels", "ops", "beam_decoder", "beam", "components", "execute", "likelihood", "candidates",
-    "candidate_cache", "objective", "options", "theory", "data", "comparison", "engine", "trainer",
+    "candidate_cache", "objective", "options", "theory", "data", "comparison", "memory", "micro_batch",
+    "scoring", "engine", "replay", "trainer", "cli",
 ]  # fmt: skip
 # A user reaches everything from a System or a Plan: these methods import upwards when they are called.
 FACADES = {

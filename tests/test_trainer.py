@@ -21,6 +21,7 @@ from sysdag import (
     node,
 )
 from sysdag.components import CausalLM
+from sysdag.replay import accumulate_gradients
 
 
 def config(tmp_path, **options):
@@ -120,16 +121,17 @@ def test_a_one_node_system_equals_trl(tmp_path, loss_type, peft_config):
     ours.model.train()
     batch = theirs._prepare_inputs(theirs.data_collator([theirs.train_dataset[i] for i in range(2)]))
     their_loss = theirs.compute_loss(theirs.model, batch)
-    our_loss = ours.compute_loss(ours.model, ours.data_collator(ours.train_dataset))
+    our_loss, output = ours.compute_loss(ours.model, ours.data_collator(ours.train_dataset), return_outputs=True)
     torch.testing.assert_close(our_loss, their_loss, rtol=1e-5, atol=1e-5)
     for name in ("rewards/margins", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "logps/chosen"):
         assert ours._metrics["train"][name] == pytest.approx(theirs._metrics["train"][name], rel=1e-5, abs=1e-5), name
     their_loss.backward()
-    our_loss.backward()
+    accumulate_gradients(ours.model, output)
     checked = 0
     for name, parameter in theirs.model.named_parameters():
         if parameter.requires_grad and parameter.grad is not None:
-            torch.testing.assert_close(moved[name].grad, parameter.grad, rtol=1e-4, atol=1e-5)
+            error = float((moved[name].grad - parameter.grad).abs().max())
+            assert error <= 1e-5 * float(parameter.grad.abs().max()), name
             checked += 1
     assert checked >= 4
 

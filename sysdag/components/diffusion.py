@@ -270,6 +270,11 @@ class Diffusion(Component):
         """
         return self._errors(inputs, draws, noise).mean(1)
 
+    def token_counts(self, draws: Sequence[Draw]) -> list[int]:
+        """Spatial positions of a draw's latents (pixels where there is no VAE), at each of its (t, eps)."""
+        _, height, width = self.sample_shape
+        return [self.num_noise_draws * height * width] * len(draws)
+
     def score(self, inputs: Sequence[Any], draws: Sequence[Draw], noise: Any = None) -> Float[Tensor, " n"]:
         """The draw's term in a margin, before the reference's is subtracted, on the scale of `convention`.
 

@@ -1,0 +1,318 @@
+"""Two passes give the gradients of one, whatever the size of the micro-batches and whenever memory runs out."""
+
+import logging
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from peft import LoraConfig
+from test_engine import ROWS, FixedDrafts, two_llms
+from test_mixed_system import direct_model
+from tiny import char_tokenizer, llama
+from tiny_diffusion import seed
+
+from sysdag import Input, System, TrainingError, loop, node
+from sysdag.components import CausalLM
+from sysdag.data import encode_pairs
+from sysdag.engine import SystemModel
+from sysdag.options import EngineOptions, ObjectiveOptions
+from sysdag.replay import accumulate_gradients
+
+
+def adapted_llms():
+    lora = {"r": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+
+    @node(CausalLM(llama(0), char_tokenizer(), peft_config=LoraConfig(**lora)))
+    def draft(question):
+        return f"q: {question} d:"
+
+    @node(CausalLM(llama(1), char_tokenizer(), peft_config=LoraConfig(**lora)))
+    def answer(question, draft):
+        return f"q: {question} d: {draft} a:"
+
+    question = Input("question")
+    return System(question >> draft, (question & draft) >> answer)
+
+
+def feedback_loop():
+    question = Input("question")
+
+    @node(CausalLM(llama(0), char_tokenizer()))
+    def draft(question):
+        return f"{question}:"
+
+    @node(CausalLM(llama(1), char_tokenizer()))
+    def critic(draft):
+        return f"{draft}?"
+
+    @node(CausalLM(llama(2), char_tokenizer()))
+    def rewrite(draft, critic):
+        return f"{draft} {critic}."
+
+    body = loop(draft >> critic, (draft & critic) >> rewrite, carry={"draft": rewrite}, times=2)
+    return System(question >> draft, body)
+
+
+LOOP_ROWS = [
+    {"question": "ab", "chosen": "yes", "rejected": "no",
+     "chosen_intermediates": {"draft": "y", "critic[0]": "a", "rewrite[0]": "bb", "critic[1]": "c"},
+     "rejected_intermediates": {"draft": "n", "critic[0]": "", "rewrite[0]": "b", "critic[1]": "dd"}},
+]  # fmt: skip
+CASES = {
+    "direct": (two_llms, ROWS, None, {"beta": 0.3}),
+    "direct, two losses": (
+        two_llms, ROWS, None, {"beta": 0.3, "loss_type": ("ipo", "sft"), "loss_weights": (1.0, 0.2)},
+    ),
+    "sampling": (two_llms, ROWS, FixedDrafts(num_candidates=3), {"objective": "sampling", "beta": 0.3}),
+    "sampling, tempered": (
+        two_llms, ROWS, FixedDrafts(num_candidates=3),
+        {"objective": "sampling", "responsibility_temperature": 3.0, "candidate_length_normalization": True},
+    ),
+    "adapters": (adapted_llms, ROWS, FixedDrafts(num_candidates=3), {"objective": "sampling", "beta": 0.3}),
+    "shared weights": (feedback_loop, LOOP_ROWS, None, {"beta": 0.3}),
+}  # fmt: skip
+
+
+def make(case, **engine):
+    build, rows, candidates, options = CASES[case]
+    torch.manual_seed(0)
+    system = build()
+    plan = system.compile()
+    model = SystemModel(plan, ObjectiveOptions(**options), None, candidates, EngineOptions(**engine))
+    torch.manual_seed(1)
+    for component in model.components.values():
+        with torch.no_grad():
+            for parameter in component.module.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(0.05 * torch.randn_like(parameter))
+    return model, encode_pairs(plan, rows, options.get("objective", "direct"))
+
+
+def gradients_of(model, pairs, *arguments):
+    model.zero_grad()
+    output = model(pairs, *arguments)
+    accumulate_gradients(model, output)
+    return output, {n: None if p.grad is None else p.grad.clone() for n, p in model.named_parameters()}
+
+
+def assert_same(found, expected):
+    largest = max(float(g.abs().max()) for g in expected.values() if g is not None)
+    assert largest > 1e-4
+    for name, truth in expected.items():
+        assert (found[name] is None) == (truth is None), name
+        if truth is not None:
+            assert float((found[name] - truth).abs().max()) <= 1e-5 * largest, name
+
+
+@pytest.mark.parametrize("tokens", [1, 40, 8192])
+@pytest.mark.parametrize("case", CASES)
+def test_two_passes_give_the_gradients_of_one(case, tokens):
+    one, expected = gradients_of(*make(case, engine="one_pass"))
+    assert one.loss.requires_grad
+    two, found = gradients_of(*make(case, engine="two_pass", micro_batch_tokens=tokens))
+    assert not two.loss.requires_grad
+    assert_same(found, expected)
+    torch.testing.assert_close(two.loss, one.loss.detach(), rtol=1e-5, atol=1e-6)
+    assert two.metrics == pytest.approx(one.metrics, rel=1e-3, abs=1e-4)
+    if tokens == 1:
+        assert all(len(turn.batch.rows) == 1 for turn in two.turns)
+
+
+def test_a_language_model_and_a_diffusion_model_replay_the_same_noise():
+    one, pairs = direct_model("one_pass", scale=0.01)
+    _, expected = gradients_of(one, pairs, seed(3))
+    two, pairs = direct_model("two_pass", scale=0.01)
+    two.budget.max_tokens = 64
+    output, found = gradients_of(two, pairs, seed(3))
+    assert len(output.turns) > 2
+    assert_same(found, expected)
+
+
+def with_dropout(model, p=0.3):
+    for component in model.components.values():
+        for layer in component.module.modules():
+            if hasattr(layer, "act_fn"):
+                layer.act_fn = torch.nn.Sequential(layer.act_fn, torch.nn.Dropout(p))
+    model.train()
+
+
+def test_dropout_is_replayed():
+    found = []
+    for engine in ("one_pass", "two_pass"):
+        model, pairs = make("sampling", engine=engine, micro_batch_tokens=60)
+        with_dropout(model)
+        torch.manual_seed(7)
+        _, gradients = gradients_of(model, pairs)
+        found.append(gradients)
+        drawn = torch.rand(1)
+    assert_same(found[1], found[0])
+    torch.manual_seed(7)
+    model, pairs = make("sampling", engine="two_pass", micro_batch_tokens=60)
+    with_dropout(model)
+    torch.manual_seed(7)
+    model(pairs)
+    assert torch.rand(1) == drawn  # the second pass leaves the generator where the first did
+    _, other = gradients_of(model, pairs)
+    assert max(float((other[n] - found[0][n]).abs().max()) for n in other) > 1e-3
+
+
+def test_the_reference_never_sees_dropout():
+    model, pairs = make("adapters", engine="two_pass")
+    with_dropout(model)
+    first, second = model(pairs), model(pairs)
+    for name in ("draft", "answer"):
+        one, two = (output.scores[name] - output.log_ratios[name] for output in (first, second))
+        torch.testing.assert_close(one, two, rtol=0, atol=1e-4)
+        assert float((first.scores[name] - second.scores[name]).abs().max()) > 1e-2
+
+
+def count_scored(monkeypatch, component):
+    counts = []
+    score = type(component).score
+
+    def counting(self, inputs, draws, noise=None):
+        if self is component and torch.is_grad_enabled():
+            counts.append(len(draws))
+        return score(self, inputs, draws, noise)
+
+    monkeypatch.setattr(type(component), "score", counting)
+    return counts
+
+
+def test_work_whose_coefficient_is_zero_is_skipped(monkeypatch):
+    model, pairs = make("direct", engine="two_pass")
+    model.options = ObjectiveOptions(loss_type=("hinge",), beta=50.0)
+    first, other = pairs[0], replace(pairs[0], chosen=pairs[0].rejected, rejected=pairs[0].chosen)
+    satisfied, violated = sorted(([first], [other]), key=lambda pair: model(pair).loss.item())
+    assert model(satisfied).loss == 0 < model(violated).loss
+    counts = count_scored(monkeypatch, model.components["draft"])
+    _, both = gradients_of(model, satisfied + violated)
+    assert sum(counts) == 2  # the winner and the loser of the violated pair
+    _, alone = gradients_of(model, violated)
+    assert_same({n: 2 * g for n, g in both.items()}, alone)
+    _, none = gradients_of(model, satisfied)
+    assert all(g is not None and not g.any() for g in none.values())
+
+
+class Failing:
+    """Raises an out-of-memory error when the component scores more than `most` elements."""
+
+    def __init__(self, monkeypatch, component, most, with_graph):
+        self.raised = 0
+        score = type(component).score
+
+        def limited(this, inputs, draws, noise=None):
+            if this is component and len(draws) > most and torch.is_grad_enabled() == with_graph:
+                self.raised += 1
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+            return score(this, inputs, draws, noise)
+
+        monkeypatch.setattr(type(component), "score", limited)
+
+
+@pytest.mark.parametrize("with_graph", [False, True])
+@pytest.mark.parametrize("engine", ["one_pass", "two_pass"])
+def test_a_step_goes_on_in_smaller_parts_when_memory_runs_out(engine, with_graph, monkeypatch, caplog):
+    _, expected = gradients_of(*make("sampling", engine="one_pass"))
+    model, pairs = make("sampling", engine=engine)
+    failing = Failing(monkeypatch, model.components["answer"], 3, with_graph)
+    with caplog.at_level(logging.WARNING):
+        _, found = gradients_of(model, pairs)
+    assert_same(found, expected)
+    if engine == "two_pass" or with_graph:
+        assert failing.raised > 0
+        assert "micro-batches hold at most" in caplog.text or "two passes" in caplog.text
+    before = failing.raised
+    _, again = gradients_of(model, pairs)
+    assert failing.raised == before  # what was learned stays
+    assert_same(again, expected)
+
+
+@pytest.mark.parametrize("engine", ["one_pass", "two_pass"])
+def test_a_backward_that_stops_half_way_counts_nothing_twice(engine, monkeypatch):
+    _, expected = gradients_of(*make("sampling", engine="one_pass"))
+    model, pairs = make("sampling", engine=engine)
+    raised = []
+
+    def fail(module, grad_input, grad_output):
+        if not raised:
+            raised.append(module)
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    model.components["answer"].module.model.layers[0].mlp.register_full_backward_hook(fail)
+    model.zero_grad()
+    for parameter in model.parameters():
+        parameter.grad = torch.full_like(parameter, 0.5)  # of an earlier micro-step, which must not be lost
+    accumulate_gradients(model, model(pairs))
+    assert raised
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert_same({n: p.grad - 0.5 for n, p in model.named_parameters()}, expected)
+
+
+def test_a_single_element_that_does_not_fit_ends_in_a_message(monkeypatch):
+    model, pairs = make("direct", engine="two_pass")
+    Failing(monkeypatch, model.components["answer"], 0, True)
+    with pytest.raises(TrainingError, match=r"'answer', row \d.*single element.*max_length.*not changed"):
+        gradients_of(model, pairs)
+
+
+def test_auto_measures_the_graphs_and_then_takes_one_pass_if_they_fit(monkeypatch):
+    from sysdag import memory
+
+    for free, one_pass in ((10**12, True), (10**4, False)):
+        monkeypatch.setattr(memory, "free_bytes", lambda device, free=free: free)
+        model, pairs = make("direct", engine="auto")
+        assert not model(pairs).loss.requires_grad
+        _, first = gradients_of(model, pairs)
+        second = model(pairs)
+        assert second.loss.requires_grad == one_pass
+        model.zero_grad()
+        accumulate_gradients(model, second)
+        assert_same({n: p.grad for n, p in model.named_parameters()}, first)
+
+
+def test_measured_bytes_are_those_of_the_graph():
+    from sysdag.memory import SavedBytes
+
+    a, w = torch.randn(50, 20), torch.nn.Parameter(torch.randn(20, 30))
+    with SavedBytes() as saved:
+        (a @ w).tanh().pow(2)  # saves a, tanh's result (once, for itself and pow); w is a parameter
+    assert saved.total == 4 * (50 * 20 + 50 * 30)
+
+
+LIMITED = """
+import resource, sys, torch
+sys.path.insert(0, "tests")
+torch.set_num_threads(1)
+from test_two_pass import *
+from test_engine import nudge
+from sysdag.data import encode_pairs
+rows = [
+    {"question": f"{chr(97 + i)}{i % 10}" * 20, "chosen": "y" * 60, "rejected": "no" * 30} for i in range(24)
+]
+@node(CausalLM(llama(0, hidden_size=128, intermediate_size=1024, max_position_embeddings=256), char_tokenizer()))
+def answer(question):
+    return question
+system = System(Input("question") >> answer)
+plan = system.compile()
+model = SystemModel(plan, ObjectiveOptions(), engine=EngineOptions(engine="two_pass"))
+nudge(system)
+pairs = encode_pairs(plan, rows, "direct")
+_, expected = gradients_of(model, pairs)
+free = model.budget.max_tokens
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + (12 << 20), used + (12 << 20)))
+_, found = gradients_of(model, pairs)
+assert_same(found, expected)
+print(free, model.budget.max_tokens)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits the process's address space as Linux does")
+def test_memory_that_really_runs_out():
+    ended = subprocess.run([sys.executable, "-c", LIMITED], capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    free, tight = map(int, ended.stdout.split())
+    assert tight < free
