@@ -129,6 +129,11 @@ def test_an_over_long_completion_is_cut_reported_and_never_nan(caplog):
     assert float(got) == pytest.approx(float(lm.log_prob(["012"], [cut])))
 
 
+def test_a_budget_that_holds_nothing_is_refused(lm):
+    with pytest.raises(PlanError, match="max_tokens >= 1, or None"):
+        lm.micro_batches(PROMPTS, lm.observe(["a", "b", "c"]), 0)
+
+
 def test_a_limit_without_room_is_refused():
     with pytest.raises(PlanError, match="leaves no room in 128 positions"):
         CausalLM(llama(), char_tokenizer(), max_new_tokens=128).prompt_ids(["a"])
@@ -216,6 +221,26 @@ def test_an_adapter_switched_off_is_the_reference():
     assert not torch.allclose(lm.log_prob(PROMPTS, draws), expected)
 
 
+def test_an_adapter_switched_off_packs_as_it_does_switched_on():
+    lm = trained(CausalLM(llama(), char_tokenizer(), peft_config=lora()))
+    plain = CausalLM(lm.module, char_tokenizer(), pack_prefixes=False)
+    prompts = ["a prompt that is shared"] * 4
+    draws = lm.observe(["ab", "ac", "ad", "abc"])
+    for component in (lm, plain):
+        component.log_prob(prompts, draws)
+    widths = []
+    lm.module.register_forward_pre_hook(
+        lambda m, a, options: widths.append(options["input_ids"].shape), with_kwargs=True
+    )
+    found = []
+    for off in (False, True):
+        lm._adapter_off = plain._adapter_off = off
+        found.append(lm.log_prob(prompts, draws))
+        torch.testing.assert_close(found[-1], plain.log_prob(prompts, draws), rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(*found)
+    assert [shape[0] for shape in widths] == [1, 4, 1, 4]
+
+
 def test_a_second_adapter_on_one_loaded_model_is_refused():
     base = llama()
     first, second = (CausalLM(base, char_tokenizer(), peft_config=lora()) for _ in range(2))
@@ -244,9 +269,11 @@ def trained(lm):
 
 
 def test_a_full_model_saves_to_a_folder_transformers_loads(tmp_path, lm):
+    lm.pack_prefixes = False
     options = trained(lm).save_pretrained(tmp_path)
     loaded = CausalLM.from_pretrained(tmp_path, options)
     assert loaded.max_new_tokens == 10
+    assert not loaded.pack_prefixes
     for name, tensor in AutoModelForCausalLM.from_pretrained(tmp_path).state_dict().items():
         torch.testing.assert_close(tensor, lm.module.state_dict()[name], rtol=0, atol=0)
     draws = lm.observe(["ab"])

@@ -86,7 +86,7 @@ def test_a_scale_that_divides_is_told_from_one_that_multiplies():
 def chosen_heads(model):
     lm = CausalLM(model, char_tokenizer())
     scored(lm)
-    return lm._scorer._candidates[:1]
+    return lm._scorer._tokens._candidates[:1]
 
 
 def test_gradient_checkpointing_and_adapters_together():

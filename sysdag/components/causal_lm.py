@@ -14,9 +14,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sysdag.beam import diverse_beam_search
-from sysdag.component import Component
+from sysdag.component import Component, check_max_tokens
 from sysdag.components import adapter
-from sysdag.components.language_head import TokenScorer
+from sysdag.components.prefix_scorer import PrefixScorer
 from sysdag.decoding import left_pad, sample_tokens
 from sysdag.errors import DataError, PlanError
 from sysdag.trace import Draw
@@ -47,6 +47,8 @@ class CausalLM(Component):
             not fit loses tokens at its end; both are logged.
         temperature, top_p: of sampling; log-probabilities are always the model's own.
         batch_size: most sequences decoded side by side.
+        pack_prefixes: scores what several sequences of a call begin with once, where the model can (see
+            `sysdag.components.prefix_scorer`). In training mode they then share that part's dropout, too.
         model_kwargs: passed to `from_pretrained` (`dtype`, `device_map`, `quantization_config`, ...).
 
     Raises:
@@ -67,6 +69,7 @@ class CausalLM(Component):
         temperature: float = 1.0,
         top_p: float = 1.0,
         batch_size: int = 64,
+        pack_prefixes: bool = True,
         model_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         if not isinstance(model, (str, Path)) and tokenizer is None:
@@ -88,12 +91,13 @@ class CausalLM(Component):
         self._model: Any = None
         self._tokenizer: Any = None
         self._warned: set[str] = set()
-        self._scorer: TokenScorer | None = None
+        self._scorer: PrefixScorer | None = None
         self._max_length = max_length
         self._max_new_tokens = max_new_tokens
         self.temperature = temperature
         self.top_p = top_p
         self.batch_size = batch_size
+        self.pack_prefixes = pack_prefixes
         self.model_kwargs = dict(model_kwargs or {})
 
     def __repr__(self) -> str:
@@ -311,23 +315,25 @@ class CausalLM(Component):
 
     def log_prob(self, inputs: Sequence[Any], draws: Sequence[Draw]) -> Float[Tensor, " n"]:
         """Sum of the log-probabilities of the completion's tokens, its end of sequence included where it has one."""
-        prompts = self.prompt_ids(inputs)
-        rows = [self._fit(prompt, draw.record["token_ids"]) for prompt, draw in zip(prompts, draws, strict=True)]
-        width = max(len(prompt) + len(completion) for prompt, completion in rows)
-        ids = torch.full((len(rows), width), self._pad_token_id)
-        mask = torch.zeros(len(rows), width, dtype=torch.long)
-        scored = torch.zeros(len(rows), width, dtype=torch.bool)
-        for row, (prompt, completion) in enumerate(rows):
-            end = len(prompt) + len(completion)
-            ids[row, :end] = torch.tensor([*prompt, *completion])
-            mask[row, :end] = 1
-            scored[row, len(prompt) : end] = True
-        ids, mask, scored = ids.to(self.device), mask.to(self.device), scored.to(self.device)
         with self._scoring() as model:
-            if self._scorer is None or not self._scorer.fits(model):
-                self._scorer = TokenScorer(model)
-            token_log_probs, row_of = self._scorer(ids, mask, scored)
-        return token_log_probs.new_zeros(len(rows)).index_add(0, row_of, token_log_probs)
+            return self._scorer_of(model)(self._sequences(inputs, draws), self._pad_token_id)
+
+    def micro_batches(self, inputs: Sequence[Any], draws: Sequence[Draw], max_tokens: int | None) -> list[list[int]]:
+        """See `Component`; an element's tokens are those that are computed, padding included and shared ones once."""
+        check_max_tokens(max_tokens)
+        if max_tokens is None or not draws:
+            return [list(range(len(draws)))] if draws else []
+        with self._scoring() as model:
+            return self._scorer_of(model).groups(self._sequences(inputs, draws), max_tokens)
+
+    def _scorer_of(self, model: Any) -> PrefixScorer:
+        if self._scorer is None or not self._scorer.fits(model):
+            self._scorer = PrefixScorer(model, pack_prefixes=self.pack_prefixes)
+        return self._scorer
+
+    def _sequences(self, inputs: Sequence[Any], draws: Sequence[Draw]) -> list[tuple[list[int], list[int]]]:
+        prompts = self.prompt_ids(inputs)
+        return [self._fit(prompt, draw.record["token_ids"]) for prompt, draw in zip(prompts, draws, strict=True)]
 
     def _fit(self, prompt: list[int], completion: Sequence[int]) -> tuple[list[int], list[int]]:
         room = None if self.max_length is None else self.max_length - len(prompt)
@@ -357,6 +363,7 @@ class CausalLM(Component):
             "temperature": self.temperature,
             "top_p": self.top_p,
             "batch_size": self.batch_size,
+            "pack_prefixes": self.pack_prefixes,
         }
         if not self._is_peft:
             return options

@@ -11,12 +11,12 @@ from __future__ import annotations
 import contextlib
 import inspect
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from sysdag.ops import linear_logprob
@@ -56,34 +56,32 @@ class TokenScorer:
         return self.model is model and self._embedding is _output_embedding(model)
 
     def __call__(
-        self, ids: Int[Tensor, "B L"], mask: Int[Tensor, "B L"], scored: Bool[Tensor, "B L"]
-    ) -> tuple[Float[Tensor, " M"], Int[Tensor, " M"]]:
-        """Log-probabilities of the tokens where `scored`, each given those before it, and the row each is in.
+        self, inputs: Mapping[str, Any], rows: Int[Tensor, " M"], labels: Int[Tensor, " M"]
+    ) -> Float[Tensor, " M"]:
+        """Log-probability of each label where it is predicted.
 
         Args:
-            ids: padded on the right.
-            mask: 1 for a token, 0 for padding.
-            scored: never the first token of a row.
+            inputs: of the model's forward, `input_ids` (B, L) among them.
+            rows: where each label is predicted, as an index into the B * L positions; one may predict several.
+            labels: token ids.
         """
-        at = scored[:, 1:].nonzero(as_tuple=True)
-        labels = ids[:, 1:][at]
-        output = self._hidden(ids, mask) if self._candidates else None
+        output = self._hidden(inputs) if self._candidates else None
         if output is None or output.hidden is None:
-            logits = self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1][at].float()
-            return logits.log_softmax(-1).gather(1, labels[:, None])[:, 0], at[0]
+            logits = self.model(**inputs, use_cache=False).logits.flatten(0, 1)[rows].float()
+            return logits.log_softmax(-1).gather(1, labels[:, None])[:, 0]
         head = self._candidates[0]
         weight, bias = head.linear.weight, head.linear.bias
-        with torch.autocast(ids.device.type, dtype=output.autocast, enabled=output.autocast is not None):
-            found = linear_logprob(
-                output.hidden.flatten(0, 1).to(weight.dtype), weight, at[0] * ids.shape[1] + at[1], labels,
+        with torch.autocast(labels.device.type, dtype=output.autocast, enabled=output.autocast is not None):
+            return linear_logprob(
+                output.hidden.flatten(0, 1).to(weight.dtype), weight, rows, labels,
                 bias=None if bias is None else bias * head.scale, softcap=head.softcap, logit_scale=head.scale,
             )  # fmt: skip
-        return found, at[0]
 
-    def _hidden(self, ids: Tensor, mask: Tensor) -> _Output | None:
+    def _hidden(self, inputs: Mapping[str, Any]) -> _Output | None:
         """What the decoder returns, or None if the model turns out to make its logits in another way."""
+        ids = inputs["input_ids"]
         with _captured(self._candidates[0].decoder) as output:
-            last = self.model(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=1).logits
+            last = self.model(**inputs, use_cache=False, logits_to_keep=1).logits
         hidden = output.hidden
         if not self._checked:
             if not last.isfinite().all():  # this tells nothing of the head
@@ -134,7 +132,7 @@ def _agrees(head: LinearHead, output: _Output, last: Tensor) -> bool:
 
 def _candidates(model: Any) -> list[LinearHead]:
     """The heads that the structure and the config allow, likeliest first; they differ in what a scale means."""
-    inner, linear = _inner(model), _output_embedding(model)
+    inner, linear = inner_model(model), _output_embedding(model)
     decoder = getattr(inner, "base_model", None)
     if type(linear) is not nn.Linear:
         reason = f"its output embedding is a {type(linear).__name__}, not a plain nn.Linear"
@@ -150,13 +148,13 @@ def _candidates(model: Any) -> list[LinearHead]:
     return []
 
 
-def _inner(model: Any) -> Any:
-    """The model of transformers inside a PeftModel."""
+def inner_model(model: Any) -> Any:
+    """The model of transformers inside a PeftModel, or the model itself."""
     return model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
 
 
 def _output_embedding(model: Any) -> Any:
-    inner = _inner(model)
+    inner = inner_model(model)
     return inner.get_output_embeddings() if hasattr(inner, "get_output_embeddings") else None
 
 

@@ -1,0 +1,54 @@
+"""What every component inherits."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny_diffusion import from_vectors, images, vectors
+
+from sysdag import Draw, PlanError
+from sysdag.components import Tabular
+
+
+class Weighing(Tabular):
+    """A draw's value is what it weighs."""
+
+    def token_counts(self, draws):
+        return [draw.value for draw in draws]
+
+
+@given(st.lists(st.integers(1, 9), max_size=20), st.none() | st.integers(1, 12))
+def test_micro_batches_are_runs_that_fill_the_budget(weights, max_tokens):
+    component = Weighing({"a": {"x": 1.0}})
+    draws = [Draw(weight) for weight in weights]
+    found = component.micro_batches([None] * len(draws), draws, max_tokens)
+    assert sum(found, []) == list(range(len(draws)))
+    filled = [sum(weights[i] for i in group) for group in found]
+    if max_tokens is None:
+        assert len(found) <= 1
+        return
+    for group, total in zip(found, filled, strict=True):
+        assert total <= max_tokens or len(group) == 1
+    for total, group in zip(filled, found[1:], strict=False):
+        assert total + weights[group[0]] > max_tokens, "the next would have fitted"
+
+
+def test_an_element_weighs_1_by_default_and_a_budget_holds_something():
+    component = Tabular({"a": {"x": 1.0}})
+    assert component.micro_batches(["a"] * 5, [Draw("x")] * 5, 2) == [[0, 1], [2, 3], [4]]
+    with pytest.raises(PlanError, match=r"max_tokens >= 1, or None for one group of all, got 0"):
+        component.micro_batches(["a"], [Draw("x")], 0)
+
+
+@pytest.mark.parametrize(("noise_draws", "expected"), [(1, [[0, 1, 2], [3, 4]]), (3, [[0], [1], [2], [3], [4]])])
+def test_a_diffusion_draw_weighs_its_positions_at_each_noise(noise_draws, expected):
+    """8 * 8 latents; groups are scored at their part of the noise as the whole is."""
+    component = from_vectors(num_noise_draws=noise_draws)
+    inputs, draws = vectors(5), component.observe(images(5))
+    found = component.micro_batches(inputs, draws, 3 * 64 + 63)
+    assert found == expected
+    noise = component.noise(draws)
+    whole = component.score(inputs, draws, noise)
+    for group in found:
+        part = component.score([inputs[i] for i in group], [draws[i] for i in group], noise.select(group))
+        torch.testing.assert_close(part, whole[group])
