@@ -166,10 +166,9 @@ Row scan(const T* x, std::int64_t n, std::int64_t size) {
       }
     }
     const float top = block_top > row.maximum ? block_top : row.maximum;
-    if (top == -kInfinity) continue;  // nothing to sum yet; a nan is met again below
     if (top > row.maximum) total *= std::exp(static_cast<double>(row.maximum) - top);
     row.maximum = top;
-    total += sum_exp(block, top);
+    total += sum_exp(block, top == -kInfinity ? 0.0f : top);  // 0 where there is nothing yet, nan where there is one
   }
   row.log_sum = row.maximum == -kInfinity ? std::numeric_limits<float>::quiet_NaN() : static_cast<float>(std::log(total));
   return row;
@@ -253,6 +252,11 @@ std::tuple<Tensor, Tensor, Tensor> diverse_beam_step(Tensor logits, Tensor score
   const Sizes n{logits.size(0), logits.size(1), logits.size(2), logits.size(3), count};
   if (n.V > 1 && logits.stride(3) != 1) logits = torch::stable::contiguous(logits);
   scores = torch::stable::contiguous(scores);
+  STD_TORCH_CHECK(scores.scalar_type() == ScalarType::Float && scores.numel() == n.B * n.G * n.K && n.V <= INT32_MAX,
+                  "scores: (B, G, K) in fp32 are expected, and less than 2^31 tokens");
+  STD_TORCH_CHECK(!eos_token_ids || eos_token_ids->scalar_type() == ScalarType::Long, "eos_token_ids: int64 is expected");
+  STD_TORCH_CHECK(!done || (done->scalar_type() == ScalarType::Bool && done->numel() == n.B * n.G),
+                  "done: (B, G) booleans are expected");
   if (eos_token_ids) eos_token_ids = torch::stable::contiguous(*eos_token_ids);
   if (done) done = torch::stable::contiguous(*done);
   // At the first token all beams of a prompt share one row, expanded: it is scanned once.

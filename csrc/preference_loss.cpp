@@ -295,7 +295,11 @@ void backward(const Tensor& grad, const Tensor& coefficients, const Tensor& offs
 Tensor preference_loss_backward(Tensor grad, Tensor coefficients, Tensor offsets) {
   coefficients = packed(coefficients);
   offsets = packed(offsets);
-  STD_TORCH_CHECK(offsets.numel() == 2 * grad.numel() + 1, "preference_loss_backward: the shapes do not fit");
+  STD_TORCH_CHECK(grad.dim() == 1 && offsets.dim() == 1 && offsets.numel() == 2 * grad.numel() + 1,
+                  "preference_loss_backward: the shapes do not fit");
+  STD_TORCH_CHECK(grad.scalar_type() == coefficients.scalar_type() &&
+                      offsets.scalar_type() == torch::headeronly::ScalarType::Long,
+                  "preference_loss_backward: the dtypes do not fit");
   common_size(static_cast<const std::int64_t*>(offsets.data_ptr()), 2 * grad.numel(), coefficients.numel());
   Tensor out = torch::stable::empty_like(coefficients);
   if (coefficients.scalar_type() == torch::headeronly::ScalarType::Double) {

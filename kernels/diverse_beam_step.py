@@ -98,9 +98,10 @@ def top_log_probs(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
     log_probs = torch.empty(rows, count, dtype=torch.float32, device=logits.device)
     tokens = torch.empty(rows, count, dtype=torch.int64, device=logits.device)
     if rows:
-        scan_kernel[(rows, parts)](logits, keys, maximum, total, V, stretch, logits.stride(0), BLOCK=BLOCK, L=L, **SCAN)
-        PARTS = triton.next_power_of_2(parts)
-        merge_kernel[(rows,)](keys, maximum, total, log_probs, tokens, parts, count, PARTS=PARTS, L=L, num_warps=4)
+        PARTS, stride = triton.next_power_of_2(parts), logits.stride(0)
+        with torch.cuda.device_of(logits):  # Triton launches on the current device
+            scan_kernel[(rows, parts)](logits, keys, maximum, total, V, stretch, stride, BLOCK=BLOCK, L=L, **SCAN)
+            merge_kernel[(rows,)](keys, maximum, total, log_probs, tokens, parts, count, PARTS=PARTS, L=L, num_warps=4)
     return log_probs, tokens
 
 

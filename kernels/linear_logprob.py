@@ -44,7 +44,7 @@ def _tanh(u):
 
 
 @triton.jit
-def _logits(z, bias, SCALE: tl.constexpr, CAP: tl.constexpr):
+def logits_of(z, bias, SCALE: tl.constexpr, CAP: tl.constexpr):
     x = z * SCALE + bias
     if CAP != 0.0:
         x = CAP * _tanh(x * (1.0 / CAP))
@@ -68,7 +68,7 @@ def _row(
     inside = at < columns
     value = tl.load(z + row * columns + at, mask=inside, other=0.0)
     added = tl.load(bias + at, mask=inside, other=0.0) if BIAS else tl.zeros_like(value)
-    return at, inside, tl.where(inside, _logits(value, added, SCALE, CAP), -float("inf"))
+    return at, inside, tl.where(inside, logits_of(value, added, SCALE, CAP), -float("inf"))
 
 
 @triton.jit
@@ -80,7 +80,7 @@ def _take_labels(
         if (column >= 0) & (column < columns):
             value = tl.load(z + row * columns + column)
             added = tl.load(bias + column) if BIAS else value * 0.0
-            tl.store(chosen + m, _logits(value, added, SCALE, CAP))
+            tl.store(chosen + m, logits_of(value, added, SCALE, CAP))
 
 
 @triton.jit

@@ -119,10 +119,11 @@ def forward(
     pairs = (len(offsets) - 1) // 2
     loss, coefficients = logps.new_empty(pairs), torch.empty_like(logps)
     if pairs:
-        forward_kernel[(pairs,)](
-            logps, ref_logps, offsets, None if lengths is None else lengths.contiguous(), loss, coefficients, pairs,
-            BETA=beta, SMOOTHING=e, LOSS=loss_index, HAS_LENGTHS=lengths is not None, BLOCK=BLOCK, num_warps=1,
-        )  # fmt: skip
+        with torch.cuda.device_of(logps):  # Triton launches on the current device
+            forward_kernel[(pairs,)](
+                logps, ref_logps, offsets, None if lengths is None else lengths.contiguous(), loss, coefficients, pairs,
+                BETA=beta, SMOOTHING=e, LOSS=loss_index, HAS_LENGTHS=lengths is not None, BLOCK=BLOCK, num_warps=1,
+            )  # fmt: skip
     return loss, coefficients
 
 
@@ -130,9 +131,10 @@ def backward(grad: Tensor, coefficients: Tensor, offsets: Tensor) -> Tensor:
     out = torch.empty_like(coefficients)
     pairs = len(grad)
     if pairs:
-        backward_kernel[(2 * pairs,)](
-            grad, coefficients, offsets.contiguous(), out, pairs, grad.stride(0), BLOCK=BLOCK, num_warps=1
-        )
+        with torch.cuda.device_of(grad):
+            backward_kernel[(2 * pairs,)](
+                grad, coefficients, offsets.contiguous(), out, pairs, grad.stride(0), BLOCK=BLOCK, num_warps=1
+            )
     return out
 
 

@@ -24,6 +24,14 @@ from sysdag.errors import SysdagError
 Backend = Literal["reference", "cpp", "triton", "cuda"]
 
 logger = logging.getLogger(__name__)
+# Each op's backends for fp32 tensors, fastest first; for other dtypes and options an op may have fewer.
+IMPLEMENTATIONS: dict[str, tuple[Backend, ...]] = {
+    "linear_logprob": ("cpp", "triton"),
+    "token_logprob": ("cpp", "triton"),
+    "preference_loss": ("cpp", "triton"),
+    "diverse_beam_step": ("cpp", "cuda", "triton"),
+    "diffusion_error": ("cpp", "triton"),
+}
 _forced: ContextVar[Backend | None] = ContextVar("sysdag_backend", default=None)
 
 
@@ -104,6 +112,20 @@ def why_unavailable(backend: Backend, device_type: str) -> str | None:
         return "the extension sysdag._C is not built (make build)"
     name = "cuda_built" if backend == "cuda" else "cpu_built"
     return None if hasattr(torch.ops.sysdag_C, name) else f"the extension was built without {wanted.upper()} kernels"
+
+
+def why_absent(backend: Backend) -> str | None:
+    """Why a backend can serve no tensors on this machine; None where it serves those of some device.
+
+    The interpreter counts: Triton's kernels then serve wherever they are forced.
+    """
+    reason = why_unavailable(backend, "cpu")
+    if reason is None or backend == "cpp":
+        return reason
+    reason = why_unavailable(backend, "cuda")
+    if reason is None and not torch.cuda.is_available():
+        return "torch finds no GPU"
+    return reason
 
 
 @functools.cache

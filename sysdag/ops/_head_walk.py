@@ -4,7 +4,7 @@ A tile is some rows by some tokens, small enough to stay in the last cache: one 
 reads it. Tokens are the outer loop, so a slice of the weight is read (or its gradient written) while it is at hand.
 
 Three modes, by what needs a gradient (N rows, hidden size H, V tokens; a product is 2NHV operations):
-  - nothing: 1 product;
+  - nothing: 1 product, by the walk or by one fused kernel (`_head_fused.py`);
   - only `hidden` (the head is frozen): d/dh sum_m g_m logp_m = sum_m g_m W[y_m] - G sum_v p_v W_v is separable by row,
     so the forward already computes each row's p W (a running softmax, rescaled as its maximum rises) and the backward
     scales: 2 products in all, nothing of the weight's size is made. A row's own labels are left out of p W and added
@@ -27,6 +27,7 @@ from torch import Tensor
 
 from sysdag.ops._dispatch import Backend
 from sysdag.ops._head_folds import Folds, Tile, folds
+from sysdag.ops._head_fused import Problem, statistics
 from sysdag.ops._head_labels import Grouped, group, segment_sums
 
 _ROWS = {"cpu": 1024, "cuda": 2048}
@@ -190,19 +191,24 @@ def forward(
     acc = hidden.new_zeros(capacity if unit else 0, hidden.shape[1], dtype=walk.dtype)
     kept = _large(hidden.new_empty(keep, walk.elements if keep else 0, dtype=walk.dtype), backend)
     seen = 0
-    for span in walk.spans():
-        tile = walk.tile(span, kept[span.place] if span.place < keep else None)
-        at = span.rows
-        if unit:
-            p = walk.output(tile, kept=False)
-            steps.unit(tile, top[at], total[at], chosen, acc[at], p)
-            walk.product(p, walk.weight(span.tokens), acc[at], add=True)
-        else:
-            steps.stats(tile, top[at], total[at], chosen)
-        if span.place < keep:
-            kept[span.place, tile.z.numel() :].zero_()
-        seen = span.place + 1
-    kept[seen:].zero_()
+    if unit or keep:
+        for span in walk.spans():
+            tile = walk.tile(span, kept[span.place] if span.place < keep else None)
+            at = span.rows
+            if unit:
+                p = walk.output(tile, kept=False)
+                steps.unit(tile, top[at], total[at], chosen, acc[at], p)
+                walk.product(p, walk.weight(span.tokens), acc[at], add=True)
+            else:
+                steps.stats(tile, top[at], total[at], chosen)
+            if span.place < keep:
+                kept[span.place, tile.z.numel() :].zero_()
+            seen = span.place + 1
+        kept[seen:].zero_()
+    else:
+        count = len(grouped.rows)
+        problem = Problem(walk.hidden.contiguous(), head.weight, head.bias, head.scale, head.softcap, grouped.targets)
+        statistics(problem, backend, functools.partial(_chunked, walk, steps), top[:count], total[:count], chosen)
     log_total = total.log()
     if unit:
         count = len(grouped.rows)
@@ -213,6 +219,14 @@ def forward(
     log_probs = hidden.new_zeros(len(labels), dtype=walk.dtype)
     log_probs[grouped.places] = found
     return Forward(log_probs, top, log_total, chosen, acc, kept)
+
+
+def _chunked(walk: _Walk, steps: Folds, top: Tensor, total: Tensor, chosen: Tensor) -> None:
+    """Statistics alone, tile by tile."""
+    top.fill_(-torch.inf)
+    total.zero_()
+    for span in walk.spans():
+        steps.stats(walk.tile(span, None), top[span.rows], total[span.rows], chosen)
 
 
 class Needs(NamedTuple):

@@ -34,8 +34,9 @@ def linear_logprob(
 
     Operations, with 2NHV for one product: 1 product without gradients, 2 in all if only `hidden` needs one, 3 to 4 in
     all if the head needs one (`SYSDAG_KEPT_LOGITS_MB` is the memory that buys the lower figure; by default 2.25 times
-    the weight in fp32 on a CPU, a sixteenth of the device's memory on a GPU). Under autocast the operands are cast as
-    nn.Linear's are.
+    the weight in fp32 on a CPU, a sixteenth of the device's memory on a GPU). There `SYSDAG_HEAD_FORWARD` may ask for
+    a fused kernel where the forward keeps nothing for a backward (`_head_fused.py`). Under autocast the operands are
+    cast as nn.Linear's are.
 
     Args:
         hidden: (N, H) in fp16, bf16, fp32 or fp64.
@@ -53,7 +54,7 @@ def linear_logprob(
 
     Raises:
         ValueError: for shapes or dtypes that do not fit, rows or labels out of range, a softcap that is not positive.
-        BackendError: if the forced backend cannot serve.
+        BackendError: if the forced backend, or the forced forward, cannot serve.
     """
     if torch.is_autocast_enabled(hidden.device.type) and hidden.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(hidden.device.type)
@@ -134,7 +135,8 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The fields of `_head_walk.Forward`; `unit` and `keep` say what is left for the backward."""
     head = walk.Head(weight, bias, logit_scale, softcap)
-    return walk.forward(hidden, head, rows, labels, ignore_index, _backend(hidden), unit=unit, keep=keep)
+    with torch.cuda.device_of(hidden):  # Triton launches on the current device
+        return walk.forward(hidden, head, rows, labels, ignore_index, _backend(hidden), unit=unit, keep=keep)
 
 
 @_forward.register_fake
@@ -163,11 +165,12 @@ def _backward(
     # Autograd runs the backward of CUDA tensors in threads of its own, which do not inherit the forced backend.
     with use_backend(forced) if forced else contextlib.nullcontext():  # type: ignore[arg-type]
         backend = _backend(hidden)
-    return walk.backward(
-        grad, hidden, walk.Head(weight, bias, logit_scale, softcap), rows, labels, ignore_index,
-        walk.Forward(grad, top, log_total, chosen, unit, kept), backend,
-        walk.Needs(needs_hidden, needs_weight, needs_bias), release,
-    )  # fmt: skip
+    with torch.cuda.device_of(hidden):
+        return walk.backward(
+            grad, hidden, walk.Head(weight, bias, logit_scale, softcap), rows, labels, ignore_index,
+            walk.Forward(grad, top, log_total, chosen, unit, kept), backend,
+            walk.Needs(needs_hidden, needs_weight, needs_bias), release,
+        )  # fmt: skip
 
 
 @_backward.register_fake

@@ -37,6 +37,8 @@ def compile_kernel(kernel: Any, arguments: dict[str, Any], options: dict[str, in
         "shared": compiled.metadata.shared,
         "has_dot": "tt.dot" in compiled.asm["ttir"],
         "has_wgmma": "wgmma.mma_async" in compiled.asm["ptx"],
+        "has_tcgen05": "tcgen05.mma" in compiled.asm["ptx"],
+        "has_tma": "cp.async.bulk.tensor" in compiled.asm["ptx"],
     }
 
 

@@ -33,9 +33,21 @@ def test_triton_kernels_compile(op, arch):
     for kernel in kernels:
         assert kernel["stack"] == 0, kernel
         assert kernel["shared"] <= SHARED_LIMIT[arch], kernel
-        half = any(kind.startswith(("*bf16", "*fp16")) for kind in kernel["arguments"].values())
-        if arch == 90 and half and kernel["has_dot"]:
-            assert kernel["has_wgmma"], kernel
+        half = any(re.match(r"(\*|tensordesc<)(bf16|fp16)", kind) for kind in kernel["arguments"].values())
+        if half and kernel["has_dot"]:
+            assert kernel["has_wgmma"] == (arch == 90), kernel
+            assert kernel["has_tcgen05"] == (arch == 100), kernel
+        assert kernel["has_tma"] == any(kind.startswith("tensordesc") for kind in kernel["arguments"].values()), kernel
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+def test_every_gpu_that_the_fused_head_serves_has_its_configurations():
+    from sysdag.kernels.linear_logprob_fused import CONFIGS, aot_cases
+
+    from sysdag.ops._head_fused import CAPABILITIES
+
+    assert tuple(CONFIGS) == CAPABILITIES
+    assert [len(aot_cases(10 * major)) for major in CAPABILITIES] == [5, 5]
 
 
 def test_every_kernel_of_a_file_is_compiled():

@@ -69,10 +69,16 @@ def test_ends_and_done_groups(backend):
     assert_by_hand(backend, logits, scores, 1.5, 6, best[:2], done, pad=best[2])
 
 
-def test_all_groups_want_the_same_tokens(backend):
-    """The penalties push a group down its list as far as they can: P = (G-1)K tokens."""
-    row = torch.linspace(4, -4, 70)[torch.randperm(70, generator=torch.Generator().manual_seed(0))]
-    logits = row.expand(1, 4, 2, 70) + 1e-3 * problem(1, 4, 2, 70)[0]
+@pytest.mark.parametrize("order", ["mixed", "best first"])
+@pytest.mark.parametrize("V", [70, 700])
+def test_all_groups_want_the_same_tokens(backend, V, order):
+    """The penalties push a group down its list as far as they can: P = (G-1)K tokens.
+
+    Of a row whose best tokens come first, a list holds no more than it must; of a vocabulary of 70, it is all of it.
+    """
+    row = torch.linspace(4, -4, V)
+    row = row if order == "best first" else row[torch.randperm(V, generator=torch.Generator().manual_seed(0))]
+    logits = row.expand(1, 4, 2, V) + 1e-4 * problem(1, 4, 2, V)[0]
     assert_by_hand(backend, logits, torch.tensor([0.0, -0.01]).expand(1, 4, 2), 100.0, 4)
 
 
@@ -80,6 +86,31 @@ def test_all_groups_want_the_same_tokens(backend):
 def test_a_large_common_offset(backend, offset):
     logits, scores = problem(offset=offset)
     assert_by_hand(backend, logits, scores, 0.7, 4)
+
+
+def test_rows_that_begin_and_end_with_impossible_tokens(backend):
+    logits, scores = problem(1, 2, 2, 5000, seed=11)
+    logits[0, 0, 0, :2100], logits[0, 1, 1, 1100:] = -torch.inf, -torch.inf
+    assert_by_hand(backend, logits, scores, 0.7, 4)
+
+
+def test_fewer_possible_tokens_than_candidates(backend):
+    for dtype in {torch.float32, torch.float16, backend.dtypes[-1]}:
+        logits = torch.full((1, 1, 1, 300), -torch.inf, dtype=dtype)
+        logits[..., [7, 200]] = torch.tensor([1.0, 2.0], dtype=dtype)
+        tokens, _, best = (part.cpu() for part in diverse_beam_step(
+            logits.to(backend.device), torch.zeros(1, 1, 1, device=backend.device), 0.7, num_candidates=4))  # fmt: skip
+        assert tokens[0, 0, :2].tolist() == [200, 7]
+        assert best[0, 0, 2:].tolist() == [-torch.inf] * 2
+        assert best[0, 0, :2].exp().sum().item() == pytest.approx(1.0)
+
+
+def test_a_row_without_any_probability_is_nan_as_in_torch(backend):
+    logits, scores = (part.to(backend.device) for part in problem(1, 1, 2, 1500))
+    logits[0, 0, 1] = -torch.inf
+    _, parents, best = diverse_beam_step(logits, scores, 0.7)
+    assert best.isnan().all()
+    assert (parents == 1).all()
 
 
 def test_impossible_tokens_and_steep_rows(backend):
@@ -134,22 +165,26 @@ def test_half_precision_special_values():
 @needs_cpp
 @pytest.mark.parametrize("seed", range(60))
 def test_ties_come_in_torchs_order(seed):
-    """Few distinct values: which of the equal candidates are taken, and in which order, is as torch.topk has it."""
+    """Few distinct values: which of the equal candidates are taken, and in which order, is as torch.topk has it.
+
+    The logits are whole and the penalty is not: a penalised candidate equals no other but by the last digit of a row's
+    normaliser, which may differ from torch's.
+    """
     generator = torch.Generator().manual_seed(seed)
     B, G, K, E = (int(torch.randint(1, high, (1,), generator=generator)) for high in (4, 5, 4, 3))
-    V = (9, 50, 300, 1024, 1025, 5000)[seed % 6]
+    V = (9, 50, 100, 300, 1024, 1025, 5000)[seed % 7]
     logits = (3 * torch.randn(B, G, K, V, generator=generator)).round()
     if seed % 5 == 0:
         logits = logits.sort(-1).values  # every token is better than all before it
-    if seed % 7 == 0:
+    if seed % 11 == 0:
         logits = logits[:, :1, :1].expand(B, G, K, V)
     scores = torch.zeros(B, G, K) if seed % 2 else -torch.rand(B, G, K, generator=generator)
     eos = torch.randperm(V, generator=generator)[:E]
     done = torch.rand(B, G, generator=generator) < 0.3
     M = min((1 + E) * K, K * V)
     with use_backend("cpp"):
-        found = diverse_beam_step(logits, scores, 1.0, num_candidates=M, eos_token_ids=eos, done=done, pad_token_id=1)
-    expected = diverse_beam_step_reference(logits, scores, 1.0, M, eos, done, 1)
+        found = diverse_beam_step(logits, scores, 0.7, num_candidates=M, eos_token_ids=eos, done=done, pad_token_id=1)
+    expected = diverse_beam_step_reference(logits, scores, 0.7, M, eos, done, 1)
     assert torch.equal(found[0], expected[0])
     assert torch.equal(found[1], expected[1])
     torch.testing.assert_close(found[2], expected[2], rtol=1e-6, atol=1e-6)
@@ -191,14 +226,60 @@ def test_strided_and_expanded_logits():
 
 
 @needs_cpp
-def test_a_nan_row_is_nan_as_in_torch():
-    logits, scores = problem(1, 1, 2, 700)
-    logits[0, 0, 1, 650] = torch.nan
+def test_strided_ends_and_done_groups():
+    """All groups want the same tokens, so each choice of an earlier group shows in the later ones."""
+    logits = problem(1, 1, 1, 200, seed=7)[0].expand(2, 3, 2, 200) + 0.01 * problem(2, 3, 2, 200)[0]
+    best = logits.mean((0, 1, 2)).topk(6).indices
+    done = torch.tensor([[True, False], [False, False], [True, True]]).t()
     with use_backend("cpp"):
-        tokens, parents, best = diverse_beam_step(logits, scores, 0.7)
+        found = diverse_beam_step(
+            logits, torch.zeros(2, 3, 2), 9.0, num_candidates=8, eos_token_ids=best[::2], done=done, pad_token_id=5
+        )
+    expected = diverse_beam_step_reference(logits, torch.zeros(2, 3, 2), 9.0, 8, best[::2], done, 5)
+    assert torch.equal(found[0], expected[0])
+    assert torch.equal(found[1], expected[1])
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("place", [0, 650, 1030, 2999])
+@pytest.mark.parametrize("around", ["finite", "impossible"])
+def test_a_row_with_a_nan_or_an_infinity_is_nan_as_in_torch(backend, bad, place, around):
+    """Wherever it stands, also where nothing else in its block of 1024 has any probability."""
+    logits, scores = problem(1, 1, 2, 3000)
+    if around == "impossible":
+        logits[0, 0, 1, place // 1024 * 1024 : (place // 1024 + 1) * 1024] = -torch.inf
+    logits[0, 0, 1, place] = bad
+    logits = logits.to(torch.float16 if place == 650 else torch.float32)
+    tokens, parents, best = (part.cpu() for part in diverse_beam_step(
+        logits.to(backend.device), scores.to(backend.device), 0.7))  # fmt: skip
     assert best.isnan().all()
     assert (parents == 1).all()
-    assert ((tokens >= 0) & (tokens < 700)).all()
+    assert ((tokens >= 0) & (tokens < 3000)).all()
+
+
+def test_a_score_that_is_nan_comes_first_and_one_that_is_impossible_last(backend):
+    logits, scores = problem(2, 1, 2, 300)
+    scores[0, 0, 1], scores[1, 0, 0] = torch.nan, -torch.inf
+    _, parents, best = (part.cpu() for part in diverse_beam_step(
+        logits.to(backend.device), scores.to(backend.device), 0.7))  # fmt: skip
+    assert parents[:, 0].tolist() == [[1] * 4] * 2
+    assert best[0].isnan().all()
+    assert best[1].isfinite().all()
+
+
+@needs_cpp
+def test_the_extension_reads_nothing_past_its_arguments():
+    logits, scores = problem(2, 2, 2, 60)
+    op = torch.ops.sysdag_C.diverse_beam_step.default
+    for eos, done, message in [
+        (torch.tensor([3], dtype=torch.int32), None, "eos_token_ids: int64"),
+        (None, torch.ones(1, 2, dtype=torch.bool), r"done: \(B, G\)"),
+        (None, torch.ones(2, 2), r"done: \(B, G\)"),
+    ]:
+        with pytest.raises(RuntimeError, match=message):
+            op(logits, scores, 0.7, 4, eos, done, 0)
+    with pytest.raises(RuntimeError, match=r"scores: \(B, G, K\)"):
+        op(logits, scores[:1], 0.7, 4, None, None, 0)
 
 
 def test_no_prompts_the_same_bits_and_no_gradient(backend):

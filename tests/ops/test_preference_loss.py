@@ -148,23 +148,45 @@ def test_many_candidates_and_many_pairs(backend):
     assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
 
 
-def test_threads_change_no_bit():
-    tensors = problem([1 + 37 * i % 300 for i in range(2000)], seed=5)[:-1]
-    one = run(preference_loss, *tensors)
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 8, 16])
+def test_as_many_candidates_everywhere(backend, size):
+    """The extension has loops of their own for some sizes."""
+    tensors = problem([size] * 6, seed=size)[:-1]
+    truth = run(preference_loss_reference, *in_fp64(tensors))
+    eager = run(preference_loss_reference, *tensors)
+    found = run(preference_loss, *on(backend, tensors))
+    for what, f, e, t in zip(("loss", "coefficients", "gradient"), found, eager, truth, strict=True):
+        assert_as_good_as_torch(f.cpu(), e, t, what)
+
+
+@pytest.mark.parametrize("same_size", [False, True])
+def test_threads_change_no_bit(same_size):
+    """Several threads, each from its own pair on; with lengths, which only they read at an offset."""
+    sizes = [4] * 20000 if same_size else [1 + 37 * i % 300 for i in range(2000)]
+    *tensors, lengths = problem(sizes, seed=5)
+    truth = run(preference_loss_reference, *in_fp64(tensors), loss_type="ipo", lengths=lengths.double())
+    eager = run(preference_loss_reference, *tensors, loss_type="ipo", lengths=lengths)
     threads = torch.get_num_threads()
+    results = []
     try:
-        torch.set_num_threads(2)
-        assert all(torch.equal(a, b) for a, b in zip(one, run(preference_loss, *tensors), strict=True))
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            results.append(run(preference_loss, *tensors, loss_type="ipo", lengths=lengths))
     finally:
         torch.set_num_threads(threads)
+    for what, one, two, e, t in zip(("loss", "coefficients", "gradient"), *results, eager, truth, strict=True):
+        assert torch.equal(one, two)
+        assert_as_good_as_torch(one, e, t, what)
 
 
 def test_strided_and_half_precision_inputs(backend):
     logps, ref_logps, offsets, _, lengths = on(backend, problem())
     wide = torch.stack([logps, ref_logps, logps], 1)
-    strided = preference_loss(wide[:, 0], wide[:, 1], torch.stack([offsets, offsets], 1)[:, 1].int(), 0.3)
+    every_other = torch.stack([offsets, offsets + 1], 1)[:, 0]
     packed = preference_loss(logps, ref_logps, offsets, 0.3)
-    assert all(torch.equal(a, b) for a, b in zip(strided, packed, strict=True))
+    for starts in (every_other, every_other.int()):
+        strided = preference_loss(wide[:, 0], wide[:, 1], starts, 0.3)
+        assert all(torch.equal(a, b) for a, b in zip(strided, packed, strict=True))
     rounded, ref_rounded = logps.half(), ref_logps.half()
     half = preference_loss(rounded, ref_rounded, offsets, 0.3, loss_type="ipo", lengths=lengths.int().half())
     full = preference_loss(rounded.float(), ref_rounded.float(), offsets, 0.3, loss_type="ipo", lengths=lengths)
@@ -175,8 +197,32 @@ def test_a_broadcast_upstream_gradient(backend):
     logps, ref_logps, offsets, _, _ = on(backend, problem())
     logps.requires_grad_()
     loss, coefficients = preference_loss(logps, ref_logps, offsets, 0.3)
-    loss.mean().backward()
-    torch.testing.assert_close(logps.grad, coefficients / 4)
+    (of_mean,) = torch.autograd.grad(loss.mean(), logps, retain_graph=True)
+    torch.testing.assert_close(of_mean, coefficients / 4)
+    (of_sum,) = torch.autograd.grad(loss.sum(), logps, retain_graph=True)  # one number with stride 0
+    torch.testing.assert_close(of_sum, coefficients)
+    (strided,) = torch.autograd.grad(loss, logps, torch.arange(8.0, device=backend.device)[::2])
+    torch.testing.assert_close(strided, coefficients * 2 * (torch.arange(8) % 4).repeat_interleave(
+        offsets.cpu().diff()).to(backend.device))  # fmt: skip
+
+
+def test_the_hinge_is_flat_from_a_margin_of_1_on(backend):
+    logps, offsets = torch.tensor([1.0, 0.5, 0.0, 0.0]), torch.arange(5)
+    loss, coefficients = preference_loss(*on(backend, (logps, torch.zeros(4), offsets)), 1.0, loss_type="hinge")
+    assert loss.tolist() == [0.0, 0.5]
+    assert coefficients.tolist() == [0.0, -1.0, 0.0, 1.0]
+
+
+def test_small_losses_keep_their_digits(backend):
+    """log(1 + exp(-m)) of large margins: 1 + exp(-m) alone would round them away."""
+    margins = torch.arange(2.0, 40.0, 0.5)
+    logps = torch.cat([margins, torch.zeros_like(margins)])
+    offsets = torch.arange(len(logps) + 1)
+    loss, coefficients = preference_loss(*on(backend, (logps, torch.zeros_like(logps), offsets)), 1.0)
+    truth = torch.nn.functional.softplus(-margins.double())
+    torch.testing.assert_close(loss.cpu().double(), truth, rtol=1e-6, atol=0)
+    slope = (-margins.double()).sigmoid()
+    torch.testing.assert_close(coefficients.cpu().double(), torch.cat([-slope, slope]), rtol=1e-6, atol=0)
 
 
 def test_uninitialised_memory_is_all_written(backend):
@@ -228,6 +274,18 @@ def test_schemas_of_the_extension():
     forward, backward = torch.ops.sysdag_C.preference_loss.default, torch.ops.sysdag_C.preference_loss_backward.default
     torch.library.opcheck(forward, (logps, ref_logps, offsets, lengths, 0.3, 1, 0.0), test_utils=["test_schema"])
     torch.library.opcheck(backward, (grad, logps, offsets), test_utils=["test_schema"])
+
+
+@needs_cpp
+def test_the_backward_of_the_extension_reads_nothing_past_its_arguments():
+    _, coefficients, offsets, grad, _ = problem()
+    backward = torch.ops.sysdag_C.preference_loss_backward.default
+    for arguments, what in [
+        ((grad.double(), coefficients, offsets), "dtypes"), ((grad, coefficients, offsets.int()), "dtypes"),
+        ((grad[:3], coefficients, offsets), "shapes"), ((grad[None], coefficients, offsets), "shapes"),
+    ]:  # fmt: skip
+        with pytest.raises(RuntimeError, match=f"preference_loss_backward: the {what} do not fit"):
+            backward(*arguments)
 
 
 COMPILED = """
