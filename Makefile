@@ -3,7 +3,7 @@ PYTHON ?= python3
 SEED ?= 0
 BIN := .venv/bin
 
-.PHONY: demo test build lint clean
+.PHONY: demo test build bench lint clean
 
 demo: .venv/ready
 	$(BIN)/python -m examples.demo --seed $(SEED) --output demo-output
@@ -14,6 +14,12 @@ test: .venv/ready
 
 build: .venv/ready
 	$(BIN)/python setup.py --quiet build_ext --inplace
+
+# PEER_PYTHON: of an environment with transformers 4.56.2, which diverse_beam_step is compared with.
+bench: build
+	$(BIN)/python -m bench op --csv $(if $(PEER_PYTHON),--peer-python $(PEER_PYTHON))
+	$(BIN)/python -m bench plots
+	$(BIN)/python -m bench tables
 
 lint: .venv/ready
 	$(BIN)/ruff check .

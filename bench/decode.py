@@ -1,18 +1,17 @@
 """Diverse beam search against group beam search of transformers 4.56, on the CPU.
 
     python3 -m venv peer && peer/bin/pip install torch==2.13.0 transformers==4.56.2
-    python -m bench.decode --peer-python peer/bin/python [--csv PATH]
+    python -m bench decode --peer-python peer/bin/python [--csv]
 
 Both run the same Qwen2 model (4 layers, width 256, vocabulary 8000, random weights), prompts and options, each in a
 process of its own, in turns. No speed is reported where their sequences differ. A row of the table is one number of
-threads, tokens of the longest prompt, beams k and groups; the ratio is the peer's median time over ours, by the clock
-and by the processor time of the process (steadier where the machine has other work).
+threads (1 and all, unless --threads says it), tokens of the longest prompt, beams k and groups; the ratio is the peer's
+median time over ours, by the clock and by the processor time of the process (steadier where the machine has other
+work).
 """
 
 from __future__ import annotations
 
-import argparse
-import csv
 import json
 import os
 import platform
@@ -26,6 +25,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+if __package__:
+    from bench import measure
 
 CONFIG = {
     "vocab_size": 8000, "hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 4, "num_attention_heads": 8,
@@ -88,7 +90,7 @@ class Worker:
 
     def __init__(self, command: list[str], search: str, weights: Path) -> None:
         self.process = subprocess.Popen(
-            [*command, "--worker", search, "--weights", str(weights)],
+            [*command, search, str(weights)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -108,15 +110,7 @@ class Worker:
         self.process.communicate()
 
 
-def cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return next(
-        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor()
-    )
-
-
-def measure(ours: Worker, peer: Worker, repeats: int, **options: int) -> dict[str, Any]:
+def compare(ours: Worker, peer: Worker, repeats: int, **options: int) -> dict[str, Any]:
     """Times of both for one set of options, once their sequences are found to be the same."""
     first, second = ours.run(**options), peer.run(**options)  # these warm up, too
     if first["sequences"] != second["sequences"]:
@@ -135,7 +129,7 @@ def measure(ours: Worker, peer: Worker, repeats: int, **options: int) -> dict[st
     row["cpu_ratio"] = row["peer_cpu_seconds"] / row["sysdag_cpu_seconds"]
     for name, answer in {"sysdag": first, "peer": second}.items():
         row |= {f"{name}_torch": answer["torch"], f"{name}_transformers": answer["transformers"]}
-    return row | {"python": platform.python_version(), "cpu": cpu_name(), "cores": os.cpu_count()}
+    return row | {"python": platform.python_version(), "cpu": measure.cpu_name(), "cores": os.cpu_count()}
 
 
 def measure_all(peer_python: str, repeats: int, threads: list[int]) -> list[dict[str, Any]]:
@@ -145,7 +139,7 @@ def measure_all(peer_python: str, repeats: int, threads: list[int]) -> list[dict
         ours = Worker([sys.executable, "-m", "bench.decode"], "sysdag", weights)
         peer = Worker([peer_python, "-I", __file__], "generate", weights)
         rows = [
-            measure(ours, peer, repeats, threads=count, prompt_tokens=length, num_beams=k, num_beam_groups=groups)
+            compare(ours, peer, repeats, threads=count, prompt_tokens=length, num_beams=k, num_beam_groups=groups)
             for count in threads
             for length in PROMPT_LENGTHS
             for k, groups in SHAPES
@@ -170,32 +164,16 @@ def show(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--peer-python", help="interpreter of an environment with transformers 4.56.2")
-    parser.add_argument("--repeats", type=int, default=5, help="timed runs of each row; default 5")
-    cores = os.cpu_count() or 1
-    parser.add_argument(
-        "--threads", type=int, nargs="+", default=sorted({1, cores}), help="torch's threads; default 1, all"
-    )
-    parser.add_argument("--csv", type=Path, help="where to write the rows")
-    parser.add_argument("--worker", choices=["sysdag", "generate"], help=argparse.SUPPRESS)
-    parser.add_argument("--weights", type=Path, help=argparse.SUPPRESS)
-    arguments = parser.parse_args(argv)
-    if arguments.worker:
-        work(arguments.worker, arguments.weights)
-        return
-    if not arguments.peer_python:
-        parser.error("--peer-python is needed: see the top of this file for how to make its environment.")
-    rows = measure_all(arguments.peer_python, arguments.repeats, arguments.threads)
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = measure.options(__doc__, "decode", arguments, devices=["cpu"], repeats=5)
+    if not options.peer_python:
+        raise SystemExit("decode needs --peer-python: see the top of bench/decode.py for how to make its environment.")
+    threads = [options.threads] if options.threads else sorted({1, os.cpu_count() or 1})
+    rows = measure_all(options.peer_python, options.repeats, threads)
     print(show(rows))
-    if arguments.csv:
-        arguments.csv.parent.mkdir(parents=True, exist_ok=True)
-        with arguments.csv.open("w", newline="") as file:
-            writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
+    if options.csv:
+        measure.write(rows, options.csv)
 
 
 if __name__ == "__main__":
-    main()
+    work(sys.argv[1], Path(sys.argv[2]))

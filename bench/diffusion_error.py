@@ -1,4 +1,4 @@
-"""diffusion_error, forward and backward, against the same in torch: `python -m bench.diffusion_error [--csv PATH]`.
+"""diffusion_error, forward and backward, against the same in torch: `python -m bench diffusion_error`.
 
 "with reference" is sum |eps - policy|^2 - sum |eps - reference|^2, "policy only" its first term. The peers are torch's
 eager form, two mse_loss without reduction, and torch.compile of the eager form.
@@ -6,7 +6,7 @@ eager form, two mse_loss without reduction, and torch.compile of the eager form.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -17,6 +17,7 @@ from bench import measure
 from sysdag.ops import diffusion_error
 
 SHAPES = [(16, 4, 64, 64), (16, 16, 128, 128), (256, 3, 32, 32)]  # latents of SD 1.5 and SD3, pixels of CIFAR
+BASELINE, PEERS = "eager", ("mse_loss", "torch.compile")
 
 
 def eager(eps: Tensor, policy: Tensor, reference: Tensor | None = None) -> Tensor:
@@ -37,8 +38,8 @@ def run(function: Callable[..., Tensor], tensors: list[Tensor], grad: Tensor) ->
     return result.detach(), torch.autograd.grad(result, policy, grad)[0]
 
 
-def main() -> None:
-    options = measure.options(__doc__, "diffusion_error")
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = measure.options(__doc__, "diffusion_error", arguments, peers=PEERS)
     rows, notes = [], []
     for shape in SHAPES:
         generator = torch.Generator(options.device).manual_seed(0)
@@ -54,21 +55,15 @@ def main() -> None:
             for part, own, theirs, truth in zip(parts, *found, run(eager, doubles, grad.double()), strict=True):
                 measure.gate(f"diffusion_error, {shape}, {what}, {part}", own, theirs, truth)
             functions: dict[str, Callable[..., Tensor]] = {
-                "eager": eager,
+                BASELINE: eager,
                 "mse_loss": mse_loss,
                 "sysdag": diffusion_error,
+                "torch.compile": eager,
             }
-            made, reason = measure.compiled(eager, *tensors)
-            if made is None:
-                notes.append(f"torch.compile is left out: {reason}")
-            else:
-                functions["torch.compile"] = made
+            functions = measure.wanted(functions, options.peers, baseline=BASELINE)
+            notes += measure.compile_peer(functions, *tensors)
             calls = {name: partial(run, function, tensors, grad) for name, function in functions.items()}
             times = measure.interleave(calls, options.repeats)
             columns = {"shape": "x".join(map(str, shape)), "dtype": "float32", "what": what}
-            rows += measure.rows(times, baseline="eager", **columns)
+            rows += measure.rows(times, baseline=BASELINE, **columns)
     measure.report("diffusion_error, forward and backward", rows, options.csv, notes)
-
-
-if __name__ == "__main__":
-    main()

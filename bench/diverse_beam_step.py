@@ -1,7 +1,7 @@
-"""One step of diverse beam search against transformers 4.56's group by group: `python -m bench.diverse_beam_step`.
+"""One step of diverse beam search against transformers 4.56's group by group: `python -m bench diverse_beam_step`.
 
     python3 -m venv peer && peer/bin/pip install torch==2.13.0 transformers==4.56.2
-    python -m bench.diverse_beam_step [--peer-python peer/bin/python] [--csv PATH]
+    python -m bench diverse_beam_step [--peer-python peer/bin/python]
 
 transformers 4.56 handles one group after the other: it gathers the group's logits, takes their log_softmax, applies
 HammingDiversityLogitsProcessor and takes a top-k; the row `group by group` is that. With --peer-python it is run with
@@ -12,12 +12,12 @@ transformers' own processor, in a process of its own, in turns with ours; withou
 
 from __future__ import annotations
 
-import argparse
 import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,13 +28,29 @@ if __package__:
 
 PROMPTS, GROUPS, PENALTY = 8, 4, 1.0
 SHAPES = [(1, 32000, "float32"), (2, 32000, "float32"), (1, 32000, "bfloat16"), (1, 151936, "float32")]  # K, V, dtype
+BASELINE, PEERS = "group by group", ("reference",)
 Processor = Callable[..., Tensor]
+Shape = tuple[int, int, str, str]  # K, V, dtype, device
 
 
-def problem(K: int, V: int, dtype: str) -> tuple[Tensor, Tensor]:
+def problem(K: int, V: int, dtype: str, device: str) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
     logits = (3 * torch.randn(PROMPTS * GROUPS * K, V, generator=generator)).to(getattr(torch, dtype))
-    return logits, -torch.rand(PROMPTS, GROUPS, K, generator=generator)
+    return logits.to(device), -torch.rand(PROMPTS, GROUPS, K, generator=generator).to(device)
+
+
+def timed(function: Callable[[], Any]) -> tuple[float, Any]:
+    """Seconds and result; bench.measure's way, which the other process cannot import."""
+    synchronize()
+    start = time.perf_counter()
+    result = function()
+    synchronize()
+    return time.perf_counter() - start, result
+
+
+def synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 class Hamming:
@@ -58,7 +74,7 @@ def group_by_group(logits: Tensor, scores: Tensor, processor: Processor) -> tupl
     """logits (B*G*K, V): tokens, parents and scores (B, G, 2K)."""
     B, G, K = scores.shape
     V = logits.shape[-1]
-    current = torch.zeros(B * G * K, dtype=torch.int64)
+    current = torch.zeros(B * G * K, dtype=torch.int64, device=logits.device)
     found = []
     for g in range(G):
         rows = [b * G * K + g * K + k for b in range(B) for k in range(K)]
@@ -73,7 +89,7 @@ def group_by_group(logits: Tensor, scores: Tensor, processor: Processor) -> tupl
 
 
 def work() -> None:
-    """Answers each line (threads and a shape) with the time of one call and its result, until the input ends."""
+    """Answers each line of threads, shape and device with the time of one call and its result, until the input ends."""
     import transformers
 
     problems: dict[tuple[Any, ...], tuple[Tensor, Tensor]] = {}
@@ -84,9 +100,7 @@ def work() -> None:
             problems = {tuple(shape): problem(*shape)}
         logits, scores = problems[tuple(shape)]
         processor = transformers.HammingDiversityLogitsProcessor(PENALTY, GROUPS * scores.shape[-1], GROUPS)
-        start = time.perf_counter()
-        result = group_by_group(logits, scores, processor)
-        seconds = time.perf_counter() - start
+        seconds, result = timed(partial(group_by_group, logits, scores, processor))
         print(json.dumps([seconds, [part.tolist() for part in result], transformers.__version__]), flush=True)
 
 
@@ -97,15 +111,13 @@ class Peer:
         self.name = "torch"
         self.process = None
         if python is not None:
-            command = [python, __file__, "--worker"]
+            command = [python, "-I", __file__]
             self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
-    def run(self, shape: tuple[int, int, str], inputs: tuple[Tensor, Tensor]) -> tuple[float, list[Tensor]]:
+    def run(self, shape: Shape, inputs: tuple[Tensor, Tensor]) -> tuple[float, list[Tensor]]:
         if self.process is None:
             processor = Hamming(PENALTY, GROUPS * shape[0], GROUPS)
-            start = time.perf_counter()
-            result = group_by_group(*inputs, processor)
-            return time.perf_counter() - start, list(result)
+            return timed(partial(group_by_group, *inputs, processor))
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         self.process.stdin.write(json.dumps([torch.get_num_threads(), *shape]) + "\n")
@@ -115,10 +127,10 @@ class Peer:
             raise SystemExit(f"{self.process.args}: ended with {self.process.wait()}; its error is above.")
         seconds, parts, version = json.loads(line)
         self.name = f"transformers {version}"
-        return seconds, [torch.tensor(part) for part in parts]
+        return seconds, [torch.tensor(part, device=shape[3]) for part in parts]
 
 
-def measure_shape(peer: Peer, shape: tuple[int, int, str], repeats: int) -> list[dict[str, Any]]:
+def measure_shape(peer: Peer, shape: Shape, repeats: int, peers: Sequence[str] | None) -> list[dict[str, Any]]:
     from sysdag.ops import diverse_beam_step, use_backend
 
     flat, scores = inputs = problem(*shape)
@@ -137,37 +149,28 @@ def measure_shape(peer: Peer, shape: tuple[int, int, str], repeats: int) -> list
         if not same or not torch.allclose(found[2], theirs[2], rtol=1e-6, atol=1e-5):
             raise SystemExit(f"{shape}: {name} chooses otherwise than its peer, so no time is reported.")
 
-    found: dict[str, list[float]] = {"group by group": [], "reference": [], "sysdag": []}
+    functions = {BASELINE: lambda: peer.run(shape, inputs), "reference": lambda: timed(reference)}
+    functions = measure.wanted(functions | {"sysdag": lambda: timed(step)}, peers, baseline=BASELINE)
+    found: dict[str, list[float]] = {name: [] for name in functions}
     for turn in range(-2, repeats):
         for name in list(found)[:: -1 if turn % 2 else 1]:
-            if name == "group by group":
-                seconds, _ = peer.run(shape, inputs)
-            else:
-                start = time.perf_counter()
-                (reference if name == "reference" else step)()
-                seconds = time.perf_counter() - start
+            seconds, _ = functions[name]()
             if turn >= 0:
                 found[name].append(seconds)
     times = {name: measure.Times(tuple(seconds)) for name, seconds in found.items()}
-    K, V, dtype = shape
+    K, V, dtype, _ = shape
     columns = {"prompts": PROMPTS, "groups": GROUPS, "beams": K, "V": V, "dtype": dtype, "peer": peer.name}
-    return measure.rows(times, baseline="group by group", **columns)
+    return measure.rows(times, baseline=BASELINE, **columns)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("--peer-python")
-    parser.add_argument("--worker", action="store_true")
-    own, others = parser.parse_known_args()
-    if own.worker:
-        return work()
-    sys.argv[1:] = others
-    options = measure.options(__doc__, "diverse_beam_step", repeats=21)
-    peer = Peer(own.peer_python)
-    rows = [row for shape in SHAPES for row in measure_shape(peer, shape, options.repeats)]
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = measure.options(__doc__, "diverse_beam_step", arguments, peers=PEERS, repeats=21)
+    peer = Peer(options.peer_python)
+    rows: list[dict[str, Any]] = []
+    for shape in SHAPES:
+        rows += measure_shape(peer, (*shape, options.device), options.repeats, options.peers)
     measure.report("diverse_beam_step", rows, options.csv)
-    return None
 
 
 if __name__ == "__main__":
-    main()
+    work()

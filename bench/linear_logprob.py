@@ -1,27 +1,34 @@
 """Log-probabilities from hidden states and a head: time and peak extra memory against other ways to them.
 
-    python -m bench.linear_logprob [--threads 2] [--repeats 5] [--device cpu] [--csv PATH]
+    python -m bench linear_logprob
 
 The gate comes first: a result less exact than eager torch's ends the run. Times are of forward and backward,
-interleaved; `times_eager` is how many times faster than eager torch, in the same turns. `peak_mib` is one call's peak
-memory beyond its arguments, in a process of its own: the high-water mark of resident memory on a CPU (Linux), of the
-allocator on a GPU.
+interleaved; `times_eager` is how many times faster than eager torch, in the same turns. "bare products" is the floor:
+the matrix products that a case needs at least (1, 2 or 3), into memory that is there already; `share_of_floor` is their
+median time over a row's. `peak_mib` is one call's peak memory beyond its arguments, in a process of its own: the
+high-water mark of resident memory on a CPU (Linux), of the allocator on a GPU.
+
+"sysdag, all tiles kept" has SYSDAG_KEPT_LOGITS_MB so large that a trained head's backward computes no logits again.
+F.linear_cross_entropy is torch's chunked one (2.13 or newer); without `options` torch computes what "eager" does. The
+kernels of liger-kernel and cut-cross-entropy need CUDA: their calls follow the packages' documentation and were never
+run. cut-cross-entropy leaves small gradients out (filter_eps, as its default says).
 """
 
 from __future__ import annotations
 
 import functools
+import os
 import subprocess
 import sys
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from bench import measure
-from sysdag.ops import linear_logprob
+from sysdag.ops import _head_walk, linear_logprob
 
 CPU_SHAPE = (2048, 512, 32000)
 GPU_SHAPES = ((8192, 4096, 128256), (16384, 2048, 151936))
@@ -85,6 +92,20 @@ def four_labels(p: Problem) -> Tensor:
     return linear_logprob(p.hidden, p.weight, p.rows.repeat(4), labels.flatten()).view(4, -1).mean(0)
 
 
+def all_kept(p: Problem) -> Tensor:
+    """A forward that keeps every tile of the logits for the backward of a trained head."""
+    before = os.environ.get(_head_walk.KEEP_VARIABLE)
+    os.environ[_head_walk.KEEP_VARIABLE] = "1e9"
+    _head_walk._keep_budget.cache_clear()  # else the default, once computed, stays for the process
+    try:
+        return ours(p)
+    finally:
+        del os.environ[_head_walk.KEEP_VARIABLE]
+        if before is not None:
+            os.environ[_head_walk.KEEP_VARIABLE] = before
+        _head_walk._keep_budget.cache_clear()
+
+
 def eager(p: Problem) -> Tensor:
     return torch.log_softmax(p.hidden @ p.weight.T, -1).gather(1, p.labels[:, None])[:, 0]
 
@@ -104,26 +125,51 @@ def trl(p: Problem) -> Tensor:
     return ChunkedLogProbFunction.apply(p.hidden, p.weight, None, p.labels, 1.0, 8192, None, 1.0, ())[0]
 
 
-def torch_linear_cross_entropy(p: Problem) -> Tensor:
-    """The mean alone: torch's fused function gives no log-probabilities by label."""
-    return torch.nn.functional.linear_cross_entropy(p.hidden, p.weight, p.labels)
+def chunked(p: Problem) -> Tensor:
+    options = torch.nn.LinearCrossEntropyOptions()
+    return -F.linear_cross_entropy(p.hidden, p.weight, p.labels, reduction="none", options=options)
 
 
-PEERS: dict[str, Callable[[Problem], Tensor]] = {
+def chunked_mean(p: Problem) -> Tensor:
+    """With a mean torch computes the gradients in the forward; for log-probabilities by label it cannot."""
+    return -F.linear_cross_entropy(p.hidden, p.weight, p.labels, options=torch.nn.LinearCrossEntropyOptions())
+
+
+def liger(p: Problem) -> Tensor:
+    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+    return -LigerFusedLinearCrossEntropyLoss()(p.weight, p.hidden, p.labels)
+
+
+def cut_cross_entropy(p: Problem) -> Tensor:
+    from cut_cross_entropy import linear_cross_entropy
+
+    return -linear_cross_entropy(p.hidden, p.weight, p.labels, reduction="none")
+
+
+FUNCTIONS: dict[str, Callable[[Problem], Tensor]] = {
     "sysdag": ours,
     "sysdag, 4 labels a row": four_labels,
+    "sysdag, all tiles kept": all_kept,
     "eager": eager,
     "torch.compile": compiled,
-    "F.linear_cross_entropy (mean only)": torch_linear_cross_entropy,
+    "F.linear_cross_entropy, chunked": chunked,
+    "F.linear_cross_entropy, chunked (mean only)": chunked_mean,
     "trl": trl,
+    "liger-kernel (mean only)": liger,
+    "cut-cross-entropy": cut_cross_entropy,
 }
+BASELINE = "eager"
+PEERS = [name for name in FUNCTIONS if name != BASELINE and not name.startswith("sysdag")]
+CUDA_ONLY = ("liger-kernel (mean only)", "cut-cross-entropy")
+PRODUCTS = {"no grad": 1, "frozen": 2, "trained": 3}
 
 
-def bare_products(p: Problem, count: int) -> Callable[[], None]:
+def bare_products(p: Problem) -> Callable[[], None]:
     """The first products of a forward and backward, into memory that is there already."""
     (N, H, V), options = p.case.shape, {"device": p.case.device, "dtype": p.case.dtype}
     logits, dh, dw = torch.empty(N, V, **options), torch.empty(N, H, **options), torch.empty(V, H, **options)
-    hidden, weight = p.hidden.detach(), p.weight.detach()
+    hidden, weight, count = p.hidden.detach(), p.weight.detach(), PRODUCTS[p.case.mode]
 
     def run() -> None:
         torch.mm(hidden, weight.T, out=logits)
@@ -135,11 +181,13 @@ def bare_products(p: Problem, count: int) -> Callable[[], None]:
     return run
 
 
-def absent(p: Problem) -> tuple[dict[str, Callable[[Problem], Tensor]], list[str]]:
-    """The peers that run here, and of the others why they don't."""
-    reasons = [] if p.case.device == "cuda" else ["left out: liger-kernel, cut-cross-entropy: their kernels need CUDA"]
-    found = {}
-    for name, function in PEERS.items():
+def present(p: Problem, functions: dict[str, Callable[[Problem], Tensor]]) -> tuple[dict[str, Any], list[str]]:
+    """The functions that run here, and of the others why they don't."""
+    found, reasons = {}, []
+    for name, function in functions.items():
+        if name in CUDA_ONLY and p.case.device != "cuda":
+            reasons.append(f"left out: {name}: its kernels need CUDA")
+            continue
         try:
             p.run(function)
         except (ImportError, AttributeError, RuntimeError, NotImplementedError) as error:
@@ -167,24 +215,12 @@ def peak(case: Case, name: str, threads: int) -> None:
     """Prints the MiB of one call, beyond its arguments; for a process of its own."""
     torch.set_num_threads(threads)
     small = Problem(case._replace(shape=(64, 64, 1024)))
-    small.run(PEERS[name])
+    small.run(FUNCTIONS[name])
     problem = Problem(case)
-    if case.device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        problem.run(PEERS[name])
-        print((torch.cuda.max_memory_allocated() - before) / 2**20)
-        return
     torch.mm(problem.hidden.detach()[:64], problem.weight.detach()[:64].T)
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
-    before = _high_water()
-    problem.run(PEERS[name])
-    print(_high_water() - before)
-
-
-def _high_water() -> float:
-    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    return int(line.split()[1]) / 1024
+    with measure.PeakMemory(case.device) as memory:
+        problem.run(FUNCTIONS[name])
+    print(memory.mib)
 
 
 def peak_mib(case: Case, name: str) -> float:
@@ -192,31 +228,34 @@ def peak_mib(case: Case, name: str) -> float:
     return float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
 
 
-def measured(case: Case, repeats: int, notes: list[str]) -> list[dict[str, Any]]:
-    """The table's rows for one case."""
+def measured(
+    case: Case, functions: dict[str, Callable[[Problem], Tensor]], repeats: int, notes: list[str]
+) -> list[dict[str, Any]]:
+    """The table's rows for one case; what is left out is added to the notes."""
     check(case)
     problem = Problem(case)
-    peers, reasons = absent(problem)
+    found, reasons = present(problem, functions)
     notes += [reason for reason in reasons if reason not in notes]
-    functions: dict[str, Callable[[], Any]] = {name: functools.partial(problem.run, f) for name, f in peers.items()}
-    products = {"no grad": 1, "frozen": 2, "trained": 3}[case.mode]
-    functions[f"bare products: {products}"] = bare_products(problem, products)
-    times = measure.interleave(functions, repeats)
+    floor = f"bare products: {PRODUCTS[case.mode]}"
+    calls: dict[str, Callable[[], Any]] = {name: functools.partial(problem.run, f) for name, f in found.items()}
+    times = measure.interleave(calls | {floor: bare_products(problem)}, repeats, warmup=1)
     N, H, V = case.shape
-    shown = measure.rows(times, baseline="eager", case=case.name, N=N, H=H, V=V, dtype=str(case.dtype)[6:])
+    shown = measure.rows(times, baseline=BASELINE, case=case.name, N=N, H=H, V=V, dtype=str(case.dtype)[6:])
     for row in shown:
-        row["gflops"] = products * 2 * N * H * V / (row["median_ms"] * 1e6)
-        row["peak_mib"] = peak_mib(case, row["name"]) if row["name"] in peers else ""
+        row["gflops"] = PRODUCTS[case.mode] * 2 * N * H * V / (row["median_ms"] * 1e6)
+        row["share_of_floor"] = times[floor].median * 1e3 / row["median_ms"]
+        row["peak_mib"] = peak_mib(case, row["name"]) if row["name"] in found else ""
     return shown
 
 
-def main() -> None:
-    options = measure.options(__doc__, "linear_logprob", threads=2, repeats=5)
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = measure.options(__doc__, "linear_logprob", arguments, peers=PEERS, threads=2, repeats=5)
     notes: list[str] = ["gflops counts the 1, 2 or 3 products that a case needs at least"]
-    found = [row for case in cases(options.device) for row in measured(case, options.repeats, notes)]
+    functions = measure.wanted(FUNCTIONS, options.peers, baseline=BASELINE)
+    rows: list[dict[str, Any]] = []
+    for case in cases(options.device):
+        without = () if case.mode == "trained" else ("sysdag, all tiles kept",)  # where nothing is kept, it is "sysdag"
+        own = {name: function for name, function in functions.items() if name not in without}
+        rows += measured(case, own, options.repeats, notes)
     notes.append(f"trl {measure.version('trl')}")
-    measure.report("linear_logprob", found, options.csv, notes)
-
-
-if __name__ == "__main__":
-    main()
+    measure.report("linear_logprob", rows, options.csv, notes)

@@ -1,10 +1,11 @@
-"""What the benchmarks of ops share: a gate on correctness, interleaved timing, the machine, a table and its CSV.
+"""What the benchmarks share: command line, gate on correctness, interleaved timing, the machine, a table and its CSV.
 
-options = measure.options(__doc__, "token_logprob")
+options = measure.options(__doc__, "token_logprob", arguments, peers=PEERS)
 rows = []
 for shape in SHAPES:
     measure.gate("token_logprob", ours, eager, truth)            # ends the run where it is wrong: no speed on red
-    times = measure.interleave({"sysdag": f, "eager": g}, options.repeats)
+    functions = measure.wanted({"sysdag": f, "eager": g, "torch.compile": h}, options.peers, baseline="eager")
+    times = measure.interleave(functions, options.repeats)
     rows += measure.rows(times, baseline="eager", **shape)
 measure.report("token_logprob", rows, options.csv)
 """
@@ -28,17 +29,71 @@ from torch import Tensor
 RESULTS = Path(__file__).resolve().parent / "results"
 
 
-def options(doc: str | None, op: str, **defaults: int) -> argparse.Namespace:
-    """The command line of an op's benchmark: --threads, --repeats, --device, --csv; the number of threads is set."""
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    cores = os.cpu_count() or 1
-    parser.add_argument("--threads", type=int, default=defaults.get("threads", cores), help="default: all cores")
-    parser.add_argument("--repeats", type=int, default=defaults.get("repeats", 7))
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--csv", type=Path, help=f"where to write the rows, such as bench/results/{op}-cpu.csv")
-    parsed = parser.parse_args()
-    torch.set_num_threads(parsed.threads)
+def options(
+    doc: str | None,
+    name: str,
+    arguments: Sequence[str] | None = None,
+    *,
+    peers: Sequence[str] = (),
+    devices: Sequence[str] = ("cpu", "cuda"),
+    threads: int | None = None,
+    repeats: int | None = 7,
+    own: Mapping[str, Mapping[str, Any]] | None = None,
+) -> argparse.Namespace:
+    """The command line that all benchmarks have; torch's threads are set to what it says.
+
+    Args:
+        doc: the benchmark's description.
+        name: of the command, and of its CSV.
+        arguments: what follows the command; by default this process's arguments.
+        peers: names of the rows that `--peers` may select, beside sysdag's and the baseline.
+        devices: those it can run on.
+        threads: default of `--threads`; all cores where it is None.
+        repeats: default of `--repeats`.
+        own: options that only this benchmark has: flag to argparse's keywords.
+
+    Returns:
+        `peers` is None for all; `csv` is the file to write, or None.
+    """
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog=f"python -m bench {name}", description=doc, formatter_class=layout)
+    parser.add_argument("--device", choices=devices, default="cpu")
+    parser.add_argument("--peers", nargs="*", metavar="NAME", help="only these beside sysdag and the baseline")
+    parser.add_argument(
+        "--csv", nargs="?", type=Path, const=RESULTS, metavar="FOLDER",
+        help=f"write {name}-DEVICE.csv there; without FOLDER into bench/results",
+    )  # fmt: skip
+    parser.add_argument("--threads", type=int, default=threads, help=f"torch's; default {threads or 'all cores'}")
+    parser.add_argument(
+        "--repeats", type=int, default=repeats, help=f"timed calls of each; default {repeats or 'its own'}"
+    )
+    parser.add_argument("--peer-python", metavar="PATH", help="Python of an environment with transformers 4.56.2")
+    for flag, keywords in (own or {}).items():
+        parser.add_argument(flag, **keywords)
+    parsed = parser.parse_args(arguments)
+    for peer in parsed.peers or ():
+        if peer not in peers:
+            there = ", ".join(map(repr, peers)) or "none"
+            parser.error(f"--peers: {name} has no peer {peer!r}; there are: {there}")
+    if parsed.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch finds no CUDA device here; use --device cpu")
+    if parsed.csv is not None:
+        if parsed.csv.suffix == ".csv":
+            parser.error(
+                f"--csv takes a folder, got {str(parsed.csv)!r}; the file's name is {name}-{parsed.device}.csv"
+            )
+        parsed.csv = parsed.csv / f"{name}-{parsed.device}.csv"
+    torch.set_num_threads(parsed.threads or os.cpu_count() or 1)
     return parsed
+
+
+def wanted(functions: Mapping[str, Any], peers: Sequence[str] | None, *, baseline: str) -> dict[str, Any]:
+    """Those to time: sysdag's and the baseline always, of the others the named ones, or all if none are named."""
+    return {
+        name: function
+        for name, function in functions.items()
+        if peers is None or name in peers or name == baseline or name.startswith("sysdag")
+    }
 
 
 def gate(what: str, found: Tensor, eager: Tensor, truth: Tensor) -> None:
@@ -92,19 +147,53 @@ def interleave(
     return {name: Times(tuple(seconds)) for name, seconds in found.items()}
 
 
+class PeakMemory:
+    """A context whose `mib` is, afterwards, how far memory rose inside it: on a CPU (Linux) the process's resident
+    memory, on a GPU what torch's allocator held."""
+
+    def __init__(self, device: str) -> None:
+        self.device, self.mib = device, 0.0
+
+    def __enter__(self) -> PeakMemory:
+        if self.device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            self._before = torch.cuda.memory_allocated() / 2**20
+        else:
+            Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
+            self._before = _high_water()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        now = torch.cuda.max_memory_allocated() / 2**20 if self.device == "cuda" else _high_water()
+        self.mib = now - self._before
+
+
+def _high_water() -> float:
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) / 1024
+
+
 def synchronize() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
 
-def compiled(function: Callable[..., Any], *arguments: Any) -> tuple[Callable[..., Any] | None, str]:
-    """`torch.compile(function)`, compiled by a call with the arguments; or None and why it cannot run here."""
+def compile_peer(functions: dict[str, Callable[..., Any]], *arguments: Any) -> list[str]:
+    """Replaces the function "torch.compile", where it is wanted, by what that makes of it in a call with the arguments.
+
+    Returns:
+        Why it is left out, if it cannot run here.
+    """
+    if "torch.compile" not in functions:
+        return []
+    made = torch.compile(functions["torch.compile"], dynamic=False)
     try:
-        made = torch.compile(function, dynamic=False)
         made(*arguments)
     except (RuntimeError, torch._dynamo.exc.TorchDynamoException) as error:
-        return None, f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
-    return made, ""
+        del functions["torch.compile"]
+        return [f"left out: torch.compile: {type(error).__name__}: {str(error).strip().splitlines()[0]}"]
+    functions["torch.compile"] = made
+    return []
 
 
 def rows(times: Mapping[str, Times], *, baseline: str, **columns: Any) -> list[dict[str, Any]]:
@@ -129,6 +218,12 @@ def machine() -> dict[str, Any]:
         "cpu": cpu_name(), "gpu": gpu, "cores": os.cpu_count(), "threads": torch.get_num_threads(),
         "python": platform.python_version(), **versions,
     }  # fmt: skip
+
+
+def described(row: Mapping[str, str], device: str) -> str:
+    """The machine that a CSV's row was measured on, in words."""
+    where = row["gpu"] if device == "cuda" else f"{row['cpu']}, {row['threads']} of {row['cores']} cores"
+    return f"{where}, torch {row['torch']}"
 
 
 def cpu_name() -> str:
@@ -156,11 +251,23 @@ def report(title: str, rows: Sequence[Mapping[str, Any]], path: Path | None, not
     for line in table:
         print("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))
     if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, fieldnames=[*names, *here])
-            writer.writeheader()
-            writer.writerows({**row, **here} for row in rows)
+        write([{**row, **here} for row in rows], path)
+
+
+def write(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """A CSV file whose columns are the first row's keys."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    print(f"wrote {path}")
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    """The rows of a CSV file that a benchmark wrote."""
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
 
 
 def _shown(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""preference_loss, forward and backward, against plain torch: `python -m bench.preference_loss [--csv PATH]`.
+"""preference_loss, forward and backward, against plain torch: `python -m bench preference_loss`.
 
 The peers are the op's own reference in eager torch (loss and coefficients), and `candidate_log_sum` with the loss of
 `sysdag.objective` (`objective`: the loss alone, its index prepared). A time is one of `in a row` calls: of a single
@@ -7,7 +7,7 @@ call between calls of the others, the larger part is spent on the processor's co
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,7 @@ from sysdag.ops.preference_loss import preference_loss_reference
 
 SHAPES = [(256, 4), (256, 1), (16, 4), (4096, 8)]  # pairs, candidates of each side
 CALLS = (20, 1)
+BASELINE, PEERS = "eager", ("objective",)
 BETA = 0.1
 
 
@@ -59,16 +60,17 @@ def repeated(function: Callable[[], tuple[Tensor, Tensor | None]], problem: Prob
     return run
 
 
-def main() -> None:
-    options = measure.options(__doc__, "preference_loss", repeats=31)
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = measure.options(__doc__, "preference_loss", arguments, peers=PEERS, repeats=31)
     rows = []
     for pairs, k in SHAPES:
         problem = Problem(pairs, k, options.device)
         functions: dict[str, Callable[[], tuple[Tensor, Tensor | None]]] = {
-            "eager": lambda p=problem: p.op(preference_loss_reference),
+            BASELINE: lambda p=problem: p.op(preference_loss_reference),
             "objective": problem.objective,
             "sysdag": lambda p=problem: p.op(preference_loss),
         }
+        functions = measure.wanted(functions, options.peers, baseline=BASELINE)
         found, eager = (problem.op(function) for function in (preference_loss, preference_loss_reference))
         truth = problem.exact()
         measure.gate("loss", found[0].detach(), eager[0].detach(), truth[0])
@@ -79,9 +81,5 @@ def main() -> None:
             times = measure.interleave(timed, options.repeats)
             each = {name: measure.Times(tuple(s / calls for s in taken.seconds)) for name, taken in times.items()}
             columns = {"pairs": pairs, "candidates": k, "dtype": "float32", "in a row": calls}
-            rows += measure.rows(each, baseline="eager", **columns)
+            rows += measure.rows(each, baseline=BASELINE, **columns)
     measure.report("preference_loss, forward and backward", rows, options.csv)
-
-
-if __name__ == "__main__":
-    main()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
-import csv
 import itertools
 import statistics
 from collections.abc import Sequence
@@ -11,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from bench import measure
 from sysdag import DiverseBeamSearch, ImportanceSampling, Input, MonteCarlo, System, node
 from sysdag.candidates import CandidateStrategy
 from sysdag.components import Tabular
@@ -77,7 +76,7 @@ def log_likelihood_error(system: System, strategy: CandidateStrategy, seed: int)
     return statistics.fmean(errors)
 
 
-def measure(sizes: Sequence[int], repeats: int) -> list[dict[str, object]]:
+def deviations(sizes: Sequence[int], repeats: int) -> list[dict[str, object]]:
     system = two_latents()
     rows = []
     exact = check_alignment(system, reward, INPUTS, objective="sampling")
@@ -135,21 +134,13 @@ def plot(rows: Sequence[dict[str, object]], path: Path) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench theory", description=__doc__)
-    parser.add_argument("--csv", type=Path, default=Path("bench/results/theory.csv"))
-    parser.add_argument("--plot", type=Path, default=Path("docs/bias.png"))
-    parser.add_argument("--sizes", type=int, nargs="+", default=[2, 4, 8, 16, 32, 64])
-    parser.add_argument("--repeats", type=int, default=20)
-    options = parser.parse_args(arguments)
-    rows = measure(options.sizes, options.repeats)
-    options.csv.parent.mkdir(parents=True, exist_ok=True)
-    with options.csv.open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    own = {
+        "--plot": {"type": Path, "default": Path("docs/bias.png"), "help": "default docs/bias.png"},
+        "--sizes": {"type": int, "nargs": "+", "default": [2, 4, 8, 16, 32, 64], "help": "numbers of candidates"},
+    }
+    options = measure.options(__doc__, "theory", arguments, devices=["cpu"], repeats=20, own=own)
+    rows = deviations(options.sizes, options.repeats)
+    folder = options.csv.parent if options.csv else measure.RESULTS
+    measure.write(rows, folder / "theory.csv")  # the same on every device
     plot(rows, options.plot)
-    print(f"wrote {options.csv} and {options.plot}")
-
-
-if __name__ == "__main__":
-    main()
+    print(f"wrote {options.plot}")

@@ -1,4 +1,4 @@
-"""token_logprob, forward and backward, against log_softmax and gather: `python -m bench.token_logprob [--csv PATH]`.
+"""token_logprob, forward and backward, against log_softmax and gather: `python -m bench token_logprob`.
 
 The peers are torch's eager log_softmax and gather, torch's cross_entropy (eager), and torch.compile of the former. Ours
 runs with a gradient of its own and with the gradient written over the logits.
@@ -6,7 +6,7 @@ runs with a gradient of its own and with the gradient written over the logits.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -17,6 +17,7 @@ from bench import measure
 from sysdag.ops import token_logprob
 
 SHAPES = [(2048, 32000), (256, 151936), (2048, 4096)]
+BASELINE, PEERS = "log_softmax+gather", ("cross_entropy", "torch.compile")
 
 
 def log_softmax_gather(logits: Tensor, labels: Tensor) -> Tensor:
@@ -85,22 +86,21 @@ def gate(name: str, problem: Problem, function: Callable[..., Tensor], eager: tu
     measure.gate(f"{name}, gradient", gradient[few], eager[1][few], exact.grad)
 
 
-def main() -> None:
-    options = measure.options(__doc__, "token_logprob")
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = measure.options(__doc__, "token_logprob", arguments, peers=PEERS)
     rows, notes = [], []
     for count, width in SHAPES:
         problem = Problem(count, width, options.device)
-        functions = {
-            "log_softmax+gather": log_softmax_gather,
+        functions: dict[str, Callable[..., Tensor]] = {
+            BASELINE: log_softmax_gather,
             "cross_entropy": cross_entropy,
             "sysdag": token_logprob,
             "sysdag inplace": inplace,
+            "torch.compile": log_softmax_gather,
         }
-        made, reason = measure.compiled(log_softmax_gather, problem.source.clone().requires_grad_(), problem.labels)
-        if made is None:
-            notes.append(f"torch.compile is left out: {reason}")
-        else:
-            functions["torch.compile"] = made
+        functions = measure.wanted(functions, options.peers, baseline=BASELINE)
+        example = problem.source.clone().requires_grad_(), problem.labels
+        notes += measure.compile_peer(functions, *example)
         problem.restore()
         result, gradient = problem.run(log_softmax_gather)
         assert gradient is not None
@@ -111,9 +111,5 @@ def main() -> None:
             calls = {name: partial(problem.run, function, backward) for name, function in functions.items()}
             times = measure.interleave(calls, options.repeats, before=problem.restore)
             columns = {"N": count, "V": width, "dtype": "float32", "what": what}
-            rows += measure.rows(times, baseline="log_softmax+gather", **columns)
+            rows += measure.rows(times, baseline=BASELINE, **columns)
     measure.report("token_logprob", rows, options.csv, notes)
-
-
-if __name__ == "__main__":
-    main()

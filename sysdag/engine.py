@@ -178,7 +178,7 @@ class SystemModel(nn.Module):
             return part_of_loss(work, component)
 
     def _step(self, pairs: Sequence[PreferencePair], generator: torch.Generator | None, step: int | None) -> StepOutput:
-        comparison = self._compare(pairs, generator, step)
+        comparison = self.compare(pairs, generator, step)
         trains = torch.is_grad_enabled()
         if trains and self._graph_bytes is not None and self._graph_bytes.total:
             self.budget.keeps_graphs = self._graph_bytes.fits()
@@ -227,9 +227,10 @@ class SystemModel(nn.Module):
     def _reference_of(self, component: Component) -> Component | None:
         return next((self.references.get(key) for key, own in self.components.items() if own is component), None)
 
-    def _compare(
+    def compare(
         self, pairs: Sequence[PreferencePair], generator: torch.Generator | None, step: int | None
     ) -> Comparison:
+        """What a batch asks to be scored, its candidates drawn."""
         if self.candidates is None:
             return DirectComparison(self.plan, self.options, self.nodes, pairs, generator)
         inputs = {name: [pair.inputs[name] for pair in pairs] for name in pairs[0].inputs}

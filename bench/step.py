@@ -1,0 +1,99 @@
+"""One optimisation step of a system against a straightforward implementation: time and peak memory.
+
+    python -m bench step [--threads 2] [--repeats 5] [--csv]
+
+Qwen2-shaped models with random weights, prompts of 256 tokens, completions of 64. `two LLMs` is SysDPO-Sampling of
+draft -> answer with the skip edge over k given drafts; `chain` is n models in a row and k paths; `one LLM` is DPO of a
+single model. `straightforward` is the same step in TRL's style: all runs padded and concatenated, logits materialised,
+every graph held until the backward; `trl` is `DPOTrainer`'s own step. The gate compares loss and gradients with them,
+to 1e-4 of the largest gradient. Times are of scoring and gradients without the optimizer's update, interleaved.
+`peak_mib` is what one step needs beyond weights, gradients and optimizer state, in a process of its own: the high-water
+mark of resident memory on a CPU (Linux), of the allocator on a GPU.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from bench import measure
+from bench.step_systems import Case, Step
+
+BASELINE = "straightforward"
+PEERS = ("trl", "one pass")
+NAMES = {"sysdag": "two_pass", "one pass": "one_pass"}
+
+
+def cases() -> list[Case]:
+    llms = [Case("two LLMs", candidates=k, lora=lora) for lora in (True, False) for k in (2, 4, 8)]
+    chains = [Case("chain", candidates=2, lora=False, nodes=nodes) for nodes in (2, 6)]
+    return [*llms, *chains, *(Case("one LLM", candidates=1, lora=lora, nodes=1, pairs=2) for lora in (True, False))]
+
+
+def names(case: Case, peers: Sequence[str] | None) -> list[str]:
+    """What is measured for a case."""
+    every = dict.fromkeys(["sysdag", BASELINE, *(p for p in PEERS if p != "trl" or case.nodes == 1)])
+    return list(measure.wanted(every, peers, baseline=BASELINE))
+
+
+def check(step: Step, name: str) -> None:
+    """The gate: loss and gradients of sysdag's step against another way to them."""
+    seen = []
+    for each in ("sysdag", name):
+        step.clear()
+        seen.append((step.run(each), step.gradients(each)))
+    (loss, ours), (expected, theirs) = seen
+    largest = max(float(gradient.abs().max()) for gradient in theirs.values())
+    error = max(float((ours[key] - theirs[key]).abs().max()) for key in theirs) / largest
+    if not (abs(float(loss - expected)) <= 1e-4 and error <= 1e-4):
+        raise SystemExit(
+            f"{step.case}: loss {float(loss):.6f}, {name} {float(expected):.6f}; gradients {error:.2g} of the largest "
+            "apart, 1e-4 is allowed; no speed is reported for a wrong result."
+        )
+
+
+def peak(case: Case, name: str, device: str, threads: int) -> None:
+    """Prints the MiB of one step beyond what is there after a first one; for a process of its own."""
+    torch.set_num_threads(threads)
+    step = Step(case, device, with_trl=name == "trl")
+    step.run(name)
+    step.clear()
+    with measure.PeakMemory(device) as memory:
+        step.run(name)
+    print(memory.mib)
+
+
+def peak_mib(case: Case, name: str, device: str) -> float:
+    arguments = f"{case!r}, {name!r}, {device!r}, {torch.get_num_threads()}"
+    code = f"from bench.step import *; peak({arguments})"
+    # Freed memory goes back to the system at once, so that what is resident is what is in use.
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    ended = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True, env=environment)
+    return float(ended.stdout.splitlines()[-1])
+
+
+def measured(case: Case, peers: Sequence[str] | None, options: Any) -> list[dict[str, Any]]:
+    """The table's rows for one case."""
+    wanted = names(case, peers)
+    step = Step(case, options.device, with_trl="trl" in wanted)
+    for name in wanted[1:]:
+        check(step, name)
+    times = measure.interleave(
+        {name: lambda name=name: step.run(name) for name in wanted}, options.repeats, before=step.clear, warmup=1
+    )
+    columns = {"system": case.system, "nodes": case.nodes, "k": case.candidates, "trained": case.trained}
+    shown = measure.rows(times, baseline=BASELINE, **columns)
+    for row in shown:
+        row["peak_mib"] = peak_mib(case, row["name"], options.device)
+    return shown
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = measure.options(__doc__, "step", arguments, peers=PEERS, threads=2, repeats=5)
+    rows = [row for case in cases() for row in measured(case, options.peers, options)]
+    measure.report("step", rows, options.csv, [f"trl {measure.version('trl')}"])

@@ -1,0 +1,241 @@
+"""The systems of `python -m bench step`: Qwen2-shaped models with random weights, moved away from their references."""
+
+from __future__ import annotations
+
+import itertools
+import tempfile
+from typing import Any, NamedTuple
+
+import torch
+from peft import LoraConfig
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+from sysdag import Input, System, node
+from sysdag.candidates import Candidates, MonteCarlo
+from sysdag.comparison import SamplingComparison
+from sysdag.components import CausalLM
+from sysdag.data import encode_pairs
+from sysdag.engine import SystemModel
+from sysdag.likelihood import aligned
+from sysdag.options import EngineOptions, ObjectiveOptions
+from sysdag.replay import accumulate_gradients
+
+VOCABULARY, PROMPT, COMPLETION, BETA = 32000, 256, 64, 0.1
+TOKENS = 640  # of a micro-batch
+SHAPE = {
+    "hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 4, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 4096, "tie_word_embeddings": False,
+}  # fmt: skip
+
+
+class Case(NamedTuple):
+    """`nodes` models in a row, each reading the question and the one before; k given paths of latents."""
+
+    system: str
+    candidates: int
+    lora: bool
+    nodes: int = 2
+    pairs: int = 1
+
+    @property
+    def trained(self) -> str:
+        return "LoRA" if self.lora else "full"
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """Words w0 ... of one token each."""
+    words = {"<pad>": 0, "<eos>": 1} | {f"w{number}": number for number in range(2, VOCABULARY)}
+    made = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<pad>", eos_token="<eos>")
+
+
+def model(seed: int) -> Qwen2ForCausalLM:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return Qwen2ForCausalLM(Qwen2Config(vocab_size=VOCABULARY, pad_token_id=0, eos_token_id=1, **SHAPE)).eval()
+
+
+def adapter() -> LoraConfig:
+    return LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM")
+
+
+def text(length: int, *seed: int) -> str:
+    made = torch.Generator().manual_seed(hash(seed) % 2**31)
+    return " ".join(f"w{number}" for number in torch.randint(2, VOCABULARY, (length,), generator=made).tolist())
+
+
+def move(module: torch.nn.Module) -> None:
+    """Moves what is trained, as an optimizer would."""
+    made = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.002 * torch.randn(parameter.shape, generator=made))
+
+
+class GivenPaths(MonteCarlo):
+    """k paths of latents for each prompt, the same for everyone who is measured."""
+
+    def _paths(self, plan: Any, rows: Any, latents: Any, generator: Any) -> Candidates:
+        prompt = tuple(p for p in range(len(rows)) for _ in range(self.num_candidates))
+        cells = {
+            name: plan.system[name].component.observe(
+                [text(COMPLETION - 1, place, path, 7) for path in range(self.num_candidates) for _ in range(len(rows))]
+            )
+            for place, name in enumerate(latents)
+        }
+        return Candidates(rows.select(prompt).updated(cells), prompt)
+
+
+def build(case: Case) -> tuple[System, list[dict[str, str]]]:
+    words, question = tokenizer(), Input("question")
+    made: list[Any] = []
+    for place in range(case.nodes):
+        peft_config = adapter() if case.lora else None
+        component = CausalLM(model(place), words, max_new_tokens=COMPLETION, peft_config=peft_config)
+        # A function's parameters are its parents' names.
+        prompt = (
+            f"lambda question, node{place - 1}: question + ' ' + node{place - 1}"
+            if place
+            else "lambda question: question"
+        )
+        made.append(node(component, name=f"node{place}")(eval(prompt)))
+    edges = [question >> made[0]]
+    edges += [(question & before) >> after for before, after in itertools.pairwise(made)]
+    rows = [
+        {
+            "question": text(PROMPT, pair, 1),
+            "chosen": text(COMPLETION - 1, pair, 2),
+            "rejected": text(COMPLETION - 1, pair, 3),
+        }
+        for pair in range(case.pairs)
+    ]
+    return System(*edges), rows
+
+
+class Step:
+    """One case, ready to be computed by sysdag or by others on the same models and data."""
+
+    def __init__(self, case: Case, device: str = "cpu", with_trl: bool = False) -> None:
+        torch.manual_seed(0)
+        system, rows = build(case)
+        plan = system.compile()
+        objective = "sampling" if case.nodes > 1 else "direct"
+        self.case = case
+        self.model = SystemModel(
+            plan, ObjectiveOptions(objective=objective, beta=BETA), None,
+            GivenPaths(num_candidates=case.candidates) if case.nodes > 1 else None,
+            EngineOptions(engine="two_pass", micro_batch_tokens=TOKENS),
+        ).to(device)  # fmt: skip
+        self.model.move_references(torch.device(device))
+        for component in self.model.components.values():
+            move(component.module)
+        self.pairs = encode_pairs(plan, rows, objective)
+        policy = self.model.components["node0"]
+        assert isinstance(policy, CausalLM)
+        self._trl = TrlStep(policy, rows, case.lora) if with_trl else None
+
+    def clear(self) -> None:
+        """Gradients of 0, whose memory stays."""
+        self.model.zero_grad(set_to_none=False)
+        if self._trl is not None:
+            self._trl.trainer.model.zero_grad(set_to_none=False)
+
+    def run(self, name: str) -> Tensor:
+        """Adds the step's gradients and returns its loss."""
+        if name == "trl":
+            assert self._trl is not None
+            return self._trl()
+        if name == "straightforward":
+            return self._straightforward()
+        self.model.budget.keeps_graphs = name == "one pass"
+        output = self.model(self.pairs)
+        accumulate_gradients(self.model, output)
+        return output.loss.detach()
+
+    def gradients(self, name: str) -> dict[str, Tensor]:
+        """Of the policy that `run(name)` differentiates."""
+        prefix, owner = (
+            ("policies.node0.", self._trl.trainer.model) if name == "trl" and self._trl else ("", self.model)
+        )
+        return {prefix + each: p.grad.clone() for each, p in owner.named_parameters() if p.grad is not None}
+
+    def _straightforward(self) -> Tensor:
+        """Scores of all runs with their graphs, then one backward."""
+        plan, case = self.model.plan, self.case
+        comparison = self.model.compare(self.pairs, None, None)
+        joint: Any = 0.0
+        reference: Any = 0.0
+        for term in comparison.terms:
+            key = next(key for key, own in self.model.components.items() if own is plan.system[term.name].component)
+            elements, draws = aligned(plan, term.trace, term.name)
+            sides = []
+            for scorer in (self.model.components[key], self.model.references[key]):
+                assert isinstance(scorer, CausalLM)
+                with torch.set_grad_enabled(not sides), scorer._scoring() as module:
+                    scores = concatenated_forward(scorer, module, elements.values, draws)
+                is_latent = isinstance(comparison, SamplingComparison) and term.name in comparison.latents
+                sides.append(scores.repeat(2) if is_latent else scores)
+            joint, reference = joint + sides[0], reference + sides[1]
+        joint, reference = (each.view(2, case.pairs, -1).logsumexp(-1) for each in (joint, reference))
+        margins = BETA * ((joint[0] - reference[0]) - (joint[1] - reference[1]))
+        loss = -torch.nn.functional.logsigmoid(margins).mean()
+        loss.backward()
+        return loss.detach()
+
+
+class TrlStep:
+    """TRL's loss and gradients for the same policy, reference and preferences, on models of its own.
+
+    (`DPOTrainer` patches the forward of the model that it is given.)
+    """
+
+    def __init__(self, policy: CausalLM, rows: list[dict[str, str]], lora: bool) -> None:
+        from datasets import Dataset
+        from trl import DPOConfig, DPOTrainer
+
+        with tempfile.TemporaryDirectory() as folder:
+            args = DPOConfig(
+                output_dir=folder, beta=BETA, per_device_train_batch_size=len(rows), max_length=None, report_to=[],
+                bf16=False, gradient_checkpointing=False, use_cpu=policy.device.type == "cpu", disable_tqdm=True,
+            )  # fmt: skip
+            # Its tokens are those of prompt + completion: the space keeps words apart.
+            data = [
+                {"prompt": r["question"], "chosen": " " + r["chosen"], "rejected": " " + r["rejected"]} for r in rows
+            ]
+            self.trainer = DPOTrainer(
+                model(0), ref_model=None if lora else model(0), args=args, train_dataset=Dataset.from_list(data),
+                processing_class=policy.tokenizer, peft_config=adapter() if lora else None,
+            )  # fmt: skip
+        ours = dict(policy.module.named_parameters())
+        self.trained = [(name, p) for name, p in self.trainer.model.named_parameters() if p.requires_grad]
+        with torch.no_grad():
+            for name, parameter in self.trained:
+                parameter.copy_(ours[name])
+        examples = self.trainer.train_dataset
+        self.batch = self.trainer._prepare_inputs(self.trainer.data_collator([examples[i] for i in range(len(rows))]))
+        self.trainer.model.train()
+
+    def __call__(self) -> Tensor:
+        loss = self.trainer.compute_loss(self.trainer.model, self.batch)
+        loss.backward()
+        return loss.detach()
+
+
+def concatenated_forward(component: CausalLM, module: Any, prompts: list[Any], draws: list[Any]) -> Tensor:
+    """One padded batch, its logits, log_softmax and gather; (n,) sums over the completions' tokens."""
+    rows = [(ids, draw.record["token_ids"]) for ids, draw in zip(component.prompt_ids(prompts), draws, strict=True)]
+    width = max(len(prompt) + len(completion) for prompt, completion in rows)
+    ids = torch.zeros(len(rows), width, dtype=torch.int64)
+    mask, scored = torch.zeros_like(ids), torch.zeros_like(ids)
+    for row, (prompt, completion) in enumerate(rows):
+        end = len(prompt) + len(completion)
+        ids[row, :end] = torch.tensor([*prompt, *completion])
+        mask[row, :end] = 1
+        scored[row, len(prompt) : end] = 1
+    logits = module(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]
+    per_token = logits.log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0]
+    return (per_token * scored[:, 1:]).sum(-1)

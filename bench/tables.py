@@ -1,0 +1,181 @@
+"""Writes the table of kernels in README.md from the CSVs in bench/results: `python -m bench tables`.
+
+The text between the two markers is replaced; nothing in it is written by hand. Times are medians. "plain torch" is the
+benchmark's baseline, "fastest other" the fastest of all other rows that are not sysdag's, whatever their memory;
+factors are ratios of the medians that stand beside them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from bench import measure
+
+Row = dict[str, str]
+README = Path(__file__).resolve().parent.parent / "README.md"
+START, END = "<!-- bench:ops -->", "<!-- /bench:ops -->"
+NOT_RUN = "not run on a GPU yet"
+FLOOR = "bare products"
+
+
+class Shown(NamedTuple):
+    """What of an op's CSV the table shows."""
+
+    baseline: str
+    keys: tuple[str, ...]  # the columns that make one problem
+    rows: Callable[[Row], bool]
+    problem: Callable[[Row], str]
+
+
+OPS = {
+    "linear_logprob": Shown(
+        "eager", ("case", "N", "H", "V", "dtype"),
+        lambda row: row["name"] != "sysdag, 4 labels a row",  # four times the work of the others
+        lambda row: f"{HEADS[row['case']]}; N {row['N']}, H {row['H']}, V {row['V']}",
+    ),
+    "token_logprob": Shown(
+        "log_softmax+gather", ("N", "V", "dtype", "what"),
+        lambda row: row["what"] == "forward+backward",
+        lambda row: f"N {row['N']}, V {row['V']}",
+    ),
+    "preference_loss": Shown(
+        "eager", ("pairs", "candidates", "dtype", "in a row"),
+        lambda row: row["in a row"] == "1",
+        lambda row: f"{row['pairs']} pairs by {row['candidates']} candidates",
+    ),
+    "diverse_beam_step": Shown(
+        "group by group", ("prompts", "groups", "beams", "V", "dtype"),
+        lambda row: True,
+        lambda row: f"{row['prompts']} prompts, {row['groups']} groups by {row['beams']} beams, V {row['V']}",
+    ),
+    "diffusion_error": Shown(
+        "eager", ("shape", "dtype", "what"),
+        lambda row: row["what"] == "with reference",
+        lambda row: f"policy and reference {row['shape']}",
+    ),
+}  # fmt: skip
+HEADS = {
+    "frozen": "frozen head", "trained": "trained head", "no grad": "no gradient",
+    "frozen, peaked": "frozen head, peaked logits",
+}  # fmt: skip
+HEADER = [
+    "op", "problem", "sysdag", "plain torch", "fastest other", "peak memory, MiB: sysdag / plain torch / leanest other",
+    "share of floor",
+]  # fmt: skip
+MEANING = """\
+Medians of single calls, forward and backward together, except for "no gradient" and the beam step, which has no
+backward. The factor in brackets says how many times faster sysdag is; below 1 it is slower.
+
+- *plain torch* is what one writes without the op: `log_softmax` and `gather`, the loss or the error term by term, and
+  for the beam step one group after the other (`transformers`: its own processor).
+- *fastest other* is the fastest of all else that ran, whatever its memory: `torch.compile`, chunked functions of torch
+  and TRL, the op's reference in torch (`reference`, `objective`).
+- *peak memory* is what one call needs beyond its arguments; *leanest other* is the least of all else that ran, whatever
+  its time.
+- *share of floor* is the time of the bare matrix products, into memory that is there already, over sysdag's time: at
+  100 % all else is free; what is above is the noise of the measurement.
+
+The benchmark ends without a time where sysdag's error against fp64 is above plain torch's by more than a rounding (beam
+step: where its tokens are others). Shapes that are left out here, minima and maxima are in
+[bench/results](bench/results)."""
+
+
+def groups(shown: Shown, rows: Sequence[Row]) -> list[list[Row]]:
+    """The rows of each problem, in the file's order."""
+    found: dict[tuple[str, ...], list[Row]] = {}
+    for row in rows:
+        if shown.rows(row):
+            found.setdefault(tuple(row[key] for key in shown.keys), []).append(row)
+    return list(found.values())
+
+
+def cells(op: str, shown: Shown, rows: Sequence[Row]) -> list[list[str]]:
+    """A line of the table for each of sysdag's ways to one problem."""
+    median = {row["name"]: float(row["median_ms"]) for row in rows}
+    memory = {row["name"]: row.get("peak_mib", "") for row in rows}
+    floor = next((ms for name, ms in median.items() if name.startswith(FLOOR)), None)
+    others = [name for name in median if name != shown.baseline and not name.startswith(("sysdag", FLOOR))]
+    fastest = min(others, key=lambda name: median[name], default=None)
+    found = []
+    for name in (name for name in median if name.startswith("sysdag")):
+        ours, way = median[name], name.removeprefix("sysdag").strip(", ")
+        leanest = min((memory[other] for other in others if memory[other]), key=float, default="")
+        used = [memory[name], memory[shown.baseline], *([leanest] if leanest else [])]
+        found.append([
+            f"`{op}`",
+            "; ".join(part for part in (shown.problem(rows[0]), rows[0]["dtype"], way) if part),
+            duration(ours),
+            f"{rows[0].get('peer', '')} {compared(median[shown.baseline], ours)}".strip(),
+            f"{fastest} {compared(median[fastest], ours)}" if fastest else "",
+            " / ".join(f"{float(mib):.0f}" for mib in used) if all(used) else "",
+            f"{100 * floor / ours:.0f} %" if floor else "",
+        ])  # fmt: skip
+    return found
+
+
+def duration(ms: float) -> str:
+    if ms < 1:
+        return f"{ms * 1e3:.0f} µs"
+    return f"{ms:.0f} ms" if ms >= 100 else f"{ms:.1f} ms"
+
+
+def compared(theirs: float, ours: float) -> str:
+    factor = theirs / ours
+    digits = 2 if factor < 2 else 1 if factor < 10 else 0
+    return f"{duration(theirs)} ({factor:.{digits}f}x)"
+
+
+def table(device: str, folder: Path) -> str:
+    """The tables of a kind of device, one for each machine, and which ops were not run there."""
+    by_machine: dict[str, list[list[str]]] = {}
+    missing = []
+    for op, shown in OPS.items():
+        file = folder / f"{op}-{device}.csv"
+        if not file.exists():
+            missing.append(f"`{op}`")
+            continue
+        rows = measure.read(file)
+        lines = by_machine.setdefault(measure.described(rows[0], device), [])
+        for group in groups(shown, rows):
+            lines += cells(op, shown, group)
+    option = "" if device == "cpu" else f" --device {device}"
+    parts = [
+        "\n".join([
+            f"{machine}; `python -m bench op --csv{option}`:\n",
+            *(f"| {' | '.join(line)} |" for line in (HEADER, ["---"] * len(HEADER), *lines)),
+        ])
+        for machine, lines in by_machine.items()
+    ]  # fmt: skip
+    absent = NOT_RUN if device == "cuda" else "not measured on a CPU yet"
+    if missing:
+        parts.append(f"{', '.join(missing)}: {absent}.")
+    return "\n\n".join(parts)
+
+
+def render(folder: Path = measure.RESULTS) -> str:
+    """What stands between the markers."""
+    drawn = sorted(folder.glob("linear_logprob-*.svg"))
+    pictures = [f"![time and peak memory of linear_logprob over N and V](bench/results/{path.name})" for path in drawn]
+    return "\n\n".join([table("cpu", folder), table("cuda", folder), MEANING, *pictures])
+
+
+def replaced(text: str, content: str) -> str:
+    """The text with the content between the markers.
+
+    Raises:
+        ValueError: unless each marker is there once, the first before the second.
+    """
+    before, start, rest = text.partition(START)
+    _, end, after = rest.partition(END)
+    if not start or not end or START in after or END in after:
+        raise ValueError(f"README.md needs {START} and, after it, {END}, each once.")
+    return f"{before}{START}\n{content}\n{END}{after}"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    if arguments:
+        raise SystemExit("python -m bench tables takes no options.")
+    README.write_text(replaced(README.read_text(), render()))
+    print(f"wrote {README}")
