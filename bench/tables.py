@@ -1,6 +1,6 @@
-"""Writes the table of kernels in README.md from the CSVs in bench/results: `python -m bench tables`.
+"""Writes the tables of kernels and of steps in README.md from the CSVs in bench/results: `python -m bench tables`.
 
-The text between the two markers is replaced; nothing in it is written by hand. Times are medians. "plain torch" is the
+The text between the markers is replaced; nothing in it is written by hand. Times are medians. "plain torch" is the
 benchmark's baseline, "fastest other" the fastest of all other rows that are not sysdag's, whatever their memory;
 factors are ratios of the medians that stand beside them.
 """
@@ -15,7 +15,12 @@ from bench import measure
 
 Row = dict[str, str]
 README = Path(__file__).resolve().parent.parent / "README.md"
-START, END = "<!-- bench:ops -->", "<!-- /bench:ops -->"
+STEP_WAYS = {
+    "sysdag": "sysdag, two passes",
+    "one pass": "sysdag, one pass",
+    "straightforward": "straightforward",
+    "trl": "TRL",
+}
 NOT_RUN = "not run on a GPU yet"
 FLOOR = "bare products"
 
@@ -154,28 +159,60 @@ def table(device: str, folder: Path) -> str:
     return "\n\n".join(parts)
 
 
+def step_table(folder: Path = measure.RESULTS) -> str:
+    """The optimisation step's table, one line for each system: time and memory of each way to it."""
+    parts = []
+    for device in ("cpu", "cuda"):
+        file = folder / f"step-{device}.csv"
+        if not file.exists():
+            parts.append(f"The step: {NOT_RUN if device == 'cuda' else 'not measured on a CPU yet'}.")
+            continue
+        rows = measure.read(file)
+        by_case: dict[tuple[str, ...], dict[str, Row]] = {}
+        for row in rows:
+            by_case.setdefault(tuple(row[key] for key in ("system", "nodes", "k", "trained")), {})[row["name"]] = row
+        lines = [["system", "trained", *STEP_WAYS.values()], ["---"] * (2 + len(STEP_WAYS))]
+        for (system, nodes, k, trained), ways in by_case.items():
+            named = f"{system}{f' of {nodes}' if system == 'chain' else ''}{f', k = {k}' if nodes != '1' else ''}"
+            times = [ways.get(way) for way in STEP_WAYS]
+            shown = [
+                f"{duration(float(row['median_ms']))}, {float(row['peak_mib']):.0f} MiB" if row else "" for row in times
+            ]
+            lines.append([named, trained, *shown])
+        option = "" if device == "cpu" else f" --device {device}"
+        table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        parts.append(f"{measure.described(rows[0], device)}; `python -m bench step --csv{option}`:\n\n{table}")
+    return "\n\n".join(parts)
+
+
 def render(folder: Path = measure.RESULTS) -> str:
-    """What stands between the markers."""
+    """What stands between the ops' markers."""
     drawn = sorted(folder.glob("linear_logprob-*.svg"))
     pictures = [f"![time and peak memory of linear_logprob over N and V](bench/results/{path.name})" for path in drawn]
     return "\n\n".join([table("cpu", folder), table("cuda", folder), MEANING, *pictures])
 
 
-def replaced(text: str, content: str) -> str:
-    """The text with the content between the markers.
+def replaced(text: str, content: str, what: str = "ops") -> str:
+    """The text with the content between the markers `<!-- bench:WHAT -->` and `<!-- /bench:WHAT -->`.
 
     Raises:
         ValueError: unless each marker is there once, the first before the second.
     """
-    before, start, rest = text.partition(START)
-    _, end, after = rest.partition(END)
-    if not start or not end or START in after or END in after:
-        raise ValueError(f"README.md needs {START} and, after it, {END}, each once.")
-    return f"{before}{START}\n{content}\n{END}{after}"
+    opening, closing = f"<!-- bench:{what} -->", f"<!-- /bench:{what} -->"
+    before, start, rest = text.partition(opening)
+    _, end, after = rest.partition(closing)
+    if not start or not end or opening in after or closing in after:
+        raise ValueError(f"README.md needs {opening} and, after it, {closing}, each once.")
+    return f"{before}{opening}\n{content}\n{closing}{after}"
+
+
+def written(text: str) -> str:
+    """The README with all its tables made anew."""
+    return replaced(replaced(text, render()), step_table(), "step")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     if arguments:
         raise SystemExit("python -m bench tables takes no options.")
-    README.write_text(replaced(README.read_text(), render()))
+    README.write_text(written(README.read_text()))
     print(f"wrote {README}")

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from sysdag.candidates import Candidates, CandidateStrategy
-from sysdag.encoding import encode_value
+from sysdag.encoding import decode_value, encode_value
 from sysdag.plan import Plan
+from sysdag.trace import Trace
 
 
 class CandidateCache:
@@ -55,6 +57,43 @@ class CandidateCache:
             for number, key in enumerate(stale):
                 self._kept[key] = (step, fresh.of_prompt(number))
         return Candidates.join([self._kept[key][1] for key in keys])
+
+    def save(self, file: Path) -> list[dict[str, Any]]:
+        """Writes the kept candidates' trace, if there are any; returns what `load` needs besides, ready for JSON."""
+        if self._kept:
+            Trace.concatenate([kept.trace for _, kept in self._kept.values()]).to_jsonl(file)
+        return [
+            {
+                "prompt": prompt,
+                "step": step,
+                "count": len(kept.prompt),
+                "log_proposal": _encoded(kept.log_proposal),
+                "log_weight": _encoded(kept.log_weight),
+            }
+            for prompt, (step, kept) in self._kept.items()
+        ]
+
+    def load(self, file: Path, entries: Sequence[Mapping[str, Any]]) -> None:
+        """Keeps what `save` wrote and returned, and nothing else."""
+        self._kept = {}
+        trace = Trace.from_jsonl(file) if entries else None
+        start = 0
+        for entry in entries:
+            assert trace is not None
+            rows = range(start, start + entry["count"])
+            start += entry["count"]
+            columns = [None if entry[name] is None else tuple(decode_value(entry[name])) for name in _COLUMNS]
+            self._kept[entry["prompt"]] = (
+                entry["step"],
+                Candidates(trace.select(rows), (0,) * entry["count"], *columns),
+            )
+
+
+_COLUMNS = ("log_proposal", "log_weight")
+
+
+def _encoded(column: tuple[float, ...] | None) -> Any:
+    return None if column is None else encode_value(list(column), "candidates")
 
 
 def _key(inputs: Mapping[str, Any]) -> str:

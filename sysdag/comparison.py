@@ -40,6 +40,9 @@ class Term:
     noise: Any = None
 
 
+Generators = torch.Generator | Sequence[torch.Generator] | None
+"""Of a comparison's noise: one for the batch (torch's global one where None), or one for each pair."""
+
 Scores = Mapping[str, Tensor]
 
 
@@ -69,7 +72,7 @@ class DirectComparison:
         options: ObjectiveOptions,
         nodes: Mapping[str, NodeOptions],
         pairs: Sequence[PreferencePair],
-        generator: torch.Generator | None,
+        generator: Generators,
     ) -> None:
         self.plan, self.options, self.nodes = plan, options, nodes
         self.count = len(pairs)
@@ -108,7 +111,7 @@ class SamplingComparison:
 
     def __init__(
         self, plan: Plan, options: ObjectiveOptions, pairs: Sequence[PreferencePair], drawn: Candidates,
-        is_lower_bound: bool, generator: torch.Generator | None,
+        is_lower_bound: bool, generator: Generators,
     ) -> None:  # fmt: skip
         self.plan, self.options, self.drawn, self.is_lower_bound = plan, options, drawn, is_lower_bound
         self.count = count = len(pairs)
@@ -220,12 +223,21 @@ def term_lengths(plan: Plan, trace: Trace, name: str, device: torch.device) -> T
     )
 
 
-def paired_noise(component: Component, cells: Sequence[Cell], generator: torch.Generator | None) -> Any:
-    """Noise for winners followed by losers, one draw shared by the two sides of a pair (and of a plate's element)."""
+def paired_noise(component: Component, cells: Sequence[Cell], generator: Generators) -> Any:
+    """Noise for winners followed by losers, one draw shared by the two sides of a pair (and of a plate's element).
+
+    With one generator for each pair, a pair's noise does not depend on the others in its batch.
+    """
     if component.likelihood != "bound":
         return None
     count = len(cells) // 2
     columns = [flat_draws([cell]) for cell in cells]
+    if isinstance(generator, Sequence):
+        parts = [paired_noise(component, [cells[p], cells[p + count]], own) for p, own in enumerate(generator)]
+        sides = [[(p, side) for _ in columns[p + side * count]] for p in range(count) for side in (0, 1)]
+        belongs = [place for side in sides for place in side]
+        by_side = sorted(range(len(belongs)), key=lambda element: belongs[element][::-1])
+        return parts[0].join(parts).select(by_side)
     longest = [max(columns[row], columns[row + count], key=len) for row in range(count)]
     starts = [0]
     for column in longest:

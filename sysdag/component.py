@@ -74,7 +74,8 @@ class Component(ABC):
     def noise(self, draws: Sequence[Draw], generator: torch.Generator | None = None) -> Any:
         """What a bound's estimate is random in, for these draws; passed to both policy and reference.
 
-        Its `select(elements)` gives the noise of some of the draws, which may repeat.
+        Its `select(elements)` gives the noise of some of the draws, which may repeat; its `join(parts)` that of
+        several lists of draws.
         """
         return None
 
@@ -85,6 +86,10 @@ class Component(ABC):
     def lengths(self, draws: Sequence[Draw]) -> list[int]:
         """How many terms each draw's log-likelihood sums: scored tokens of a text, 1 for anything else."""
         return [1] * len(draws)
+
+    def locate_non_finite(self, input: Any, draw: Draw) -> str:
+        """Where in one draw the log-likelihood stops being finite, in words, for an error; "" where it cannot tell."""
+        return ""
 
     def token_counts(self, draws: Sequence[Draw]) -> list[int]:
         """What scoring each draw weighs in a micro-batch, in positions that its model computes."""
@@ -132,6 +137,13 @@ class Component(ABC):
         """
         raise PlanError(f"{self!r} has no weights to compare with a reference.")
 
+    def own_parameters(self) -> dict[str, nn.Parameter]:
+        """The parameters that train as this component's, by name: those of its adapter, where several share a model.
+
+        A reference's have the names of the policy's, unless it has none of its own (an adapter switched off).
+        """
+        return {} if self.module is None else dict(self.module.named_parameters())
+
     @abstractmethod
     def save_pretrained(self, folder: Path) -> Mapping[str, Any]:
         """Writes the weights in their own library's format; returns the JSON-ready options to build it again."""
@@ -140,6 +152,10 @@ class Component(ABC):
     @abstractmethod
     def from_pretrained(cls, folder: Path, options: Mapping[str, Any]) -> Self:
         """A component from what `save_pretrained` wrote and returned."""
+
+    def connect(self, components: Mapping[str, Component]) -> None:
+        """Finds what it was saved to share with others among the components of the loaded system, by their keys."""
+        return
 
     def load_weights(self, folder: Path) -> None:
         """Replaces the weights in place by those that `save_pretrained` wrote (a checkpoint being resumed)."""

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
+from sysdag.encoding import encode_value
 from sysdag.errors import DataError
 from sysdag.plan import Objective, Plan
 from sysdag.trace import Cell, Draw, Trace
@@ -25,6 +29,25 @@ class PreferencePair:
     inputs: Mapping[str, Any]
     chosen: Mapping[str, Cell]
     rejected: Mapping[str, Cell]
+
+    @cached_property
+    def key(self) -> str:
+        """SHA-256 of the content; pairs with equal inputs, values and records have the same.
+
+        Raises:
+            DataError: for a value that has no lossless JSON form (see `sysdag.encoding`).
+        """
+        content: dict[str, Any] = {"inputs": {name: encode_value(v, name) for name, v in self.inputs.items()}}
+        for side in _SIDES:
+            content[side] = {
+                name: [[encode_value(d.value, name), encode_value(dict(d.record), name)] for d in _draws(cell)]
+                for name, cell in getattr(self, side).items()
+            }
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _draws(cell: Cell) -> tuple[Draw, ...]:
+    return cell if isinstance(cell, tuple) else (cell,)
 
 
 def collate(pairs: Sequence[PreferencePair]) -> tuple[Trace, Trace]:

@@ -7,23 +7,26 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from sysdag import acceleration
 from sysdag.candidate_cache import CandidateCache
 from sysdag.candidates import CandidateStrategy
-from sysdag.comparison import Comparison, DirectComparison, SamplingComparison
+from sysdag.comparison import Comparison, DirectComparison, Generators, SamplingComparison
 from sysdag.component import Component
 from sysdag.data import PreferencePair
+from sysdag.distributed import rounds_of, whole_weights
 from sysdag.errors import PlanError
 from sysdag.memory import SavedBytes
 from sysdag.objective import preference_loss
 from sysdag.options import EngineOptions, NodeOptions, ObjectiveOptions
 from sysdag.plan import Plan
-from sysdag.scoring import Budget, Turn, component_of, part_of_loss, score, turns, zero_of
+from sysdag.precompute import ReferenceScores
+from sysdag.scoring import Budget, Stored, Turn, component_of, part_of_loss, score, turns, zero_of
 from sysdag.serialization import component_keys
 
 
@@ -78,7 +81,8 @@ class SystemModel(nn.Module):
         self.factors = plan.factors(options.objective)
         self.nodes = self._node_options(dict(nodes or {}))
         self.components: dict[str, Component] = {}
-        self.references: dict[str, Component] = {}
+        self.references: dict[str, Component | Stored] = {}
+        self.stored: ReferenceScores | None = None
         modules: dict[str, nn.Module] = {}
         for key, component in component_keys(plan.system).items():
             if component.module is None:
@@ -89,20 +93,30 @@ class SystemModel(nn.Module):
             if served and self._agreed(served, "trainable"):
                 self.references[key] = component.reference()
             else:
-                component.module.requires_grad_(False)
+                for parameter in component.own_parameters().values():
+                    parameter.requires_grad_(False)
         if not self.references:
             raise PlanError("No node is trainable; there is nothing to align.")
+        for key in self.references:
+            if not any(parameter.requires_grad for parameter in self.components[key].own_parameters().values()):
+                raise PlanError(
+                    f"Node {key!r} is to be trained, but no weight of {self.components[key]!r} requires a gradient: it "
+                    "is frozen, or shares its model with adapters of other nodes. Give it a peft_config or a model of "
+                    "its own, or set trainable=False."
+                )
         self.policies = nn.ModuleDict(modules)
         self.candidates = None if candidates is None else CandidateCache(candidates, options.candidates_refresh_steps)
         self.engine = engine or EngineOptions()
         self.budget = Budget(self.engine.micro_batch_tokens, self.engine.engine == "one_pass")
-        self.rounds: Callable[[int], int] | None = None
+        self._rounds: Callable[[int], int] | None = None
+        self._knows_rounds = False
         self._graph_bytes: SavedBytes | None = SavedBytes() if self.engine.engine == "auto" else None
-        self.proposal = plan if options.candidates_from == "policy" else self._reference_plan()
+        self.proposal = plan if options.candidates_from == "policy" else self.reference_plan()
 
-    def _reference_plan(self) -> Plan:
+    def reference_plan(self) -> Plan:
         """The plan whose components are the references."""
         frozen = {id(self.components[key]): reference for key, reference in self.references.items()}
+        assert not any(isinstance(reference, Stored) for reference in frozen.values())
         nodes = [self.plan.system[name] for name in self.plan.random_nodes]
         return self.plan.system.with_components(
             {n.name: frozen.get(id(n.component), n.component) for n in nodes}
@@ -142,8 +156,42 @@ class SystemModel(nn.Module):
     def move_references(self, device: torch.device) -> None:
         """Puts the references beside the policies; they are no part of the module tree, so `.to` leaves them out."""
         for reference in self.references.values():
-            if reference.module is not None:
+            if isinstance(reference, Component) and reference.module is not None:
                 reference.module.to(device)
+
+    def drop_references(self) -> None:
+        """Frees the references, whose scores are stored."""
+        if self.stored is not None:
+            self.references = {key: Stored() for key in self.references}
+
+    def rounds(self) -> Callable[[int], int] | None:
+        """See `sysdag.distributed.rounds_of`; decided at the first step, when the model has been wrapped."""
+        if not self._knows_rounds:
+            self._rounds, self._knows_rounds = rounds_of(self), True
+            if self._rounds is not None and self.engine.engine == "one_pass":
+                raise PlanError("engine='one_pass' does not serve sharded models (FSDP2); use 'two_pass'.")
+            if self._rounds is not None:
+                self._graph_bytes = None  # two passes
+        return self._rounds
+
+    def activation_checkpointing_enable(
+        self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **others: Any
+    ) -> None:
+        """Has every trained model recompute its activations in the backward; without reentrance by default.
+
+        Raises:
+            PlanError: if a trained component has no model that can.
+        """
+        options = {"use_reentrant": False, **(activation_checkpointing_kwargs or {})}
+        for key in self.references:
+            component = self.components[key]
+            if component.module is not None and not acceleration.enable_checkpointing(
+                component.module, options, **others
+            ):
+                raise PlanError(f"gradient_checkpointing=True: {component!r} has no model that supports it.")
+
+    # The name that transformers before 5.20 calls.
+    gradient_checkpointing_enable = activation_checkpointing_enable
 
     def trained_parameters(self) -> list[nn.Parameter]:
         return [parameter for parameter in self.parameters() if parameter.requires_grad]
@@ -178,13 +226,21 @@ class SystemModel(nn.Module):
             return part_of_loss(work, component)
 
     def _step(self, pairs: Sequence[PreferencePair], generator: torch.Generator | None, step: int | None) -> StepOutput:
-        comparison = self.compare(pairs, generator, step)
+        stored = self.stored
+        rounds = self.rounds()
+        with whole_weights(self) if rounds is not None and self.candidates is not None else contextlib.nullcontext():
+            comparison = self.compare(pairs, generator if stored is None else stored.generators(pairs), step)
         trains = torch.is_grad_enabled()
         if trains and self._graph_bytes is not None and self._graph_bytes.total:
             self.budget.keeps_graphs = self._graph_bytes.fits()
             self._graph_bytes = None
+        if self.budget.keeps_graphs and self._would_recompute_another_adapter():
+            self.budget.keeps_graphs = False
         budget = self.budget if trains else replace(self.budget, keeps_graphs=False)
-        scored = score(self.plan, comparison.terms, self._reference_of, budget, self.rounds)
+        scored = score(self.plan, comparison.terms, self._reference_of, budget, rounds)
+        for term in comparison.terms:
+            if stored is not None and self._reference_of(component_of(self.plan, term.name)):
+                scored.reference[term.name] = stored.of(term, pairs).to(scored.policy[term.name].device)
         leaves = {name: values.detach().requires_grad_(trains) for name, values in scored.policy.items()}
         scores, metrics = comparison.combine(leaves, scored.reference)
         loss = preference_loss(
@@ -209,7 +265,7 @@ class SystemModel(nn.Module):
             found = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True)
             coefficients = dict(zip(leaves, found, strict=True))
             trained = [batch for batch in scored.batches if self._reference_of(component_of(self.plan, batch.name))]
-            output.turns = tuple(turns(trained, coefficients, self.rounds))
+            output.turns = tuple(turns(trained, coefficients, rounds))
             if budget.keeps_graphs:
                 linear = [(coefficients[name] * values).sum() for name, values in scored.policy.items()]
                 total = torch.stack(linear).sum()
@@ -224,16 +280,48 @@ class SystemModel(nn.Module):
         """
         return [turn.select(part) for part in self.budget.shrink(turn.batch, component_of(self.plan, turn.batch.name))]
 
-    def _reference_of(self, component: Component) -> Component | None:
-        return next((self.references.get(key) for key, own in self.components.items() if own is component), None)
+    def engine_state(self) -> dict[str, Any]:
+        """What the engine has found out about memory, ready for JSON."""
+        found = self._graph_bytes
+        return {
+            "options": asdict(self.engine),
+            "max_tokens": self.budget.max_tokens,
+            "keeps_graphs": self.budget.keeps_graphs,
+            "graph_bytes": None
+            if found is None
+            else {"total": found.total, "devices": sorted(map(str, found.devices))},
+        }
 
-    def compare(
-        self, pairs: Sequence[PreferencePair], generator: torch.Generator | None, step: int | None
-    ) -> Comparison:
+    def load_engine_state(self, state: Mapping[str, Any]) -> None:
+        """Goes on from an `engine_state`, unless the engine's options have changed since."""
+        if state["options"] != asdict(self.engine):
+            return
+        self.budget.max_tokens, self.budget.keeps_graphs = state["max_tokens"], state["keeps_graphs"]
+        self._graph_bytes = None
+        if state["graph_bytes"] is not None:
+            self._graph_bytes = SavedBytes()
+            self._graph_bytes.total = state["graph_bytes"]["total"]
+            self._graph_bytes.devices = set(map(torch.device, state["graph_bytes"]["devices"]))
+
+    def _reference_of(self, component: Component) -> Component | Stored | None:
+        key = next((key for key, own in self.components.items() if own is component), None)
+        found = None if key is None else self.references.get(key)
+        return found if found is None or self.stored is None else Stored()
+
+    def _would_recompute_another_adapter(self) -> bool:
+        """Whether a backward may run a forward again (gradient checkpointing) after another node's adapter ran."""
+        modules = [component.module for component in self.components.values() if component.module is not None]
+        first = [id(next(module.parameters(), None)) for module in modules]
+        return len(set(first)) < len(first) and any(
+            getattr(part, "gradient_checkpointing", False) for module in modules for part in module.modules()
+        )
+
+    def compare(self, pairs: Sequence[PreferencePair], generator: Generators, step: int | None) -> Comparison:
         """What a batch asks to be scored, its candidates drawn."""
         if self.candidates is None:
             return DirectComparison(self.plan, self.options, self.nodes, pairs, generator)
         inputs = {name: [pair.inputs[name] for pair in pairs] for name in pairs[0].inputs}
-        drawn = self.candidates.draw(self.proposal, inputs, generator, step)
+        of_candidates = None if isinstance(generator, Sequence) else generator  # stored ones need none
+        drawn = self.candidates.draw(self.proposal, inputs, of_candidates, step)
         is_lower_bound = self.candidates.strategy.is_lower_bound
         return SamplingComparison(self.plan, self.options, pairs, drawn, is_lower_bound, generator)

@@ -61,6 +61,42 @@ class EngineOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ReferenceOptions:
+    """What becomes of the reference during training; the names and defaults are TRL's.
+
+    Attributes:
+        precompute_ref_log_probs: scores the datasets by the reference once, before training, and keeps the numbers in
+            a file; see `sysdag.precompute`.
+        sync_ref_model: moves the reference towards the policy every `ref_model_sync_steps` optimizer steps (TR-DPO,
+            Gorbatovski et al. 2024, arXiv 2404.09656): reference = alpha policy + (1 - alpha) reference.
+        ref_model_mixup_alpha: alpha, in (0, 1].
+        ref_model_sync_steps: optimizer steps between two moves.
+
+    Raises:
+        PlanError: naming the option that is out of range, has no effect, or contradicts another.
+    """
+
+    precompute_ref_log_probs: bool = False
+    sync_ref_model: bool = False
+    ref_model_mixup_alpha: float = 0.6
+    ref_model_sync_steps: int = 512
+
+    def __post_init__(self) -> None:
+        if self.sync_ref_model and self.precompute_ref_log_probs:
+            raise PlanError(
+                "sync_ref_model moves the reference, so its scores cannot be computed beforehand: drop it or "
+                "precompute_ref_log_probs."
+            )
+        if not 0 < self.ref_model_mixup_alpha <= 1:
+            raise PlanError(f"ref_model_mixup_alpha must be in (0, 1], got {self.ref_model_mixup_alpha}.")
+        if self.ref_model_sync_steps < 1:
+            raise PlanError(f"ref_model_sync_steps must be 1 or more, got {self.ref_model_sync_steps}.")
+        for option in ("ref_model_mixup_alpha", "ref_model_sync_steps"):
+            if not self.sync_ref_model and getattr(self, option) != getattr(ReferenceOptions, option):
+                raise PlanError(f"{option} has no effect without sync_ref_model=True.")
+
+
+@dataclass(frozen=True, kw_only=True)
 class ObjectiveOptions:
     """Which preference objective, and with what constants; the names are TRL's.
 

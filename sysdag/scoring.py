@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from sysdag.comparison import Term
 from sysdag.component import Component
 from sysdag.errors import TrainingError
+from sysdag.finite import check_finite
 from sysdag.micro_batch import MicroBatch, RandomState, whole
 from sysdag.plan import Plan
 
@@ -94,7 +95,13 @@ class Scored:
     batches: list[MicroBatch] = field(default_factory=list)
 
 
-References = Callable[[Component], Component | None]
+class Stored:
+    """Stands for a reference whose scores are on file; see `sysdag.precompute`."""
+
+    module = None
+
+
+References = Callable[[Component], Component | Stored | None]
 
 
 def score(
@@ -107,7 +114,8 @@ def score(
     """The first pass: policy and reference side by side, micro-batch by micro-batch.
 
     Args:
-        references: the frozen reference of a component; None where it does not train, and is its own.
+        references: the frozen reference of a component; None where it does not train, and is its own. Where its
+            scores are on file, zeros stand for them.
         budget: is shrunk when memory runs out; what was scored before stays.
         rounds: where processes must call the models equally often, the largest of their numbers of micro-batches.
 
@@ -143,7 +151,7 @@ def score(
                     shrunk = budget.shrink(batch, component)
                     queue.extendleft(batch.select(part) for part in reversed(shrunk))
                 continue
-            check_finite(term, batch, *found)
+            check_finite(term, batch, component, None if isinstance(reference, Stored) else reference, *found)
             is_random = RandomState.now(component.device) != before
             scored.batches.append(replace(batch, random=before, is_random=is_random))
             rows += batch.rows
@@ -164,10 +172,12 @@ def component_of(plan: Plan, name: str) -> Component:
 
 
 def _both(
-    batch: MicroBatch, component: Component, reference: Component | None, keep_graph: bool
+    batch: MicroBatch, component: Component, reference: Component | Stored | None, keep_graph: bool
 ) -> tuple[Tensor, Tensor]:
     with torch.set_grad_enabled(keep_graph and reference is not None):
         ours = batch.score(component)
+    if isinstance(reference, Stored):
+        return ours, torch.zeros_like(ours, requires_grad=False)
     return ours, ours if reference is None else reference_score(batch, reference).to(ours.device)
 
 
@@ -191,17 +201,6 @@ def reference_score(batch: MicroBatch, reference: Component) -> Tensor:
     finally:
         for part in training:
             part.training = True
-
-
-def check_finite(term: Term, batch: MicroBatch, policy: Tensor, reference: Tensor) -> None:
-    """Raises a TrainingError that names the node and the pair of the first score that is nan or infinite."""
-    for side, values in (("policy", policy), ("reference", reference)):
-        if not values.isfinite().all():
-            at = int((~values.isfinite()).nonzero()[0])
-            raise TrainingError(
-                f"Node {term.name!r}: the {side}'s score of pair {term.pair_of[batch.rows[at]]} of the batch is "
-                f"{values[at].item()}. The weights were not changed."
-            )
 
 
 def turns(

@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import DistributedType
 from torch import nn
-from transformers import Trainer, TrainingArguments
+from transformers import TrainingArguments
 from transformers.trainer_callback import TrainerCallback
 
+from sysdag import acceleration
 from sysdag.candidates import CandidateStrategy
+from sysdag.checkpoint import CheckpointTrainer
 from sysdag.data import PreferencePair, encode_pairs
 from sysdag.engine import StepOutput, SystemModel
 from sysdag.errors import PlanError, TrainingError
 from sysdag.graph import System
-from sysdag.options import EngineOptions, NodeOptions, ObjectiveOptions
+from sysdag.options import EngineOptions, NodeOptions, ObjectiveOptions, ReferenceOptions
+from sysdag.references import ReferenceKeeper
 from sysdag.replay import accumulate_gradients
 from sysdag.serialization import load_weights
 
@@ -42,7 +47,11 @@ class SysDPOConfig(TrainingArguments):
         engine, micro_batch_tokens: how a step is computed; see `sysdag.options.EngineOptions`.
         disable_dropout: sets the dropout probabilities of trained models to 0, as TRL does, so that policy and
             reference agree at step 0.
+        precompute_ref_log_probs, sync_ref_model, ref_model_mixup_alpha, ref_model_sync_steps: what becomes of the
+            reference; see `sysdag.options.ReferenceOptions`.
         check_reference: at step 0 of a training, stop unless policy and reference score alike on every node.
+        check_resume: refuse a checkpoint that was made with another objective, other data, other models or another
+            seed, and name the difference.
         learning_rate: 1e-6 by default, as in TRL.
     """
 
@@ -61,15 +70,25 @@ class SysDPOConfig(TrainingArguments):
     micro_batch_tokens: int = 8192
     nodes: dict[str, dict[str, Any]] | None = None
     disable_dropout: bool = True
+    precompute_ref_log_probs: bool = False
+    sync_ref_model: bool = False
+    ref_model_mixup_alpha: float = 0.6
+    ref_model_sync_steps: int = 512
     check_reference: bool = True
+    check_resume: bool = True
 
     def __post_init__(self) -> None:
         if isinstance(self.loss_type, str):
             self.loss_type = [self.loss_type]
         if self.remove_unused_columns:
             raise PlanError("remove_unused_columns must be False: the columns are the system's inputs and nodes.")
+        if self.ddp_find_unused_parameters is None:
+            self.ddp_find_unused_parameters = False  # what DDP sees depends on every trained parameter
+        if self.ddp_broadcast_buffers is None:
+            self.ddp_broadcast_buffers = False  # models hold constants in them, equal on all processes
         self.objective_options()
         self.engine_options()
+        self.reference_options()
         self.node_options()
         super().__post_init__()
 
@@ -83,6 +102,10 @@ class SysDPOConfig(TrainingArguments):
     def engine_options(self) -> EngineOptions:
         """The engine's part of the configuration, checked."""
         return EngineOptions(**{option.name: getattr(self, option.name) for option in fields(EngineOptions)})
+
+    def reference_options(self) -> ReferenceOptions:
+        """The reference's part of the configuration, checked."""
+        return ReferenceOptions(**{option.name: getattr(self, option.name) for option in fields(ReferenceOptions)})
 
     def node_options(self) -> dict[str, NodeOptions]:
         """The nodes' part of the configuration, checked."""
@@ -98,7 +121,7 @@ class SysDPOConfig(TrainingArguments):
         return found
 
 
-class SysDPOTrainer(Trainer):
+class SysDPOTrainer(CheckpointTrainer):
     """Aligns all models of a system jointly from preferences about its outputs.
 
     Args:
@@ -146,13 +169,22 @@ class SysDPOTrainer(Trainer):
                 return {name: encode(part) for name, part in rows.items()}
             return encode_pairs(plan, rows, system_model.options.objective)
 
+        datasets = {"train_dataset": encode(train_dataset), "eval_dataset": encode(eval_dataset)}
+        output_dir = args.output_dir or "trainer_output"
+        self._references = ReferenceKeeper(system_model, args.reference_options(), datasets, output_dir)
+        if args.torch_compile:
+            # Trainer would compile the module that holds the system, whose forward is mostly Python.
+            options = {"backend": args.torch_compile_backend or "inductor", "mode": args.torch_compile_mode}
+            for component in system_model.components.values():
+                if component.module is not None:
+                    acceleration.compile_blocks(component.module, options)
+            args.torch_compile = False
         super().__init__(
             model=system_model,
             args=args,
             data_collator=lambda pairs: {"pairs": pairs},
-            train_dataset=encode(train_dataset),
-            eval_dataset=encode(eval_dataset),
-            callbacks=callbacks,
+            callbacks=[*(callbacks or []), self._references],
+            **datasets,
             **kwargs,
         )
         system_model.move_references(self.args.device)
@@ -165,10 +197,14 @@ class SysDPOTrainer(Trainer):
             return super().create_optimizer(model)
         decayed = set(self.get_decay_parameter_names(trained))
         groups: dict[tuple[float, bool], list[nn.Parameter]] = defaultdict(list)
+        rate_of = {
+            id(parameter): rate
+            for key, rate in rates.items()
+            for parameter in self._system_model.components[key].own_parameters().values()
+        }
         for name, parameter in trained.named_parameters():
             if parameter.requires_grad:
-                key = name.partition("policies.")[2].partition(".")[0]
-                rate = rates.get(key)
+                rate = rate_of.get(id(parameter))
                 groups[self.args.learning_rate if rate is None else rate, name in decayed].append(parameter)
         optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, trained)
         self.optimizer = optimizer_class(
@@ -179,10 +215,6 @@ class SysDPOTrainer(Trainer):
             **options,
         )
         return self.optimizer
-
-    @property
-    def _system_model(self) -> SystemModel:
-        return self.accelerator.unwrap_model(self.model)
 
     def compute_loss(
         self, model: nn.Module, inputs: Mapping[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -211,10 +243,24 @@ class SysDPOTrainer(Trainer):
         with self.compute_loss_context_manager():
             loss, output = self.compute_loss(model, inputs, return_outputs=True)
         share = 1 / self.current_gradient_accumulation_steps
-        accumulate_gradients(self._system_model, output, lambda part: self.accelerator.backward(part * share))
-        if self.accelerator.num_processes > 1:
+        with self._without_steps():
+            accumulate_gradients(self._system_model, output, lambda part: self.accelerator.backward(part * share))
+        if self.accelerator.num_processes > 1 and self._system_model.rounds() is None:
             self.accelerator.backward(model(None))
+        self._check_gradients()
         return loss.detach() * share
+
+    @contextlib.contextmanager
+    def _without_steps(self) -> Iterator[None]:
+        """DeepSpeed's backward also steps the optimizer where gradients are complete; not after a part of the loss."""
+        state = self.accelerator.gradient_state
+        complete = state.sync_gradients
+        if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
+            state._set_sync_gradients(False)
+        try:
+            yield
+        finally:
+            state._set_sync_gradients(complete)
 
     def prediction_step(
         self, model: nn.Module, inputs: Mapping[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
@@ -225,6 +271,7 @@ class SysDPOTrainer(Trainer):
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """As in `transformers.Trainer`; noise and candidates are the same at every evaluation, and the preference
         metrics are among the returned ones, so that `metric_for_best_model` can name them."""
+        self._references.prepare(int(self.state.global_step))
         self._evaluated_batches = 0
         self._metrics["eval"].clear()
         output = super().evaluation_loop(*args, **kwargs)
@@ -266,12 +313,17 @@ class SysDPOTrainer(Trainer):
         )
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        folder = Path(output_dir or self.args.output_dir or "trainer_output")
-        self.system.save_pretrained(folder)
-        torch.save(self.args, folder / "training_args.bin")
+        if self.args.should_save:
+            folder = Path(output_dir or self.args.output_dir or "trainer_output")
+            self.system.save_pretrained(folder)
+            if self._staging is not None:  # a checkpoint
+                self._references.save(folder)
+            self._save_arguments(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        self._resume(Path(resume_from_checkpoint))
         load_weights(self.system, resume_from_checkpoint)
+        self._references.load(Path(resume_from_checkpoint))
 
     def _load_best_model(self) -> None:
         assert self.state.best_model_checkpoint is not None  # the Trainer calls this only where there is one

@@ -287,8 +287,9 @@ def test_the_reference_has_no_dropout_while_the_policy_trains(adapter):
     expected = component.score([None] * 2, draws, noise).detach()
     reference = component.reference()
     component.module.train()
-    assert torch.equal(reference.score([None] * 2, draws, noise), expected)
-    assert not torch.equal(component.score([None] * 2, draws, noise), expected)
+    # A copy lies elsewhere in memory, and some processors' convolutions round by where their weights lie.
+    torch.testing.assert_close(reference.score([None] * 2, draws, noise), expected, rtol=1e-6, atol=0)
+    assert not torch.allclose(component.score([None] * 2, draws, noise), expected, rtol=1e-3)
     assert all(module.training for module in component.module["denoiser"].modules())
 
 

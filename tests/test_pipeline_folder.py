@@ -158,7 +158,9 @@ def test_a_pipeline_folder_is_a_model(tmp_path):
     with_index._source = copied
     expected = latents_of(component.sample(["dark"], generator=seed(0)))
     for loaded in (with_index, without_index):
-        assert torch.equal(latents_of(loaded.sample(["dark"], generator=seed(0))), expected)
+        # Some processors' convolutions round by where in memory their weights lie.
+        found = latents_of(loaded.sample(["dark"], generator=seed(0)))
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
         assert loaded.pipeline.parts.keys() == component.pipeline.parts.keys()
     replaced = Diffusion(copied, scheduler=DDPMScheduler(num_train_timesteps=T), peft_config=LoraConfig(**LORA))
     assert isinstance(replaced.pipeline.parts["scheduler"], DDPMScheduler)

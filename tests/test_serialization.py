@@ -1,6 +1,7 @@
 """Systems on disk: the topology, the components' folders, and every way in which loading is refused."""
 
 import copy
+import errno
 import functools
 import importlib
 import json
@@ -19,7 +20,14 @@ from systems import Fake, critic, draft, node_of, question, rewrite, words
 from sysdag.component import Component
 from sysdag.errors import SerializationError
 from sysdag.graph import Input, System, loop, node
-from sysdag.serialization import component_keys, load_system, save_system, system_from_dict, system_to_dict
+from sysdag.serialization import (
+    component_keys,
+    load_system,
+    load_weights,
+    save_system,
+    system_from_dict,
+    system_to_dict,
+)
 from sysdag.source import source_hash
 
 
@@ -245,24 +253,77 @@ def test_a_save_that_fails_changes_nothing(system, tmp_path):
     assert System.from_pretrained(tmp_path / "old")["check[0]"].component.weights == "tied"
 
 
-def test_system_json_comes_last(system, tmp_path, monkeypatch):
+@pytest.mark.parametrize("number", range(1, 7))
+def test_a_save_that_is_interrupted_leaves_the_old_system_or_the_new(number, system, tmp_path, monkeypatch):
+    """At every move of a file or folder: before the first, the old one counts, then the new one."""
     save_system(system, tmp_path)
-    replaced = []
+    other = system.with_components({name: Stored("new") for name in ("plan", "check[0]", "revise[0]")})
+    moved = []
 
     def interrupted(source, target):
-        replaced.append(Path(target).name)
-        if len(replaced) == 3:
+        if len(moved) == number - 1:
             raise KeyboardInterrupt
-        original(source, target)
+        moved.append(original(source, target))
 
     original = importlib.import_module("os").replace
     monkeypatch.setattr("os.replace", interrupted)
     with pytest.raises(KeyboardInterrupt):
+        save_system(other, tmp_path)
+    for can_write in (False, True):  # a reader finishes the save where it can
+        if can_write:
+            monkeypatch.undo()
+        else:
+            monkeypatch.setattr("os.replace", read_only)
+        loaded = System.from_pretrained(tmp_path)
+        weights = {name: loaded[name].component.weights for name in ("plan", "check[0]")}
+        expected = {"plan": "first", "check[0]": "tied"} if number == 1 else {"plan": "new", "check[0]": "new"}
+        assert weights == expected
+    assert not list(tmp_path.glob(".sav*"))
+
+
+def read_only(source, target):
+    raise OSError(errno.EROFS, "Read-only file system")
+
+
+def test_a_folder_that_no_system_owns_is_not_replaced(system, tmp_path):
+    (tmp_path / "plan").mkdir()
+    with refused(f"Node 'plan': {tmp_path / 'plan'} exists and belongs to no system saved in {tmp_path}; saving would"):
         save_system(system, tmp_path)
-    assert "system.json" not in replaced
-    assert not (tmp_path / "system.json").exists()
-    with refused("system.json does not exist; expected a folder that System.save_pretrained wrote to its end."):
-        System.from_pretrained(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["plan"]
+    (tmp_path / "plan").rmdir()
+    save_system(system, tmp_path)
+    save_system(system.with_components({"plan": Stored()}), tmp_path)  # it has no weights any more
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["check", "system.json"]
+
+
+def test_a_full_disk_is_told_with_what_is_needed_and_free(system, tmp_path, monkeypatch):
+    save_system(system, tmp_path)
+
+    def full(self, *args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with refused(f"The system could not be written to {tmp_path}: No space left on device. It needs up to 0.0 MiB, and",
+                 "MiB are free on that disk", "What the folder held before is as it was."):  # fmt: skip
+        save_system(system, tmp_path)
+    monkeypatch.undo()
+    assert System.from_pretrained(tmp_path)["plan"].component.weights == "first"
+
+
+def test_weights_of_another_class_or_without_their_folder_are_refused(system, tmp_path):
+    save_system(system, tmp_path)
+    with refused(f"Node 'check': its weights cannot be loaded from {tmp_path / 'check'} (PlanError: "):
+        load_weights(system, tmp_path)
+    edited(tmp_path, lambda data: data["components"]["plan"].update({"class": "CausalLM"}))
+    with refused(
+        "holds another system: the component of node 'plan' is a CausalLM, expected test_serialization:Stored"
+    ):
+        load_weights(system, tmp_path)
+    save_system(system, tmp_path)
+    (tmp_path / "check" / "weights.txt").unlink()
+    (tmp_path / "check").rmdir()
+    with refused(f"Node 'check': the folder {tmp_path / 'check'} of its weights is missing."):
+        load_weights(system, tmp_path)
 
 
 def test_saving_to_a_file(system, tmp_path):

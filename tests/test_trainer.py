@@ -108,7 +108,7 @@ def test_a_one_node_system_equals_trl(tmp_path, loss_type, peft_config):
     pairs_of = dict(ours.model.named_parameters())
     moved = {}
     for name, parameter in theirs.model.named_parameters():
-        own = pairs_of[f"policies.answer.{name}"]
+        own = pairs_of[f"policies.answer.{name.removeprefix('base_model.model.').replace('.default.', '.sysdag.')}"]
         assert own.requires_grad == parameter.requires_grad
         if parameter.requires_grad:
             torch.manual_seed(len(moved))

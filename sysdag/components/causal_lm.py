@@ -5,20 +5,21 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from sysdag.beam import diverse_beam_search
 from sysdag.component import Component, check_max_tokens
 from sysdag.components import adapter
 from sysdag.components.prefix_scorer import PrefixScorer
 from sysdag.decoding import left_pad, sample_tokens
-from sysdag.errors import DataError, PlanError
+from sysdag.errors import DataError, PlanError, SerializationError
 from sysdag.trace import Draw
 
 if TYPE_CHECKING:
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
+# The component folder that each shared base was last written to, so that its other components can refer to it.
+_bases_written: weakref.WeakKeyDictionary[Any, Path] = weakref.WeakKeyDictionary()
 
 
 class CausalLM(Component):
@@ -40,7 +43,8 @@ class CausalLM(Component):
         model: a name on the Hub, a folder, or a loaded model.
         tokenizer: a name, folder or tokenizer; by default the model's.
         peft_config: puts a new adapter of the peft library on the model; only the adapter trains, and the reference is
-            the model with the adapter switched off.
+            the model with the adapter switched off. Several components may put one each on the same loaded model. A
+            PeftModel is taken as it is: its active adapter trains.
         max_new_tokens: most tokens of a completion; by default 256, or half of `max_length` where that is less.
         max_length: most tokens of prompt and completion together; by default the model's number of positions. A
             prompt that leaves no room for `max_new_tokens` loses tokens at its start, an observed completion that does
@@ -87,7 +91,10 @@ class CausalLM(Component):
         self._tokenizer_source = model if tokenizer is None else tokenizer
         self._peft_config = peft_config
         self._adapter_folder: Path | None = None
-        self._adapter_off = False
+        self._saved_base: str | None = None
+        self._base_owner: CausalLM | None = None
+        self._adapter: str | None = None
+        self._adapter_off = self._is_reference = False
         self._model: Any = None
         self._tokenizer: Any = None
         self._warned: set[str] = set()
@@ -137,30 +144,28 @@ class CausalLM(Component):
         return 256 if self.max_length is None else min(256, self.max_length // 2)
 
     def _load_model(self) -> Any:
-        model: Any = self._source
+        model: Any = self._source if self._base_owner is None else self._base_owner.module
         if isinstance(model, (str, Path)):
             from transformers import AutoModelForCausalLM
 
             model = AutoModelForCausalLM.from_pretrained(model, **self.model_kwargs)
         if self._adapter_folder is not None:
-            from peft import PeftModel
-
-            return PeftModel.from_pretrained(model, self._adapter_folder, is_trainable=True)
-        if self._peft_config is not None:
-            from peft import get_peft_model
-            from peft.tuners.tuners_utils import BaseTunerLayer
-
-            if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
-                raise PlanError(
-                    f"{self!r}: peft_config would put a second adapter on a model that already carries one, and both "
-                    "would act at once. Give each component a base model of its own."
-                )
-            return get_peft_model(model, self._peft_config)
+            self._adapter = adapter.attach(model, adapter.read_config(self._adapter_folder))
+            adapter.load(model, self._adapter, self._adapter_folder)
+        elif self._peft_config is not None:
+            self._adapter = adapter.attach(model, self._peft_config)
+        elif hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
+            model, self._adapter = adapter.adopt(model)
+        if self._adapter is not None:
+            adapter.prepare_quantized(model)
         return model
 
-    @property
-    def _is_peft(self) -> bool:
-        return hasattr(self.module, "peft_config") and hasattr(self.module, "disable_adapter")
+    def own_parameters(self) -> dict[str, nn.Parameter]:
+        """Those of its adapter, where it has one; none where that is switched off."""
+        if self._adapter_off:
+            return {}
+        model = self.module
+        return dict(model.named_parameters()) if self._adapter is None else adapter.parameters(model, self._adapter)
 
     @property
     def _eos_token_ids(self) -> list[int]:
@@ -175,8 +180,18 @@ class CausalLM(Component):
 
     @contextlib.contextmanager
     def _scoring(self) -> Iterator[Any]:
-        with self.module.disable_adapter() if self._adapter_off else contextlib.nullcontext():
-            yield self.module
+        """The model with this component's own adapter in charge, or none."""
+        model = self.module
+        if self._adapter_off or (self._adapter is None and adapter.names(model)):
+            with adapter.switched_off(model):
+                yield model
+        elif self._is_reference and self._adapter is not None:
+            with adapter.activated(model, self._adapter):
+                yield model
+        else:
+            if self._adapter is not None:
+                adapter.activate(model, self._adapter)
+            yield model
 
     @contextlib.contextmanager
     def _decoding(self) -> Iterator[Any]:
@@ -342,22 +357,66 @@ class CausalLM(Component):
             completion = completion[:room]
         return prompt, list(completion)
 
+    def locate_non_finite(self, input: Any, draw: Draw) -> str:
+        """The first token whose log-probability is not finite given what precedes it alone.
+
+        Attention multiplies what it masks by 0, so one nan reaches the tokens before it, too: each is asked without
+        those behind it, by bisection, since from its source on a nan stays.
+        """
+        [(prompt, completion)] = self._sequences([input], [draw])
+
+        def is_finite(place: int) -> bool:
+            ids = torch.tensor([prompt + completion[:place]], device=self.device)
+            with self._scoring() as model, torch.no_grad():
+                log_probs = model(input_ids=ids).logits[0, -1].float().log_softmax(-1)
+            return bool(log_probs[completion[place]].isfinite())
+
+        low, high = 0, len(completion)
+        while low < high:
+            middle = (low + high) // 2
+            low, high = (middle + 1, high) if is_finite(middle) else (low, middle)
+        if low == len(completion):
+            low = next((place for place in range(low) if not is_finite(place)), low)  # one token alone has none
+        if low == len(completion):
+            return ""
+        text = self.tokenizer.decode([completion[low]])
+        return f"token {low + 1} of {len(completion)}, {text!r} (id {completion[low]})"
+
     def lengths(self, draws: Sequence[Draw]) -> list[int]:
         return [len(draw.record["token_ids"]) for draw in draws]
 
     def reference(self) -> CausalLM:
-        """The adapter switched off while it changes nothing yet, else a frozen copy."""
-        view = copy.copy(self)
-        if self._is_peft and adapter.is_identity(self.module, self.module.active_adapter):
-            view._model, view._adapter_off = self.module, True
-            return view
-        view._model = copy.deepcopy(self.module).requires_grad_(False).eval()
+        """The adapter switched off while it changes nothing yet, else a frozen copy of it, on the same model.
+
+        Without an adapter the whole model is copied.
+
+        Raises:
+            PlanError: if the model's own weights cannot train: quantised, or under adapters of other components.
+        """
+        model, view = self.module, copy.copy(self)
+        view._is_reference = True
+        if self._adapter is None:
+            if adapter.names(model):
+                raise PlanError(
+                    f"{self!r} would train all weights of a model that carries the adapters {adapter.names(model)}. "
+                    "Give it a peft_config too, or a model of its own."
+                )
+            if adapter.is_quantized(model):
+                raise PlanError(f"{self!r}: quantised weights cannot train. Pass a peft_config, or trainable=False.")
+            view._model = copy.deepcopy(model).requires_grad_(False).eval()
+        elif adapter.is_identity(model, self._adapter):
+            view._adapter_off = True
+        else:
+            view._adapter = adapter.freeze_copy(model, self._adapter)
         return view
 
     def save_pretrained(self, folder: Path) -> Mapping[str, Any]:
-        self.module.save_pretrained(folder)
+        """Writes the model, or the adapter in peft's layout and beside it, in `base/`, a base that has no name.
+
+        Components that share their base and are saved into one parent folder write it once.
+        """
         self.tokenizer.save_pretrained(folder)
-        options = {
+        options: dict[str, Any] = {
             "max_new_tokens": self._max_new_tokens,
             "max_length": self._max_length,
             "temperature": self.temperature,
@@ -365,28 +424,51 @@ class CausalLM(Component):
             "batch_size": self.batch_size,
             "pack_prefixes": self.pack_prefixes,
         }
-        if not self._is_peft:
+        if self._adapter is None:
+            self._save_base(folder)
             return options
-        if isinstance(self._source, (str, Path)):
+        adapter.save(self.module, self._adapter, folder)
+        if isinstance(self._source, (str, Path)) and self._saved_base is None:
             return {**options, "base": str(self._source)}
-        copy.deepcopy(self.module).unload().save_pretrained(folder / "base")
+        written = _bases_written.get(self.module)
+        if written is not None and written.parent == folder.parent and written != folder and written.is_dir():
+            return {**options, "base": None, "base_of": written.name}
+        self._save_base(folder / "base")
+        _bases_written[self.module] = folder
         return {**options, "base": None}
+
+    def _save_base(self, folder: Path) -> None:
+        carries = bool(self._adapter or adapter.names(self.module))
+        self.module.save_pretrained(folder, **({"state_dict": adapter.base_state(self.module)} if carries else {}))
 
     @classmethod
     def from_pretrained(cls, folder: Path, options: Mapping[str, Any]) -> Self:
         options = dict(options)
         if "base" not in options:
             return cls(folder, **options)
-        base = options.pop("base")
-        made = cls(folder / "base" if base is None else base, folder, **options)
+        base, owner = options.pop("base"), options.pop("base_of", folder.name)
+        if Path(owner).name != owner:
+            raise SerializationError(f"base_of must name a component of the saved system, got {owner!r}.")
+        made = cls(folder.parent / owner / "base" if base is None else base, folder, **options)
         made._adapter_folder = folder
+        made._saved_base = owner if base is None else None
         return made
 
-    def load_weights(self, folder: Path) -> None:
-        if self._is_peft:
-            from peft import load_peft_weights, set_peft_model_state_dict
-
-            set_peft_model_state_dict(self.module, load_peft_weights(str(folder), device=str(self.device)))
+    def connect(self, components: Mapping[str, Component]) -> None:
+        """Shares the loaded base of the component that it was saved with."""
+        if self._saved_base is None:
             return
-        saved = type(self.module).from_pretrained(folder, dtype=self.module.dtype)
-        self.module.load_state_dict(saved.state_dict())
+        owner = components.get(self._saved_base)
+        if owner is not self and isinstance(owner, CausalLM):
+            self._base_owner = owner
+
+    def load_weights(self, folder: Path) -> None:
+        model = self.module
+        if self._adapter is not None:
+            adapter.load(model, self._adapter, folder)
+            return
+        own = adapter.base_state(model)
+        saved = type(model).from_pretrained(folder, dtype=model.dtype).state_dict()
+        adapter.check_same_tensors(own, saved, folder)
+        for key, tensor in own.items():
+            tensor.copy_(saved[key])

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from sysdag.component import Component
-from sysdag.components import hooks, pipeline_folder
+from sysdag.components import adapter, hooks, pipeline_folder
 from sysdag.components.conditioning import Conditioner, Hook, repeated
 from sysdag.components.forward_process import DiffusionNoise, ForwardProcess
 from sysdag.components.images import read_pixels, stack_latents, to_pil
@@ -322,6 +322,15 @@ class Diffusion(Component):
         view = copy.copy(self)
         view._pipeline = self.pipeline.reference()
         return view
+
+    def own_parameters(self) -> dict[str, nn.Parameter]:
+        """Those of the denoiser's adapter, where it has one, and of a text encoder that trains with it."""
+        pipeline = self.pipeline
+        if pipeline.adapter is None:
+            return super().own_parameters()
+        found = {} if pipeline.adapter_off else adapter.parameters(pipeline.denoiser, pipeline.adapter)
+        encoder = pipeline.parts["text_encoder"].named_parameters() if self.train_text_encoder else ()
+        return {f"denoiser.{name}": p for name, p in found.items()} | {f"text_encoder.{name}": p for name, p in encoder}
 
     def save_pretrained(self, folder: Path) -> Mapping[str, Any]:
         """Writes each part to the subfolder that its own library loads, and an adapter to `adapter/`.

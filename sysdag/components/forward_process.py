@@ -65,6 +65,11 @@ class DiffusionNoise:
             eps[row] = torch.randn(draws_each, *shape, **place)
         return cls(timesteps, eps) if draws_each > 1 else cls(timesteps[:, 0], eps[:, 0])
 
+    @staticmethod
+    def join(parts: Sequence[DiffusionNoise]) -> DiffusionNoise:
+        """The noise of several lists of draws, one after the other."""
+        return DiffusionNoise(torch.cat([part.timesteps for part in parts]), torch.cat([part.eps for part in parts]))
+
     def __len__(self) -> int:
         return self.timesteps.shape[0]
 

@@ -1,0 +1,163 @@
+"""Files and folders that are replaced whole: a process that dies while it writes leaves the old ones or the new ones.
+
+What is new is written to `.saving` inside the folder that it belongs to. Renaming that to `.saved` is the moment from
+which the new counts: readers look there first (`current`), and whoever writes next finishes the move.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from sysdag.errors import SerializationError
+
+SAVING, _SAVED, _OLD = ".saving", ".saved", ".old"
+_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
+_SIGNS = (
+    "os error 28",
+    "os error 27",
+    "os error 122",
+    "PytorchStreamWriter failed",
+    "iostream error",
+    "unexpected pos",
+)
+
+
+def prepare(folder: Path) -> Path:
+    """An empty folder inside `folder` to write to; what an interrupted save left behind is finished or removed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    finish(folder)
+    temporary = folder / SAVING
+    if temporary.exists():
+        shutil.rmtree(temporary)
+    temporary.mkdir()
+    return temporary
+
+
+def commit(folder: Path) -> None:
+    """Puts what was written since `prepare` in place of what `folder` has under the same names."""
+    temporary = folder / SAVING
+    for path in [*temporary.rglob("*"), temporary]:
+        _synchronise(path)
+    os.replace(temporary, folder / _SAVED)
+    _synchronise(folder)
+    finish(folder)
+
+
+def finish(folder: Path) -> None:
+    """Ends a `commit` that was interrupted; does nothing where there is none. Files move after the folders.
+
+    Another process that reads the folder may be finishing it at the same time.
+    """
+    saved = folder / _SAVED
+    if not saved.is_dir():
+        return
+    for path in sorted(saved.iterdir(), key=lambda path: (path.is_file(), path.name)):
+        if path.suffix == _OLD:
+            continue
+        target = folder / path.name
+        with contextlib.suppress(FileNotFoundError):
+            if target.is_dir():
+                os.replace(target, saved / f"{path.name}{_OLD}")
+            os.replace(path, target)
+    _synchronise(folder)
+    with contextlib.suppress(FileNotFoundError):
+        shutil.rmtree(saved)
+
+
+def finish_where_possible(folder: Path) -> None:
+    """`finish`, for a reader: where the folder cannot be written to, `current` finds what counts all the same."""
+    with contextlib.suppress(OSError):
+        finish(folder)
+
+
+def abandon(folder: Path) -> None:
+    """Removes what was written since `prepare`."""
+    shutil.rmtree(folder / SAVING, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def replacing(folder: Path) -> Iterator[Path]:
+    """Yields an empty folder; what is written to it goes into `folder` together, or not at all after an error."""
+    existed = folder.exists()
+    temporary = prepare(folder)
+    try:
+        yield temporary
+        commit(folder)
+    except BaseException:
+        abandon(folder)
+        if not existed and not any(folder.iterdir()):
+            folder.rmdir()
+        raise
+
+
+def current(folder: Path, name: str, last: str) -> Path:
+    """Where the newest complete `name` of a folder is.
+
+    Args:
+        last: the file that is moved into place last; while it is in `.saved`, what is there counts.
+    """
+    saved = folder / _SAVED
+    return saved / name if (saved / last).exists() and (saved / name).exists() else folder / name
+
+
+def _synchronise(path: Path) -> None:
+    """Writes a file's or folder's content through to the disk, where the system can."""
+    if os.name == "nt":  # folders cannot be opened there, and files only for writing
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def explaining_disk_errors(what: str, folder: Path, needed: int, advice: str) -> Iterator[None]:
+    """Turns a failed write into a message.
+
+    Args:
+        what: what is being written, as the start of a sentence.
+        needed: bytes that it may take, at most.
+        advice: what is intact and what to do.
+
+    Raises:
+        SerializationError: naming the folder, the bytes needed and those free.
+    """
+    try:
+        yield
+    except Exception as error:
+        cause = _disk_error(error)
+        if cause is None:
+            raise
+        there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        free = shutil.disk_usage(there).free
+        raise SerializationError(
+            f"{what} could not be written to {folder}: {_first_line(cause)}. It needs up to {_mib(needed)}, and "
+            f"{_mib(free)} are free on that disk (a quota or a limit on file sizes may allow less). {advice}"
+        ) from error
+
+
+def _disk_error(error: BaseException) -> BaseException | None:
+    """The error of the disk that this one is, or came from."""
+    found: BaseException | None = error
+    while found is not None:
+        if isinstance(found, OSError) and found.errno in _DISK_ERRORS:
+            return found
+        if any(sign in str(found) for sign in _SIGNS) and not isinstance(found, SerializationError):
+            return found
+        found = found.__cause__ or found.__context__
+    return None
+
+
+def _first_line(error: BaseException) -> str:
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return text.strip().splitlines()[0].rstrip(".")
+
+
+def _mib(count: int) -> str:
+    return f"{count / 2**20:.1f} MiB"

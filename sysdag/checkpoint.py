@@ -1,0 +1,182 @@
+"""transformers' Trainer with checkpoints that are whole or not there, and that go on as if nothing had happened."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Trainer
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, rotate_checkpoints
+
+from sysdag import atomic
+from sysdag.engine import SystemModel
+from sysdag.errors import SerializationError, TrainingError
+from sysdag.finite import check_gradients
+from sysdag.graph import System
+from sysdag.resume import check_state, data_facts, model_facts, read_state, restore_state, write_state
+from sysdag.scoring import is_out_of_memory
+from sysdag.serialization import check_same_system
+
+
+class CheckpointTrainer(Trainer):
+    """Writes checkpoints beside their place and moves them there when they are complete; checks them when resuming.
+
+    A checkpoint also holds `sysdag_state.json` (one for each process, as the random states): the engine's state, the
+    kept candidates' ages, and hashes of what must not differ; see `sysdag.resume`.
+    """
+
+    system: System
+    args: Any
+    _staging: Path | None = None
+    _run: dict[str, Any] | None = None
+
+    @property
+    def _system_model(self) -> SystemModel:
+        return self.accelerator.unwrap_model(self.model)
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As in `transformers.Trainer`.
+
+        Raises:
+            SerializationError: for a checkpoint of another training, or a full disk; the last checkpoint is intact.
+            TrainingError: for scores or gradients that are not finite, or when memory runs out.
+        """
+        if self.args.should_save:
+            atomic.finish_where_possible(Path(self.args.output_dir))
+        self.accelerator.wait_for_everyone()
+        if self._run is None:  # while the references are what training starts from
+            self._run = model_facts(self._system_model)
+        try:
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+        except (RuntimeError, MemoryError, OSError) as error:
+            if not (is_out_of_memory(error) or getattr(error, "errno", None) == errno.ENOMEM):
+                raise
+            raise TrainingError(
+                f"Memory ran out after step {self.state.global_step} ({_first_line(error)}). The weights in memory may "
+                f"be changed in part. {self._last_checkpoint()} The optimizer's state may be what does not fit: "
+                "adapters, an 8-bit optimizer or a smaller model need less."
+            ) from error
+
+    def _facts(self) -> dict[str, Any]:
+        """What a run that resumes must have in common with the one that made a checkpoint."""
+        if self._run is None:
+            self._run = model_facts(self._system_model)
+        if "sha256 of the training pairs" not in self._run:
+            pairs: Any = self.train_dataset or []
+            self._run |= data_facts(pairs)
+            self._run["option disable_dropout"] = self.args.disable_dropout
+            self._run |= {f"option {name}": value for name, value in asdict(self.args.reference_options()).items()}
+        order = {}
+        if not self.args.ignore_data_skip:
+            order["seed of the data's order"] = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return {**self._run, **order}
+
+    def _last_checkpoint(self) -> str:
+        folder = Path(self.args.output_dir)
+        last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+        return "There is no checkpoint yet." if last is None else f"{last} is complete: resume from there."
+
+    def _state_file(self, folder: Path) -> Path:
+        number = f"_{self.args.process_index}" if self.args.world_size > 1 else ""
+        return folder / f"sysdag_state{number}.json"
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return super()._get_output_dir(trial) if self._staging is None else str(self._staging)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        run_folder = Path(super()._get_output_dir(trial))
+        place = run_folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        best = run_folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
+        if self.state.best_global_step and best.is_dir():
+            self.state.best_model_checkpoint = str(best)
+        advice = f"{self._last_checkpoint()} Free some space, or lower save_total_limit."
+        what = f"The checkpoint of step {self.state.global_step}"
+        with atomic.explaining_disk_errors(what, place, self._checkpoint_bytes(), advice), self._staged(run_folder):
+            self._write_checkpoint(model, trial, place)
+        if self.args.push_to_hub:
+            super()._push_from_checkpoint(str(place))
+        if self.args.should_save:
+            rotate_checkpoints(str(run_folder), self.args.save_total_limit, self.state.best_model_checkpoint, True)
+
+    def _write_checkpoint(self, model: nn.Module, trial: Any, place: Path) -> None:
+        """Writes all of a checkpoint, which will lie at `place`, to the folder of the moment."""
+        assert self._staging is not None  # inside `_staged`
+        folder = self._staging / place.name
+        super()._save_checkpoint(model, trial)
+        if self.state.best_model_checkpoint == str(folder):
+            self.state.best_model_checkpoint = str(place)
+            if self.args.should_save:
+                self.state.save_to_json(str(folder / "trainer_state.json"))
+        if not self.args.should_save:
+            write_state(self._state_file(folder), self._system_model, self._facts(), None)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            write_state(self._state_file(folder), self._system_model, self._facts(), folder)
+
+    @contextlib.contextmanager
+    def _staged(self, folder: Path) -> Iterator[None]:
+        """Has what is written inside go to a temporary folder, which all processes share, and moves it into place."""
+        if self.args.should_save:
+            atomic.prepare(folder)
+        self.accelerator.wait_for_everyone()
+        self._staging = folder / atomic.SAVING
+        try:
+            yield
+            if self.args.should_save:
+                atomic.commit(folder)
+        except BaseException:
+            if self.args.should_save:
+                atomic.abandon(folder)
+            raise
+        finally:
+            self._staging = None
+        self.accelerator.wait_for_everyone()
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if self._staging is None:  # the upload runs beside training, so it needs the checkpoint in its final place
+            super()._push_from_checkpoint(checkpoint_folder)
+
+    def _checkpoint_bytes(self) -> int:
+        """At most what a checkpoint takes, without the few small files."""
+        kept: list[torch.Tensor] = list(self._system_model.parameters())
+        for state in getattr(self.optimizer, "state", {}).values():
+            kept += [value for value in state.values() if isinstance(value, torch.Tensor)]
+        return sum(tensor.numel() * tensor.element_size() for tensor in kept)
+
+    def _save_arguments(self, folder: Path) -> None:
+        with atomic.replacing(folder) as temporary:
+            torch.save(self.args, temporary / "training_args.bin")
+
+    def _resume(self, folder: Path) -> None:
+        """Checks a checkpoint before anything is loaded from it; engine and candidates then go on from there."""
+        check_same_system(self.system, folder)
+        file = self._state_file(folder)
+        state = read_state(file)
+        if self.args.check_resume:
+            others = sorted(folder.glob("sysdag_state*.json"))
+            checked = state or (read_state(others[0]) if others else None)
+            if checked is None:
+                raise SerializationError(
+                    f"{folder} has no {file.name}, so it cannot be told whether this training made it. Set "
+                    "check_resume=False to go on from its weights, optimizer and random state."
+                )
+            check_state(checked, self._facts(), folder)
+        if state is not None:
+            restore_state(state, self._system_model, file)
+
+    def _check_gradients(self) -> None:
+        """Stops before an optimizer step whose gradient is not finite; a GradScaler skips such steps itself."""
+        if self.accelerator.sync_gradients and getattr(self.accelerator, "scaler", None) is None:
+            check_gradients(
+                self._system_model.components, lambda flags: self.accelerator.reduce(flags, reduction="sum")
+            )
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error) or type(error).__name__).strip().splitlines()[0].rstrip(".")

@@ -1,0 +1,83 @@
+"""What `system.json` must hold: the types of its fields, and errors that name the one at fault."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from sysdag.errors import SerializationError
+
+FORMAT_VERSION = 1
+VALUE_TYPES = {kind.__name__: kind for kind in (str, int, float, list, dict, bool)}
+FIELDS: dict[str, dict[str, tuple[type, ...]]] = {
+    "inputs": {"name": (str,), "value_type": (str, type(None))},
+    "nodes": {
+        "base_name": (str,),
+        "visit": (int, type(None)),
+        "function": (str, type(None)),
+        "source_sha256": (str, type(None)),
+        "component": (str, type(None)),
+    },
+    "edges": {"parent": (str,), "child": (str,), "parameter": (str,), "each": (bool,)},
+}
+COMPONENT_FIELDS = {"class": (str,), "folder": (str, type(None)), "options": (dict,)}
+
+
+def read_json(file: Path) -> Any:
+    """The content of a JSON file.
+
+    Raises:
+        SerializationError: naming the file that is missing or no JSON.
+    """
+    try:
+        return json.loads(file.read_bytes())
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise SerializationError(
+            f"{file} does not exist; expected a folder that System.save_pretrained wrote to its end."
+        ) from error
+    except ValueError as error:
+        raise SerializationError(f"{file} is not valid JSON: {error}") from error
+
+
+def check_data(data: Any) -> None:
+    """Raises a SerializationError that names the first field of a saved system which is missing or of another type."""
+    if not isinstance(data, Mapping) or "format_version" not in data:
+        raise SerializationError("This is no saved system: it has no 'format_version'.")
+    if data["format_version"] != FORMAT_VERSION:
+        raise SerializationError(
+            f"format_version is {data['format_version']!r}, and this version of sysdag reads {FORMAT_VERSION}; "
+            "use the sysdag that wrote it."
+        )
+    for section, fields in FIELDS.items():
+        for number, row in enumerate(section_of(data, section, list)):
+            check_row(row, fields, f"{section}[{number}]")
+    if not all(isinstance(output, str) for output in section_of(data, "outputs", list)):
+        raise SerializationError(f"'outputs' must be names, got {data['outputs']!r}.")
+
+
+def section_of(data: Mapping[str, Any], name: str, kind: type) -> Any:
+    """A part of a saved system, checked to be of that type."""
+    if not isinstance(data.get(name), kind):
+        raise SerializationError(f"{name!r} must be a {kind.__name__}, got {data.get(name)!r}.")
+    return data[name]
+
+
+def check_row(row: Any, fields: Mapping[str, tuple[type, ...]], where: str) -> None:
+    """Raises a SerializationError for a row that lacks a field, or holds another type there."""
+    for field, kinds in fields.items():
+        if not isinstance(row, Mapping) or field not in row or not isinstance(row[field], kinds):
+            expected = " or ".join("null" if kind is type(None) else kind.__name__ for kind in kinds)
+            raise SerializationError(f"{where} must have {field!r}, of type {expected}, got {row!r}.")
+
+
+def value_type(row: Mapping[str, Any]) -> type | None:
+    """The type that a row of `inputs` names."""
+    if row["value_type"] is None:
+        return None
+    if row["value_type"] not in VALUE_TYPES:
+        raise SerializationError(
+            f"Input {row['name']!r}: unknown value_type {row['value_type']!r}; known are {sorted(VALUE_TYPES)}."
+        )
+    return VALUE_TYPES[row["value_type"]]

@@ -1,0 +1,113 @@
+"""One process of a training, alone or started by torchrun: python distributed_worker.py train|shard FOLDER JSON.
+
+JSON: what `train` or `shard` takes. Rank 0 leaves FOLDER/result.pt: losses, final weights, what every rank scored.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from peft import LoraConfig
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from trained_systems import rows, two_llms
+
+from sysdag import DiverseBeamSearch, SysDPOConfig, SysDPOTrainer
+from sysdag.data import encode_pairs
+from sysdag.engine import SystemModel
+from sysdag.options import EngineOptions, ObjectiveOptions
+from sysdag.replay import accumulate_gradients
+
+
+def build(folder, lora):
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    config = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM") if lora else None
+    return two_llms(config, Path(folder) / "base" if lora else None)
+
+
+def train(folder, *, batch, objective="direct", lora=False, engine="two_pass", tokens=8192, accumulation=1, **others):
+    """Trains two tiny LLMs by the trainer, with DDP where there are several processes."""
+    system = build(folder, lora)
+    args = SysDPOConfig(
+        output_dir=folder, objective=objective, beta=0.3, learning_rate=0.05, max_steps=4,
+        lr_scheduler_type="constant", per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation,
+        logging_steps=1, optim="sgd", report_to=[], use_cpu=True, save_strategy="no", disable_tqdm=True, seed=3,
+        engine=engine, micro_batch_tokens=tokens, **others,
+    )  # fmt: skip
+    candidates = DiverseBeamSearch(num_candidates=3) if objective == "sampling" else None
+    trainer = SysDPOTrainer(system, args, candidates=candidates, train_dataset=rows(16 * accumulation))
+    seen = []
+    compare = SystemModel.compare
+
+    def watched(self, pairs, generator, step):
+        seen.append([pair.inputs["question"] for pair in pairs])
+        return compare(self, pairs, generator, step)
+
+    SystemModel.compare = watched
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return losses, weights_of(trainer.accelerator.unwrap_model(trainer.model)), seen
+
+
+def shard(folder, *, batch, objective="direct", lora=False, tokens=8192, checkpointing=False):
+    """The same by the engine alone, with torch's `fully_shard` where there are several processes: accelerate takes no
+    FSDP on a CPU."""
+    system = build(folder, lora)
+    plan = system.compile()
+    options = ObjectiveOptions(objective=objective, beta=0.3)
+    candidates = DiverseBeamSearch(num_candidates=3) if objective == "sampling" else None
+    engine = EngineOptions(engine="two_pass", micro_batch_tokens=tokens)
+    model = SystemModel(plan, options, None, candidates, engine)
+    if checkpointing:
+        model.activation_checkpointing_enable()
+    rank, world = 0, 1
+    if torch.distributed.is_torchelastic_launched():
+        torch.distributed.init_process_group("gloo")
+        rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        mesh = init_device_mesh("cpu", (world,))
+        for module in model.modules():
+            if type(module).__name__ == "LlamaDecoderLayer" and any(p.requires_grad for p in module.parameters()):
+                fully_shard(module, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+    optimizer = torch.optim.SGD(model.trained_parameters(), lr=0.05)
+    pairs = encode_pairs(plan, rows(16), objective)
+    losses, seen = [], []
+    for step in range(4):
+        start = (step * world + rank) * batch
+        own = pairs[start : start + batch]
+        seen.append([pair.inputs["question"] for pair in own])
+        model.train()
+        output = model(own, None, step)
+        accumulate_gradients(model, output)
+        optimizer.step()
+        optimizer.zero_grad()
+        loss = output.loss.clone()
+        if world > 1:
+            torch.distributed.all_reduce(loss)
+        losses.append(float(loss) / world)
+    return losses, weights_of(model), seen
+
+
+def weights_of(model):
+    return {
+        n: (p.full_tensor() if hasattr(p, "full_tensor") else p).detach().clone() for n, p in model.named_parameters()
+    }
+
+
+def main(how, folder, options):
+    losses, weights, seen = {"train": train, "shard": shard}[how](folder, **json.loads(options))
+    every = [seen]
+    if torch.distributed.is_initialized():
+        every = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(every, seen)
+    if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
+        torch.save({"losses": losses, "weights": weights, "seen": every}, Path(folder) / "result.pt")
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,136 @@
+"""Trainings that die: each function runs in a process of its own, started from a server that has the imports done."""
+
+import os
+import resource
+import signal
+from pathlib import Path
+
+import torch
+from peft import LoraConfig
+from tiny import char_tokenizer, llama
+from trained_systems import rows, two_llms
+from transformers import TrainerCallback
+
+from sysdag import DiverseBeamSearch, SysdagError, SysDPOConfig, SysDPOTrainer
+from sysdag.components import CausalLM
+
+STEPS = 6
+CASES = {
+    "sampling, an adapter and a full model, auto": {
+        "objective": "sampling", "candidates_refresh_steps": 3, "engine": "auto", "lora": True,
+    },
+    "sampling, full models, two passes, accumulation": {
+        "objective": "sampling", "candidates_refresh_steps": 2, "engine": "two_pass", "micro_batch_tokens": 60,
+        "gradient_accumulation_steps": 2, "per_device_train_batch_size": 2,
+    },
+    "direct, an adapter and a full model, auto, accumulation": {
+        "engine": "auto", "lora": True, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 2,
+    },
+    "direct, full models, two passes": {"engine": "two_pass"},
+}  # fmt: skip
+
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+class DieAt(TrainerCallback):
+    """Kills the process when the event of the given step comes."""
+
+    def __init__(self, event, step):
+        def called(args, state, control, **kwargs):
+            if state.global_step == step:
+                die()
+
+        setattr(self, event, called)
+
+
+def die_at_call(owner, name, number):
+    """Kills the process at the `number`th call of a function, from 1, after it has done half of what it does."""
+    original, calls = getattr(owner, name), []
+
+    def dying(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == number:
+            target = args[1] if name == "save" else args[0]
+            if name == "save":  # a file that is cut off
+                original(*args, **kwargs)
+                os.truncate(target, Path(target).stat().st_size // 2)
+            die()
+        return original(*args, **kwargs)
+
+    setattr(owner, name, dying)
+
+
+def trainer_of(folder, case, *, system=None, data=None, eval_data=None, **changes):
+    options = dict(CASES[case]) | changes
+    lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], lora_alpha=16) if options.pop("lora", False) else None
+    torch.manual_seed(0)
+    defaults = {
+        "output_dir": str(folder), "max_steps": STEPS, "per_device_train_batch_size": 4, "learning_rate": 1e-3,
+        "save_strategy": "steps", "save_steps": 1, "report_to": [], "use_cpu": True, "disable_tqdm": True,
+        "lr_scheduler_type": "linear", "warmup_steps": 2, "logging_strategy": "no",
+    }  # fmt: skip
+    args = SysDPOConfig(**(defaults | options))
+    return SysDPOTrainer(
+        system or two_llms(lora, Path(folder).parent / "base"),
+        args,
+        candidates=DiverseBeamSearch(num_candidates=2) if args.objective == "sampling" else None,
+        train_dataset=rows(12) if data is None else data,
+        eval_dataset=eval_data,
+    )
+
+
+def run(folder, case, fault=None, resume=False, *, wide=False, **changes):
+    """Trains, resuming if asked to, until the fault; `wide` models have tensors of several MiB."""
+    torch.set_num_threads(1)
+    if wide:
+        model = llama(0, hidden_size=256, intermediate_size=8192)
+        changes["system"] = two_llms().with_components({"draft": CausalLM(model, char_tokenizer(), max_new_tokens=4)})
+    trainer = trainer_of(folder, case, **changes)
+    match fault:
+        case ("event", event, step):
+            trainer.add_callback(DieAt(event, step))
+        case ("torch.save", number):
+            die_at_call(torch, "save", number)
+        case ("os.replace", number):
+            die_at_call(os, "replace", number)
+        case ("file size", limit):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+        case ("memory", spare):
+            trainer.add_callback(LimitMemory(spare))
+    trainer.train(resume_from_checkpoint=resume or None)
+
+
+class LimitMemory(TrainerCallback):
+    """From the third update on, lets the process have only so many bytes more of address space."""
+
+    def __init__(self, spare):
+        self.spare = spare
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        if state.global_step == 2:
+            used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+            resource.setrlimit(resource.RLIMIT_AS, (used + self.spare, resource.getrlimit(resource.RLIMIT_AS)[1]))
+
+
+def save_over(folder, number):
+    """Saves another system over the one in `folder`, and dies at a call of `os.replace`."""
+    torch.set_num_threads(1)
+    system = two_llms()
+    with torch.no_grad():
+        for node in system.nodes:
+            for parameter in node.component.module.parameters():
+                parameter.fill_(0.5)
+    die_at_call(os, "replace", number)
+    system.save_pretrained(folder)
+
+
+def message_of(file, function, *args, **kwargs):
+    """Runs a function that must raise, and writes the error's type and text to the file."""
+    try:
+        function(*args, **kwargs)
+    except SysdagError as error:
+        for limit in (resource.RLIMIT_AS, resource.RLIMIT_FSIZE):
+            resource.setrlimit(limit, (resource.getrlimit(limit)[1],) * 2)
+        file.write_text(f"{type(error).__name__}: {error}")
