@@ -4,6 +4,7 @@ JSON: what `train` or `shard` takes. Rank 0 leaves FOLDER/result.pt: losses, fin
 """
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -106,7 +107,9 @@ def main(how, folder, options):
         torch.save({"losses": losses, "weights": weights, "seen": every}, Path(folder) / "result.pt")
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)  # gloo's threads now and then abort a process that ends in the ordinary way
 
 
 if __name__ == "__main__":
