@@ -157,11 +157,11 @@ class Step:
         return output.loss.detach()
 
     def gradients(self, name: str) -> dict[str, Tensor]:
-        """Of the policy that `run(name)` differentiates."""
-        prefix, owner = (
-            ("policies.node0.", self._trl.trainer.model) if name == "trl" and self._trl else ("", self.model)
-        )
-        return {prefix + each: p.grad.clone() for each, p in owner.named_parameters() if p.grad is not None}
+        """Of the policy that `run(name)` differentiates, by our names."""
+        if name == "trl" and self._trl is not None:
+            theirs = self._trl.trainer.model.named_parameters()
+            return {f"policies.node0.{our_name(n)}": p.grad.clone() for n, p in theirs if p.grad is not None}
+        return {n: p.grad.clone() for n, p in self.model.named_parameters() if p.grad is not None}
 
     def _straightforward(self) -> Tensor:
         """Scores of all runs with their graphs, then one backward."""
@@ -185,6 +185,11 @@ class Step:
         loss = -torch.nn.functional.logsigmoid(margins).mean()
         loss.backward()
         return loss.detach()
+
+
+def our_name(trl_name: str) -> str:
+    """TRL's PeftModel and our adapter in place name the same parameter differently."""
+    return trl_name.removeprefix("base_model.model.").replace(".default.", ".sysdag.")
 
 
 class TrlStep:
@@ -214,7 +219,7 @@ class TrlStep:
         self.trained = [(name, p) for name, p in self.trainer.model.named_parameters() if p.requires_grad]
         with torch.no_grad():
             for name, parameter in self.trained:
-                parameter.copy_(ours[name])
+                parameter.copy_(ours[our_name(name)])
         examples = self.trainer.train_dataset
         self.batch = self.trainer._prepare_inputs(self.trainer.data_collator([examples[i] for i in range(len(rows))]))
         self.trainer.model.train()

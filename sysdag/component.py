@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from jaxtyping import Float
@@ -18,6 +18,9 @@ from torch import Tensor, nn
 from sysdag.errors import PlanError
 from sysdag.graph import LikelihoodKind
 from sysdag.trace import Draw
+
+if TYPE_CHECKING:
+    from sysdag.components.footprint import Footprint
 
 
 class Component(ABC):
@@ -118,6 +121,13 @@ class Component(ABC):
             found[-1].append(element)
             filled += count
         return found
+
+    def footprint(self, *, tokens: int, labels: int, trains: bool, checkpoints: bool, device: str) -> Footprint | None:
+        """Memory of a micro-batch and of the weights, without loading them; None where that is not known.
+
+        Args: see `sysdag.components.footprint.of_causal_lm`.
+        """
+        return None
 
     def key(self, draw: Draw) -> Any:
         """A hashable value that two draws share exactly when they are the same outcome."""

@@ -181,6 +181,12 @@ class Plan:
 
         return log_probs(self, trace)
 
+    def estimate(self, lengths: Mapping[str, Sequence[int]], **options: Any) -> Any:
+        """Memory that a training needs, without loading weights; see `sysdag.estimate.estimate`."""
+        from sysdag.estimate import estimate
+
+        return estimate(self, lengths, **options)
+
     def to_networkx(self) -> networkx.DiGraph:
         """The graph as a `networkx.DiGraph`; nodes carry `kind`, edges `parameter` and `each`."""
         return render.to_networkx(self)

@@ -13,10 +13,11 @@ PACKAGE = ROOT / "sysdag"
 
 # From the bottom up; a module may import those before it.
 LAYERS = [
-    "errors", "atomic", "graph", "build", "render", "plan", "encoding", "trace", "source", "component", "system_schema",
+    "errors", "atomic", "graph", "build", "render", "plan", "encoding", "trace", "source", "memory", "acceleration",
+    "component", "system_schema",
     "component_folder", "serialization",
     "decoding", "kernels", "ops", "beam_decoder", "beam", "components", "execute", "likelihood", "candidates",
-    "candidate_cache", "objective", "options", "theory", "data", "comparison", "memory", "acceleration",
+    "estimate", "candidate_cache", "objective", "options", "theory", "data", "comparison",
     "distributed", "micro_batch", "finite", "scoring", "precompute", "engine", "references", "replay",
     "resume", "checkpoint", "trainer", "cli",
 ]  # fmt: skip
@@ -24,7 +25,7 @@ LAYERS = [
 FACADES = {
     ("graph", "System.__init__"), ("graph", "System.from_parts"), ("graph", "System.compile"),
     ("graph", "System.save_pretrained"), ("graph", "System.from_pretrained"), ("graph", "System.load"),
-    ("plan", "Plan.sample"), ("plan", "Plan.log_probs"),
+    ("plan", "Plan.sample"), ("plan", "Plan.log_probs"), ("plan", "Plan.estimate"),
 }  # fmt: skip
 TORCH_FREE = ["errors", "atomic", "graph", "build", "render", "plan", "encoding", "trace", "source", "serialization"]
 

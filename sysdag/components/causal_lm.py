@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from sysdag.beam import diverse_beam_search
 from sysdag.component import Component, check_max_tokens
-from sysdag.components import adapter
+from sysdag.components import adapter, footprint
 from sysdag.components.prefix_scorer import PrefixScorer
 from sysdag.decoding import left_pad, sample_tokens
 from sysdag.errors import DataError, PlanError, SerializationError
@@ -340,6 +340,26 @@ class CausalLM(Component):
             return [list(range(len(draws)))] if draws else []
         with self._scoring() as model:
             return self._scorer_of(model).groups(self._sequences(inputs, draws), max_tokens)
+
+    def footprint(
+        self, *, tokens: int, labels: int, trains: bool, checkpoints: bool, device: str
+    ) -> footprint.Footprint:
+        """See `sysdag.components.footprint`; reads the config, and the adapter's where one was saved."""
+        if isinstance(self._source, (str, Path)):
+            from transformers import AutoConfig
+
+            config = AutoConfig.from_pretrained(self._source)
+        else:
+            config = self.module.config
+        named = self.model_kwargs.get("dtype") or getattr(config, "dtype", None) or torch.float32
+        dtype = getattr(torch, named) if isinstance(named, str) else named
+        peft_config = self._peft_config
+        if self._adapter_folder is not None:
+            peft_config = adapter.read_config(self._adapter_folder)
+        return footprint.of_causal_lm(
+            config, dtype, peft_config, tokens=tokens, labels=labels, trains=trains, checkpoints=checkpoints,
+            device=device,
+        )  # fmt: skip
 
     def _scorer_of(self, model: Any) -> PrefixScorer:
         if self._scorer is None or not self._scorer.fits(model):
