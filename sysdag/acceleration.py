@@ -37,8 +37,8 @@ def _models(module: nn.Module) -> Iterator[Any]:
         yield from _models(child)
 
 
-def compile_blocks(module: nn.Module, options: dict[str, Any]) -> int:
-    """Compiles, in place, the repeated blocks of the models inside, each once for all; how many there are.
+def compile_blocks(module: nn.Module, options: dict[str, Any]) -> None:
+    """Compiles, in place, the repeated blocks of the models inside, each once for all.
 
     Blocks rather than whole models: what surrounds them (tries, heads, adapters that are switched) changes from call to
     call and would be compiled anew.
@@ -46,11 +46,8 @@ def compile_blocks(module: nn.Module, options: dict[str, Any]) -> int:
     Args:
         options: of `torch.compile`.
     """
-    count = 0
     for layers in module.modules():
         if isinstance(layers, nn.ModuleList) and len(layers) > 1 and len({type(layer) for layer in layers}) == 1:
             for layer in layers:
                 if any(parameter.numel() for parameter in layer.parameters()):
                     layer.compile(**options)
-                    count += 1
-    return count

@@ -137,7 +137,7 @@ def explaining_disk_errors(what: str, folder: Path, needed: int, advice: str) ->
         there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
         free = shutil.disk_usage(there).free
         raise SerializationError(
-            f"{what} could not be written to {folder}: {_first_line(cause)}. It needs up to {_mib(needed)}, and "
+            f"{what} could not be written to {folder}: {first_line(cause)}. It needs up to {_mib(needed)}, and "
             f"{_mib(free)} are free on that disk (a quota or a limit on file sizes may allow less). {advice}"
         ) from error
 
@@ -154,8 +154,9 @@ def _disk_error(error: BaseException) -> BaseException | None:
     return None
 
 
-def _first_line(error: BaseException) -> str:
-    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+def first_line(error: BaseException) -> str:
+    """What it says, in a line."""
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error) or type(error).__name__
     return text.strip().splitlines()[0].rstrip(".")
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -55,12 +54,12 @@ class CheckpointTrainer(Trainer):
         try:
             return super().train(resume_from_checkpoint, *args, **kwargs)
         except (RuntimeError, MemoryError, OSError) as error:
-            if not (is_out_of_memory(error) or getattr(error, "errno", None) == errno.ENOMEM):
+            if not is_out_of_memory(error):
                 raise
             raise TrainingError(
-                f"Memory ran out after step {self.state.global_step} ({_first_line(error)}). The weights in memory may "
-                f"be changed in part. {self._last_checkpoint()} The optimizer's state may be what does not fit: "
-                "adapters, an 8-bit optimizer or a smaller model need less."
+                f"Memory ran out after step {self.state.global_step} ({atomic.first_line(error)}). The weights in "
+                f"memory may be changed in part. {self._last_checkpoint()} The optimizer's state may be what does "
+                "not fit: adapters, an 8-bit optimizer or a smaller model need less."
             ) from error
 
     def _facts(self) -> dict[str, Any]:
@@ -176,7 +175,3 @@ class CheckpointTrainer(Trainer):
             check_gradients(
                 self._system_model.components, lambda flags: self.accelerator.reduce(flags, reduction="sum")
             )
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error) or type(error).__name__).strip().splitlines()[0].rstrip(".")

@@ -234,10 +234,8 @@ def paired_noise(component: Component, cells: Sequence[Cell], generator: Generat
     columns = [flat_draws([cell]) for cell in cells]
     if isinstance(generator, Sequence):
         parts = [paired_noise(component, [cells[p], cells[p + count]], own) for p, own in enumerate(generator)]
-        sides = [[(p, side) for _ in columns[p + side * count]] for p in range(count) for side in (0, 1)]
-        belongs = [place for side in sides for place in side]
-        by_side = sorted(range(len(belongs)), key=lambda element: belongs[element][::-1])
-        return parts[0].join(parts).select(by_side)
+        joined = [(side, p) for p in range(count) for side in (0, 1) for _ in columns[p + side * count]]
+        return parts[0].join(parts).select(sorted(range(len(joined)), key=joined.__getitem__))
     longest = [max(columns[row], columns[row + count], key=len) for row in range(count)]
     starts = [0]
     for column in longest:

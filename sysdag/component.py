@@ -6,8 +6,9 @@ business, so a component knows neither the graph nor the objective.
 
 from __future__ import annotations
 
+import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -170,6 +171,18 @@ class Component(ABC):
     def load_weights(self, folder: Path) -> None:
         """Replaces the weights in place by those that `save_pretrained` wrote (a checkpoint being resumed)."""
         raise PlanError(f"{self!r} has no weights to load.")
+
+
+@contextlib.contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode, with the mode of every module inside put back afterwards."""
+    training = [part for part in module.modules() if part.training]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part in training:
+            part.training = True
 
 
 def check_max_tokens(max_tokens: int | None) -> None:

@@ -6,40 +6,37 @@ and the visits of an unrolled loop are one factor each under shared weights.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Sequence
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sysdag.component import Component
 from sysdag.errors import PlanError
 from sysdag.execute import Elements, flat_draws, naming, node_inputs
 from sysdag.plan import Plan
 from sysdag.trace import Trace
 
 
-def node_score(
-    plan: Plan, trace: Trace, name: str, *, component: Component | None = None, noise: Any = None
-) -> Float[Tensor, " rows"]:
-    """What one node adds to a preference margin, row by row: its log-likelihood, or for a bound its estimate.
+def node_score(plan: Plan, trace: Trace, name: str) -> Float[Tensor, " rows"]:
+    """One node's log-likelihood, row by row.
 
     Args:
         trace: values of the node and of its parents.
-        component: scores instead of the node's own (a reference).
-        noise: of a bound, one entry an element.
     """
-    component = component or plan.system[name].component
+    component = plan.system[name].component
     elements, draws = aligned(plan, trace, name)
-    if not draws:
-        return torch.zeros(len(trace), device=component.device)
     with naming(name, elements.rows):
-        scores = component.score(elements.values, draws, noise)
-    if elements.counts is None:
-        return scores
-    rows = torch.tensor(elements.rows, device=scores.device)
-    return scores.new_zeros(len(trace)).index_add(0, rows, scores)
+        parts = [component.score(elements.values, draws)] if draws else []
+    return sum_by_row(parts, elements.rows, len(trace), component.device)
+
+
+def sum_by_row(parts: Sequence[Tensor], rows: Sequence[int], count: int, device: torch.device) -> Tensor:
+    """Scores of elements as scores of rows: a plate's elements are summed, a row without any has 0."""
+    if not parts:
+        return torch.zeros(count, device=device)
+    scores = torch.cat(list(parts))
+    return scores.new_zeros(count).index_add(0, torch.tensor(rows, device=scores.device), scores)
 
 
 def aligned(plan: Plan, trace: Trace, name: str) -> tuple[Elements, list]:

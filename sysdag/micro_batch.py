@@ -40,12 +40,9 @@ class RandomState:
     @contextlib.contextmanager
     def replayed(self) -> Iterator[None]:
         """Runs from this state and comes back to the present one."""
-        present = RandomState.now(self.device)
-        self.restore()
-        try:
+        with torch.random.fork_rng([] if self.gpu is None else [self.device]):
+            self.restore()
             yield
-        finally:
-            present.restore()
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, RandomState):
@@ -59,7 +56,6 @@ class MicroBatch:
     """Elements of one term that one call of the component scores.
 
     Attributes:
-        term: the term's place in its comparison.
         name: the node.
         rows: the row of the term's trace that each element belongs to.
         inputs, draws, noise: what the component gets.
@@ -67,7 +63,6 @@ class MicroBatch:
         is_random: whether the first pass drew from it (dropout).
     """
 
-    term: int
     name: str
     rows: tuple[int, ...]
     inputs: tuple[Any, ...]
@@ -97,7 +92,7 @@ class MicroBatch:
         return [self] if len(parts) == 1 else [self.select(part) for part in parts]
 
 
-def whole(plan: Plan, term: Term, place: int) -> MicroBatch:
+def whole(plan: Plan, term: Term) -> MicroBatch:
     """All elements of a term as one micro-batch."""
     elements, draws = aligned(plan, term.trace, term.name)
-    return MicroBatch(place, term.name, tuple(elements.rows), tuple(elements.values), tuple(draws), term.noise)
+    return MicroBatch(term.name, tuple(elements.rows), tuple(elements.values), tuple(draws), term.noise)

@@ -7,6 +7,8 @@ has the gradient of the loss. A step whose graphs fit in memory keeps them from 
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -18,9 +20,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from sysdag.comparison import Term
-from sysdag.component import Component
+from sysdag.component import Component, evaluating
 from sysdag.errors import TrainingError
 from sysdag.finite import check_finite
+from sysdag.likelihood import sum_by_row
 from sysdag.micro_batch import MicroBatch, RandomState, whole
 from sysdag.plan import Plan
 
@@ -123,12 +126,12 @@ def score(
         TrainingError: if a score is not finite, or memory runs out where a micro-batch cannot be split.
     """
     scored = Scored()
-    for place, term in enumerate(terms):
+    for term in terms:
         component = component_of(plan, term.name)
         reference = references(component)
         rows: list[int] = []
         parts: list[tuple[Tensor, Tensor]] = []
-        queue = deque(whole(plan, term, place).split(component, budget.max_tokens))
+        queue = deque(whole(plan, term).split(component, budget.max_tokens))
         extra = [] if rounds is None else [queue[0].select([0])] * (rounds(len(queue)) - len(queue))
         while queue:
             batch = queue.popleft()
@@ -181,26 +184,11 @@ def _both(
     return ours, ours if reference is None else reference_score(batch, reference).to(ours.device)
 
 
-def sum_by_row(parts: Sequence[Tensor], rows: Sequence[int], count: int, device: torch.device) -> Tensor:
-    """Scores of elements as scores of rows: a plate's elements are summed, a row without any has 0."""
-    if not parts:
-        return torch.zeros(count, device=device)
-    scores = torch.cat(list(parts))
-    return scores.new_zeros(count).index_add(0, torch.tensor(rows, device=scores.device), scores)
-
-
 @torch.no_grad()
 def reference_score(batch: MicroBatch, reference: Component) -> Tensor:
     """The reference's scores, always without dropout, even where it shares the policy's modules."""
-    module = reference.module
-    training = [] if module is None else [part for part in module.modules() if part.training]
-    for part in training:
-        part.training = False
-    try:
+    with contextlib.nullcontext() if reference.module is None else evaluating(reference.module):
         return batch.score(reference)
-    finally:
-        for part in training:
-            part.training = True
 
 
 def turns(
@@ -282,6 +270,6 @@ def attempt(run: Callable[[], Result]) -> Result | None:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an allocation failed: on a GPU, or on a CPU whose process is limited."""
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or getattr(error, "errno", None) == errno.ENOMEM:
         return True
     return any(sign in str(error) for sign in ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED"))

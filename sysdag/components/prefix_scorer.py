@@ -12,7 +12,6 @@ once as tries and once as rows of their own. Models that do not qualify are scor
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import logging
 import math
@@ -24,6 +23,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from sysdag.component import evaluating
 from sysdag.components import token_trie
 from sysdag.components.language_head import TokenScorer, inner_model
 from sysdag.components.token_trie import Ids, TokenTrie
@@ -194,7 +194,7 @@ def _probe(model: Any) -> str | None:
     tries, chains = token_trie.pack(sequences, math.inf), token_trie.pack(sequences, 0)
     device = _device(model)
     seen = []
-    with _untouched(model, device):
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), evaluating(model):
         for trie in (tries, chains):
             try:
                 logits = model(**model_inputs(model, trie, device), use_cache=False).logits
@@ -213,19 +213,6 @@ def _probe(model: Any) -> str | None:
     half = torch.is_autocast_enabled(device.type) or logits.dtype in (torch.float16, torch.bfloat16)
     # A wrong mask or position moves logits by tens of percents of their spread; TF32 by less than 1e-3, bf16 by 2e-2.
     return "" if error <= (5e-2 if half else 1e-3) else f"a probe's logits differed by {error:.2g} of their spread"
-
-
-@contextlib.contextmanager
-def _untouched(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Evaluation mode, with the modules' own modes and the state of the random generators put back afterwards."""
-    training = [module for module in model.modules() if module.training]
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        model.eval()
-        try:
-            yield
-        finally:
-            for module in training:
-                module.training = True
 
 
 def _say_unpacked(model: Any, reason: str) -> None:

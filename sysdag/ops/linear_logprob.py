@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sysdag.ops import _head_walk as walk
-from sysdag.ops._dispatch import Backend, forced_backend, resolve, use_backend
+from sysdag.ops._dispatch import IMPLEMENTATIONS, Backend, forced_backend, resolve, use_backend
 
 
 def linear_logprob(
@@ -125,7 +125,7 @@ def linear_logprob_reference(
 
 
 def _backend(hidden: Tensor) -> Backend:
-    return resolve("linear_logprob", hidden.device, ("cpp", "triton"))
+    return resolve("linear_logprob", hidden.device, IMPLEMENTATIONS["linear_logprob"])
 
 
 @torch.library.custom_op("sysdag::linear_logprob", mutates_args=())

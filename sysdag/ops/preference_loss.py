@@ -20,12 +20,11 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sysdag.ops._dispatch import Backend, resolve
+from sysdag.ops._dispatch import IMPLEMENTATIONS, Backend, resolve
 
 LossType = Literal["sigmoid", "ipo", "hinge", "robust"]
 LOSS_TYPES = ("sigmoid", "ipo", "hinge", "robust")  # kernels get the position
 SMOOTHED = ("sigmoid", "robust")
-_BACKENDS: list[Backend] = ["cpp", "triton"]
 
 
 def preference_loss(
@@ -71,7 +70,7 @@ def preference_loss(
     if torch.compiler.is_compiling():
         _check_shapes(logps, ref_logps, offsets, lengths)
         return _op(logps, ref_logps, offsets, lengths, beta, loss_index, label_smoothing)
-    backend = resolve("preference_loss", logps.device, _BACKENDS)
+    backend = resolve("preference_loss", logps.device, IMPLEMENTATIONS["preference_loss"])
     if backend == "cpp":
         try:
             return _PreferenceLoss.apply(logps, ref_logps, offsets, lengths, beta, loss_index, label_smoothing, backend)
@@ -218,7 +217,7 @@ def _op(
     logps: Tensor, ref_logps: Tensor, offsets: Tensor, lengths: Tensor | None, beta: float, loss_index: int,
     label_smoothing: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    backend = resolve("preference_loss", logps.device, _BACKENDS)
+    backend = resolve("preference_loss", logps.device, IMPLEMENTATIONS["preference_loss"])
     return _forward(backend)(logps, ref_logps, offsets, lengths, beta, loss_index, label_smoothing)
 
 
@@ -228,7 +227,9 @@ def _op(
     schema="(Tensor grad, Tensor coefficients, Tensor offsets) -> Tensor",
 )
 def _backward_op(grad: Tensor, coefficients: Tensor, offsets: Tensor) -> Tensor:
-    return _backward(resolve("preference_loss", grad.device, _BACKENDS))(grad, coefficients, offsets)
+    return _backward(resolve("preference_loss", grad.device, IMPLEMENTATIONS["preference_loss"]))(
+        grad, coefficients, offsets
+    )
 
 
 def _fake(logps: Tensor, ref_logps: Tensor, offsets: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
