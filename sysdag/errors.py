@@ -31,3 +31,7 @@ class TrainingError(SysdagError, RuntimeError):
 
 class SerializationError(SysdagError, ValueError):
     """A saved system cannot be written or read back; the message names the node or file."""
+
+
+class LoadingError(SysdagError, ValueError):
+    """A command was told of a system that is not there, or that cannot be imported."""

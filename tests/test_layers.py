@@ -19,7 +19,8 @@ LAYERS = [
     "decoding", "kernels", "ops", "beam_decoder", "beam", "components", "execute", "likelihood", "candidates",
     "estimate", "candidate_cache", "objective", "options", "theory", "data", "comparison",
     "distributed", "micro_batch", "finite", "scoring", "precompute", "engine", "references", "replay",
-    "resume", "checkpoint", "trainer", "cli",
+    "resume", "checkpoint", "trainer", "loading",
+    "commands", "cli",
 ]  # fmt: skip
 # A user reaches everything from a System or a Plan: these methods import upwards when they are called.
 FACADES = {

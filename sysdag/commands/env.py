@@ -1,4 +1,4 @@
-"""The command line `sysdag`."""
+"""`sysdag env`: versions, devices, and what serves each operation."""
 
 from __future__ import annotations
 
@@ -16,15 +16,7 @@ if TYPE_CHECKING:
 
 PACKAGES = ("torch", "triton", "transformers", "diffusers", "peft", "accelerate")
 
-app = typer.Typer(no_args_is_help=True, add_completion=False)
 
-
-@app.callback()
-def sysdag() -> None:
-    """Compound AI systems as graphs, aligned jointly."""
-
-
-@app.command()
 def env(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
     """Versions, devices, and the backends that serve each operation here.
 

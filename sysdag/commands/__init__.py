@@ -1,0 +1,1 @@
+"""The commands of `sysdag`, one file each; heavy libraries are imported when a command runs."""
