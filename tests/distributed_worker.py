@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from unittest import mock
 
 import torch
 from peft import LoraConfig
@@ -46,8 +47,8 @@ def train(folder, *, batch, objective="direct", lora=False, engine="two_pass", t
         seen.append([pair.inputs["question"] for pair in pairs])
         return compare(self, pairs, generator, step)
 
-    SystemModel.compare = watched
-    trainer.train()
+    with mock.patch.object(SystemModel, "compare", watched):
+        trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     return losses, weights_of(trainer.accelerator.unwrap_model(trainer.model)), seen
 
