@@ -17,7 +17,7 @@ import torch
 
 from sysdag.beam import diverse_beam_search
 from sysdag.errors import PlanError
-from sysdag.execute import fill, flat_draws, node_inputs
+from sysdag.execute import at_work, fill, flat_draws, node_inputs
 from sysdag.plan import Plan
 from sysdag.trace import Cell, Trace
 
@@ -123,7 +123,7 @@ class CandidateStrategy(ABC):
         rows = Trace(inputs, {})
         for name in shared:
             elements = node_inputs(plan, fill(plan, rows), name)
-            draws = plan.system[name].component.sample(elements.values, generator=generator)
+            draws = at_work(plan, name).sample(elements.values, generator=generator)
             rows = rows.updated({name: elements.cells(draws)})
         return self._paths(plan, rows, [name for name in latents if name not in shared], generator)
 
@@ -157,7 +157,7 @@ class DiverseBeamSearch(CandidateStrategy):
             fewest = min((prompt.count(p) for p in set(prompt)), default=1)
             values = node_inputs(plan, fill(plan, rows), name).values
             wanted = math.ceil(self.num_candidates / fewest)
-            found = plan.system[name].component.search(values, wanted, self.diversity_penalty, self.ngram_size)
+            found = at_work(plan, name).search(values, wanted, self.diversity_penalty, self.ngram_size)
             rows, prompt = _extend(rows, prompt, name, found)
         return _distinct(plan, Candidates(rows, tuple(prompt)), latents, self.num_candidates)
 
@@ -188,7 +188,7 @@ class MonteCarlo(CandidateStrategy):
         log_proposal = [0.0] * len(prompt)
         for name in latents:
             elements = node_inputs(plan, fill(plan, rows), name)
-            component = plan.system[name].component
+            component: Any = at_work(plan, name)
             if self.temperature is None and self.top_p is None:
                 draws = component.sample(elements.values, generator=generator)
             else:

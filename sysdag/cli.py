@@ -1,6 +1,6 @@
 """The command line `sysdag`.
 
-A user's mistake ends in one message on standard error and exit code 1, without a traceback unless `--debug` asks for it;
+A mistake of the user ends in one message on standard error and exit code 1, with a traceback only under `--debug`;
 wrong options end in exit code 2.
 """
 
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-import click
 import typer
 from typer.core import TyperGroup
 
@@ -19,13 +18,14 @@ from sysdag.errors import SysdagError
 class Commands(TyperGroup):
     """Ends in a message where a command raises what a user can mend."""
 
-    def invoke(self, ctx: click.Context) -> Any:
+    def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
         except (SysdagError, OSError) as error:
             if ctx.params["debug"]:
                 raise
-            raise click.ClickException(str(error)) from error
+            typer.echo(f"Error: {error}", err=True)
+            raise typer.Exit(1) from error
 
 
 app = typer.Typer(

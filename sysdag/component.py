@@ -22,6 +22,7 @@ from sysdag.trace import Draw
 
 if TYPE_CHECKING:
     from sysdag.components.footprint import Footprint
+    from sysdag.residence import Residence
 
 
 class Component(ABC):
@@ -34,10 +35,14 @@ class Component(ABC):
         likelihood: `exact` (log-probabilities), `bound` (a per-draw estimate of a lower bound, never summed over
             candidates) or `none`.
         value_type: the type of a drawn value, where it is always the same; lets `.each()` be checked early.
+
+    Attributes:
+        residence: what moves frozen weights to the host while others work, where an engine does (`offload_idle`).
     """
 
     likelihood: ClassVar[LikelihoodKind]
     value_type: ClassVar[type | None] = None
+    residence: Residence | None = None
 
     @property
     def module(self) -> nn.Module | None:

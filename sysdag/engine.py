@@ -26,6 +26,7 @@ from sysdag.objective import preference_loss
 from sysdag.options import EngineOptions, NodeOptions, ObjectiveOptions
 from sysdag.plan import Plan
 from sysdag.precompute import ReferenceScores
+from sysdag.residence import Residence
 from sysdag.scoring import Budget, Stored, Turn, component_of, part_of_loss, score, turns, zero_of
 from sysdag.serialization import component_keys
 
@@ -110,7 +111,9 @@ class SystemModel(nn.Module):
         self.budget = Budget(self.engine.micro_batch_tokens, self.engine.engine == "one_pass")
         self._rounds: Callable[[int], int] | None = None
         self._knows_rounds = False
-        self._graph_bytes: SavedBytes | None = SavedBytes() if self.engine.engine == "auto" else None
+        measures = self.engine.engine == "auto" and not self.engine.offload_idle
+        self._graph_bytes: SavedBytes | None = SavedBytes() if measures else None
+        self.residence: Residence | None = None
         self.proposal = plan if options.candidates_from == "policy" else self.reference_plan()
 
     def reference_plan(self) -> Plan:
@@ -228,6 +231,7 @@ class SystemModel(nn.Module):
     def _step(self, pairs: Sequence[PreferencePair], generator: torch.Generator | None, step: int | None) -> StepOutput:
         stored = self.stored
         rounds = self.rounds()
+        self._settle()
         with whole_weights(self) if rounds is not None and self.candidates is not None else contextlib.nullcontext():
             comparison = self.compare(pairs, generator if stored is None else stored.generators(pairs), step)
         trains = torch.is_grad_enabled()
@@ -271,6 +275,15 @@ class SystemModel(nn.Module):
                 total = torch.stack(linear).sum()
                 output.loss = output.loss + (total - total.detach())
         return output
+
+    def _settle(self) -> None:
+        """At the first step, when wrappers and devices are settled: lets idle models go to the host, if asked to."""
+        if not self.engine.offload_idle or self.residence is not None:
+            return
+        if self.rounds() is not None:
+            raise PlanError("offload_idle=True does not serve sharded models (FSDP2), which come and go by themselves.")
+        frozen = [reference for reference in self.references.values() if isinstance(reference, Component)]
+        self.residence = Residence([*self.components.values(), *frozen])
 
     def split(self, turn: Turn) -> list[Turn]:
         """A turn in parts, after memory ran out in it.

@@ -10,8 +10,10 @@ from typing import Any
 
 import torch
 
+from sysdag.component import Component
 from sysdag.errors import DataError, PlanError
 from sysdag.plan import Plan
+from sysdag.residence import admit
 from sysdag.trace import Cell, Draw, Trace, value_of
 
 
@@ -140,14 +142,21 @@ def fill(plan: Plan, trace: Trace) -> Trace:
 
 def _draw(plan: Plan, trace: Trace, name: str, generator: torch.Generator | None) -> list[Cell]:
     elements = node_inputs(plan, trace, name)
-    component = plan.system[name].component
-    if component is None:
+    if plan.system[name].component is None:
         return elements.cells([Draw(value) for value in elements.values])
     if not elements.values:
         return elements.cells([])
     with naming(name, elements.rows):
-        draws = component.sample(elements.values, generator=generator)
+        draws = at_work(plan, name).sample(elements.values, generator=generator)
     return elements.cells(draws)
+
+
+def at_work(plan: Plan, name: str) -> Component:
+    """The component of a random node, with its weights where they work (see `sysdag.residence`)."""
+    component = plan.system[name].component
+    assert component is not None
+    admit(component)
+    return component
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sysdag.errors import PlanError
-from sysdag.execute import Elements, flat_draws, naming, node_inputs
+from sysdag.execute import Elements, at_work, flat_draws, naming, node_inputs
 from sysdag.plan import Plan
 from sysdag.trace import Trace
 
@@ -24,7 +24,7 @@ def node_score(plan: Plan, trace: Trace, name: str) -> Float[Tensor, " rows"]:
     Args:
         trace: values of the node and of its parents.
     """
-    component = plan.system[name].component
+    component = at_work(plan, name)
     elements, draws = aligned(plan, trace, name)
     with naming(name, elements.rows):
         parts = [component.score(elements.values, draws)] if draws else []

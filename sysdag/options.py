@@ -45,19 +45,26 @@ class EngineOptions:
             is free.
         micro_batch_tokens: most tokens of a micro-batch, counted as the component does: packed tokens of a language
             model, positions of a diffusion model's latents. Halved by itself when memory runs out.
+        offload_idle: keeps frozen weights (of references, under adapters, of frozen models) on the host while their
+            model does not work; in two passes only. They stay there after training, and come when the system runs.
 
     Raises:
-        PlanError: naming the option that is out of range.
+        PlanError: naming the option that is out of range, or contradicts another.
     """
 
     engine: Literal["auto", "one_pass", "two_pass"] = "auto"
     micro_batch_tokens: int = 8192
+    offload_idle: bool = False
 
     def __post_init__(self) -> None:
         if self.engine not in ("auto", "one_pass", "two_pass"):
             raise PlanError(f"engine must be 'auto', 'one_pass' or 'two_pass', got {self.engine!r}.")
         if self.micro_batch_tokens < 1:
             raise PlanError(f"micro_batch_tokens must be 1 or more, got {self.micro_batch_tokens}.")
+        if self.offload_idle and self.engine == "one_pass":
+            raise PlanError(
+                "offload_idle=True needs two passes: the graphs of engine='one_pass' hold every model's weights."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

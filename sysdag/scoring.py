@@ -26,6 +26,7 @@ from sysdag.finite import check_finite
 from sysdag.likelihood import sum_by_row
 from sysdag.micro_batch import MicroBatch, RandomState, whole
 from sysdag.plan import Plan
+from sysdag.residence import admit
 
 logger = logging.getLogger(__name__)
 
@@ -129,6 +130,7 @@ def score(
     for term in terms:
         component = component_of(plan, term.name)
         reference = references(component)
+        admit(component, reference if isinstance(reference, Component) else None)
         rows: list[int] = []
         parts: list[tuple[Tensor, Tensor]] = []
         queue = deque(whole(plan, term).split(component, budget.max_tokens))
@@ -224,6 +226,7 @@ def _evened(turns: Sequence[Turn], rounds: Callable[[int], int]) -> list[Turn]:
 
 def part_of_loss(turn: Turn, component: Component) -> Float[Tensor, ""]:
     """sum_i coefficient_i score_i of a micro-batch, scored again under the random state of the first pass."""
+    admit(component)
     frozen = [parameter for parameter in turn.finished if parameter.requires_grad]
     for parameter in frozen:
         parameter.requires_grad_(False)

@@ -44,7 +44,7 @@ class SysDPOConfig(TrainingArguments):
         nodes: options by node: `{"answer": {"beta": 0.2, "scale": 1.0, "learning_rate": 1e-5, "trainable": False}}`.
         responsibility_temperature, candidate_length_normalization, candidates_from, candidates_refresh_steps: of
             Sampling; see `sysdag.options.ObjectiveOptions`.
-        engine, micro_batch_tokens: how a step is computed; see `sysdag.options.EngineOptions`.
+        engine, micro_batch_tokens, offload_idle: how a step is computed; see `sysdag.options.EngineOptions`.
         disable_dropout: sets the dropout probabilities of trained models to 0, as TRL does, so that policy and
             reference agree at step 0.
         precompute_ref_log_probs, sync_ref_model, ref_model_mixup_alpha, ref_model_sync_steps: what becomes of the
@@ -68,6 +68,7 @@ class SysDPOConfig(TrainingArguments):
     candidates_refresh_steps: int = 1
     engine: str = "auto"
     micro_batch_tokens: int = 8192
+    offload_idle: bool = False
     nodes: dict[str, dict[str, Any]] | None = None
     disable_dropout: bool = True
     precompute_ref_log_probs: bool = False

@@ -14,7 +14,7 @@ PACKAGE = ROOT / "sysdag"
 # From the bottom up; a module may import those before it.
 LAYERS = [
     "errors", "atomic", "graph", "build", "render", "plan", "encoding", "trace", "source", "memory", "acceleration",
-    "component", "system_schema",
+    "component", "residence", "system_schema",
     "component_folder", "serialization",
     "decoding", "kernels", "ops", "beam_decoder", "beam", "components", "execute", "likelihood", "candidates",
     "estimate", "candidate_cache", "objective", "options", "theory", "data", "comparison",

@@ -42,10 +42,11 @@ def captioner_and_painter():
     return System(PROMPT >> text >> captions, captions.each() >> image)
 
 
-def direct_model(engine="one_pass", **options):
+def direct_model(engine="one_pass", offload_idle=False, **options):
     plan = captioner_and_painter().compile()
     nodes = {"image": NodeOptions(beta=500.0, **options)}
-    model = SystemModel(plan, ObjectiveOptions(beta=0.2), nodes, engine=EngineOptions(engine=engine))
+    options = EngineOptions(engine=engine, offload_idle=offload_idle)
+    model = SystemModel(plan, ObjectiveOptions(beta=0.2), nodes, engine=options)
     for component in model.components.values():
         drift(component.module, size=0.02)
     return model, encode_pairs(plan, [ROW], "direct")
