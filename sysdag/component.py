@@ -131,8 +131,17 @@ class Component(ABC):
     def footprint(self, *, tokens: int, labels: int, trains: bool, checkpoints: bool, device: str) -> Footprint | None:
         """Memory of a micro-batch and of the weights, without loading them; None where that is not known.
 
-        Args: see `sysdag.components.footprint.of_causal_lm`.
+        Args:
+            tokens: of a micro-batch, as `token_counts` counts them.
+            labels: how many of them a language model scores.
+            trains: False for a model that is frozen.
+            checkpoints: whether it recomputes its activations (gradient checkpointing).
+            device: `cpu` or `cuda`, whose kernels are assumed.
         """
+        return None
+
+    def tokens_of_any_draw(self) -> int | None:
+        """What `token_counts` says of every draw, without loading weights; None where it depends on the draw."""
         return None
 
     def key(self, draw: Draw) -> Any:

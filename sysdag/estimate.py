@@ -15,7 +15,7 @@ from sysdag.components.footprint import Footprint
 from sysdag.errors import PlanError
 from sysdag.plan import Objective, Plan
 
-_MOMENTS = 8  # bytes of AdamW's two averages of each trained number, in fp32
+_AVERAGES = 2  # of AdamW, for each trained number and in its dtype
 
 
 @dataclass(frozen=True)
@@ -26,16 +26,23 @@ class Estimate:
         footprints: of each component; see `Footprint`.
         graphs: what one step's graphs save for each component: of one micro-batch, or of all in one pass.
         engine: `one_pass` or `two_pass`.
+        offload_idle: whether frozen weights are on the device only while their model works.
     """
 
     footprints: Mapping[str, Footprint]
     graphs: Mapping[str, int]
     engine: str
+    offload_idle: bool = False
 
     @property
     def resident(self) -> int:
-        """Weights, references, gradients and the optimizer's state (AdamW)."""
-        return sum(f.weights + f.reference + f.trained + _MOMENTS * f.trained_count for f in self.footprints.values())
+        """Weights, references, gradients and the optimizer's state (AdamW).
+
+        Of frozen weights and references those of one component, the largest, where idle ones are offloaded.
+        """
+        trained = sum((2 + _AVERAGES) * f.trained for f in self.footprints.values())
+        frozen = [f.weights - f.trained + f.reference for f in self.footprints.values()]
+        return trained + (max(frozen) if self.offload_idle else sum(frozen))
 
     @property
     def step(self) -> int:
@@ -52,13 +59,14 @@ class Estimate:
         titles = ("node", "weights", "reference", "gradients", "optimizer", "graphs", "head")
         lines: list[tuple[str, ...]] = [titles]
         for name, f in self.footprints.items():
-            values = (f.weights, f.reference, f.trained, _MOMENTS * f.trained_count, self.graphs[name], f.working)
+            values = (f.weights, f.reference, f.trained, _AVERAGES * f.trained, self.graphs[name], f.working)
             lines.append((name, *map(_shown, values)))
         widths = [max(len(line[column]) for line in lines) for column in range(len(titles))]
         rows = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
         passes = {"one_pass": "one pass", "two_pass": "two passes"}[self.engine]
-        total = f"resident {_shown(self.resident)}, a step in {passes} {_shown(self.step)}: {_shown(self.total)} in all"
-        return "\n".join([*rows, total])
+        where = " (idle models on the host)" if self.offload_idle else ""
+        held = f"resident {_shown(self.resident)}{where}, a step in {passes} {_shown(self.step)}"
+        return "\n".join([*rows, f"{held}: {_shown(self.total)} in all"])
 
 
 def estimate(
@@ -70,18 +78,20 @@ def estimate(
     num_candidates: int = 4,
     engine: Literal["one_pass", "two_pass"] = "two_pass",
     micro_batch_tokens: int = 8192,
+    offload_idle: bool = False,
     frozen: Collection[str] = (),
     gradient_checkpointing: bool = False,
     device: Literal["cpu", "cuda"] | None = None,
 ) -> Estimate:
-    """Memory of a training of language models; configs are read, weights are not.
+    """Memory of a training; configs are read, weights are not.
 
     Args:
-        lengths: for each random node, tokens of a prompt and of a completion, and optionally how many of the prompt's
-            are the same whatever the intermediates are (0 if left out).
+        lengths: for each language model's node, tokens of a prompt and of a completion, and optionally how many of the
+            prompt's are the same whatever the intermediates are (0 if left out). A diffusion model's node may be left
+            out where it draws one image a run; for n images (`.each()`) it is (0, n times the positions of one).
         objective: `direct`, or `sampling` over `num_candidates` paths.
         pairs: preference pairs of a step.
-        engine, micro_batch_tokens: see `sysdag.options.EngineOptions`.
+        engine, micro_batch_tokens, offload_idle: see `sysdag.options.EngineOptions`.
         frozen: nodes that do not train.
         gradient_checkpointing: whether activations are recomputed in the backward.
         device: whose kernels are assumed; by default a GPU where torch finds one. A GPU's can be told only there.
@@ -93,6 +103,8 @@ def estimate(
         raise PlanError(
             "estimate: device='cuda', but torch finds no GPU here, and which kernels one runs is its own say."
         )
+    if offload_idle and engine == "one_pass":
+        raise PlanError("estimate: offload_idle=True needs engine='two_pass'.")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     graph = plan.to_networkx()
     footprints: dict[str, Footprint] = {}
@@ -101,11 +113,11 @@ def estimate(
     for name in plan.factors(objective):
         component: Component | None = plan.system[name].component
         assert component is not None  # factors are random nodes
-        if name not in lengths:
+        prompt, completion, *rest = lengths.get(name) or (0, component.tokens_of_any_draw())
+        if completion is None:
             raise PlanError(
                 f"estimate: lengths has no entry for node {name!r}; give (prompt tokens, completion tokens)."
             )
-        prompt, completion, *rest = lengths[name]
         varies = any(ancestor in plan.random_nodes for ancestor in networkx.ancestors(graph, name))
         is_latent = objective == "sampling" and name in plan.latents("sampling")
         paths = num_candidates if objective == "sampling" and (varies or is_latent) else 1
@@ -127,7 +139,7 @@ def estimate(
         graphs[key] = max(graphs.get(key, 0), held) if engine == "two_pass" else graphs.get(key, 0) + held
         if key not in footprints or found.working > footprints[key].working:
             footprints[key] = found
-    return Estimate(footprints, graphs, engine)
+    return Estimate(footprints, graphs, engine, offload_idle)
 
 
 def _shown(count: int) -> str:

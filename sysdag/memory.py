@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import weakref
 from types import TracebackType
 from typing import Any, Self
 
 import psutil
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 
 class SavedBytes:
@@ -50,6 +53,46 @@ class SavedBytes:
     def fits(self, spare: float = 2.0) -> bool:
         """Whether `spare` times as much is free on every device."""
         return all(spare * self.total <= free_bytes(device) for device in self.devices)
+
+
+class PeakBytes(TorchDispatchMode):
+    """A context that follows what operations allocate inside it, forward and backward; of fake tensors too.
+
+    Args:
+        module: whose parameters, their gradients and buffers are there anyway.
+
+    Attributes:
+        bytes: the most that was there at once.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.bytes = 0
+        self._now = 0
+        self._alive: dict[int, weakref.ref[Any] | None] = {}
+        present = [*module.parameters(), *module.buffers()]
+        for tensor in (*present, *(each.grad for each in present if each.grad is not None)):
+            self._alive[tensor.untyped_storage()._cdata] = None
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self._follow(tensor.untyped_storage())
+        self.bytes = max(self.bytes, self._now)
+        return result
+
+    def _follow(self, storage: Any) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._alive:
+            return
+
+        def freed(_: Any) -> None:
+            del self._alive[key]
+            self._now -= size
+
+        self._alive[key] = weakref.ref(storage, freed)
+        self._now += size
 
 
 def free_bytes(device: torch.device) -> int:

@@ -1,20 +1,29 @@
 """Estimates of memory against what was measured, and against the parameters themselves."""
 
+import importlib.util
+import os
+import subprocess
 import sys
 from pathlib import Path
 
+import diffusion_memory
 import pytest
 import torch
 from peft import LoraConfig
+from test_residence import is_present
+from test_two_pass import gradients_of, make
 from tiny import char_tokenizer, llama
+from tiny_diffusion import clip, from_text, pooled, scheduler_of, sd3, text_unet, word_tokenizer
 
 from sysdag import Input, PlanError, System, node
-from sysdag.components import CausalLM, Tabular
+from sysdag.component import Component
+from sysdag.components import CausalLM, Diffusion, Tabular
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench import step, step_systems
 
+ROOT = Path(__file__).resolve().parent.parent
 LENGTHS = {"node0": (256, 64), "node1": (320, 64, 256)}
 
 
@@ -49,10 +58,10 @@ def test_what_is_resident_is_counted_from_the_config_alone(tmp_path, adapter):
     parameters = list(component.module.parameters())
     trained = component.own_parameters().values()
     assert found.weights == sum(4 * p.numel() for p in parameters)
-    assert found.trained_count == sum(p.numel() for p in trained)
+    assert found.trained == sum(4 * p.numel() for p in trained)
     assert found.reference == (0 if adapter else found.weights)
     resident = plan.estimate({"answer": (20, 10)}).resident
-    assert resident == found.weights + found.reference + 12 * found.trained_count
+    assert resident == found.weights + found.reference + 3 * found.trained
     frozen = plan.estimate({"answer": (20, 10)}, frozen=["answer"]).footprints["answer"]
     assert (frozen.trained, frozen.graph, frozen.reference) == (0, 0, 0)
 
@@ -84,3 +93,94 @@ def test_the_table_names_every_node():
     shown = str(plan.estimate(LENGTHS, objective="sampling", num_candidates=2, device="cpu"))
     assert [line.split()[0] for line in shown.splitlines()] == ["node", "node0", "node1", "resident"]
     assert torch.get_default_device() == torch.device("cpu")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the high-water mark of resident memory as Linux keeps it")
+@pytest.mark.parametrize("case", diffusion_memory.CASES)
+def test_a_diffusion_models_estimate_is_within_15_percent_of_the_measured_peak(case):
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    command = [sys.executable, diffusion_memory.__file__, case]
+    ended = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    assert diffusion_memory.estimated(case).step == pytest.approx(float(ended.stdout.split()[-1]), rel=0.15)
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+@pytest.mark.parametrize("from_folder", [False, True])
+def test_what_is_resident_of_a_diffusion_model_is_counted_from_its_configs(tmp_path, adapter, from_folder):
+    lora = LoraConfig(r=2, target_modules=["to_q", "to_v"]) if adapter else None
+    component = from_text(peft_config=None if from_folder else lora)
+    if from_folder:
+        component.save_pretrained(tmp_path)
+        component = Diffusion(tmp_path, peft_config=lora)
+
+    @node(component)
+    def image(caption):
+        return caption
+
+    plan = System(Input("caption") >> image).compile()
+    found = plan.estimate({}).footprints["image"]
+    assert component._pipeline is None
+    trained = [p for p in component.own_parameters().values() if p.requires_grad]
+    assert found.weights == sum(4 * p.numel() for p in component.module.parameters())
+    assert found.trained == sum(4 * p.numel() for p in trained)
+    denoiser = sum(4 * p.numel() for p in component.pipeline.denoiser.parameters())
+    assert found.reference == (0 if adapter else denoiser)
+    assert plan.estimate({}, pairs=3).graphs["image"] == plan.estimate({"image": (0, 3 * 64)}).graphs["image"]
+    frozen = plan.estimate({}, frozen=["image"]).footprints["image"]
+    assert (frozen.trained, frozen.graph, frozen.reference) == (0, 0, 0)
+
+
+def test_a_trained_text_encoder_has_a_reference_and_a_graph_too():
+    encoder = clip()
+    options = {"scheduler": scheduler_of("epsilon"), "text_encoder": encoder, "tokenizer": word_tokenizer()}
+    footprints = {}
+    for trains in (False, True):
+        node_of = node(Diffusion(text_unet(), train_text_encoder=trains, **options))
+
+        @node_of
+        def image(caption):
+            return caption
+
+        footprints[trains] = System(Input("caption") >> image).compile().estimate({}).footprints["image"]
+    own = sum(4 * p.numel() for p in encoder.parameters())
+    assert footprints[True].reference - footprints[False].reference == own
+    assert footprints[True].trained - footprints[False].trained == own
+    assert footprints[True].graph > footprints[False].graph
+
+
+def test_conditioning_of_ones_own_has_no_estimate():
+    @node(Diffusion(sd3(), scheduler=scheduler_of("flow"), condition=pooled))
+    def image(number):
+        return number
+
+    with pytest.raises(PlanError, match=r"memory of node 'image' \(Diffusion.*not known"):
+        System(Input("number") >> image).compile().estimate({})
+
+
+@pytest.mark.parametrize("case", ["sampling", "adapters"])
+def test_offloaded_weights_are_not_resident(case):
+    model, pairs = make(case, engine="two_pass", offload_idle=True)
+    gradients_of(model, pairs)
+    trained = sum(4 * p.numel() for p in model.parameters() if p.requires_grad)
+    present = []
+    for key, policy in model.components.items():
+        reference = model.references[key]
+        model.residence.admit(policy, *([reference] if isinstance(reference, Component) else []))
+        present.append(sum(4 * p.numel() for p in model.residence._hosted if is_present(model, p)))
+    frozen = max(present)
+    lengths = {name: (20, 10) for name in model.plan.factors("sampling")}
+    options = {"objective": "sampling", "num_candidates": 3}
+    assert model.plan.estimate(lengths, offload_idle=True, **options).resident == 4 * trained + frozen
+    assert model.plan.estimate(lengths, **options).resident > 4 * trained + frozen
+    with pytest.raises(PlanError, match="offload_idle=True needs engine='two_pass'"):
+        model.plan.estimate(lengths, offload_idle=True, engine="one_pass")
+
+
+def test_the_page_of_sizes_is_what_its_script_finds():
+    spec = importlib.util.spec_from_file_location("sizes", ROOT / "docs" / "sizes.py")
+    sizes = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sizes)
+    page = sizes.PAGE.read_text(encoding="utf-8")
+    assert "\n".join(sizes.table("draft → refine, two Qwen2.5-0.5B")) in page
+    assert next(sizes.lines()) in page
+    assert all(f"## {title}\n" in page for title in sizes.SYSTEMS)

@@ -97,6 +97,16 @@ class Conditioner:
                 )
         return self(nothing)
 
+    def typical(self, count: int) -> list[Any]:
+        """Inputs of the kind that the model is made for: text, a class label, a vector, or None."""
+        if self.text_encoder is not None:
+            return [""] * count
+        if self._has_classes:
+            return [0] * count
+        if "encoder_hidden_states" in self._parameters and self._width is not None:
+            return [numpy.zeros(self._width, dtype=numpy.float32)] * count
+        return [None] * count
+
     # What the model takes
 
     @property
@@ -220,16 +230,17 @@ class Conditioner:
             raise PlanError(f"The tokenizer {type(tokenizer).__name__} has no padding token; set tokenizer.pad_token.")
         positions = getattr(encoder.config, "max_position_embeddings", None) or 512
         limit = self.max_text_length or min(tokenizer.model_max_length, positions)
-        batch = tokenizer(list(texts), padding="max_length", max_length=limit, truncation=True, return_tensors="pt")
+        batch = tokenizer(list(texts), padding="max_length", max_length=limit, truncation=True)
         for element, text in enumerate(texts):
-            if batch["attention_mask"][element].all() and len(tokenizer(text)["input_ids"]) > limit:
+            if all(batch["attention_mask"][element]) and len(tokenizer(text)["input_ids"]) > limit:
                 logger.warning("Text %d was cut to %d tokens: %.80r", element, limit, text)
         is_clip = "clip" in encoder.config.model_type
         masked = not is_clip if self.mask_padding is None else self.mask_padding
         device = next(encoder.parameters()).device
-        mask = batch["attention_mask"].to(device) if masked else None
+        token_ids = torch.tensor(batch["input_ids"], device=device)
+        mask = torch.tensor(batch["attention_mask"], device=device) if masked else None
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.train_text_encoder):
-            states = encoder(batch["input_ids"].to(device), attention_mask=mask).last_hidden_state
+            states = encoder(token_ids, attention_mask=mask).last_hidden_state
         if masked and "encoder_attention_mask" in self._parameters:
             return {"encoder_hidden_states": states, "encoder_attention_mask": mask}
         return {"encoder_hidden_states": states}

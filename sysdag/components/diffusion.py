@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from sysdag.component import Component
-from sysdag.components import adapter, hooks, pipeline_folder
+from sysdag.components import adapter, diffusion_footprint, hooks, pipeline_folder
 from sysdag.components.conditioning import Conditioner, Hook, repeated
 from sysdag.components.forward_process import DiffusionNoise, ForwardProcess
 from sysdag.components.images import read_pixels, stack_latents, to_pil
@@ -25,6 +25,8 @@ from sysdag.trace import Draw
 
 if TYPE_CHECKING:
     from peft import PeftConfig
+
+    from sysdag.components.footprint import Footprint
 
 CONVENTIONS = ("sysdpo", "diffusion-dpo", "diffusers")
 _FUNCTIONS = ("condition", "weighting")
@@ -126,7 +128,7 @@ class Diffusion(Component):
         parts = {"scheduler": scheduler, "text_encoder": text_encoder, "tokenizer": tokenizer, "vae": vae}
         self._source = model
         self._given = {name: part for name, part in parts.items() if part is not None}
-        self._loading = loading
+        self._loading: dict[str, Any] = loading
         self._index: pipeline_folder.Index | None = None
         self._peft_config = peft_config
         self._pipeline: Pipeline | None = None
@@ -274,6 +276,37 @@ class Diffusion(Component):
         """Spatial positions of a draw's latents (pixels where there is no VAE), at each of its (t, eps)."""
         _, height, width = self.sample_shape
         return [self.num_noise_draws * height * width] * len(draws)
+
+    def tokens_of_any_draw(self) -> int:
+        return self._outlined().token_counts([Draw(None)])[0]
+
+    def footprint(self, *, tokens: int, labels: int, trains: bool, checkpoints: bool, device: str) -> Footprint | None:
+        """See `Component`; reads configs. What conditions the model is taken to be text where it has a text encoder.
+
+        None where `condition` makes the denoiser's arguments, whose sizes are its own say.
+        """
+        if self.condition is not None:
+            return None
+        view = self._outlined()
+        latents = numpy.zeros(view.sample_shape, dtype=numpy.float32)
+        draws = [Draw(None, {"latents": latents})] * max(1, tokens // view.token_counts([Draw(None)])[0])
+
+        def score() -> Tensor:
+            return view.score(view._conditioner().typical(len(draws)), draws, view.noise(draws))
+
+        new_adapter = view.pipeline.adapter is not None and self._peft_config is not None
+        return diffusion_footprint.of_diffusion(
+            view.pipeline, score, trains=trains, checkpoints=checkpoints, new_adapter=new_adapter, device=device
+        )
+
+    def _outlined(self) -> Diffusion:
+        """This component with models of the same shapes that have no weights."""
+        view = copy.copy(self)
+        view._pipeline = diffusion_footprint.outline(
+            self._source, self._given, peft_config=self._peft_config, trains_text_encoder=self.train_text_encoder,
+            index=self._index, **self._loading,
+        )  # fmt: skip
+        return view
 
     def score(self, inputs: Sequence[Any], draws: Sequence[Draw], noise: Any = None) -> Float[Tensor, " n"]:
         """The draw's term in a margin, before the reference's is subtracted, on the scale of `convention`.

@@ -32,15 +32,14 @@ class Footprint:
     Attributes:
         weights: of the model, its adapter included.
         trained: of those of them that train.
-        trained_count: how many numbers those are.
         reference: of a reference beside it; 0 where that is the adapter switched off.
         graph: what the graph of one micro-batch saves for its backward.
-        working: what the head's backward needs beside it: a tile of logits, and its weight's gradient in fp32.
+        working: what a step needs beside it for a while: of a language model's head a tile of logits and its weight's
+            gradient in fp32; of a diffusion model what one layer's backward takes.
     """
 
     weights: int
     trained: int
-    trained_count: int
     reference: int
     graph: int
     working: int
@@ -79,7 +78,7 @@ def of_causal_lm(
     if checkpoints and trains:
         acceleration.enable_checkpointing(model, {"use_reentrant": False})
     with FakeTensorMode(), torch.device(device):
-        _fake(model)
+        make_fake(model)
         inputs = {
             "input_ids": torch.zeros(1, tokens, dtype=torch.int64),
             "attention_mask": torch.zeros(1, 1, tokens, tokens, dtype=dtype),
@@ -91,18 +90,17 @@ def of_causal_lm(
             TokenScorer(model, is_checked=True)(inputs, rows, rows)
         head = model.get_output_embeddings().weight
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        weights = sum(_bytes(parameter) for parameter in model.parameters())
+        weights = sum(bytes_of(parameter) for parameter in model.parameters())
         return Footprint(
             weights=weights,
-            trained=sum(map(_bytes, trained)),
-            trained_count=sum(parameter.numel() for parameter in trained),
+            trained=sum(map(bytes_of, trained)),
             reference=weights if trained and peft_config is None else 0,
             graph=saved.total,
             working=_TILE[device] + (4 * head.numel() if head.requires_grad else 0),
         )
 
 
-def _fake(model: nn.Module) -> None:
+def make_fake(model: nn.Module) -> None:
     """Replaces tensors of the meta device by fake ones on the device at hand, tied ones by one."""
     made: dict[int, nn.Parameter] = {}
     for module in model.modules():
@@ -115,5 +113,6 @@ def _fake(model: nn.Module) -> None:
             module._buffers[name] = None if buffer is None else torch.empty(buffer.shape, dtype=buffer.dtype)
 
 
-def _bytes(tensor: torch.Tensor) -> int:
+def bytes_of(tensor: torch.Tensor) -> int:
+    """Of its numbers."""
     return tensor.numel() * tensor.element_size()

@@ -1,0 +1,87 @@
+"""Memory that a step of diffusion models takes, measured; for a process of its own: python diffusion_memory.py CASE."""
+
+import sys
+from pathlib import Path
+
+import torch
+from diffusers import DDPMScheduler, UNet2DConditionModel
+from peft import LoraConfig
+from tiny_diffusion import clip, word_tokenizer
+
+from sysdag import Input, System, node
+from sysdag.components import Diffusion
+from sysdag.data import encode_pairs
+from sysdag.engine import SystemModel
+from sysdag.options import EngineOptions, ObjectiveOptions
+from sysdag.replay import accumulate_gradients
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from bench import measure
+
+PAIRS = 8
+TOKENS = 4 * 32 * 32
+CASES = {
+    "full": {},
+    "adapter": {"adapter": True},
+    "full, one pass": {"engine": "one_pass"},
+    "checkpointed": {"checkpointing": True},
+    "several noises": {"num_noise_draws": 2},
+}
+
+
+def build(*, adapter=False, num_noise_draws=1):
+    unet = UNet2DConditionModel(
+        sample_size=32, in_channels=3, out_channels=3, block_out_channels=(64, 96), layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        norm_num_groups=8, cross_attention_dim=8, attention_head_dim=8,
+    )  # fmt: skip
+    lora = LoraConfig(r=4, target_modules=["to_q", "to_v"]) if adapter else None
+
+    @node(
+        Diffusion(
+            unet, scheduler=DDPMScheduler(num_train_timesteps=50), text_encoder=clip(), tokenizer=word_tokenizer(),
+            peft_config=lora, num_noise_draws=num_noise_draws,
+        )
+    )  # fmt: skip
+    def image(caption):
+        return caption
+
+    return System(Input("caption") >> image).compile()
+
+
+def measured(case):
+    """Bytes of one step beyond what is there after a first one."""
+    options = dict(CASES[case])
+    engine, checkpointing = options.pop("engine", "two_pass"), options.pop("checkpointing", False)
+    plan = build(**options)
+    engine_options = EngineOptions(engine=engine, micro_batch_tokens=TOKENS)
+    model = SystemModel(plan, ObjectiveOptions(beta=0.2), engine=engine_options)
+    if checkpointing:
+        model.activation_checkpointing_enable()
+    model.train()
+    generator = torch.Generator().manual_seed(0)
+    pictures = torch.rand(PAIRS, 2, 3, 32, 32, generator=generator).numpy()
+    rows = [{"caption": "a dark square", "chosen": chosen, "rejected": rejected} for chosen, rejected in pictures]
+    pairs = encode_pairs(plan, rows, "direct")
+
+    def step():
+        accumulate_gradients(model, model(pairs, torch.Generator().manual_seed(1)))
+
+    step()
+    with measure.PeakMemory("cpu") as memory:
+        step()
+    return memory.mib * 2**20
+
+
+def estimated(case):
+    options = dict(CASES[case])
+    engine, checkpointing = options.pop("engine", "two_pass"), options.pop("checkpointing", False)
+    return build(**options).estimate(
+        {}, pairs=PAIRS, engine=engine, micro_batch_tokens=TOKENS, gradient_checkpointing=checkpointing, device="cpu"
+    )
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    print(measured(sys.argv[1]))
