@@ -1,4 +1,4 @@
-"""What a step minds when processes share a model's weights: equally many calls, and whole weights while it generates.
+"""What training minds when processes share a model's weights: equally many calls, and whole weights where needed.
 
 Under FSDP2 (torch's `fully_shard`, accelerate's `fsdp_version: 2`) every call of a model exchanges weights, so all
 processes must call it equally often; under DDP and DeepSpeed ZeRO-1 and 2 they need not.
@@ -11,8 +11,9 @@ from collections.abc import Callable, Iterator
 
 import torch
 import torch.distributed
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from sysdag.errors import PlanError
 
@@ -54,3 +55,48 @@ def whole_weights(model: nn.Module) -> Iterator[None]:
         for module in inner:
             module.set_reshard_after_forward(True, recurse=False)
             module.reshard()
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor, of which each process may hold a part; to be called by all processes then."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+@contextlib.contextmanager
+def gathered(model: nn.Module, *, here: bool, changed: bool = False) -> Iterator[None]:
+    """While this lasts sharded parameters are whole ones on the host, so that they can be saved or loaded.
+
+    To be entered by all processes; not for running the model.
+
+    Args:
+        model: whose parameters; those that are not sharded stay as they are.
+        here: whether this process gets them. The others keep their shards.
+        changed: whether the shards take the values that the whole ones have in the end; needs `here` on every process.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+    places: dict[DTensor, list[tuple[nn.Module, str]]] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if isinstance(parameter, DTensor):
+                places.setdefault(parameter, []).append((module, name))
+    host: dict[DTensor, nn.Parameter] = {}
+    for shard in places:
+        numbers = whole(shard.detach())
+        if here:
+            host[shard] = nn.Parameter(numbers.cpu(), requires_grad=shard.requires_grad)
+    try:
+        for shard, parameter in host.items():
+            for module, name in places[shard]:
+                module._parameters[name] = parameter
+        yield
+        if changed:
+            with torch.no_grad():
+                for shard, parameter in host.items():
+                    numbers = parameter.to(shard.device, shard.dtype)
+                    shard.copy_(distribute_tensor(numbers, shard.device_mesh, shard.placements, src_data_rank=None))
+    finally:
+        for shard in host:
+            for module, name in places[shard]:
+                module._parameters[name] = shard  # type: ignore[assignment]

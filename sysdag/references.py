@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 
 from sysdag.component import Component
 from sysdag.data import PreferencePair
-from sysdag.distributed import rounds_of
+from sysdag.distributed import rounds_of, whole
 from sysdag.engine import SystemModel
 from sysdag.errors import PlanError, SerializationError
 from sysdag.options import ReferenceOptions
@@ -46,7 +46,7 @@ class ReferenceKeeper(TrainerCallback):
             check(model.options, None if model.candidates is None else model.candidates.strategy)
             for name, part in datasets.items():
                 self._pairs += _all_pairs(name, part)
-        self._moved = moved_parameters(model) if options.sync_ref_model else {}
+        self._moved()
 
     def prepare(self, step: int) -> None:
         """Computes reference scores, or reads them, if that is asked for and has not been done.
@@ -70,19 +70,24 @@ class ReferenceKeeper(TrainerCallback):
         if self.options.sync_ref_model and state.global_step % self.options.ref_model_sync_steps == 0:
             self.sync()
 
+    def _moved(self) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
+        # Looked up anew: sharding replaces parameters.
+        return moved_parameters(self.model) if self.options.sync_ref_model else {}
+
     @torch.no_grad()
     def sync(self) -> None:
         """reference = alpha policy + (1 - alpha) reference."""
         alpha = self.options.ref_model_mixup_alpha
-        for policy, reference in self._moved.values():
-            reference.mul_(1 - alpha).add_(policy.to(reference), alpha=alpha)
+        for policy, reference in self._moved().values():
+            moved = policy if type(policy.data) is type(reference.data) else whole(policy)
+            reference.mul_(1 - alpha).add_(moved.to(reference), alpha=alpha)
 
     def save(self, folder: Path) -> None:
         """Writes references that move, to a checkpoint."""
         from safetensors.torch import save_file
 
-        if self._moved:
-            tensors = {name: reference.detach().cpu().clone() for name, (_, reference) in self._moved.items()}
+        if moved := self._moved():
+            tensors = {name: reference.detach().cpu().clone() for name, (_, reference) in moved.items()}
             save_file(tensors, Path(folder) / FILE_NAME)
 
     @torch.no_grad()
@@ -94,7 +99,8 @@ class ReferenceKeeper(TrainerCallback):
         """
         from safetensors.torch import load_file
 
-        if not self._moved:
+        moved = self._moved()
+        if not moved:
             return
         file = Path(folder) / FILE_NAME
         if not file.is_file():
@@ -103,7 +109,7 @@ class ReferenceKeeper(TrainerCallback):
                 "checkpoint that was made with sync_ref_model=True."
             )
         saved = load_file(file)
-        own = {name: reference for name, (_, reference) in self._moved.items()}
+        own = {name: reference for name, (_, reference) in moved.items()}
         different = sorted(
             name
             for name in own.keys() | saved.keys()

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from sysdag import acceleration
 from sysdag.candidates import CandidateStrategy
 from sysdag.checkpoint import CheckpointTrainer
 from sysdag.data import PreferencePair, encode_pairs
+from sysdag.distributed import gathered
 from sysdag.engine import StepOutput, SystemModel
 from sysdag.errors import PlanError, TrainingError
 from sysdag.graph import System
@@ -180,6 +180,10 @@ class SysDPOTrainer(CheckpointTrainer):
                 if component.module is not None:
                     acceleration.compile_blocks(component.module, options)
             args.torch_compile = False
+        if args.deepspeed is not None and args.fp16:
+            raise PlanError(
+                "DeepSpeed scales losses of fp16 inside its backward, which parts of a loss bypass; use bf16."
+            )
         super().__init__(
             model=system_model,
             args=args,
@@ -244,24 +248,29 @@ class SysDPOTrainer(CheckpointTrainer):
         with self.compute_loss_context_manager():
             loss, output = self.compute_loss(model, inputs, return_outputs=True)
         share = 1 / self.current_gradient_accumulation_steps
-        with self._without_steps():
-            accumulate_gradients(self._system_model, output, lambda part: self.accelerator.backward(part * share))
-        if self.accelerator.num_processes > 1 and self._system_model.rounds() is None:
-            self.accelerator.backward(model(None))
+        accumulate_gradients(self._system_model, output, lambda part: self._differentiate(part * share))
         self._check_gradients()
+        distributed = self.accelerator.num_processes > 1 or self._uses_deepspeed
+        if distributed and self._system_model.rounds() is None:
+            self.accelerator.backward(model(None))
         return loss.detach() * share
 
-    @contextlib.contextmanager
-    def _without_steps(self) -> Iterator[None]:
-        """DeepSpeed's backward also steps the optimizer where gradients are complete; not after a part of the loss."""
-        state = self.accelerator.gradient_state
-        complete = state.sync_gradients
-        if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
-            state._set_sync_gradients(False)
-        try:
-            yield
-        finally:
-            state._set_sync_gradients(complete)
+    @property
+    def _uses_deepspeed(self) -> bool:
+        return self.accelerator.distributed_type == DistributedType.DEEPSPEED
+
+    def _differentiate(self, part: torch.Tensor) -> None:
+        if not self._uses_deepspeed:
+            self.accelerator.backward(part)
+            return
+        # DeepSpeed exchanges gradients at every backward, also of the bare models, but processes need not have equally
+        # many parts. This reaches none of its hooks.
+        parameters = self._system_model.trained_parameters()
+        for parameter, gradient in zip(
+            parameters, torch.autograd.grad(part, parameters, allow_unused=True), strict=True
+        ):
+            if gradient is not None:
+                parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
 
     def prediction_step(
         self, model: nn.Module, inputs: Mapping[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
@@ -323,12 +332,14 @@ class SysDPOTrainer(CheckpointTrainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         self._resume(Path(resume_from_checkpoint))
-        load_weights(self.system, resume_from_checkpoint)
-        self._references.load(Path(resume_from_checkpoint))
+        with gathered(self._system_model, here=True, changed=True):
+            load_weights(self.system, resume_from_checkpoint)
+            self._references.load(Path(resume_from_checkpoint))
 
     def _load_best_model(self) -> None:
         assert self.state.best_model_checkpoint is not None  # the Trainer calls this only where there is one
-        load_weights(self.system, self.state.best_model_checkpoint)
+        with gathered(self._system_model, here=True, changed=True):
+            load_weights(self.system, self.state.best_model_checkpoint)
 
 
 def _disable_dropout(model: nn.Module) -> None:

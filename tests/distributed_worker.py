@@ -10,6 +10,8 @@ from pathlib import Path
 from unittest import mock
 
 import torch
+from accelerate import DistributedType
+from accelerate.state import AcceleratorState, PartialState
 from peft import LoraConfig
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -29,13 +31,31 @@ def build(folder, lora):
     return two_llms(config, Path(folder) / "base" if lora else None)
 
 
-def train(folder, *, batch, objective="direct", lora=False, engine="two_pass", tokens=8192, accumulation=1, **others):
-    """Trains two tiny LLMs by the trainer, with DDP where there are several processes."""
+def train(
+    folder, *, batch, objective="direct", lora=False, engine="two_pass", tokens=8192, accumulation=1, fsdp=None,
+    deepspeed=False, resume=False, optim="sgd", **others,
+):  # fmt: skip
+    """Trains two tiny LLMs by the trainer, with DDP where there are several processes, or what is asked for there."""
     system = build(folder, lora)
+    if "RANK" in os.environ:
+        if fsdp is not None:
+            force_fsdp()
+            others |= {"fsdp": "full_shard", "fsdp_config": {
+                "fsdp_version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "reshard_after_forward": True,
+                "state_dict_type": fsdp, "cpu_ram_efficient_loading": False,
+            }}  # fmt: skip
+        if deepspeed:
+            force_deepspeed()
+            auto = dict.fromkeys(
+                ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"), "auto"
+            )
+            others["deepspeed"] = {
+                **auto, "zero_optimization": {"stage": 2}, "zero_allow_untested_optimizer": True,
+            }  # fmt: skip
     args = SysDPOConfig(
         output_dir=folder, objective=objective, beta=0.3, learning_rate=0.05, max_steps=4,
         lr_scheduler_type="constant", per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation,
-        logging_steps=1, optim="sgd", report_to=[], use_cpu=True, save_strategy="no", disable_tqdm=True, seed=3,
+        logging_steps=1, optim=optim, report_to=[], use_cpu=not deepspeed, save_steps=2, disable_tqdm=True, seed=3,
         engine=engine, micro_batch_tokens=tokens, **others,
     )  # fmt: skip
     candidates = DiverseBeamSearch(num_candidates=3) if objective == "sampling" else None
@@ -44,18 +64,38 @@ def train(folder, *, batch, objective="direct", lora=False, engine="two_pass", t
     compare = SystemModel.compare
 
     def watched(self, pairs, generator, step):
-        seen.append([pair.inputs["question"] for pair in pairs])
+        if step is not None:  # of training, not of references that are scored beforehand
+            seen.append([pair.inputs["question"] for pair in pairs])
         return compare(self, pairs, generator, step)
 
+    checkpoint = f"{folder}/checkpoint-2" if resume else None
     with mock.patch.object(SystemModel, "compare", watched):
-        trainer.train()
+        trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.save_model(f"{folder}/aligned")
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     return losses, weights_of(trainer.accelerator.unwrap_model(trainer.model)), seen
 
 
+def force_fsdp():
+    """Has accelerate shard on a CPU, which it does for accelerators only; all else is its own."""
+    initialise = AcceleratorState.__init__
+
+    def forced(self, *args, **kwargs):
+        if kwargs.get("fsdp_plugin") is not None:
+            PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+        initialise(self, *args, **kwargs)
+
+    AcceleratorState.__init__ = forced
+
+
+def force_deepspeed():
+    """Has accelerate start DeepSpeed's processes on a CPU, over gloo."""
+    PartialState._prepare_backend = lambda *args: ("gloo", DistributedType.MULTI_GPU)
+    os.environ |= {"ACCELERATE_TORCH_DEVICE": "cpu", "DS_ACCELERATOR": "cpu", "DS_BUILD_OPS": "0"}
+
+
 def shard(folder, *, batch, objective="direct", lora=False, tokens=8192, checkpointing=False):
-    """The same by the engine alone, with torch's `fully_shard` where there are several processes: accelerate takes no
-    FSDP on a CPU."""
+    """The same by the engine alone, with torch's `fully_shard` where there are several processes."""
     system = build(folder, lora)
     plan = system.compile()
     options = ObjectiveOptions(objective=objective, beta=0.3)

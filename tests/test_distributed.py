@@ -1,5 +1,6 @@
-"""Two processes give the loss curve and the weights of one: DDP by the trainer, FSDP2 by the engine, over gloo."""
+"""Two processes give the loss curve and the weights of one: DDP, FSDP2 and DeepSpeed by the trainer, over gloo."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -10,7 +11,14 @@ import distributed_worker
 import pytest
 import torch
 from tiny import char_tokenizer, llama
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from trained_systems import rows
+
+from sysdag import PlanError, SysDPOConfig, SysDPOTrainer
+from sysdag.engine import SystemModel
+from sysdag.options import EngineOptions, ObjectiveOptions
+from sysdag.serialization import load_weights
 
 WORKER = Path(distributed_worker.__file__)
 
@@ -24,16 +32,35 @@ def run_two(folder, how, options):
     return torch.load(folder / "result.pt")
 
 
+zero = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs DeepSpeed")
+
+
 @pytest.mark.parametrize(
     ("how", "options"),
     [
         ("train", {"objective": "sampling", "lora": True, "tokens": 40}),
         ("train", {"accumulation": 2, "engine": "one_pass"}),
         ("train", {"engine": "auto", "gradient_checkpointing": True}),
-        ("shard", {"objective": "sampling", "tokens": 40}),
+        ("train", {"precompute_ref_log_probs": True}),
+        ("train", {"fsdp": "FULL_STATE_DICT", "sync_ref_model": True, "ref_model_sync_steps": 2, "tokens": 40}),
+        ("train", {"fsdp": "SHARDED_STATE_DICT", "objective": "sampling", "lora": True, "tokens": 40}),
+        ("train", {"fsdp": "FULL_STATE_DICT", "objective": "sampling", "accumulation": 2, "tokens": 40}),
         ("shard", {"lora": True, "checkpointing": True}),
+        pytest.param("train", {"deepspeed": True, "objective": "sampling", "lora": True, "tokens": 40}, marks=zero),
+        pytest.param("train", {"deepspeed": True, "accumulation": 2}, marks=zero),
     ],
-    ids=["ddp-sampling-lora", "ddp-accumulation-one-pass", "ddp-auto-checkpointing", "fsdp2-sampling", "fsdp2-lora"],
+    ids=[
+        "ddp-sampling-lora",
+        "ddp-accumulation-one-pass",
+        "ddp-auto-checkpointing",
+        "ddp-precomputed",
+        "fsdp2-synced",
+        "fsdp2-sampling-lora",
+        "fsdp2-sampling-accumulation",
+        "fully-shard-lora",
+        "zero2-sampling-lora",
+        "zero2-accumulation",
+    ],
 )
 def test_two_processes_give_the_run_of_one(tmp_path, how, options):
     for name in ("one", "two"):
@@ -51,6 +78,30 @@ def test_two_processes_give_the_run_of_one(tmp_path, how, options):
     everything = sorted(question for step in seen for question in step)
     assert sorted(each[0] + each[1]) == everything  # nothing twice, nothing lost
     assert len(set(everything)) == len(everything)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"fsdp": "FULL_STATE_DICT", "sync_ref_model": True, "ref_model_sync_steps": 1},
+        {"fsdp": "SHARDED_STATE_DICT", "lora": True},
+        pytest.param({"deepspeed": True}, marks=zero),
+    ],
+    ids=["fsdp2-full", "fsdp2-lora-sharded-state", "zero2"],
+)
+def test_a_sharded_run_goes_on_from_its_checkpoint_and_saves_what_one_process_loads(tmp_path, options):
+    options = {"batch": 2, "optim": "adamw_torch", "tokens": 40, **options}
+    whole = run_two(tmp_path, "train", options)["weights"]
+    resumed = run_two(tmp_path, "train", {**options, "resume": True})["weights"]
+    assert all(torch.equal(resumed[name], tensor) for name, tensor in whole.items())
+    for folder in ("checkpoint-4", "aligned"):
+        system = distributed_worker.build(tmp_path, options.get("lora", False))
+        before = SystemModel(system.compile(), ObjectiveOptions())
+        started = {name: p.detach().clone() for name, p in before.named_parameters()}
+        load_weights(system, tmp_path / folder)
+        loaded = dict(before.named_parameters())
+        assert any(not torch.equal(started[name], p) for name, p in loaded.items())
+        assert all(torch.equal(whole[name], p) for name, p in loaded.items())
 
 
 def test_the_example_runs_under_accelerate_launch(tmp_path):
@@ -72,13 +123,6 @@ def test_the_example_runs_under_accelerate_launch(tmp_path):
 
 
 def test_one_pass_is_refused_where_weights_are_sharded():
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-
-    from sysdag import PlanError
-    from sysdag.engine import SystemModel
-    from sysdag.options import EngineOptions, ObjectiveOptions
-
     system = distributed_worker.build(None, False)
     model = SystemModel(system.compile(), ObjectiveOptions(), engine=EngineOptions(engine="one_pass"))
     store = torch.distributed.HashStore()
@@ -89,3 +133,10 @@ def test_one_pass_is_refused_where_weights_are_sharded():
             model.rounds()
     finally:
         torch.distributed.destroy_process_group()
+
+
+def test_fp16_under_deepspeed_is_refused(tmp_path):
+    args = SysDPOConfig(output_dir=str(tmp_path), report_to=[], use_cpu=True)
+    args.deepspeed, args.fp16 = {}, True
+    with pytest.raises(PlanError, match="fp16.*use bf16"):
+        SysDPOTrainer(distributed_worker.build(None, False), args, train_dataset=rows(2))

@@ -296,11 +296,11 @@ def load(model: nn.Module, name: str, folder: Path) -> None:
     _fill(model, name, saved)
 
 
+@torch.no_grad()
 def _fill(model: nn.Module, name: str, weights: dict[str, Tensor]) -> None:
-    from peft import set_peft_model_state_dict
-
-    bare = {key.removeprefix(_PEFT_PREFIX): value for key, value in weights.items()}
-    set_peft_model_state_dict(model, bare, adapter_name=name)
+    # In place and not by `load_state_dict`, whose hooks would have sharded parameters under FSDP2.
+    for key, tensor in state(model, name).items():
+        tensor.copy_(weights[key])
 
 
 def check_same_tensors(own: dict[str, Tensor], saved: dict[str, Tensor], folder: Path) -> None:
