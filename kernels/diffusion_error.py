@@ -68,7 +68,8 @@ def forward(eps: Tensor, policy: Tensor, reference: Tensor | None, mask: Tensor 
     if samples and size:
         given = (reference is not None, mask is not None)
         arguments = (eps, policy, eps if reference is None else reference, eps if mask is None else mask, parts, size)
-        forward_kernel[(samples, chunks)](*arguments, *given, BLOCK=BLOCK, CHUNK=CHUNK, num_warps=4)
+        with torch.cuda.device_of(eps):  # Triton launches on the current device
+            forward_kernel[(samples, chunks)](*arguments, *given, BLOCK=BLOCK, CHUNK=CHUNK, num_warps=4)
     return parts.sum(1)
 
 
@@ -79,7 +80,8 @@ def backward(grad: Tensor, eps: Tensor, policy: Tensor, mask: Tensor | None) -> 
     if samples and size:
         grid = (samples, triton.cdiv(size, BLOCK))
         weights = eps if mask is None else mask
-        backward_kernel[grid](grad, eps, policy, weights, out, size, mask is not None, BLOCK=BLOCK, num_warps=4)
+        with torch.cuda.device_of(eps):
+            backward_kernel[grid](grad, eps, policy, weights, out, size, mask is not None, BLOCK=BLOCK, num_warps=4)
     return out
 
 

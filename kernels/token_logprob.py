@@ -72,7 +72,8 @@ def forward(logits: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, 
     logp, stats = logits.new_empty(rows, dtype=dtype), logits.new_empty(rows, 2, dtype=dtype)
     if rows:
         block = min(FORWARD_BLOCK, triton.next_power_of_2(max(width, 1)))
-        forward_kernel[(rows,)](logits, labels, logp, stats, width, ignore_index, BLOCK=block, num_warps=8)
+        with torch.cuda.device_of(logits):  # Triton launches on the current device
+            forward_kernel[(rows,)](logits, labels, logp, stats, width, ignore_index, BLOCK=block, num_warps=8)
     return logp, stats
 
 
@@ -82,7 +83,8 @@ def backward(grad: Tensor, logits: Tensor, labels: Tensor, stats: Tensor, ignore
     if rows and width:
         block = min(BACKWARD_BLOCK, triton.next_power_of_2(width))
         grid = (rows, triton.cdiv(width, block))
-        backward_kernel[grid](grad, logits, labels, stats, out, width, ignore_index, BLOCK=block, num_warps=4)
+        with torch.cuda.device_of(logits):
+            backward_kernel[grid](grad, logits, labels, stats, out, width, ignore_index, BLOCK=block, num_warps=4)
 
 
 def aot_cases(arch: int) -> list[tuple]:
