@@ -8,20 +8,22 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from sysdag.candidates import DiverseBeamSearch, Exhaustive, ImportanceSampling, MonteCarlo
     from sysdag.component import Component
+    from sysdag.config import SysDPOConfig
     from sysdag.errors import DataError, GraphError, PlanError, SerializationError, SysdagError, TrainingError
     from sysdag.graph import Edge, Input, Node, System, loop, node
     from sysdag.plan import Plan
     from sysdag.trace import Draw, Trace
-    from sysdag.trainer import SysDPOConfig, SysDPOTrainer
+    from sysdag.trainer import SysDPOTrainer
 
 _MODULES = {
     "candidates": ("DiverseBeamSearch", "Exhaustive", "ImportanceSampling", "MonteCarlo"),
     "component": ("Component",),
+    "config": ("SysDPOConfig",),
     "errors": ("DataError", "GraphError", "PlanError", "SerializationError", "SysdagError", "TrainingError"),
     "graph": ("Edge", "Input", "Node", "System", "loop", "node"),
     "plan": ("Plan",),
     "trace": ("Draw", "Trace"),
-    "trainer": ("SysDPOConfig", "SysDPOTrainer"),
+    "trainer": ("SysDPOTrainer",),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 __all__ = [

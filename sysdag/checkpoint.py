@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import DistributedType
 from accelerate.utils import save_fsdp_optimizer
 from torch import nn
 from transformers import Trainer
@@ -19,7 +20,7 @@ from sysdag import atomic
 from sysdag.distributed import gathered
 from sysdag.engine import SystemModel
 from sysdag.errors import SerializationError, TrainingError
-from sysdag.finite import check_gradients
+from sysdag.finite import check_gradients, gradient_norms
 from sysdag.graph import System
 from sysdag.resume import check_state, data_facts, model_facts, read_state, restore_state, write_state
 from sysdag.scoring import is_out_of_memory
@@ -37,6 +38,7 @@ class CheckpointTrainer(Trainer):
     args: Any
     _staging: Path | None = None
     _run: dict[str, Any] | None = None
+    _gradient_norms: torch.Tensor | None = None
 
     @property
     def _system_model(self) -> SystemModel:
@@ -191,9 +193,27 @@ class CheckpointTrainer(Trainer):
         if state is not None:
             restore_state(state, self._system_model, file)
 
+    @property
+    def _uses_deepspeed(self) -> bool:
+        return self.accelerator.distributed_type == DistributedType.DEEPSPEED
+
     def _check_gradients(self) -> None:
         """Stops before an optimizer step whose gradient is not finite; a GradScaler skips such steps itself."""
-        if self.accelerator.sync_gradients and getattr(self.accelerator, "scaler", None) is None:
-            check_gradients(
-                self._system_model.components, lambda flags: self.accelerator.reduce(flags, reduction="sum")
-            )
+        if not self.accelerator.sync_gradients:
+            return
+        components, scaler = self._system_model.components, getattr(self.accelerator, "scaler", None)
+        norms = gradient_norms(components)
+        if scaler is None:
+            check_gradients(components, norms, lambda flags: self.accelerator.reduce(flags, reduction="sum"))
+        self._gradient_norms = norms if scaler is None else norms / scaler.get_scale()
+
+    def _node_gradient_norms(self) -> dict[str, float]:
+        """`nodes/<component>/grad_norm` of the last update before clipping, as the Trainer's `grad_norm` is.
+
+        Nothing under DeepSpeed, where a process sees its own gradients before and none after they are exchanged.
+        """
+        if self._gradient_norms is None or self._uses_deepspeed:
+            return {}
+        found = zip(self._system_model.components, self._gradient_norms.tolist(), strict=True)
+        trained = self._system_model.references
+        return {f"nodes/{name}/grad_norm": norm for name, norm in found if name in trained}

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from sysdag.comparison import Term
 from sysdag.component import Component
+from sysdag.distributed import whole
 from sysdag.errors import TrainingError
 from sysdag.micro_batch import MicroBatch
 
@@ -43,25 +44,31 @@ def check_finite(
             )
 
 
+def gradient_norms(components: Mapping[str, Component]) -> Tensor:
+    """The 2-norm of each component's accumulated gradients, (n,); to be called by all processes where weights are
+    sharded."""
+    norms = []
+    for component in components.values():
+        kept = [parameter.grad for parameter in component.own_parameters().values() if parameter.grad is not None]
+        norm = torch.nn.utils.get_total_norm(kept) if kept else torch.zeros((), device=component.device)
+        norms.append(whole(norm).float())
+    return torch.stack([norm.to(norms[0].device) for norm in norms])
+
+
 def check_gradients(
-    components: Mapping[str, Component], add_up: Callable[[Tensor], Tensor] = lambda flags: flags
+    components: Mapping[str, Component], norms: Tensor, add_up: Callable[[Tensor], Tensor] = lambda flags: flags
 ) -> None:
-    """Checks the norm of every component's accumulated gradients.
+    """Checks the norms of the components' gradients.
 
     Args:
         components: by the name of their node.
+        norms: their `gradient_norms`.
         add_up: sums a tensor over all processes, so that all of them stop together.
 
     Raises:
         TrainingError: naming the components whose gradient's norm is nan or infinite, and a tensor of the first.
     """
-    bad = []
-    for component in components.values():
-        kept = [parameter.grad for parameter in component.own_parameters().values() if parameter.grad is not None]
-        norm = torch.nn.utils.get_total_norm(kept) if kept else torch.zeros((), device=component.device)
-        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of gradients that FSDP has sharded
-        bad.append((~norm.isfinite()).float())
-    flags = add_up(torch.stack([flag.to(bad[0].device) for flag in bad]))
+    flags = add_up((~norms.isfinite()).float())
     found = [name for name, flag in zip(components, flags.tolist(), strict=True) if flag]
     if found:
         raise TrainingError(

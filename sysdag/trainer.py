@@ -5,121 +5,27 @@ from __future__ import annotations
 import logging
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import DistributedType
 from torch import nn
-from transformers import TrainingArguments
 from transformers.trainer_callback import TrainerCallback
 
 from sysdag import acceleration
 from sysdag.candidates import CandidateStrategy
 from sysdag.checkpoint import CheckpointTrainer
+from sysdag.config import SysDPOConfig
 from sysdag.data import PreferencePair, encode_pairs
 from sysdag.distributed import gathered
 from sysdag.engine import StepOutput, SystemModel
 from sysdag.errors import PlanError, TrainingError
 from sysdag.graph import System
-from sysdag.options import EngineOptions, NodeOptions, ObjectiveOptions, ReferenceOptions
 from sysdag.references import ReferenceKeeper
 from sysdag.replay import accumulate_gradients
 from sysdag.serialization import load_weights
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass
-class SysDPOConfig(TrainingArguments):
-    """`transformers.TrainingArguments` and the options of SysDPO, under TRL's names.
-
-    Args:
-        objective: `direct` (intermediates observed) or `sampling` (approximated by candidates).
-        beta: strength of the regularisation towards the reference.
-        loss_type: one or more of `sigmoid`, `ipo`, `hinge`, `robust`, `sft`; a plain name stands for a list of one.
-        loss_weights: one weight for each loss; all 1 by default.
-        label_smoothing: probability that a preference is flipped, for `sigmoid` (cDPO) and `robust`; in [0, 0.5).
-        nodes: options by node: `{"answer": {"beta": 0.2, "scale": 1.0, "learning_rate": 1e-5, "trainable": False}}`.
-        responsibility_temperature, candidate_length_normalization, candidates_from, candidates_refresh_steps: of
-            Sampling; see `sysdag.options.ObjectiveOptions`.
-        engine, micro_batch_tokens, offload_idle: how a step is computed; see `sysdag.options.EngineOptions`.
-        disable_dropout: sets the dropout probabilities of trained models to 0, as TRL does, so that policy and
-            reference agree at step 0.
-        precompute_ref_log_probs, sync_ref_model, ref_model_mixup_alpha, ref_model_sync_steps: what becomes of the
-            reference; see `sysdag.options.ReferenceOptions`.
-        check_reference: at step 0 of a training, stop unless policy and reference score alike on every node.
-        check_resume: refuse a checkpoint that was made with another objective, other data, other models or another
-            seed, and name the difference.
-        learning_rate: 1e-6 by default, as in TRL.
-    """
-
-    learning_rate: float = 1e-6
-    remove_unused_columns: bool = False
-    objective: str = "direct"
-    beta: float = 0.1
-    loss_type: list[str] | str = field(default_factory=lambda: ["sigmoid"])
-    loss_weights: list[float] | None = None
-    label_smoothing: float = 0.0
-    responsibility_temperature: float = 1.0
-    candidate_length_normalization: bool = False
-    candidates_from: str = "policy"
-    candidates_refresh_steps: int = 1
-    engine: str = "auto"
-    micro_batch_tokens: int = 8192
-    offload_idle: bool = False
-    nodes: dict[str, dict[str, Any]] | None = None
-    disable_dropout: bool = True
-    precompute_ref_log_probs: bool = False
-    sync_ref_model: bool = False
-    ref_model_mixup_alpha: float = 0.6
-    ref_model_sync_steps: int = 512
-    check_reference: bool = True
-    check_resume: bool = True
-
-    def __post_init__(self) -> None:
-        if isinstance(self.loss_type, str):
-            self.loss_type = [self.loss_type]
-        if self.remove_unused_columns:
-            raise PlanError("remove_unused_columns must be False: the columns are the system's inputs and nodes.")
-        if self.ddp_find_unused_parameters is None:
-            self.ddp_find_unused_parameters = False  # what DDP sees depends on every trained parameter
-        if self.ddp_broadcast_buffers is None:
-            self.ddp_broadcast_buffers = False  # models hold constants in them, equal on all processes
-        self.objective_options()
-        self.engine_options()
-        self.reference_options()
-        self.node_options()
-        super().__post_init__()
-
-    def objective_options(self) -> ObjectiveOptions:
-        """The objective's part of the configuration, checked."""
-        taken = {option.name: getattr(self, option.name) for option in fields(ObjectiveOptions)}
-        for name in ("loss_type", "loss_weights"):
-            taken[name] = None if taken[name] is None else tuple(taken[name])
-        return ObjectiveOptions(**taken)
-
-    def engine_options(self) -> EngineOptions:
-        """The engine's part of the configuration, checked."""
-        return EngineOptions(**{option.name: getattr(self, option.name) for option in fields(EngineOptions)})
-
-    def reference_options(self) -> ReferenceOptions:
-        """The reference's part of the configuration, checked."""
-        return ReferenceOptions(**{option.name: getattr(self, option.name) for option in fields(ReferenceOptions)})
-
-    def node_options(self) -> dict[str, NodeOptions]:
-        """The nodes' part of the configuration, checked."""
-        known = {option.name for option in fields(NodeOptions)}
-        found = {}
-        for name, options in (self.nodes or {}).items():
-            unknown = set(options) - known
-            if unknown:
-                raise PlanError(
-                    f"nodes: {name!r} has the unknown option {sorted(unknown)[0]!r}; known: {sorted(known)}."
-                )
-            found[name] = NodeOptions(**options)
-        return found
 
 
 class SysDPOTrainer(CheckpointTrainer):
@@ -249,15 +155,14 @@ class SysDPOTrainer(CheckpointTrainer):
             loss, output = self.compute_loss(model, inputs, return_outputs=True)
         share = 1 / self.current_gradient_accumulation_steps
         accumulate_gradients(self._system_model, output, lambda part: self._differentiate(part * share))
-        self._check_gradients()
+        if self._uses_deepspeed:  # its exchange takes the optimizer's step, too
+            self._check_gradients()
         distributed = self.accelerator.num_processes > 1 or self._uses_deepspeed
         if distributed and self._system_model.rounds() is None:
             self.accelerator.backward(model(None))
+        if not self._uses_deepspeed:
+            self._check_gradients()
         return loss.detach() * share
-
-    @property
-    def _uses_deepspeed(self) -> bool:
-        return self.accelerator.distributed_type == DistributedType.DEEPSPEED
 
     def _differentiate(self, part: torch.Tensor) -> None:
         if not self._uses_deepspeed:
@@ -291,7 +196,7 @@ class SysDPOTrainer(CheckpointTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
-            logs |= self._take("train")
+            logs |= self._take("train") | self._node_gradient_norms()
             self._warn_of_collapse(logs)
         super().log(logs, start_time)
 
