@@ -12,6 +12,7 @@ import typer
 from typer.core import TyperGroup
 
 from sysdag.commands.env import env
+from sysdag.commands.plan import plan
 from sysdag.errors import SysdagError
 
 
@@ -39,3 +40,4 @@ def sysdag(debug: Annotated[bool, typer.Option("--debug", help="Show the traceba
 
 
 app.command()(env)
+app.command()(plan)

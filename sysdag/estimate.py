@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import networkx
 import torch
@@ -55,12 +55,31 @@ class Estimate:
     def total(self) -> int:
         return self.resident + self.step
 
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready: bytes of each component under its node's name, of what is resident, of a step, and in all."""
+        return {
+            "nodes": {
+                name: {
+                    "weights": f.weights,
+                    "reference": f.reference,
+                    "gradients": f.trained,
+                    "optimizer": _AVERAGES * f.trained,
+                    "graphs": self.graphs[name],
+                    "head": f.working,
+                }
+                for name, f in self.footprints.items()
+            },
+            "engine": self.engine,
+            "offload_idle": self.offload_idle,
+            "resident": self.resident,
+            "step": self.step,
+            "total": self.total,
+        }
+
     def __str__(self) -> str:
-        titles = ("node", "weights", "reference", "gradients", "optimizer", "graphs", "head")
+        titles = ("node", "weights", "reference", "gradients", "optimizer", "graphs", "head")  # as in to_dict
         lines: list[tuple[str, ...]] = [titles]
-        for name, f in self.footprints.items():
-            values = (f.weights, f.reference, f.trained, _AVERAGES * f.trained, self.graphs[name], f.working)
-            lines.append((name, *map(_shown, values)))
+        lines += [(name, *map(_shown, row.values())) for name, row in self.to_dict()["nodes"].items()]
         widths = [max(len(line[column]) for line in lines) for column in range(len(titles))]
         rows = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
         passes = {"one_pass": "one pass", "two_pass": "two passes"}[self.engine]
@@ -97,8 +116,15 @@ def estimate(
         device: whose kernels are assumed; by default a GPU where torch finds one. A GPU's can be told only there.
 
     Raises:
-        PlanError: for a GPU where there is none, a node without lengths, or a component whose memory is not known.
+        PlanError: for a GPU where there is none, a node without lengths, a name that is no random node, or a component
+            whose memory is not known.
     """
+    for option, names in (("lengths", lengths), ("frozen", frozen)):
+        for name in names:
+            if name not in plan.random_nodes:
+                raise PlanError(
+                    f"estimate: {option} names {name!r}; the system's random nodes are {list(plan.random_nodes)}."
+                )
     if device == "cuda" and not torch.cuda.is_available():
         raise PlanError(
             "estimate: device='cuda', but torch finds no GPU here, and which kernels one runs is its own say."

@@ -13,13 +13,13 @@ PACKAGE = ROOT / "sysdag"
 
 # From the bottom up; a module may import those before it.
 LAYERS = [
-    "errors", "atomic", "graph", "build", "render", "plan", "outline", "encoding", "trace", "source", "memory", "acceleration",
+    "errors", "versions", "atomic", "graph", "build", "render", "plan", "outline", "encoding", "trace", "source", "memory", "acceleration",
     "component", "residence", "system_schema",
     "component_folder", "serialization",
-    "decoding", "kernels", "ops", "beam_decoder", "beam", "components", "execute", "likelihood", "candidates",
+    "decoding", "kernels", "ops", "beam_decoder", "beam", "components", "execute", "likelihood", "candidates", "strategies",
     "estimate", "candidate_cache", "objective", "options", "config", "theory", "data", "comparison",
     "distributed", "micro_batch", "finite", "scoring", "precompute", "engine", "references", "replay",
-    "resume", "checkpoint", "trainer", "loading",
+    "resume", "run_record", "checkpoint", "trainer", "loading",
     "commands", "cli",
 ]  # fmt: skip
 # A user reaches everything from a System or a Plan: these methods import upwards when they are called.

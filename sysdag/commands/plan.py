@@ -1,0 +1,153 @@
+"""`sysdag plan`: what a system's graph implies, and what its training needs in memory, before any weights load."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+from collections.abc import Mapping, Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from sysdag.errors import SysdagError
+
+if TYPE_CHECKING:
+    from sysdag.plan import Plan
+
+PICTURES = (".svg", ".png", ".pdf")
+TEXTS = (".mmd", ".dot", ".json", ".txt")
+_OF_THE_ESTIMATE = (
+    "objective", "pairs", "candidates", "engine", "micro_batch_tokens", "offload_idle", "gradient_checkpointing",
+    "frozen", "device",
+)  # fmt: skip
+
+
+class Objective(StrEnum):
+    direct = "direct"
+    sampling = "sampling"
+
+
+class Engine(StrEnum):
+    two_pass = "two_pass"
+    one_pass = "one_pass"
+
+
+class Device(StrEnum):
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+def plan(
+    context: typer.Context,
+    system: Annotated[str, typer.Argument(help="SYSTEM.py:name, package.module:name, or a saved system's folder.")],
+    mermaid: Annotated[bool, typer.Option("--mermaid", help="Print a Mermaid flowchart.")] = False,
+    dot: Annotated[bool, typer.Option("--dot", help="Print Graphviz DOT.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    output: Annotated[
+        Path | None, typer.Option(help=f"Write it to a file, too, by its ending: {' '.join(PICTURES + TEXTS)}.")
+    ] = None,
+    estimate: Annotated[bool, typer.Option("--estimate", help="Estimate the memory of a training, too.")] = False,
+    lengths: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NODE=PROMPT,COMPLETION[,COMMON]",
+            help="For --estimate, of each language model's node: tokens of a prompt and of a completion, and how many "
+            "of the prompt's are the same whatever the intermediates are. Repeat it for each node.",
+        ),
+    ] = None,
+    objective: Annotated[Objective, typer.Option(help="For --estimate.")] = Objective.direct,
+    pairs: Annotated[int, typer.Option(min=1, help="For --estimate: preference pairs of a step.")] = 1,
+    candidates: Annotated[int, typer.Option(min=2, help="For --estimate with sampling: candidates of a latent.")] = 4,
+    engine: Annotated[Engine, typer.Option(help="For --estimate: what keeps graphs.")] = Engine.two_pass,
+    micro_batch_tokens: Annotated[
+        int, typer.Option(min=1, help="For --estimate: most tokens of a micro-batch.")
+    ] = 8192,
+    offload_idle: Annotated[
+        bool, typer.Option("--offload-idle", help="For --estimate: idle models' frozen weights are on the host.")
+    ] = False,
+    gradient_checkpointing: Annotated[
+        bool, typer.Option("--gradient-checkpointing", help="For --estimate: activations are recomputed.")
+    ] = False,
+    frozen: Annotated[
+        list[str] | None, typer.Option(metavar="NODE", help="For --estimate: a node that does not train. Repeatable.")
+    ] = None,
+    device: Annotated[
+        Device | None, typer.Option(help="For --estimate: whose kernels; by default a GPU's where there is one.")
+    ] = None,
+) -> None:
+    """Levels, branches and models of a system, which objectives can align it, and what a training needs in memory.
+
+    No weights are read, so it serves for models that this machine could not hold. A system's lengths ask for the
+    estimate by themselves.
+    """
+    wants_estimate = estimate or bool(lengths)
+    _check(context, wants_estimate, output)
+    if mermaid + dot + as_json > 1:
+        raise typer.BadParameter("--mermaid, --dot and --json exclude each other; --output may name one more form.")
+    tokens = dict(_length(given) for given in lengths or ())
+
+    from sysdag import outline
+    from sysdag.loading import load_system
+
+    compiled = load_system(system).compile()
+    found = None
+    if wants_estimate:
+        found = compiled.estimate(
+            tokens, objective=objective.value, pairs=pairs, num_candidates=candidates, engine=engine.value,
+            micro_batch_tokens=micro_batch_tokens, offload_idle=offload_idle, frozen=frozen or (),
+            gradient_checkpointing=gradient_checkpointing, device=None if device is None else device.value,
+        )  # fmt: skip
+    table = outline.to_text(compiled)
+    if found is not None:
+        table += f"\n\nmemory of a training, objective={objective.value}:\n{found}"
+    data = outline.to_dict(compiled) | {"estimate": None if found is None else found.to_dict()}
+    texts = {
+        ".mmd": compiled.to_mermaid(),
+        ".dot": compiled.to_dot(),
+        ".json": json.dumps(data, indent=2),
+        ".txt": table,
+    }
+    if output is not None:
+        _write(compiled, output, texts)
+    typer.echo(texts[".mmd" if mermaid else ".dot" if dot else ".json" if as_json else ".txt"])
+
+
+def _check(context: typer.Context, wants_estimate: bool, output: Path | None) -> None:
+    if not wants_estimate:
+        for name in _OF_THE_ESTIMATE:
+            source = context.get_parameter_source(name)
+            if source is not None and source.name != "DEFAULT":
+                option = "--" + name.replace("_", "-")
+                raise typer.BadParameter(f"{option} belongs to the estimate: add --estimate or --lengths.")
+    if output is not None and output.suffix not in PICTURES + TEXTS:
+        raise typer.BadParameter(f"--output {output}: its ending must be one of {' '.join(PICTURES + TEXTS)}.")
+    if output is not None and output.suffix in PICTURES and importlib.util.find_spec("matplotlib") is None:
+        raise SysdagError(f'--output {output}: a picture needs matplotlib: pip install "sysdag[report]".')
+
+
+def _length(given: str) -> tuple[str, Sequence[int]]:
+    name, _, numbers = given.rpartition("=")
+    tokens = [int(part) for part in numbers.split(",") if part.strip().isdecimal()]
+    if not name or len(tokens) != len(numbers.split(",")) or len(tokens) not in (2, 3):
+        raise typer.BadParameter(
+            f"--lengths {given}: expected NODE=PROMPT,COMPLETION[,COMMON]."
+        )
+    return name, tokens
+
+
+def _write(plan: Plan, path: Path, texts: Mapping[str, str]) -> None:
+    """Writes the form that the file's ending names; an older file is replaced whole."""
+    temporary = path.with_name(f".{path.stem}.saving{path.suffix}")
+    try:
+        if path.suffix in PICTURES:
+            from sysdag.render import draw
+
+            draw(plan, temporary)
+        else:
+            temporary.write_text(texts[path.suffix] + "\n", encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
