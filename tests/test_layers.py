@@ -13,11 +13,11 @@ PACKAGE = ROOT / "sysdag"
 
 # From the bottom up; a module may import those before it.
 LAYERS = [
-    "errors", "versions", "atomic", "graph", "build", "render", "plan", "outline", "encoding", "trace", "source", "memory", "acceleration",
-    "component", "residence", "system_schema",
+    "errors", "versions", "atomic", "graph", "build", "render", "plan", "outline", "encoding", "trace", "source",
+    "memory", "acceleration", "component", "residence", "system_schema",
     "component_folder", "serialization",
-    "decoding", "kernels", "ops", "beam_decoder", "beam", "components", "execute", "likelihood", "candidates", "strategies",
-    "estimate", "candidate_cache", "objective", "options", "config", "theory", "data", "comparison",
+    "decoding", "kernels", "ops", "beam_decoder", "beam", "components", "execute", "likelihood", "candidates",
+    "strategies", "estimate", "candidate_cache", "objective", "options", "config", "theory", "data", "comparison",
     "distributed", "micro_batch", "finite", "scoring", "precompute", "engine", "references", "replay",
     "resume", "run_record", "checkpoint", "trainer", "loading",
     "commands", "cli",
@@ -28,7 +28,8 @@ FACADES = {
     ("graph", "System.save_pretrained"), ("graph", "System.from_pretrained"), ("graph", "System.load"),
     ("plan", "Plan.sample"), ("plan", "Plan.log_probs"), ("plan", "Plan.estimate"),
 }  # fmt: skip
-TORCH_FREE = ["errors", "atomic", "graph", "build", "render", "plan", "outline", "encoding", "trace", "source", "serialization"]
+TORCH_FREE = ["errors", "atomic", "graph", "build", "render", "plan", "outline", "encoding", "trace", "source",
+              "serialization"]  # fmt: skip
 
 
 def layer_of(path):
