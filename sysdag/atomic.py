@@ -95,6 +95,17 @@ def replacing(folder: Path) -> Iterator[Path]:
         raise
 
 
+def write_text(file: Path, text: str) -> None:
+    """Replaces a file as a whole; after an error the old one is as it was."""
+    unfinished = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        unfinished.write_text(text, encoding="utf-8", newline="\n")
+        _synchronise(unfinished)
+        os.replace(unfinished, file)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
 def current(folder: Path, name: str, last: str) -> Path:
     """Where the newest complete `name` of a folder is.
 

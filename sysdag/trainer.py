@@ -23,6 +23,7 @@ from sysdag.errors import PlanError, TrainingError
 from sysdag.graph import System
 from sysdag.references import ReferenceKeeper
 from sysdag.replay import accumulate_gradients
+from sysdag.run_record import RunRecord
 from sysdag.serialization import load_weights
 
 logger = logging.getLogger(__name__)
@@ -79,6 +80,7 @@ class SysDPOTrainer(CheckpointTrainer):
         datasets = {"train_dataset": encode(train_dataset), "eval_dataset": encode(eval_dataset)}
         output_dir = args.output_dir or "trainer_output"
         self._references = ReferenceKeeper(system_model, args.reference_options(), datasets, output_dir)
+        self._record = RunRecord(system_model, datasets)
         if args.torch_compile:
             # Trainer would compile the module that holds the system, whose forward is mostly Python.
             options = {"backend": args.torch_compile_backend or "inductor", "mode": args.torch_compile_mode}
@@ -94,11 +96,18 @@ class SysDPOTrainer(CheckpointTrainer):
             model=system_model,
             args=args,
             data_collator=lambda pairs: {"pairs": pairs},
-            callbacks=[*(callbacks or []), self._references],
+            callbacks=[*(callbacks or []), self._references, self._record],
             **datasets,
             **kwargs,
         )
+        if args.log_traces and self.is_fsdp_enabled:
+            raise PlanError("log_traces does not serve sharded models (FSDP); set it to 0, or use DDP or DeepSpeed.")
         system_model.move_references(self.args.device)
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As in `CheckpointTrainer`; the record of the run (see `sysdag.run_record`) tells how it ended."""
+        with self._record.running():
+            return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """One pair of parameter groups (with and without weight decay) for each component, at its learning rate."""

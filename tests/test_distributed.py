@@ -18,6 +18,7 @@ from trained_systems import rows
 from sysdag import PlanError, SysDPOConfig, SysDPOTrainer
 from sysdag.engine import SystemModel
 from sysdag.options import EngineOptions, ObjectiveOptions
+from sysdag.run_record import read_log
 from sysdag.serialization import load_weights
 
 WORKER = Path(distributed_worker.__file__)
@@ -30,6 +31,17 @@ def run_two(folder, how, options):
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert ended.returncode == 0, ended.stderr[-4000:]
     return torch.load(folder / "result.pt")
+
+
+def check_gradient_norms(folder, shown):
+    """Those of each node in the log of two processes are those of one; DeepSpeed has none to show."""
+    one, two = ([line for line in read_log(folder / name) if "loss" in line] for name in ("one", "two"))
+    for ours, theirs in zip(one, two, strict=True):
+        names = [name for name in ours if name.startswith("nodes/") and name.endswith("/grad_norm")]
+        assert len(names) == 2
+        for name in names:
+            assert (name in theirs) == shown
+            assert not shown or theirs[name] == pytest.approx(ours[name], rel=1e-3, abs=1e-6), name
 
 
 zero = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs DeepSpeed")
@@ -74,6 +86,8 @@ def test_two_processes_give_the_run_of_one(tmp_path, how, options):
     assert two["weights"].keys() == weights.keys()
     for name, tensor in weights.items():
         torch.testing.assert_close(two["weights"][name], tensor, rtol=1e-4, atol=1e-5)
+    if how == "train":
+        check_gradient_norms(tmp_path, shown=not options.get("deepspeed"))
     each = [[question for step in rank for question in step] for rank in two["seen"]]
     everything = sorted(question for step in seen for question in step)
     assert sorted(each[0] + each[1]) == everything  # nothing twice, nothing lost

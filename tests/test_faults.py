@@ -325,7 +325,8 @@ def test_a_full_disk_ends_in_a_message_and_leaves_the_last_checkpoint(processes,
         assert f"The checkpoint of step 3 could not be written to {folder}/checkpoint-3: " in text, case
         assert "checkpoint-2 is complete: resume from there" in text
         assert "MiB are free on that disk" in text
-        assert sorted(path.name for path in folder.iterdir()) == ["checkpoint-1", "checkpoint-2"]
+        assert sorted(path.name for path in folder.iterdir() if path.is_dir()) == ["checkpoint-1", "checkpoint-2"]
+        assert json.loads((folder / "run.json").read_text())["status"].startswith("failed: SerializationError: The ch")
     assert ended(processes, run, folder, SAMPLING, None, True, max_steps=3) == 0
 
 

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import os
-import platform
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from sysdag.versions import installed_versions
+
 if TYPE_CHECKING:
     import torch
-
-PACKAGES = ("torch", "triton", "transformers", "diffusers", "peft", "accelerate")
 
 
 def env(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
@@ -36,7 +34,6 @@ def environment() -> dict[str, Any]:
     """
     import torch
 
-    import sysdag
     from sysdag.ops import _dispatch
 
     absent = {
@@ -47,8 +44,7 @@ def environment() -> dict[str, Any]:
     devices = _devices()
     kinds = [torch.device(kind) for kind in dict.fromkeys(name.split(":")[0] for name in devices)]
     return {
-        "versions": {"sysdag": sysdag.__version__, "python": platform.python_version()}
-        | {package: _version(package) for package in PACKAGES},
+        "versions": installed_versions(),
         "devices": devices,
         "forced_backend": os.environ.get("SYSDAG_BACKEND") or None,
         "absent": absent,
@@ -81,13 +77,6 @@ def _devices() -> dict[str, str]:
         capability = f"sm_{properties.major}{properties.minor}"
         found[f"cuda:{index}"] = f"{properties.name}, {capability}, {properties.total_memory / 2**30:.0f} GiB"
     return found
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def described(found: dict[str, Any]) -> str:

@@ -1,0 +1,289 @@
+"""The record of a training in its `output_dir`: what was run with what (`run.json`), its log and some of its traces.
+
+`run.json` says what makes the run what it is, and how it ended; `log.jsonl` has one line for each log of the Trainer;
+`traces/before.jsonl` and `traces/after.jsonl` hold runs of the same prompts before and after training. Only the main
+process writes, and a failure to write is reported once and never ends a training.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import itertools
+import json
+import logging
+import math
+import os
+import random
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+from transformers import TrainerCallback
+
+from sysdag import atomic
+from sysdag.data import PreferencePair
+from sysdag.encoding import encode_value
+from sysdag.engine import SystemModel
+from sysdag.errors import DataError
+from sysdag.execute import sample
+from sysdag.serialization import system_to_dict
+from sysdag.strategies import strategy_options
+from sysdag.versions import installed_versions
+
+logger = logging.getLogger(__name__)
+RUN_FILE, LOG_FILE, TRACE_FOLDER = "run.json", "log.jsonl", "traces"
+FORMAT_VERSION = 1
+_SECRET = re.compile(r"(token|secret|password|passwd|credentials?|api_?key)$", re.IGNORECASE)
+
+
+class RunRecord(TrainerCallback):
+    """Writes the record of a training.
+
+    Args:
+        model: what is trained.
+        datasets: `train_dataset` and `eval_dataset` as pairs (or a dict of such, or None).
+    """
+
+    def __init__(self, model: SystemModel, datasets: Mapping[str, Any]) -> None:
+        self._model, self._datasets = model, datasets
+        self._folder = Path()
+        self._run: dict[str, Any] | None = None
+        self._early: list[dict[str, Any]] = []
+        self._args: Any = None
+        self._warned = False
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """Has the record's status tell how the training inside ended."""
+        self._run = None
+        try:
+            yield
+        except BaseException as error:
+            reason = "interrupted" if isinstance(error, KeyboardInterrupt) else _reason(error)
+            self._end(f"failed: {reason}")
+            raise
+        if self._run is not None and self._args.log_traces:
+            try:
+                self._write_traces("after")
+            except Exception as error:  # noqa: BLE001 - a tool's failure must not lose the weights that are trained
+                logger.warning("Training is done, but %s/after.jsonl is not: %s", TRACE_FOLDER, _reason(error))
+        self._end("finished")
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if args.process_index != 0:
+            return
+        self._args, self._folder = args, Path(args.output_dir or "trainer_output")
+        step = int(state.global_step)
+        with self._writing():
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self._run = self._described(step)
+            self._save()
+            if step:
+                _keep_lines(self._folder / LOG_FILE, step)
+            else:
+                (self._folder / LOG_FILE).write_bytes(b"")
+                for name in ("before", "after"):  # of an earlier training in this folder
+                    self._trace_file(name).unlink(missing_ok=True)
+        for logs in self._early if not step else ():
+            self._append(logs)
+        self._early.clear()
+        if args.log_traces and not step:
+            self._write_traces("before")
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if args.process_index != 0:
+            return
+        line = {"step": int(state.global_step), **{name: _plain(value) for name, value in (logs or {}).items()}}
+        if self._run is None:  # an evaluation before training
+            self._early.append(line)
+        else:
+            self._append(line)
+
+    def _described(self, step: int) -> dict[str, Any]:
+        now = _now()
+        run = {
+            "format_version": FORMAT_VERSION,
+            "started": now,
+            "finished": None,
+            "status": "running",
+            "resumed": [],
+            "system": system_to_dict(self._model.plan.system),
+            "mermaid": self._model.plan.to_mermaid(),
+            "config": _without_secrets(self._args.to_dict()),
+            "candidates": None,
+            "versions": installed_versions(),
+            "data": {name: _facts(self._datasets.get(f"{name}_dataset")) for name in ("train", "eval")},
+        }
+        if self._model.candidates is not None:
+            run["candidates"] = strategy_options(self._model.candidates.strategy)
+        if step:
+            before = read_run(self._folder)
+            run["started"] = before.get("started", now)
+            run["resumed"] = [*before.get("resumed", []), {"at": now, "step": step}]
+        return run
+
+    def _end(self, status: str) -> None:
+        if self._run is not None:
+            self._run |= {"status": status, "finished": _now()}
+            with self._writing():
+                self._save()
+
+    def _save(self) -> None:
+        text = json.dumps(self._run, indent=1, ensure_ascii=False, default=str)
+        atomic.write_text(self._folder / RUN_FILE, text + "\n")
+
+    def _append(self, line: Mapping[str, Any]) -> None:
+        with self._writing():
+            _append_whole(self._folder / LOG_FILE, (json.dumps(line, allow_nan=False) + "\n").encode())
+
+    def _trace_file(self, name: str) -> Path:
+        return self._folder / TRACE_FOLDER / f"{name}.jsonl"
+
+    def _write_traces(self, name: str) -> None:
+        inputs = _first_prompts(self._datasets, self._args.log_traces)
+        if not inputs:
+            return
+        with _random_state_kept(self._args.device):
+            generator = torch.Generator().manual_seed(self._args.seed)
+            trace = sample(self._model.plan, inputs, generator=generator)
+        file = self._trace_file(name)
+        unfinished = file.with_name(f".{file.name}")
+        with self._writing():
+            file.parent.mkdir(exist_ok=True)
+            trace.to_jsonl(unfinished)
+            os.replace(unfinished, file)
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, DataError) as error:
+            if not self._warned:
+                self._warned = True
+                logger.warning(
+                    "The record of this run in %s is incomplete: %s. Training goes on; further failures to write it "
+                    "are not reported.",
+                    self._folder,
+                    _reason(error),
+                )
+
+
+def read_run(folder: str | Path) -> dict[str, Any]:
+    """The `run.json` of a folder; empty where there is none that can be read."""
+    try:
+        run = json.loads((Path(folder) / RUN_FILE).read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return run if isinstance(run, dict) else {}
+
+
+def read_log(folder: str | Path) -> list[dict[str, Any]]:
+    """The lines of a folder's `log.jsonl`, in order; a line that was cut off is left out."""
+    file = Path(folder) / LOG_FILE
+    lines = file.read_bytes().splitlines() if file.is_file() else []
+    return [line for line in map(_parsed, lines) if line is not None]
+
+
+def pairs_hash(pairs: Iterable[PreferencePair]) -> str:
+    """SHA-256 over the keys of the pairs, in their order.
+
+    Raises:
+        DataError: for a value that has no lossless JSON form.
+    """
+    digest = hashlib.sha256()
+    for pair in pairs:
+        digest.update(bytes.fromhex(pair.key))
+    return digest.hexdigest()
+
+
+def _facts(part: Any) -> Any:
+    if part is None:
+        return None
+    if isinstance(part, Mapping):
+        return {name: _facts(each) for name, each in part.items()}
+    try:
+        return {"pairs": len(part), "sha256": pairs_hash(part)}
+    except DataError:  # a value of a type that only its component knows
+        return {"pairs": len(part), "sha256": None}
+
+
+def _first_prompts(datasets: Mapping[str, Any], count: int) -> dict[str, list[Any]]:
+    """The first distinct inputs of the evaluation data, or of the training data, as columns."""
+    part = datasets.get("eval_dataset") or datasets.get("train_dataset") or []
+    pairs = itertools.chain.from_iterable(part.values()) if isinstance(part, Mapping) else part
+    found: dict[str, Mapping[str, Any]] = {}
+    for pair in pairs:
+        if len(found) == count:
+            break
+        key = json.dumps({name: encode_value(value, name) for name, value in pair.inputs.items()}, sort_keys=True)
+        found.setdefault(key, pair.inputs)
+    rows = list(found.values())
+    return {name: [row[name] for row in rows] for name in rows[0]} if rows else {}
+
+
+@contextlib.contextmanager
+def _random_state_kept(device: torch.device) -> Iterator[None]:
+    """Leaves every global generator as it was, whatever components or node functions draw from them."""
+    states = random.getstate(), numpy.random.get_state()
+    try:
+        with torch.random.fork_rng([] if device.type == "cpu" else [device]):
+            yield
+    finally:
+        random.setstate(states[0])
+        numpy.random.set_state(states[1])
+
+
+def _append_whole(file: Path, line: bytes) -> None:
+    """Appends a line, or leaves the file as it was."""
+    with file.open("ab", buffering=0) as opened:
+        end = opened.tell()
+        try:
+            written = opened.write(line)
+            if written != len(line):
+                raise OSError(f"only {written} of {len(line)} bytes could be written to {file}")
+        except OSError:
+            opened.truncate(end)
+            raise
+
+
+def _keep_lines(file: Path, step: int) -> None:
+    """Drops lines past a step, which training will write again, and one that was cut off."""
+    kept = [line for line in read_log(file.parent) if line["step"] <= step]
+    atomic.write_text(file, "".join(json.dumps(line) + "\n" for line in kept))
+
+
+def _parsed(line: bytes) -> dict[str, Any] | None:
+    try:
+        found = json.loads(line)
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) and isinstance(found.get("step"), int) else None
+
+
+def _without_secrets(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        name: _without_secrets(value) if isinstance(value, Mapping) else value
+        for name, value in config.items()
+        if not _SECRET.search(str(name))
+    }
+
+
+def _plain(value: Any) -> Any:
+    """A logged value for JSON; a number that is not finite becomes null."""
+    value = value.item() if hasattr(value, "item") else value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if value is None or isinstance(value, (bool, int, str)) else str(value)
+
+
+def _reason(error: BaseException) -> str:
+    return f"{type(error).__name__}: {atomic.first_line(error)}"
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -1,0 +1,24 @@
+"""The versions of what a result depends on."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+
+PACKAGES = ("torch", "triton", "transformers", "diffusers", "peft", "accelerate")
+
+
+def installed_versions() -> dict[str, str | None]:
+    """The version of sysdag, of Python and of each package in `PACKAGES`; None for one that is not installed."""
+    import sysdag
+
+    return {"sysdag": sysdag.__version__, "python": platform.python_version()} | {
+        package: _version(package) for package in PACKAGES
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
