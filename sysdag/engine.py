@@ -91,11 +91,10 @@ class SystemModel(nn.Module):
             self.components[key] = component
             modules[key] = component.module
             served = [name for name in self.factors if plan.system[name].component is component]
-            if served and self._agreed(served, "trainable"):
+            trains = bool(served) and self._agreed(served, "trainable")
+            _freeze(component, not trains)
+            if trains:
                 self.references[key] = component.reference()
-            else:
-                for parameter in component.own_parameters().values():
-                    parameter.requires_grad_(False)
         if not self.references:
             raise PlanError("No node is trainable; there is nothing to align.")
         for key in self.references:
@@ -338,3 +337,14 @@ class SystemModel(nn.Module):
         drawn = self.candidates.draw(self.proposal, inputs, of_candidates, step)
         is_lower_bound = self.candidates.strategy.is_lower_bound
         return SamplingComparison(self.plan, self.options, pairs, drawn, is_lower_bound, generator)
+
+
+def _freeze(component: Component, frozen: bool) -> None:
+    """Freezes a component's parameters; or lets those train again that an earlier training froze, and no others."""
+    for parameter in component.own_parameters().values():
+        if frozen and parameter.requires_grad:
+            parameter.requires_grad_(False)
+            parameter._sysdag_froze = True  # type: ignore[attr-defined]
+        elif not frozen and getattr(parameter, "_sysdag_froze", False):
+            parameter.requires_grad_(True)
+            del parameter._sysdag_froze  # type: ignore[attr-defined]

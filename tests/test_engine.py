@@ -187,6 +187,18 @@ def test_a_frozen_node_keeps_its_weights_and_leaves_the_margin_to_the_other():
     assert output.metrics["nodes/draft/rewards/margins"] == 0
 
 
+def test_a_node_that_one_training_froze_trains_in_the_next_but_not_what_its_user_froze():
+    system = two_llms()
+    plan = system.compile()
+    models = {name: system[name].component.module for name in ("draft", "answer")}
+    models["answer"].model.embed_tokens.requires_grad_(False)
+    for frozen, trained in (("draft", "answer"), ("answer", "draft"), ("draft", "answer")):
+        SystemModel(plan, ObjectiveOptions(), {frozen: NodeOptions(trainable=False)})
+        assert not any(parameter.requires_grad for parameter in models[frozen].parameters())
+        still = {name for name, parameter in models[trained].named_parameters() if not parameter.requires_grad}
+        assert still == ({"model.embed_tokens.weight"} if trained == "answer" else set())
+
+
 def test_a_score_that_is_not_finite_names_the_node_and_the_pair():
     system = two_llms()
     plan = system.compile()
