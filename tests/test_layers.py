@@ -13,9 +13,9 @@ PACKAGE = ROOT / "sysdag"
 
 # From the bottom up; a module may import those before it.
 LAYERS = [
-    "errors", "versions", "atomic", "graph", "build", "render", "plan", "outline", "encoding", "trace", "source",
-    "memory", "acceleration", "component", "residence", "system_schema",
-    "component_folder", "serialization",
+    "errors", "versions", "statistics", "atomic", "graph", "build", "render", "plan", "outline", "encoding", "trace", "source",
+    "memory", "acceleration", "component", "residence", "hub", "system_schema",
+    "component_folder", "serialization", "run_files", "model_card", "publish",
     "decoding", "kernels", "ops", "beam_decoder", "beam", "components", "execute", "likelihood", "candidates",
     "strategies", "estimate", "candidate_cache", "objective", "options", "config", "theory", "data", "comparison",
     "distributed", "micro_batch", "finite", "scoring", "precompute", "engine", "references", "replay",
@@ -25,7 +25,7 @@ LAYERS = [
 # A user reaches everything from a System or a Plan: these methods import upwards when they are called.
 FACADES = {
     ("graph", "System.__init__"), ("graph", "System.from_parts"), ("graph", "System.compile"),
-    ("graph", "System.save_pretrained"), ("graph", "System.from_pretrained"), ("graph", "System.load"),
+    ("graph", "System.push_to_hub"), ("graph", "System.save_pretrained"), ("graph", "System.from_pretrained"), ("graph", "System.load"),
     ("plan", "Plan.sample"), ("plan", "Plan.log_probs"), ("plan", "Plan.estimate"),
 }  # fmt: skip
 TORCH_FREE = ["errors", "atomic", "graph", "build", "render", "plan", "outline", "encoding", "trace", "source",
