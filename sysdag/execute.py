@@ -1,20 +1,26 @@
-"""Running a plan: ancestral sampling of every variable that is not given."""
+"""Running a plan: ancestral sampling of every variable that is not given.
+
+torch is imported where it is needed, so that a process which calls the nodes' functions alone does without.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from sysdag.component import Component
 from sysdag.errors import DataError, PlanError
 from sysdag.plan import Plan
-from sysdag.residence import admit
 from sysdag.trace import Cell, Draw, Trace, value_of
+
+if TYPE_CHECKING:
+    import torch
+
+    from sysdag.component import Component
+
+Sampler = Callable[[Sequence[Any]], list[Draw]]
 
 
 @dataclass(frozen=True)
@@ -40,7 +46,7 @@ class Elements:
         """Draws, one an element, as one cell a row."""
         if self.counts is None:
             return list(draws)
-        ends = torch.tensor([0, *self.counts]).cumsum(0).tolist()
+        ends = itertools.accumulate(self.counts, initial=0)
         return [tuple(draws[start:end]) for start, end in itertools.pairwise(ends)]
 
 
@@ -68,35 +74,44 @@ def node_inputs(plan: Plan, trace: Trace, name: str) -> Elements:
     function = plan.system[name].function
     values: list[Any] = []
     counts: list[int] = []
-    for row in range(len(trace)):
+    for row, place in enumerate(row_names(trace)):
         arguments = {parameter: column[row] for parameter, column in columns.items()}
         if not plates:
-            values.append(_call(function, arguments, name, row))
+            values.append(_call(function, arguments, name, place))
             continue
         lengths = {}
         for edge in plates:
             value = arguments[edge.parameter]
             if not isinstance(value, (list, tuple)):
                 raise PlanError(
-                    f"{edge.parent}.each() >> {name}, row {row}: a plate needs a list, but {edge.parent!r} is "
+                    f"{edge.parent}.each() >> {name}, row {place}: a plate needs a list, but {edge.parent!r} is "
                     f"{type(value).__name__} {value!r:.100}."
                 )
             lengths[edge.parent] = len(value)
         if len(set(lengths.values())) > 1:
-            raise PlanError(f"Node {name!r}, row {row}: its plates have different lengths {lengths}.")
+            raise PlanError(f"Node {name!r}, row {place}: its plates have different lengths {lengths}.")
         counts.append(next(iter(lengths.values())))
         for element in range(counts[-1]):
             picked = {edge.parameter: arguments[edge.parameter][element] for edge in plates}
-            values.append(_call(function, {**arguments, **picked}, name, row))
+            values.append(_call(function, {**arguments, **picked}, name, place))
     return Elements(values, counts if plates else None)
 
 
-def _call(function: Any, arguments: Mapping[str, Any], name: str, row: int) -> Any:
+def _call(function: Any, arguments: Mapping[str, Any], name: str, place: int | str) -> Any:
     try:
         return function(**arguments)
     except Exception as error:
-        error.add_note(f"In the function of node {name!r}, row {row} of the batch.")
+        error.add_note(f"In the function of node {name!r}, row {place}.")
         raise
+
+
+def row_names(trace: Trace) -> Sequence[int | str]:
+    """What an error calls each row: its number in the trace, or those of its input and run where the trace has them."""
+    columns = getattr(trace, "columns", {})
+    if {"prompt", "run"} <= columns.keys():
+        pairs = zip(columns["prompt"], columns["run"], strict=True)
+        return [f"{prompt}, run {run}" for prompt, run in pairs]
+    return range(len(trace))
 
 
 def sample(
@@ -118,6 +133,8 @@ def sample(
     Raises:
         PlanError: for missing or unknown inputs, or columns of different lengths.
     """
+    import torch
+
     if seed is not None and generator is not None:
         raise PlanError("sample(...) takes a seed or a generator, not both.")
     if generator is None:
@@ -126,7 +143,7 @@ def sample(
     trace = Trace(check_inputs(plan, inputs), {} if given is None else given.cells)
     for name in plan.order:
         if name not in trace.cells:
-            trace = trace.updated({name: _draw(plan, trace, name, generator)})
+            trace = trace.updated({name: draw(plan, trace, name, component_sampler(plan, name, generator))})
     return trace
 
 
@@ -136,23 +153,37 @@ def fill(plan: Plan, trace: Trace) -> Trace:
         if name in trace.cells or plan.system[name].is_random:
             continue
         if all(edge.parent in trace.inputs or edge.parent in trace.cells for edge in plan.parents(name)):
-            trace = trace.updated({name: _draw(plan, trace, name, None)})
+            trace = trace.updated({name: draw(plan, trace, name)})
     return trace
 
 
-def _draw(plan: Plan, trace: Trace, name: str, generator: torch.Generator | None) -> list[Cell]:
+def draw(plan: Plan, trace: Trace, name: str, sampler: Sampler | None = None) -> list[Cell]:
+    """One node's cells, given those of its parents.
+
+    Args:
+        sampler: makes the draws of a random node of what the node's function returned; see `component_sampler`.
+    """
     elements = node_inputs(plan, trace, name)
-    if plan.system[name].component is None:
+    if not plan.system[name].is_random:
         return elements.cells([Draw(value) for value in elements.values])
     if not elements.values:
         return elements.cells([])
-    with naming(name, elements.rows):
-        draws = at_work(plan, name).sample(elements.values, generator=generator)
+    assert sampler is not None
+    names = row_names(trace)
+    with naming(name, [names[row] for row in elements.rows]):
+        draws = sampler(elements.values)
     return elements.cells(draws)
+
+
+def component_sampler(plan: Plan, name: str, generator: torch.Generator) -> Sampler:
+    """Sampling from the node's component in this process."""
+    return lambda values: at_work(plan, name).sample(values, generator=generator)
 
 
 def at_work(plan: Plan, name: str) -> Component:
     """The component of a random node, with its weights where they work (see `sysdag.residence`)."""
+    from sysdag.residence import admit
+
     component = plan.system[name].component
     assert component is not None
     admit(component)
@@ -160,7 +191,7 @@ def at_work(plan: Plan, name: str) -> Component:
 
 
 @contextlib.contextmanager
-def naming(name: str, rows: Sequence[int]) -> Iterator[None]:
+def naming(name: str, rows: Sequence[int | str]) -> Iterator[None]:
     """Context in which a component's `DataError` about an element is told as one about a node and the element's row."""
     try:
         yield

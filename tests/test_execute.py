@@ -175,7 +175,7 @@ def test_errors_in_a_run_name_the_node_and_the_row():
 
     with pytest.raises(ZeroDivisionError) as error:
         System(X >> divide).compile().sample({"x": [1, 0]})
-    assert error.value.__notes__ == ["In the function of node 'divide', row 1 of the batch."]
+    assert error.value.__notes__ == ["In the function of node 'divide', row 1."]
 
     @node
     def text(x):
