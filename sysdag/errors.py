@@ -29,8 +29,16 @@ class TrainingError(SysdagError, RuntimeError):
     """Training would go wrong: the step-0 check failed, or a score is not finite."""
 
 
+class RunError(SysdagError, RuntimeError):
+    """A node failed while the system ran; the message names the node and the input's row."""
+
+
 class SerializationError(SysdagError, ValueError):
     """A saved system cannot be written or read back; the message names the node or file."""
+
+
+class JudgeError(SysdagError, RuntimeError):
+    """A judge cannot be used, failed, or gave no usable answer; the message names it and the run."""
 
 
 class LoadingError(SysdagError, ValueError):
