@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import logging
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from accelerate.utils import save_fsdp_optimizer
 from torch import nn
 from transformers import Trainer
 from transformers.trainer import SCHEDULER_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, rotate_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, get_last_checkpoint, rotate_checkpoints
 
 from sysdag import atomic
 from sysdag.distributed import gathered
@@ -22,9 +23,12 @@ from sysdag.engine import SystemModel
 from sysdag.errors import SerializationError, TrainingError
 from sysdag.finite import check_gradients, gradient_norms
 from sysdag.graph import System
+from sysdag.model_card import write_card
 from sysdag.resume import check_state, data_facts, model_facts, read_state, restore_state, write_state
 from sysdag.scoring import is_out_of_memory
-from sysdag.serialization import check_same_system
+from sysdag.serialization import check_same_system, copy_system
+
+logger = logging.getLogger(__name__)
 
 
 class CheckpointTrainer(Trainer):
@@ -36,6 +40,7 @@ class CheckpointTrainer(Trainer):
 
     system: System
     args: Any
+    dataset_names: Sequence[str] = ()  # for the model card
     _staging: Path | None = None
     _run: dict[str, Any] | None = None
     _gradient_norms: torch.Tensor | None = None
@@ -123,6 +128,9 @@ class CheckpointTrainer(Trainer):
         with atomic.explaining_disk_errors(what, place, self._checkpoint_bytes(), advice), self._staged(run_folder):
             self._write_checkpoint(model, trial, place)
         if self.args.push_to_hub:
+            if self._is_about_to_push():
+                copy_system(place, run_folder)
+                self.create_model_card()
             super()._push_from_checkpoint(str(place))
         if self.args.should_save:
             rotate_checkpoints(str(run_folder), self.args.save_total_limit, self.state.best_model_checkpoint, True)
@@ -164,6 +172,42 @@ class CheckpointTrainer(Trainer):
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         if self._staging is None:  # the upload runs beside training, so it needs the checkpoint in its final place
             super()._push_from_checkpoint(checkpoint_folder)
+
+    def _is_about_to_push(self) -> bool:
+        """Whether the Trainer will upload `output_dir` now, into which it copies no weights of a system itself."""
+        if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
+            return False
+        running = self.push_in_progress is not None and not self.push_in_progress.is_done()
+        return self.args.hub_always_push or not running
+
+    def create_model_card(  # type: ignore[override]
+        self,
+        model_name: str | None = None,
+        dataset_name: str | list[str] | None = None,
+        tags: str | list[str] | None = None,
+        language: str | list[str] | None = None,
+        license: str | None = None,
+    ) -> None:
+        """Writes `README.md` into `output_dir`, unless one of the user's own is there; see `sysdag.model_card`.
+
+        Args:
+            model_name: the title; by default the name of the repository or folder.
+            dataset_name: names of the data; those on the Hub are listed in the metadata.
+            tags, language, license: more metadata.
+        """
+        if self.is_world_process_zero():
+            names = [dataset_name] if isinstance(dataset_name, str) else list(dataset_name or self.dataset_names)
+            self._write_card(
+                Path(self.args.output_dir), name=model_name, datasets=names, language=language, license=license,
+                tags=[tags] if isinstance(tags, str) else list(tags or ()),
+            )  # fmt: skip
+
+    def _write_card(self, folder: Path, **about: Any) -> None:
+        repository = getattr(self, "hub_model_id", None)
+        about["name"] = about.get("name") or (repository or folder.absolute().name).rpartition("/")[2]
+        run_folder = Path(self.args.output_dir)
+        if not write_card(self.system, folder, run_folder=run_folder, loads_from=repository, **about):
+            logger.warning("%s has a README.md that sysdag did not write, so it is left as it is.", folder)
 
     def _checkpoint_bytes(self) -> int:
         """At most what a checkpoint takes, without the few small files."""

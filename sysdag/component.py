@@ -50,6 +50,11 @@ class Component(ABC):
         return None
 
     @property
+    def base_model(self) -> str | None:
+        """The name or folder of the pretrained model that it was made from; None where there is none."""
+        return None
+
+    @property
     def device(self) -> torch.device:
         """Where the weights are; the CPU for a component without any."""
         parameter = None if self.module is None else next(self.module.parameters(), None)
@@ -75,6 +80,14 @@ class Component(ABC):
         Raises:
             DataError: for a value that this component could not have drawn; `DataError.element` is its index.
         """
+
+    def check(self, values: Sequence[Any]) -> None:
+        """Raises what `observe` would, as far as that can be told without loading weights."""
+        self.observe(values)
+
+    def longest_draw(self) -> int | None:
+        """Most positions of a draw that can be scored (see `lengths`), without loading weights; None if unlimited."""
+        return None
 
     def log_prob(self, inputs: Sequence[Any], draws: Sequence[Draw]) -> Float[Tensor, " n"]:
         """Natural log-probability of each draw given its input, differentiable, fp32 or better."""
@@ -197,6 +210,15 @@ def evaluating(module: nn.Module) -> Iterator[None]:
     finally:
         for part in training:
             part.training = True
+
+
+def named_source(model: Any) -> str | None:
+    """What a model is called by, or was loaded from: a name, a folder, or a model object."""
+    if isinstance(model, (str, Path)):
+        return str(model)
+    return (
+        getattr(model, "name_or_path", None) or getattr(getattr(model, "config", None), "_name_or_path", None) or None
+    )
 
 
 def check_max_tokens(max_tokens: int | None) -> None:

@@ -429,12 +429,23 @@ class System:
 
         save_system(self, folder)
 
+    def push_to_hub(self, repo_id, **options) -> str:
+        """Uploads the system with a model card; see `sysdag.publish.push_system`."""
+        from sysdag.publish import push_system
+
+        return push_system(self, repo_id, **options)
+
     @classmethod
-    def from_pretrained(cls, folder) -> System:
-        """A system that `save_pretrained` wrote, its node functions imported by path; see `sysdag.serialization`."""
+    def from_pretrained(cls, folder, *, revision=None, token=None) -> System:
+        """A system that `save_pretrained` wrote, its node functions imported by path; see `sysdag.serialization`.
+
+        Args:
+            folder: the folder, or `org/name` of a repository on the Hub.
+            revision, token: of a repository on the Hub.
+        """
         from sysdag.serialization import load_system
 
-        return load_system(folder)
+        return load_system(folder, revision=revision, token=token)
 
     def load(self, folder) -> System:
         """This system's functions with the components that `save_pretrained` wrote to `folder`."""

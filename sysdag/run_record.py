@@ -1,8 +1,6 @@
-"""The record of a training in its `output_dir`: what was run with what (`run.json`), its log and some of its traces.
+"""What writes the record of a training (see `sysdag.run_files`) while it runs.
 
-`run.json` says what makes the run what it is, and how it ended; `log.jsonl` has one line for each log of the Trainer;
-`traces/before.jsonl` and `traces/after.jsonl` hold runs of the same prompts before and after training. Only the main
-process writes, and a failure to write is reported once and never ends a training.
+Only the main process writes. A failure to write is reported once and never ends a training.
 """
 
 from __future__ import annotations
@@ -25,7 +23,7 @@ import numpy
 import torch
 from transformers import TrainerCallback
 
-from sysdag import atomic
+from sysdag import atomic, run_files
 from sysdag.data import PreferencePair
 from sysdag.encoding import encode_value
 from sysdag.engine import SystemModel
@@ -36,8 +34,6 @@ from sysdag.strategies import strategy_options
 from sysdag.versions import installed_versions
 
 logger = logging.getLogger(__name__)
-RUN_FILE, LOG_FILE, TRACE_FOLDER = "run.json", "log.jsonl", "traces"
-FORMAT_VERSION = 1
 _SECRET = re.compile(r"(token|secret|password|passwd|credentials?|api_?key)$", re.IGNORECASE)
 
 
@@ -71,7 +67,9 @@ class RunRecord(TrainerCallback):
             try:
                 self._write_traces("after")
             except Exception as error:  # noqa: BLE001 - a tool's failure must not lose the weights that are trained
-                logger.warning("Training is done, but %s/after.jsonl is not: %s", TRACE_FOLDER, _reason(error))
+                logger.warning(
+                    "Training is done, but %s/after.jsonl is not: %s", run_files.TRACE_FOLDER, _reason(error)
+                )
         self._end("finished")
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -83,10 +81,8 @@ class RunRecord(TrainerCallback):
             self._folder.mkdir(parents=True, exist_ok=True)
             self._run = self._described(step)
             self._save()
-            if step:
-                _keep_lines(self._folder / LOG_FILE, step)
-            else:
-                (self._folder / LOG_FILE).write_bytes(b"")
+            run_files.keep_lines(self._folder, step if step else -1)
+            if not step:
                 for name in ("before", "after"):  # of an earlier training in this folder
                     self._trace_file(name).unlink(missing_ok=True)
         for logs in self._early if not step else ():
@@ -107,7 +103,7 @@ class RunRecord(TrainerCallback):
     def _described(self, step: int) -> dict[str, Any]:
         now = _now()
         run = {
-            "format_version": FORMAT_VERSION,
+            "format_version": run_files.FORMAT_VERSION,
             "started": now,
             "finished": None,
             "status": "running",
@@ -122,7 +118,7 @@ class RunRecord(TrainerCallback):
         if self._model.candidates is not None:
             run["candidates"] = strategy_options(self._model.candidates.strategy)
         if step:
-            before = read_run(self._folder)
+            before = run_files.read_run(self._folder)
             run["started"] = before.get("started", now)
             run["resumed"] = [*before.get("resumed", []), {"at": now, "step": step}]
         return run
@@ -134,15 +130,15 @@ class RunRecord(TrainerCallback):
                 self._save()
 
     def _save(self) -> None:
-        text = json.dumps(self._run, indent=1, ensure_ascii=False, default=str)
-        atomic.write_text(self._folder / RUN_FILE, text + "\n")
+        assert self._run is not None
+        run_files.write_run(self._folder, self._run)
 
     def _append(self, line: Mapping[str, Any]) -> None:
         with self._writing():
-            _append_whole(self._folder / LOG_FILE, (json.dumps(line, allow_nan=False) + "\n").encode())
+            run_files.append_line(self._folder, line)
 
     def _trace_file(self, name: str) -> Path:
-        return self._folder / TRACE_FOLDER / f"{name}.jsonl"
+        return self._folder / run_files.TRACE_FOLDER / f"{name}.jsonl"
 
     def _write_traces(self, name: str) -> None:
         inputs = _first_prompts(self._datasets, self._args.log_traces)
@@ -171,22 +167,6 @@ class RunRecord(TrainerCallback):
                     self._folder,
                     _reason(error),
                 )
-
-
-def read_run(folder: str | Path) -> dict[str, Any]:
-    """The `run.json` of a folder; empty where there is none that can be read."""
-    try:
-        run = json.loads((Path(folder) / RUN_FILE).read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return run if isinstance(run, dict) else {}
-
-
-def read_log(folder: str | Path) -> list[dict[str, Any]]:
-    """The lines of a folder's `log.jsonl`, in order; a line that was cut off is left out."""
-    file = Path(folder) / LOG_FILE
-    lines = file.read_bytes().splitlines() if file.is_file() else []
-    return [line for line in map(_parsed, lines) if line is not None]
 
 
 def pairs_hash(pairs: Iterable[PreferencePair]) -> str:
@@ -236,33 +216,6 @@ def _random_state_kept(device: torch.device) -> Iterator[None]:
     finally:
         random.setstate(states[0])
         numpy.random.set_state(states[1])
-
-
-def _append_whole(file: Path, line: bytes) -> None:
-    """Appends a line, or leaves the file as it was."""
-    with file.open("ab", buffering=0) as opened:
-        end = opened.tell()
-        try:
-            written = opened.write(line)
-            if written != len(line):
-                raise OSError(f"only {written} of {len(line)} bytes could be written to {file}")
-        except OSError:
-            opened.truncate(end)
-            raise
-
-
-def _keep_lines(file: Path, step: int) -> None:
-    """Drops lines past a step, which training will write again, and one that was cut off."""
-    kept = [line for line in read_log(file.parent) if line["step"] <= step]
-    atomic.write_text(file, "".join(json.dumps(line) + "\n" for line in kept))
-
-
-def _parsed(line: bytes) -> dict[str, Any] | None:
-    try:
-        found = json.loads(line)
-    except ValueError:
-        return None
-    return found if isinstance(found, dict) and isinstance(found.get("step"), int) else None
 
 
 def _without_secrets(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from sysdag.atomic import current, explaining_disk_errors, finish_where_possible
 from sysdag.component_folder import class_name, read_component, write_component
 from sysdag.errors import GraphError, SerializationError
 from sysdag.graph import Edge, Input, Node, System, function_path
+from sysdag.hub import local_folder
 from sysdag.source import import_node_function, source_hash
 from sysdag.system_schema import FIELDS, FORMAT_VERSION, VALUE_TYPES, check_data, read_json, section_of, value_type
 
@@ -140,17 +141,24 @@ def save_system(system: System, folder: str | Path) -> None:
             shutil.rmtree(folder / key)  # the weights that an earlier component of this name had
 
 
-def load_system(folder: str | Path, functions: Mapping[str, Callable[..., Any]] | None = None) -> System:
+def load_system(
+    folder: str | Path,
+    functions: Mapping[str, Callable[..., Any]] | None = None,
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+) -> System:
     """The system that `save_system` wrote.
 
     Args:
-        folder: the folder.
+        folder: the folder; where there is none, a repository `org/name` on the Hub.
         functions: node functions by `base_name`, in place of importing them; see `system_from_dict`.
+        revision, token: of a repository on the Hub; see `sysdag.hub.local_folder`.
 
     Raises:
-        SerializationError: naming the file, and the node or field at fault.
+        SerializationError: naming the file, and the node or field at fault; or the repository that cannot be read.
     """
-    folder = Path(folder)
+    folder = local_folder(folder, revision=revision, token=token)
     finish_where_possible(folder)
     file = current(folder, FILE_NAME, FILE_NAME)
     data = read_json(file)
@@ -165,6 +173,23 @@ def load_system(folder: str | Path, functions: Mapping[str, Callable[..., Any]] 
         return system_from_dict(data, functions=functions, components=components)
     except SerializationError as error:
         raise SerializationError(f"{file}: {error}") from error
+
+
+def copy_system(source: Path, folder: Path) -> None:
+    """Copies what `save_system` wrote over the system in another folder, as a whole.
+
+    Raises:
+        SerializationError: as `save_system`.
+    """
+    rows = section_of(read_json(source / FILE_NAME), "components", dict)
+    _check_names(rows, folder)
+    needed = sum(path.stat().st_size for key in rows for path in (source / key).rglob("*"))
+    advice = "What the folder held before is as it was. Free some space."
+    with explaining_disk_errors("The system", folder, needed, advice), replacing(folder) as temporary:
+        for key, row in rows.items():
+            if row["folder"] is not None:
+                shutil.copytree(source / key, temporary / key)
+        shutil.copy(source / FILE_NAME, temporary / FILE_NAME)
 
 
 def load_weights(system: System, folder: str | Path) -> None:

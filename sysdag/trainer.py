@@ -243,6 +243,8 @@ class SysDPOTrainer(CheckpointTrainer):
             if self._staging is not None:  # a checkpoint
                 self._references.save(folder)
             self._save_arguments(folder)
+            if self._staging is None:
+                self._write_card(folder, datasets=self.dataset_names)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         self._resume(Path(resume_from_checkpoint))

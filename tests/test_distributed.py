@@ -18,7 +18,7 @@ from trained_systems import rows
 from sysdag import PlanError, SysDPOConfig, SysDPOTrainer
 from sysdag.engine import SystemModel
 from sysdag.options import EngineOptions, ObjectiveOptions
-from sysdag.run_record import read_log
+from sysdag.run_files import read_log
 from sysdag.serialization import load_weights
 
 WORKER = Path(distributed_worker.__file__)

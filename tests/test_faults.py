@@ -150,7 +150,7 @@ def test_save_total_limit_keeps_the_last_until_the_next_is_complete(processes, t
     assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-2"]
     assert (folder / ".saving" / "checkpoint-3").is_dir()
     assert ended(processes, run, folder, DIRECT, None, True, save_total_limit=1) == 0
-    assert [path.name for path in folder.iterdir()] == [f"checkpoint-{STEPS}"]
+    assert [path.name for path in folder.iterdir() if path.is_dir()] == [f"checkpoint-{STEPS}"]
 
 
 def test_the_best_checkpoint_is_remembered_by_its_final_place(tmp_path):

@@ -24,11 +24,12 @@ from sysdag import (
     System,
     Trace,
     TrainingError,
-    run_record,
+    run_files,
 )
 from sysdag.data import encode_pairs
 from sysdag.replay import accumulate_gradients
-from sysdag.run_record import pairs_hash, read_log, read_run
+from sysdag.run_files import read_log, read_run
+from sysdag.run_record import pairs_hash
 from sysdag.serialization import system_to_dict
 
 
@@ -244,9 +245,9 @@ def test_a_disk_that_fails_under_the_record_is_reported_once_and_training_ends_w
 
     trainer = trainer_of(tmp_path)
     if broken == "log":
-        monkeypatch.setattr(run_record, "_append_whole", fail)
+        monkeypatch.setattr(run_files, "_append_whole", fail)
     else:
-        monkeypatch.setattr(run_record.atomic, "write_text", fail)
+        monkeypatch.setattr(run_files.atomic, "write_text", fail)
     with caplog.at_level(logging.WARNING, "sysdag"):
         trainer.train()
     assert trainer.state.global_step == 6
@@ -257,7 +258,7 @@ def test_a_disk_that_fails_under_the_record_is_reported_once_and_training_ends_w
 
 def test_a_line_that_cannot_be_written_whole_leaves_no_part_of_it(tmp_path):
     file = tmp_path / "log.jsonl"
-    run_record._append_whole(file, b"first\n")
+    run_files._append_whole(file, b"first\n")
 
     class Short:
         def __init__(self, opened):
@@ -276,7 +277,7 @@ def test_a_line_that_cannot_be_written_whole_leaves_no_part_of_it(tmp_path):
                 yield Short(opened)
 
     with pytest.raises(OSError, match="only 3 of 7 bytes"):
-        run_record._append_whole(Place(file), b"second\n")
+        run_files._append_whole(Place(file), b"second\n")
     assert file.read_bytes() == b"first\n"
 
 

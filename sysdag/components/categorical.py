@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from sysdag.component import named_source
 from sysdag.components.discrete import Discrete
 from sysdag.errors import DataError, PlanError, SerializationError
 
@@ -56,6 +57,10 @@ class Categorical(Discrete):
 
     def __repr__(self) -> str:
         return f"Categorical({list(self.values)})"
+
+    @property
+    def base_model(self) -> str | None:
+        return named_source(self._source)
 
     @property
     def module(self) -> Any:

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from sysdag.beam import diverse_beam_search
-from sysdag.component import Component, check_max_tokens
+from sysdag.component import Component, check_max_tokens, named_source
 from sysdag.components import adapter, footprint
 from sysdag.components.prefix_scorer import PrefixScorer
 from sysdag.decoding import left_pad, sample_tokens
@@ -111,6 +111,10 @@ class CausalLM(Component):
         name = self._source if isinstance(self._source, (str, Path)) else type(self._source).__name__
         adapted = " + adapter" if self._peft_config is not None or self._adapter_folder is not None else ""
         return f"CausalLM({str(name)!r}{adapted})"
+
+    @property
+    def base_model(self) -> str | None:
+        return named_source(self._source) if self._base_owner is None else self._base_owner.base_model
 
     @property
     def module(self) -> Any:

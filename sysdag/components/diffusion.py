@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from sysdag.component import Component
+from sysdag.component import Component, named_source
 from sysdag.components import adapter, diffusion_footprint, hooks, pipeline_folder
 from sysdag.components.conditioning import Conditioner, Hook, repeated
 from sysdag.components.forward_process import DiffusionNoise, ForwardProcess
@@ -154,6 +154,10 @@ class Diffusion(Component):
         shown += [f"steps={self.num_inference_steps}", f"guidance={self.guidance_scale:g}", f"scale={self.convention}"]
         shown += ["frozen"] if self._pipeline is not None and self._pipeline.frozen else []
         return f"Diffusion({', '.join(shown)})"
+
+    @property
+    def base_model(self) -> str | None:
+        return named_source(self._source)
 
     @property
     def pipeline(self) -> Pipeline:
