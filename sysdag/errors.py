@@ -41,5 +41,9 @@ class JudgeError(SysdagError, RuntimeError):
     """A judge cannot be used, failed, or gave no usable answer; the message names it and the run."""
 
 
+class LabelError(SysdagError, RuntimeError):
+    """Preferences cannot be collected or kept: another trace's database, a port in use; the message says what to do."""
+
+
 class LoadingError(SysdagError, ValueError):
     """A command was told of a system that is not there, or that cannot be imported."""
