@@ -13,19 +13,21 @@ PACKAGE = ROOT / "sysdag"
 
 # From the bottom up; a module may import those before it.
 LAYERS = [
-    "errors", "versions", "statistics", "atomic", "graph", "build", "render", "plan", "outline", "encoding", "trace", "source",
-    "memory", "acceleration", "component", "residence", "hub", "system_schema",
+    "errors", "versions", "statistics", "atomic", "graph", "build", "render", "plan", "outline", "encoding", "trace",
+    "source", "memory", "acceleration", "component", "residence", "hub", "system_schema",
     "component_folder", "serialization", "run_files", "model_card", "publish",
     "decoding", "kernels", "ops", "beam_decoder", "beam", "components", "execute", "likelihood", "candidates",
     "strategies", "estimate", "candidate_cache", "objective", "options", "config", "theory", "data", "comparison",
     "distributed", "micro_batch", "finite", "scoring", "precompute", "engine", "references", "replay",
-    "resume", "run_record", "checkpoint", "trainer", "loading",
+    "resume", "run_record", "checkpoint", "trainer", "loading", "config_file", "train_options", "training",
+    "verdicts", "judges", "judge_prompt", "endpoint", "endpoint_judge", "ranking", "evaluation", "evaluation_runs",
     "commands", "cli",
 ]  # fmt: skip
 # A user reaches everything from a System or a Plan: these methods import upwards when they are called.
 FACADES = {
     ("graph", "System.__init__"), ("graph", "System.from_parts"), ("graph", "System.compile"),
-    ("graph", "System.push_to_hub"), ("graph", "System.save_pretrained"), ("graph", "System.from_pretrained"), ("graph", "System.load"),
+    ("graph", "System.push_to_hub"), ("graph", "System.save_pretrained"), ("graph", "System.from_pretrained"),
+    ("graph", "System.load"),
     ("plan", "Plan.sample"), ("plan", "Plan.log_probs"), ("plan", "Plan.estimate"),
 }  # fmt: skip
 TORCH_FREE = ["errors", "atomic", "graph", "build", "render", "plan", "outline", "encoding", "trace", "source",
