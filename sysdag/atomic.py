@@ -97,9 +97,16 @@ def replacing(folder: Path) -> Iterator[Path]:
 
 def write_text(file: Path, text: str) -> None:
     """Replaces a file as a whole; after an error the old one is as it was."""
+    with replacing_file(file) as unfinished:
+        unfinished.write_text(text, encoding="utf-8", newline="\n")
+
+
+@contextlib.contextmanager
+def replacing_file(file: Path) -> Iterator[Path]:
+    """Yields a path beside a file; what is written there replaces the file as a whole, or not at all after an error."""
     unfinished = file.with_name(f".{file.name}.{os.getpid()}")
     try:
-        unfinished.write_text(text, encoding="utf-8", newline="\n")
+        yield unfinished
         _synchronise(unfinished)
         os.replace(unfinished, file)
     finally:

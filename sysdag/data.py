@@ -234,7 +234,8 @@ def explicit_prompt(plan: Plan, row: Mapping[str, Any]) -> Mapping[str, Any]:
     inputs or outputs, and rows that are not so, come back as they are.
     """
     names = [given.name for given in plan.system.inputs]
-    chosen, rejected = row.get("chosen"), row.get("rejected")
+    chosen: Any = row.get("chosen")
+    rejected: Any = row.get("rejected")
     if len(names) != 1 or len(plan.system.outputs) != 1 or type(chosen) is not type(rejected):
         return row
     conversational = _is_conversation(chosen) and _is_conversation(rejected)

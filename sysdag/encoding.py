@@ -2,6 +2,9 @@
 
 Strings, finite numbers, booleans, None and lists stand for themselves. Everything else is an object with one key that
 names its kind. A value of any other type is refused, so what is read back always equals what was written.
+
+`encode_value` tells every dict by such a key, too. `encode_json` leaves a dict with text keys as the object that it is,
+which other programs read more easily; only a dict that could be taken for a named kind is told by a key.
 """
 
 from __future__ import annotations
@@ -10,14 +13,19 @@ import base64
 import io
 import json
 import math
+import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy
 
 from sysdag.errors import DataError
 
+MAX_DEPTH = 64
+"""How deeply lists, tuples and dicts may be nested, so that every reader can follow them."""
+_LONGEST_INT = 2048  # bits; Python refuses to read longer ones from decimal digits
+_KIND = re.compile(r"__\w+__")
 _PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")  # the modes that a PNG keeps bit for bit
 
 
@@ -25,34 +33,65 @@ def encode_value(value: Any, name: str) -> Any:
     """A JSON-ready form of a value; `name` is the input or node that an error names.
 
     Raises:
-        DataError: for a type that cannot be written without loss.
+        DataError: for a type that cannot be written without loss, or a value nested deeper than `MAX_DEPTH`.
     """
+    return _encode(value, name, False, _refuse, 0)
+
+
+def encode_json(value: Any, name: str, other: Callable[[Any, str], Any] | None = None) -> Any:
+    """As `encode_value`, but a dict with text keys stands for itself.
+
+    Args:
+        other: encodes values of types that `encode_value` refuses, or refuses them, too.
+    """
+    return _encode(value, name, True, other or _refuse, 0)
+
+
+def _refuse(value: Any, name: str) -> Any:
     kind = type(value)
-    if value is None or kind in (bool, int):
+    raise DataError(
+        f"{name!r}: a value of type {kind.__module__}.{kind.__qualname__} cannot be written as JSON without loss. Use "
+        "str, numbers, bytes, lists, tuples, dicts, numpy arrays or PIL images."
+    )
+
+
+def _encode(value: Any, name: str, plain: bool, other: Callable[[Any, str], Any], depth: int) -> Any:
+    kind = type(value)
+    if value is None or kind is bool:
         return value
+    if kind is int:
+        return value if value.bit_length() <= _LONGEST_INT else {"__int__": hex(value)}
     if kind is float:
         return value if math.isfinite(value) else {"__float__": repr(value)}
     if kind is str:
         return value if _is_text(value) else {"__utf8__": _text(value.encode("utf-8", "surrogatepass"))}
     if kind is bytes:
         return {"__bytes__": _text(value)}
-    if kind is list:
-        return [encode_value(element, name) for element in value]
-    if kind is tuple:
-        return {"__tuple__": [encode_value(element, name) for element in value]}
-    if kind is dict:
+    if kind in (list, tuple, dict):
+        if depth == MAX_DEPTH:
+            raise DataError(f"{name!r}: a value is nested more than {MAX_DEPTH} levels deep.")
+
+        def inner(part: Any) -> Any:
+            return _encode(part, name, plain, other, depth + 1)
+
+        if kind is list:
+            return [inner(element) for element in value]
+        if kind is tuple:
+            return {"__tuple__": [inner(element) for element in value]}
         if all(type(key) is str and _is_text(key) for key in value):
-            return {"__dict__": {key: encode_value(element, name) for key, element in value.items()}}
-        return {"__items__": [[encode_value(part, name) for part in item] for item in value.items()]}
+            members = {key: inner(element) for key, element in value.items()}
+            return members if plain and not _names_a_kind(members) else {"__dict__": members}
+        return {"__items__": [[inner(part) for part in item] for item in value.items()]}
     if kind is numpy.ndarray or isinstance(value, numpy.generic):
         return {"__npy__" if kind is numpy.ndarray else "__scalar__": _text(_npy(value, name))}
     image = sys.modules.get("PIL.Image")
     if image is not None and isinstance(value, image.Image):
         return _encode_image(value)
-    raise DataError(
-        f"{name!r}: a value of type {kind.__module__}.{kind.__qualname__} cannot be written as JSON without loss. Use "
-        "str, numbers, bytes, lists, tuples, dicts, numpy arrays or PIL images."
-    )
+    return other(value, name)
+
+
+def _names_a_kind(members: dict) -> bool:
+    return len(members) == 1 and _KIND.fullmatch(next(iter(members))) is not None
 
 
 def decode_value(data: Any) -> Any:
@@ -65,13 +104,56 @@ def decode_value(data: Any) -> Any:
         return [decode_value(element) for element in data]
     if not isinstance(data, dict):
         return data
-    if len(data) != 1 or (kind := next(iter(data))) not in _DECODERS:
+    if len(data) != 1 or (kind := next(iter(data))) not in _KINDS:
         raise ValueError(f"no known kind of value: {json.dumps(data)[:80]}")
-    return _DECODERS[kind](data[kind])
+    return _decoded(kind, data[kind], decode_value)
+
+
+def decode_json(data: Any, others: Mapping[str, Callable[[Any], Any]] | None = None) -> Any:
+    """The value that `encode_json` wrote; in what other programs wrote, an object of no known kind is a dict.
+
+    Args:
+        others: by the key of further kinds, what makes a value of what stands there.
+
+    Raises:
+        ValueError: for a value nested deeper than `MAX_DEPTH`.
+        Exception: of whatever kind, where a value of a named kind is damaged.
+    """
+
+    def decode(part: Any, depth: int) -> Any:
+        if not isinstance(part, (list, dict)):
+            return part
+        if depth == MAX_DEPTH:
+            raise ValueError(f"nested more than {MAX_DEPTH} levels deep")
+        if isinstance(part, list):
+            return [decode(element, depth + 1) for element in part]
+        if len(part) == 1:
+            [(kind, content)] = part.items()
+            if others and kind in others:
+                return others[kind](content)
+            if kind in _KINDS:
+                return _decoded(kind, content, lambda inner: decode(inner, depth + 1))
+        return {key: decode(element, depth + 1) for key, element in part.items()}
+
+    return decode(data, 0)
+
+
+def _decoded(kind: str, content: Any, decode: Callable[[Any], Any]) -> Any:
+    if kind == "__tuple__":
+        return tuple([decode(element) for element in content])
+    if kind == "__dict__":
+        return {key: decode(element) for key, element in content.items()}
+    if kind == "__items__":
+        return {decode(key): decode(element) for key, element in content}
+    return _LEAVES[kind](content)
 
 
 def _is_text(value: str) -> bool:
-    return not any("\ud800" <= character <= "\udfff" for character in value)
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _text(raw: bytes) -> str:
@@ -116,15 +198,14 @@ def _from_image(content: list) -> Any:
     return Image.frombytes(mode, tuple(size), _raw(text))
 
 
-_DECODERS: dict[str, Callable[[Any], Any]] = {
+_LEAVES: dict[str, Callable[[Any], Any]] = {
+    "__int__": lambda text: int(text, 16),
     "__float__": float,
     "__utf8__": lambda text: _raw(text).decode("utf-8", "surrogatepass"),
     "__bytes__": _raw,
-    "__tuple__": lambda elements: tuple(decode_value(element) for element in elements),
-    "__dict__": lambda members: {key: decode_value(element) for key, element in members.items()},
-    "__items__": lambda items: {decode_value(key): decode_value(element) for key, element in items},
     "__npy__": _from_npy,
     "__scalar__": lambda text: _from_npy(text)[()],
     "__png__": _from_png,
     "__image__": _from_image,
 }
+_KINDS = _LEAVES.keys() | {"__tuple__", "__dict__", "__items__"}

@@ -7,12 +7,13 @@ again. A trace may be partial: it then holds only what was observed.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from sysdag.encoding import decode_value, encode_value
+from sysdag.atomic import replacing_file
+from sysdag.encoding import decode_json, decode_value, encode_json, encode_value
 from sysdag.errors import DataError
 
 
@@ -47,21 +48,27 @@ class Trace:
 
     Attributes:
         inputs: for each input, one value a row.
-        cells: for each node that has values, one `Draw` a row, or for a plate one tuple of draws a row.
+        cells: for each node that has values, one `Draw` a row, or for a plate one tuple of draws a row; in topological
+            order, so that the last node is an output.
+        columns: what else is known of each run, by name: a score, the numbers of its prompt and run; one value a row,
+            of any kind that `sysdag.encoding` knows. They have names of their own, which may be those of inputs.
     """
 
     inputs: Mapping[str, Sequence[Any]]
     cells: Mapping[str, Sequence[Cell]]
+    columns: Mapping[str, Sequence[Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if both := self.inputs.keys() & self.cells.keys():
             raise DataError(f"{min(both)!r} is both an input and a node of the trace; names must be unique.")
         lengths = {name: len(column) for name, column in {**self.inputs, **self.cells}.items()}
+        lengths |= {f"column {name}": len(column) for name, column in self.columns.items()}
         if len(set(lengths.values())) > 1:
             raise DataError(f"A trace needs the same number of rows in every column, got {lengths}.")
 
     def __len__(self) -> int:
-        return next((len(column) for column in (*self.inputs.values(), *self.cells.values())), 0)
+        parts = (self.inputs, self.cells, self.columns)
+        return next((len(column) for part in parts for column in part.values()), 0)
 
     def __getitem__(self, name: str) -> list[Any]:
         """The values of one input or node, one a row (a list of elements' values for a plate)."""
@@ -77,15 +84,16 @@ class Trace:
         return Trace(
             {name: [column[row] for row in rows] for name, column in self.inputs.items()},
             {name: [column[row] for row in rows] for name, column in self.cells.items()},
+            {name: [column[row] for row in rows] for name, column in self.columns.items()},
         )
 
     def only(self, names: Iterable[str]) -> Trace:
         """The trace with the cells of the named nodes alone."""
-        return Trace(self.inputs, {name: self.cells[name] for name in names if name in self.cells})
+        return replace(self, cells={name: self.cells[name] for name in names if name in self.cells})
 
     def updated(self, cells: Mapping[str, Sequence[Cell]]) -> Trace:
         """The trace with cells added or replaced."""
-        return Trace(self.inputs, {**self.cells, **cells})
+        return replace(self, cells={**self.cells, **cells})
 
     @staticmethod
     def concatenate(traces: Sequence[Trace]) -> Trace:
@@ -94,30 +102,71 @@ class Trace:
             raise DataError("Trace.concatenate needs at least one trace.")
         first = traces[0]
         for other in traces[1:]:
-            if other.inputs.keys() != first.inputs.keys() or other.cells.keys() != first.cells.keys():
-                raise DataError(
-                    f"Traces hold different names: {[*first.inputs, *first.cells]} and {[*other.inputs, *other.cells]}."
-                )
+            if other._names() != first._names():
+                raise DataError(f"Traces hold different names: {first._described()} and {other._described()}.")
         return Trace(
             {name: [value for trace in traces for value in trace.inputs[name]] for name in first.inputs},
             {name: [cell for trace in traces for cell in trace.cells[name]] for name in first.cells},
+            {name: [value for trace in traces for value in trace.columns[name]] for name in first.columns},
         )
 
+    def _names(self) -> tuple[Set[str], ...]:
+        return self.inputs.keys(), self.cells.keys(), self.columns.keys()
+
+    def _described(self) -> str:
+        return f"{[*self.inputs, *self.cells]}" + (f" with columns {[*self.columns]}" if self.columns else "")
+
     def rows(self) -> Iterator[dict[str, Any]]:
-        """Each run as a JSON-ready dict: `{"inputs": {...}, "nodes": {name: draw or list of draws}}`."""
+        """Each run as a JSON-ready dict: `{"inputs": {...}, "nodes": {name: draw or list of draws}, "columns": {...}}`.
+
+        `columns` is there if the trace has any.
+        """
         for row in range(len(self)):
-            yield {
+            found = {
                 "inputs": {name: encode_value(column[row], name) for name, column in self.inputs.items()},
-                "nodes": {name: _encode_cell(column[row], name) for name, column in self.cells.items()},
+                "nodes": {name: encode_cell(column[row], name) for name, column in self.cells.items()},
             }
+            if self.columns:
+                found["columns"] = {name: encode_json(column[row], name) for name, column in self.columns.items()}
+            yield found
+
+    def save(self, path: str | Path) -> None:
+        """Writes JSON lines or Parquet (see `sysdag.trace_parquet`), by the file's ending; both keep everything.
+
+        The file is replaced as a whole; after an error an old one is as it was.
+
+        Raises:
+            DataError: naming the node that holds a value which cannot be written without loss; or for another ending.
+        """
+        if _form_of(path) == ".parquet":
+            from sysdag.trace_parquet import write
+
+            write(self, Path(path))
+        else:
+            self.to_jsonl(path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Trace:
+        """Reads what `save` wrote.
+
+        Raises:
+            DataError: naming the file, and the line or row that is no run; or for another ending.
+        """
+        if _form_of(path) == ".parquet":
+            from sysdag.trace_parquet import read
+
+            return read(Path(path))
+        return cls.from_jsonl(path)
 
     def to_jsonl(self, path: str | Path) -> None:
         """Writes one line a run, in strict JSON. Numbers, arrays and images keep their exact values.
 
+        The file is replaced as a whole; after an error an old one is as it was.
+
         Raises:
             DataError: naming the node that holds a value which cannot be written without loss.
         """
-        with Path(path).open("w", encoding="utf-8", newline="\n") as file:
+        with replacing_file(Path(path)) as unfinished, unfinished.open("w", encoding="utf-8", newline="\n") as file:
             file.writelines(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in self.rows())
 
     @classmethod
@@ -135,7 +184,8 @@ class Trace:
                     traces.append(
                         cls(
                             {name: [decode_value(value)] for name, value in row["inputs"].items()},
-                            {name: [_decode_cell(cell)] for name, cell in row["nodes"].items()},
+                            {name: [decode_cell(cell)] for name, cell in row["nodes"].items()},
+                            {name: [decode_json(value)] for name, value in row.get("columns", {}).items()},
                         )
                     )
                     cls.concatenate([traces[0], traces[-1]])
@@ -146,9 +196,17 @@ class Trace:
         return cls.concatenate(traces)
 
 
-def _encode_cell(cell: Cell, name: str) -> Any:
+def _form_of(path: str | Path) -> str:
+    ending = Path(path).suffix.lower()
+    if ending not in (".jsonl", ".parquet"):
+        raise DataError(f"{path}: traces are stored in files that end in .jsonl or .parquet.")
+    return ending
+
+
+def encode_cell(cell: Cell, name: str) -> Any:
+    """A draw, or a plate's, as in a line of `Trace.to_jsonl`; `name` is the node that an error names."""
     if isinstance(cell, tuple):
-        return [_encode_cell(draw, name) for draw in cell]
+        return [encode_cell(draw, name) for draw in cell]
     return {
         "value": encode_value(cell.value, name),
         "record": {key: encode_value(value, name) for key, value in cell.record.items()},
@@ -156,7 +214,8 @@ def _encode_cell(cell: Cell, name: str) -> Any:
     }
 
 
-def _decode_cell(data: Any) -> Cell:
+def decode_cell(data: Any) -> Cell:
+    """What `encode_cell` wrote; anything else raises whatever it meets."""
     if isinstance(data, list):
         return tuple(_decode_draw(element) for element in data)
     return _decode_draw(data)

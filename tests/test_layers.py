@@ -14,7 +14,7 @@ PACKAGE = ROOT / "sysdag"
 # From the bottom up; a module may import those before it.
 LAYERS = [
     "errors", "versions", "statistics", "atomic", "graph", "build", "render", "plan", "outline", "encoding", "trace",
-    "source", "memory", "acceleration", "component", "residence", "hub", "system_schema",
+    "arrow", "trace_parquet", "row_format", "readers", "pairs", "source", "memory", "acceleration", "component", "residence", "hub", "system_schema",
     "component_folder", "serialization", "run_files", "model_card", "publish",
     "decoding", "kernels", "ops", "beam_decoder", "beam", "components", "execute", "likelihood", "candidates",
     "strategies", "estimate", "candidate_cache", "objective", "options", "config", "theory", "data", "comparison",
@@ -29,9 +29,10 @@ FACADES = {
     ("graph", "System.push_to_hub"), ("graph", "System.save_pretrained"), ("graph", "System.from_pretrained"),
     ("graph", "System.load"),
     ("plan", "Plan.sample"), ("plan", "Plan.log_probs"), ("plan", "Plan.estimate"),
+    ("trace", "Trace.save"), ("trace", "Trace.load"),
 }  # fmt: skip
-TORCH_FREE = ["errors", "atomic", "graph", "build", "render", "plan", "outline", "encoding", "trace", "source",
-              "serialization"]  # fmt: skip
+TORCH_FREE = ["errors", "atomic", "graph", "build", "render", "plan", "outline", "encoding", "trace", "arrow",
+              "trace_parquet", "row_format", "readers", "pairs", "source", "serialization"]  # fmt: skip
 
 
 def layer_of(path):

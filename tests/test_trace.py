@@ -1,15 +1,17 @@
 """Traces: their columns, and JSON lines without loss."""
 
 import copy
+import cProfile
+import dataclasses
 import json
 import math
 import pickle
+import pstats
 import re
 
-import numpy
 import pytest
+from any_values import same, traces
 from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from sysdag.errors import DataError
 from sysdag.trace import Draw, Trace, value_of
@@ -25,25 +27,6 @@ def trace():
             "b": [(Draw("b0", {"n": 1}, -1.5), Draw("b1")), (), (Draw("b2"),)],
         },
     )
-
-
-def same(first, second) -> bool:
-    """Equality of values that also compares types, array bytes and NaN."""
-    if type(first) is not type(second):
-        return False
-    if isinstance(first, Trace):
-        return same(dict(first.inputs), dict(second.inputs)) and same(dict(first.cells), dict(second.cells))
-    if isinstance(first, Draw):
-        return all(same(getattr(first, name), getattr(second, name)) for name in ("value", "record", "log_prob"))
-    if isinstance(first, (list, tuple)):
-        return len(first) == len(second) and all(map(same, first, second))
-    if isinstance(first, dict):
-        return same(list(first.items()), list(second.items()))
-    if isinstance(first, (numpy.ndarray, numpy.generic)):
-        return (first.dtype, first.shape, first.tobytes()) == (second.dtype, second.shape, second.tobytes())
-    if isinstance(first, float):
-        return repr(first) == repr(second)
-    return first == second
 
 
 def written(trace, tmp_path) -> Trace:
@@ -104,6 +87,27 @@ def test_concatenate(trace):
         Trace.concatenate([trace, trace.only(["a"])])
     with pytest.raises(DataError, match="at least one trace"):
         Trace.concatenate([])
+
+
+def test_columns_go_where_their_rows_go(trace):
+    scored = dataclasses.replace(trace, columns={"score": [0.5, None, {"a": 1}], "x": [0, 0, 1]})
+    assert scored.select([2, 0]).columns == {"score": [{"a": 1}, 0.5], "x": [1, 0]}
+    assert scored.only(["a"]).columns == scored.updated({"c": [Draw(0)] * 3}).columns == scored.columns
+    assert Trace.concatenate([scored, scored.select([1])]).columns["x"] == [0, 0, 1, 0]
+    assert len(Trace({}, {}, {"score": [1, 2]})) == 2
+    with pytest.raises(DataError, match=re.escape("'column score': 1")):
+        dataclasses.replace(trace, columns={"score": [1]})
+    with pytest.raises(DataError, match=re.escape("['x', 'a', 'b'] with columns ['score', 'x'] and ['x', 'a', 'b'].")):
+        Trace.concatenate([scored, trace])
+
+
+def test_columns_are_plain_json_in_a_line(trace, tmp_path):
+    scored = dataclasses.replace(trace, columns={"score": [0.5, None, {"a": [1]}]})
+    scored.save(tmp_path / "trace.jsonl")
+    lines = (tmp_path / "trace.jsonl").read_text().splitlines()
+    assert [json.loads(line)["columns"]["score"] for line in lines] == [0.5, None, {"a": [1]}]
+    assert same(Trace.load(tmp_path / "trace.jsonl"), scored)
+    assert "columns" not in next(trace.rows())
 
 
 def test_traces_cross_processes(trace):
@@ -187,25 +191,54 @@ def test_a_file_without_runs(tmp_path):
         Trace.from_jsonl(tmp_path / "empty.jsonl")
 
 
-text = st.text(st.characters(), max_size=8)
-scalars = st.none() | st.booleans() | st.integers() | st.floats() | text | st.binary(max_size=4)
-keys = text | st.integers() | st.tuples(st.integers(), text)
-values = st.recursive(
-    scalars,
-    lambda inner: (
-        st.lists(inner, max_size=3)
-        | st.lists(inner, max_size=3).map(tuple)
-        | st.dictionaries(text, inner, max_size=3)
-        | st.dictionaries(keys, inner, max_size=3)
-    ),
-    max_leaves=6,
-)
-draws = st.builds(Draw, values, st.dictionaries(st.text(max_size=4), values, max_size=2), st.none() | st.floats())
-cells = draws | st.lists(draws, max_size=3).map(tuple)
+@pytest.mark.parametrize("ending", ["jsonl", "parquet"])
+def test_any_trace_comes_back_from_a_file(tmp_path_factory, ending):
+    path = tmp_path_factory.mktemp("traces") / f"trace.{ending}"
+
+    @settings(max_examples=60, deadline=None)
+    @given(traces)
+    def check(trace):
+        trace.save(path)
+        assert same(Trace.load(path), trace)
+
+    check()
+    assert [each.name for each in path.parent.iterdir()] == [path.name]
 
 
-@settings(max_examples=200, deadline=None)
-@given(st.lists(st.tuples(values, cells, cells), min_size=1, max_size=3))
-def test_any_trace_round_trips(tmp_path_factory, rows):
-    trace = Trace({"x": [row[0] for row in rows]}, {"a": [row[1] for row in rows], "b": [row[2] for row in rows]})
-    assert same(written(trace, tmp_path_factory.getbasetemp()), trace)
+@pytest.mark.parametrize("ending", ["jsonl", "parquet"])
+def test_a_trace_that_cannot_be_written_leaves_the_old_file(trace, ending, tmp_path):
+    path = tmp_path / f"trace.{ending}"
+    trace.save(path)
+    with pytest.raises(DataError, match=r"'a': a value of type builtins\.set cannot be written"):
+        trace.updated({"a": [Draw("v"), Draw("w"), Draw({1})]}).save(path)
+    assert same(Trace.load(path), trace)
+    assert [each.name for each in tmp_path.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize("action", ["save", "load"])
+def test_another_ending_is_refused(trace, action, tmp_path):
+    with pytest.raises(DataError, match=r"runs\.csv: traces are stored in files that end in \.jsonl or \.parquet"):
+        getattr(trace, action)(tmp_path / "runs.csv")
+
+
+def test_reading_lines_takes_time_in_proportion_to_their_number(tmp_path):
+    """Counted in calls of Python, which no other process disturbs."""
+
+    def calls(count):
+        path = tmp_path / f"{count}.jsonl"
+        path.write_text((GOOD + "\n") * count)
+        profile = cProfile.Profile()
+        profile.runcall(Trace.load, path)
+        return pstats.Stats(profile).total_calls
+
+    few, many = calls(50), calls(500)
+    assert many < 11 * few
+
+
+def test_deep_values_are_refused_before_they_are_written(tmp_path):
+    value = []
+    for _ in range(3000):
+        value = [value]
+    for ending in ("jsonl", "parquet"):
+        with pytest.raises(DataError, match="'x': a value is nested more than 64 levels deep"):
+            Trace({"x": [value]}, {}).save(tmp_path / f"trace.{ending}")
