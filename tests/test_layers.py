@@ -14,7 +14,8 @@ PACKAGE = ROOT / "sysdag"
 # From the bottom up; a module may import those before it.
 LAYERS = [
     "errors", "versions", "statistics", "atomic", "graph", "build", "render", "plan", "outline", "encoding", "trace",
-    "arrow", "trace_parquet", "row_format", "readers", "pairs", "source", "memory", "acceleration", "component", "residence", "hub", "system_schema",
+    "arrow", "trace_parquet", "row_format", "readers", "pairs",
+    "source", "memory", "acceleration", "component", "residence", "hub", "system_schema",
     "component_folder", "serialization", "run_files", "model_card", "publish",
     "decoding", "kernels", "ops", "beam_decoder", "beam", "components", "execute", "likelihood", "candidates",
     "strategies", "estimate", "candidate_cache", "objective", "options", "config", "theory", "data", "comparison",
