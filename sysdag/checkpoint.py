@@ -91,6 +91,16 @@ class CheckpointTrainer(Trainer):
         last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
         return "There is no checkpoint yet." if last is None else f"{last} is complete: resume from there."
 
+    def how_to_resume(self) -> str:
+        """Where training can go on, in words, for a user who stopped it."""
+        folder = Path(self.args.output_dir)
+        last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+        if last is None:
+            return (
+                f"There is no checkpoint in {folder} yet; save_steps={self.args.save_steps} says how often one is made."
+            )
+        return f"{last} is complete; the same command with --resume_from_checkpoint {last} goes on from there."
+
     def _state_file(self, folder: Path) -> Path:
         number = f"_{self.args.process_index}" if self.args.world_size > 1 else ""
         return folder / f"sysdag_state{number}.json"

@@ -13,6 +13,7 @@ from typer.core import TyperGroup
 
 from sysdag.commands.env import env
 from sysdag.commands.plan import plan
+from sysdag.commands.train import SETTINGS, train
 from sysdag.errors import SysdagError
 
 
@@ -41,3 +42,7 @@ def sysdag(debug: Annotated[bool, typer.Option("--debug", help="Show the traceba
 
 app.command()(env)
 app.command()(plan)
+app.command(context_settings=SETTINGS)(train)
+
+if __name__ == "__main__":  # accelerate launch -m sysdag.cli train ...
+    app()

@@ -47,3 +47,7 @@ class LabelError(SysdagError, RuntimeError):
 
 class LoadingError(SysdagError, ValueError):
     """A command was told of a system that is not there, or that cannot be imported."""
+
+
+class OptionError(SysdagError, ValueError):
+    """A command's options, or its configuration file, cannot be used; the message names the option and the line."""

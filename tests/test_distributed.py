@@ -133,6 +133,7 @@ def test_the_example_runs_under_accelerate_launch(tmp_path):
     ended = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
     assert ended.returncode == 0, ended.stderr[-4000:]
     assert (tmp_path / "aligned" / "system.json").exists()
+    assert json.loads((tmp_path / "aligned" / "log.jsonl").read_text().splitlines()[-1])["epoch"] == 1.0  # 2 x 2 x 2
     assert {path.name for path in (tmp_path / "aligned").iterdir() if path.is_dir()} == {"draft", "answer"}
 
 

@@ -1,0 +1,103 @@
+"""A configuration file in YAML: its keys with the lines they stand in, so that a mistake can be shown."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from sysdag.errors import OptionError
+
+
+class _Loader(yaml.SafeLoader):
+    """Takes 1e-5 for a number, as YAML 1.2 does."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\.\d+|\d+(\.\d*)?)([eE][-+]?\d+)?$"), list("-+.0123456789")
+)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One key of a file.
+
+    Attributes:
+        key: the key, hyphens as underscores.
+        place: file and line, for a message.
+        value: for a scalar its text as written (so that `no` stays `no`), for null None; else a list or a dict.
+    """
+
+    key: str
+    place: str
+    value: Any
+
+    def error(self, message: str) -> OptionError:
+        """An error that names the key and its line."""
+        return OptionError(f"{self.place}: {self.key}: {message}")
+
+    def flags(self, kinds: Sequence[type]) -> list[str]:
+        """The setting as arguments of a command line.
+
+        Args:
+            kinds: of `list` and `dict`, those that the option takes beside scalars.
+
+        Raises:
+            OptionError: for a list or a mapping where none is taken.
+        """
+        if isinstance(self.value, dict):
+            if dict not in kinds:
+                raise self.error(f"expected {_wanted(kinds)}, got a mapping.")
+            return [f"--{self.key}={json.dumps(self.value)}"]
+        if isinstance(self.value, list):
+            if list not in kinds:
+                raise self.error(f"expected {_wanted(kinds)}, got a list.")
+            return [f"--{self.key}", *self.value]
+        return [f"--{self.key}={self.value}"]
+
+
+def read_settings(file: str | Path) -> list[Setting]:
+    """The settings of a YAML file, in its order.
+
+    Raises:
+        OptionError: naming the file, and the line that is no YAML, whose key is no text, or that repeats a key.
+    """
+    try:
+        text = Path(file).read_text(encoding="utf-8")
+        root = yaml.compose(text, Loader=_Loader)
+    except (OSError, UnicodeDecodeError) as error:
+        raise OptionError(f"The configuration file {file} cannot be read: {error}") from error
+    except yaml.YAMLError as error:
+        raise OptionError(f"{file} is no YAML: {error}") from error
+    if root is None:
+        return []
+    if not isinstance(root, yaml.MappingNode):
+        raise OptionError(f"{file} must be a mapping of options to values, got a {root.id}.")
+    found: dict[str, Setting] = {}
+    for key_node, node in root.value:
+        place = f"{file}, line {key_node.start_mark.line + 1}"
+        if not isinstance(key_node, yaml.ScalarNode):
+            raise OptionError(f"{place}: a key must be the name of an option.")
+        key = key_node.value.replace("-", "_")
+        if key in found:
+            raise OptionError(f"{place}: {key} stands there a second time; the first is in {found[key].place}.")
+        found[key] = Setting(key, place, _value(node))
+    return list(found.values())
+
+
+def _value(node: yaml.Node) -> Any:
+    if isinstance(node, yaml.ScalarNode):
+        return None if node.tag == "tag:yaml.org,2002:null" else node.value
+    if isinstance(node, yaml.SequenceNode) and all(isinstance(element, yaml.ScalarNode) for element in node.value):
+        return [element.value for element in node.value]
+    return _Loader("").construct_document(node)
+
+
+def _wanted(kinds: Sequence[type]) -> str:
+    names: dict[type, str] = {list: "a list", dict: "a mapping"}
+    return " or ".join(["a single value", *(names[kind] for kind in kinds)])
