@@ -9,7 +9,7 @@ found.
 import importlib.util
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 STABLE_ABI = "0x020b000000000000"  # torch 2.11
 CUDA_ARCHITECTURES = ("80", "90a", "100")
@@ -43,8 +43,12 @@ def extension() -> dict:
 
 
 setup(
-    packages=["sysdag", "sysdag.components", "sysdag.kernels", "sysdag.ops"],
+    packages=[*find_packages(include=["sysdag", "sysdag.*"]), "sysdag.kernels"],
     package_dir={"sysdag": "sysdag", "sysdag.kernels": "kernels"},
-    package_data={"sysdag": ["py.typed"]},
+    package_data={
+        "sysdag": ["py.typed"],
+        "sysdag.labelling": ["schema.sql", "page/*"],
+        "sysdag.reporting": ["templates/*"],
+    },
     **extension(),
 )

@@ -17,11 +17,13 @@ LAYERS = [
     "arrow", "trace_parquet", "row_format", "readers", "pairs",
     "source", "memory", "acceleration", "component", "residence", "hub", "system_schema",
     "component_folder", "serialization", "run_files", "model_card", "publish",
-    "decoding", "kernels", "ops", "beam_decoder", "beam", "components", "execute", "likelihood", "candidates",
-    "strategies", "estimate", "candidate_cache", "objective", "options", "config", "theory", "data", "comparison",
+    "decoding", "kernels", "ops", "beam_decoder", "beam", "components", "execute", "running", "ray_engine",
+    "trace_file", "likelihood", "candidates",
+    "strategies", "estimate", "candidate_cache", "objective", "options", "config", "theory", "data", "inputs", "comparison",
     "distributed", "micro_batch", "finite", "scoring", "precompute", "engine", "references", "replay",
     "resume", "run_record", "checkpoint", "trainer", "loading", "config_file", "train_options", "training",
     "verdicts", "judges", "judge_prompt", "endpoint", "endpoint_judge", "ranking", "evaluation", "evaluation_runs",
+    "labelling",
     "commands", "cli",
 ]  # fmt: skip
 # A user reaches everything from a System or a Plan: these methods import upwards when they are called.
@@ -30,10 +32,11 @@ FACADES = {
     ("graph", "System.push_to_hub"), ("graph", "System.save_pretrained"), ("graph", "System.from_pretrained"),
     ("graph", "System.load"),
     ("plan", "Plan.sample"), ("plan", "Plan.log_probs"), ("plan", "Plan.estimate"),
-    ("trace", "Trace.save"), ("trace", "Trace.load"),
+    ("running", "engine_of"), ("trace", "Trace.save"), ("trace", "Trace.load"),
 }  # fmt: skip
 TORCH_FREE = ["errors", "atomic", "graph", "build", "render", "plan", "outline", "encoding", "trace", "arrow",
-              "trace_parquet", "row_format", "readers", "pairs", "source", "serialization"]  # fmt: skip
+              "trace_parquet", "row_format", "readers", "pairs", "source", "serialization", "execute", "running",
+              "ray_engine"]  # fmt: skip
 
 
 def layer_of(path):

@@ -1,0 +1,78 @@
+"""Values as the page shows them: JSON of text, images, lists and fields, which the page puts in as text alone."""
+
+from __future__ import annotations
+
+import base64
+import io
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy
+
+from sysdag.labelling.records import Assignment
+from sysdag.trace import Trace, value_of
+
+_MOST_CHARACTERS = 200_000  # of one text; a browser lays out more only slowly
+
+
+def comparison(trace: Trace, outputs: Sequence[str], shown: Assignment) -> dict[str, Any]:
+    """What an annotator sees of a pair; nothing in it tells one run from the other.
+
+    Returns:
+        `pair`; `inputs`; and `left` and `right`, each with `outputs` and `intermediates`. All are lists of
+        `{"name", "view"}`, in the trace's order; a `view` is as in `view_of`.
+    """
+
+    def side(row: int) -> dict[str, Any]:
+        parts = {name: _named(name, value_of(column[row])) for name, column in trace.cells.items()}
+        return {
+            "outputs": [parts[name] for name in outputs],
+            "intermediates": [part for name, part in parts.items() if name not in outputs],
+        }
+
+    return {
+        "pair": shown.pair,
+        "inputs": [_named(name, column[shown.left]) for name, column in trace.inputs.items()],
+        "left": side(shown.left),
+        "right": side(shown.right),
+    }
+
+
+def view_of(value: Any) -> dict[str, Any]:
+    """A value as JSON: `{"kind": "text", "text"}`, `{"kind": "image", "source", "width", "height"}` with a PNG inline,
+    `{"kind": "list", "items": [view]}`, or `{"kind": "fields", "items": [{"name", "view"}]}` for a dict. What is none
+    of these is shown as Python writes it.
+    """
+    if isinstance(value, str):
+        return {"kind": "text", "text": clean(value)}
+    image = sys.modules.get("PIL.Image")
+    if image is not None and isinstance(value, image.Image):
+        return {"kind": "image", "source": _png(value), "width": value.width, "height": value.height}
+    if isinstance(value, (list, tuple)):
+        return {"kind": "list", "items": [view_of(element) for element in value]}
+    if isinstance(value, Mapping):
+        return {"kind": "fields", "items": [_named(str(key), element) for key, element in value.items()]}
+    if isinstance(value, numpy.ndarray):
+        text = f"array of {value.dtype}, shape {value.shape}\n{numpy.array2string(value, threshold=200)}"
+        return {"kind": "text", "text": text}
+    return {"kind": "text", "text": clean(repr(value))}
+
+
+def _named(name: str, value: Any) -> dict[str, Any]:
+    return {"name": clean(name), "view": view_of(value)}
+
+
+def clean(text: str) -> str:
+    """Text that has a UTF-8 form: half of a surrogate pair becomes a question mark, and what is too long is cut."""
+    if len(text) > _MOST_CHARACTERS:
+        text = f"{text[:_MOST_CHARACTERS]}\n[cut here: {len(text) - _MOST_CHARACTERS} more characters]"
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
+def _png(image: Any) -> str:
+    buffer = io.BytesIO()
+    if image.mode not in ("1", "L", "LA", "P", "RGB", "RGBA", "I;16"):
+        image = image.convert("RGB")
+    image.save(buffer, format="PNG")
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")

@@ -1,0 +1,356 @@
+import contextlib
+import json
+import socket
+import sqlite3
+import time
+
+import numpy
+import pytest
+from fastapi.testclient import TestClient
+from labelled_runs import Running, runs
+from PIL import Image
+from typer.testing import CliRunner
+
+from sysdag.cli import app as command
+from sysdag.errors import LabelError
+from sysdag.labelling import serve
+from sysdag.labelling.app import create_app
+from sysdag.labelling.guard import Access
+from sysdag.labelling.session import open_labels
+from sysdag.labelling.view import view_of
+from sysdag.readers import read_rows
+from sysdag.trace import Draw, Trace
+
+HOST = "127.0.0.1:8765"
+ORIGIN = f"http://{HOST}"
+TOKEN, SESSION = "the-token-of-the-link", "the-secret-of-the-cookie"
+COOKIE = {"cookie": f"sysdag_label_8765={SESSION}"}
+
+
+@pytest.fixture
+def make(tmp_path):
+    stack = contextlib.ExitStack()
+
+    def made(trace=None, **options):
+        trace = trace or runs()
+        store = stack.enter_context(open_labels(trace, tmp_path / "labels.sqlite", **options))
+        access = Access(hosts={HOST, "localhost:8765"}, token=TOKEN, session=SESSION)
+        client = TestClient(create_app(store, trace, access), base_url=ORIGIN, follow_redirects=False)
+        client.store = store
+        return client
+
+    with stack:
+        yield made
+
+
+@pytest.fixture
+def client(make):
+    """A page that came in by the link."""
+    client = make()
+    assert client.get(f"/?token={TOKEN}").status_code == 200
+    client.headers["origin"] = ORIGIN
+    return client
+
+
+PATHS = ["/", "/summary", "/label.js", "/page.js", "/style.css", "/api/session", "/api/summary", "/docs", "/nothing"]
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize(
+    "headers",
+    [{}, {"cookie": "sysdag_label_8765=wrong"}, {"cookie": f"sysdag_label_9999={SESSION}"}, {"cookie": 'a="\\'}],
+    ids=["no cookie", "wrong cookie", "another port's cookie", "no cookie at all"],
+)
+def test_nothing_is_shown_without_the_token(make, path, headers):
+    answer = make().get(path, headers=headers)
+    assert answer.status_code == 403
+    assert "Open that link" in answer.text
+    assert "set-cookie" not in answer.headers
+
+
+@pytest.mark.parametrize("query", ["", "token=", "token=wrong", f"token={TOKEN}x", f"Token={TOKEN}", "token=%FF"])
+def test_a_wrong_token_gives_no_cookie(make, query):
+    answer = make().get(f"/?{query}")
+    assert answer.status_code == 403
+    assert "set-cookie" not in answer.headers
+
+
+def test_the_token_is_taken_by_the_page_alone(make):
+    client = make()
+    assert client.get(f"/api/summary?token={TOKEN}").status_code == 403
+    assert client.post(f"/?token={TOKEN}", headers={"origin": ORIGIN}).status_code == 403
+
+
+def test_the_link_gives_a_cookie_that_scripts_and_other_sites_do_not_get(make):
+    client = make()
+    answer = client.get(f"/?token={TOKEN}&annotator=Ann")
+    assert answer.headers["set-cookie"] == f"sysdag_label_8765={SESSION}; Path=/; HttpOnly; SameSite=Strict"
+    assert [client.get(path).status_code for path in PATHS] == [200] * 7 + [404] * 2
+
+
+@pytest.mark.parametrize("host", ["evil.example:8765", "evil.example", "127.0.0.1", "127.0.0.1:80", ""])
+def test_another_host_is_refused_even_with_the_token(make, host):
+    for path, headers in ((f"/?token={TOKEN}", {}), ("/api/summary", COOKIE)):
+        answer = make().get(path, headers={"host": host, **headers})
+        assert answer.status_code == 403
+        assert "does not serve the host" in answer.text
+        assert "set-cookie" not in answer.headers
+
+
+@pytest.mark.parametrize(
+    "origin", [None, "null", "http://evil.example", "http://127.0.0.1:9000", "https://127.0.0.1:8765", ORIGIN + ".evil"]
+)
+def test_only_its_own_pages_write(make, origin):
+    headers = COOKIE | ({} if origin is None else {"origin": origin})
+    answer = make().post("/api/queue", headers=headers, json={"annotator": "Ann"})
+    assert answer.status_code == 403
+    assert "Only pages of this server" in answer.text
+    assert make().post("/api/queue", headers=COOKIE | {"origin": ORIGIN}, json={"annotator": "Ann"}).status_code == 200
+
+
+def test_every_answer_forbids_what_is_not_from_here(client):
+    for path in (*PATHS, f"/?token={TOKEN}x"):
+        headers = client.get(path).headers
+        policy = dict(part.strip().split(" ", 1) for part in headers["content-security-policy"].split(";"))
+        assert policy["default-src"] == "'none'"
+        assert policy["script-src"] == policy["connect-src"] == policy["style-src"] == "'self'"
+        assert policy["frame-ancestors"] == policy["base-uri"] == policy["form-action"] == "'none'"
+        assert headers["x-content-type-options"] == "nosniff"
+        assert headers["cache-control"] == "no-store"
+        assert headers["referrer-policy"] == "no-referrer"
+
+
+def test_pages_load_nothing_from_elsewhere(client):
+    for path in ("/", "/summary", "/label.js", "/summary.js", "/page.js", "/style.css"):
+        text = client.get(path).text
+        assert "http://" not in text
+        assert "https://" not in text
+        for sink in ("innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "eval(", " onclick=", "style="):
+            assert sink not in text
+
+
+def post(client, path, **body):
+    return client.post(f"/api/{path}", json=body)
+
+
+def test_a_pair_shows_values_and_tells_no_run(client):
+    queue = post(client, "queue", annotator="Ann").json()
+    task = queue["task"]
+    number = task["inputs"][0]["view"]["text"].removeprefix("question ")
+    assert task["inputs"] == [{"name": "question", "view": {"kind": "text", "text": f"question {number}"}}]
+    seen = set()
+    for side in ("left", "right"):
+        assert set(task[side]) == {"outputs", "intermediates"}
+        (output,), (draft,) = task[side]["outputs"], task[side]["intermediates"]
+        run = output["view"]["text"].split()[1]
+        seen.add(run)
+        assert output == {"name": "answer", "view": {"kind": "text", "text": f"answer {run} to {number}"}}
+        assert draft == {"name": "draft", "view": {"kind": "text", "text": f"draft {run} of {number}"}}
+    assert seen == {"0", "1"}
+    assert set(task) == {"pair", "inputs", "left", "right"}
+    assert (queue["done"], queue["total"], queue["last"]) == (0, 5, None)
+
+
+def test_labels_undo_and_summary(client, tmp_path):
+    first = post(client, "queue", annotator="Ann").json()
+    body = {"annotator": "Ann", "pair": first["task"]["pair"], "choice": "left", "request": "request-1"}
+    second = post(client, "label", **body).json()
+    assert (second["done"], second["task"]["pair"] != body["pair"]) == (1, True)
+    with contextlib.closing(sqlite3.connect(tmp_path / "labels.sqlite")) as other:
+        assert other.execute("SELECT annotator, choice FROM labels").fetchall() == [("Ann", "left")]
+    assert post(client, "label", **body).json() == second
+    again = post(client, "label", **{**body, "request": "request-2"})
+    assert again.status_code == 409
+    assert "another tab" in again.json()["error"]
+    assert client.get("/api/summary").json()["annotators"][0]["labels"] == 1
+    undone = post(client, "undo", annotator="Ann", label=second["last"], request="request-3").json()
+    assert undone["task"] == first["task"]
+    found = client.get("/api/summary").json()
+    assert (found["labelled"], found["annotators"][0]["undone"]) == (0, 1)
+    assert client.get("/api/session").json() == {"annotators": ["Ann"], "outputs": ["answer"], "pairs": 5}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"choice": "best"}, {"pair": "0"}, {"request": "short"}, {"annotator": ""}, {"more": 1}, {"annotator": "x" * 201}],
+)
+def test_bodies_that_are_no_label(client, change):
+    pair = post(client, "queue", annotator="Ann").json()["task"]["pair"]
+    body = {"annotator": "Ann", "pair": pair, "choice": "left", "request": "request-1", **change}
+    assert post(client, "label", **body).status_code == 422
+    assert client.get("/api/summary").json()["labelled"] == 0
+
+
+def test_a_label_that_cannot_be_written_is_not_acknowledged(make):
+    client = make()
+    client.headers |= COOKIE | {"origin": ORIGIN}
+    pair = post(client, "queue", annotator="Ann").json()["task"]["pair"]
+    client.store._database.execute("PRAGMA query_only = ON")
+    answer = post(client, "label", annotator="Ann", pair=pair, choice="left", request="request-1")
+    assert answer.status_code == 503
+    assert "Nothing was saved" in answer.json()["error"]
+    client.store._database.execute("PRAGMA query_only = OFF")
+    assert post(client, "label", annotator="Ann", pair=pair, choice="left", request="request-1").json()["done"] == 1
+
+
+def test_values_as_the_page_shows_them():
+    image = view_of(Image.new("CMYK", (3, 2)))
+    assert (image["kind"], image["width"], image["height"]) == ("image", 3, 2)
+    assert image["source"].startswith("data:image/png;base64,iVBOR")
+    assert view_of([{"role": "user", "content": "hi"}, None]) == {
+        "kind": "list",
+        "items": [
+            {
+                "kind": "fields",
+                "items": [
+                    {"name": "role", "view": {"kind": "text", "text": "user"}},
+                    {"name": "content", "view": {"kind": "text", "text": "hi"}},
+                ],
+            },
+            {"kind": "text", "text": "None"},
+        ],
+    }
+    assert view_of("half \ud83d")["text"] == "half ?"
+    assert view_of(numpy.zeros((2, 3)))["text"].startswith("array of float64, shape (2, 3)\n")
+    long = view_of("x" * 300_000)["text"]
+    assert len(long) < 201_000
+    assert long.endswith("[cut here: 100000 more characters]")
+
+
+def test_plates_and_images_are_shown_as_lists(make):
+    images = [tuple(Draw(Image.new("L", (8, 8), shade + run)) for shade in (10, 200)) for run in range(2)]
+    client = make(Trace({"x": [1, 1]}, {"image": images}))
+    client.headers |= COOKIE | {"origin": ORIGIN}
+    view = post(client, "queue", annotator="Ann").json()["task"]["left"]["outputs"][0]["view"]
+    assert [item["kind"] for item in view["items"]] == ["image", "image"]
+    assert view["items"][0]["source"] != view["items"][1]["source"]
+
+
+@pytest.mark.parametrize(
+    ("host", "loopback"),
+    [
+        ("127.0.0.1", True), ("127.8.0.1", True), ("::1", True), ("localhost", True), ("0.0.0.0", False),
+        ("::", False), ("192.168.0.7", False), ("example.org", False), ("localhost.example.org", False), ("", False),
+    ],
+)  # fmt: skip
+def test_what_is_loopback(host, loopback):
+    assert serve.is_loopback(host) is loopback
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.0.7", ""])
+def test_other_addresses_are_refused_unless_asked_for(tmp_path, host):
+    with open_labels(runs(), tmp_path / "labels.sqlite") as store, pytest.raises(LabelError, match="--allow-remote"):
+        serve.serve(store, runs(), host=host, browser=False)
+
+
+def test_hosts_that_a_server_answers_to():
+    assert serve._hosts("127.0.0.1", 80) == {"127.0.0.1:80", "localhost:80", "[::1]:80"}
+    assert serve._hosts("Example.org", 80) == {"example.org:80"}
+    assert serve._hosts("0.0.0.0", 80) is None
+
+
+def test_a_port_that_is_taken(tmp_path):
+    with socket.socket() as taken, open_labels(runs(), tmp_path / "labels.sqlite") as store:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(LabelError, match=rf"127.0.0.1, port {port}: .*in use. --port 0 picks a free one"):
+            serve.serve(store, runs(), port=port, browser=False)
+        with pytest.raises(LabelError, match="give an address of this machine"):
+            serve.serve(store, runs(), host="203.0.113.7", allow_remote=True, browser=False)
+
+
+def run(*arguments):
+    return CliRunner().invoke(command, ["label", *map(str, arguments)])
+
+
+def test_the_command_says_what_is_wrong(tmp_path):
+    traces, database = tmp_path / "runs.jsonl", tmp_path / "labels.sqlite"
+    runs(each=1).save(traces)
+    found = run(traces, "--database", database)
+    assert (found.exit_code, "5 inputs have a single run" in found.output) == (1, True)
+    assert not database.exists()
+    found = run(traces, "--database", database, "--export", tmp_path / "pairs.jsonl")
+    assert (found.exit_code, "There is no database" in found.output) == (1, True)
+    found = run(traces, "--database", database, "--node", "nothing")
+    assert (found.exit_code, "no node 'nothing'" in found.output) == (1, True)
+    found = run(tmp_path / "none.jsonl", "--database", database)
+    assert (found.exit_code, "none.jsonl" in found.output) == (1, True)
+    runs().save(traces)
+    found = run(traces, "--database", database, "--host", "0.0.0.0", "--no-browser")
+    assert (found.exit_code, "--allow-remote" in found.output) == (1, True)
+    found = run(traces, "--database", database, "--annotator", " ", "--no-browser")
+    assert (found.exit_code, "is no name" in found.output) == (1, True)
+
+
+def test_a_missing_extra_is_named(tmp_path, monkeypatch):
+    import importlib.util
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    found = run(tmp_path / "runs.jsonl")
+    assert found.exit_code == 1
+    assert 'pip install "sysdag[label]"' in found.output
+
+
+def label_one(client, annotator="Ann"):
+    queue = post(client, "queue", annotator=annotator).json()
+    pair = queue["task"]["pair"]
+    body = {"annotator": annotator, "pair": pair, "choice": "left", "request": f"request-{annotator}-{pair}"}
+    answer = post(client, "label", **body)
+    assert answer.status_code == 200
+    return body, answer.json()
+
+
+def test_no_acknowledged_label_is_lost_to_kill_9(tmp_path):
+    traces, database = tmp_path / "runs.jsonl", tmp_path / "labels.sqlite"
+    runs().save(traces)
+    given = []
+    for _ in range(2):
+        with Running(traces, database) as server, server.client() as client:
+            for _ in range(2):
+                body, after = label_one(client)
+                given.append(body["pair"])
+            server.process.kill()
+            server.process.wait()
+    with Running(traces, database) as server, server.client() as client:
+        assert post(client, "label", **body).json()["done"] == 4  # a page that had no answer sends its label again
+        found = client.get("/api/summary").json()
+        assert (found["labelled"], found["annotators"][0]["labels"]) == (4, 4)
+        queue = post(client, "queue", annotator="Ann").json()
+        assert queue["task"] == after["task"]
+        assert queue["task"]["pair"] not in given
+        label_one(client)
+        output = server.interrupt()
+    assert server.process.returncode == 0
+    assert "5 of 5 pairs labelled" in output
+    exported = run(traces, "--database", database, "--export", tmp_path / "pairs.jsonl", "--summary")
+    assert exported.exit_code == 0, exported.output
+    assert "5 of 5 pairs labelled" in exported.output
+    assert "5 preferences; left out: 0 ties" in exported.output
+    assert len(read_rows(tmp_path / "pairs.jsonl")) == 5
+
+
+def test_ctrl_c_ends_it_at_once_and_the_token_is_printed_once(tmp_path):
+    traces = tmp_path / "runs.jsonl"
+    runs().save(traces)
+    with Running(traces, tmp_path / "labels.sqlite", "--annotator", "Ann & Bob/#") as server:
+        assert server.link.endswith("&annotator=Ann%20%26%20Bob%2F%23")
+        with server.client() as client:
+            label_one(client)
+            start = time.monotonic()
+            output = server.interrupt()  # while the client still holds its connection
+            assert time.monotonic() - start < 5
+    assert server.process.returncode == 0
+    assert "1 of 5 pairs labelled" in output
+    assert "token" not in output
+    assert not list(tmp_path.glob("labels.sqlite-*"))
+
+
+def test_the_command_imports_no_torch():
+    """It starts in a second, and labels on a machine that runs no models."""
+    import subprocess
+    import sys
+
+    modules = ["commands.label", *(f"labelling.{name}" for name in ("session", "export", "summary", "serve"))]
+    code = f"import sys; [__import__('sysdag.' + m) for m in {json.dumps(modules)}]; print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "False"
