@@ -12,6 +12,8 @@ import typer
 from typer.core import TyperGroup
 
 from sysdag.commands.env import env
+from sysdag.commands.eval import evaluate
+from sysdag.commands.judge import judge
 from sysdag.commands.plan import plan
 from sysdag.commands.train import SETTINGS, train
 from sysdag.errors import SysdagError
@@ -41,6 +43,8 @@ def sysdag(debug: Annotated[bool, typer.Option("--debug", help="Show the traceba
 
 
 app.command()(env)
+app.command("eval")(evaluate)
+app.command()(judge)
 app.command()(plan)
 app.command(context_settings=SETTINGS)(train)
 

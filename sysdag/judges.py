@@ -1,6 +1,7 @@
 """Judges: what says which of two runs is better. A score of one run, or a comparison of two, in both orders.
 
-A run is a dict of the values of its inputs and nodes by name, and of the trace's columns where their names are free.
+A run is a dict of the values of its inputs and nodes by name, and of the trace's columns where their names are free
+(but not of `prompt` and `run`, which only number the runs).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from sysdag.trace import Trace
 from sysdag.verdicts import Verdict
 
 Run = Mapping[str, Any]
+_NUMBERS = ("prompt", "run")  # of sampled runs; not what a function means by `run["prompt"]`
 
 
 @runtime_checkable
@@ -187,7 +189,8 @@ def _parameters(function: Callable[..., Any], name: str) -> list[str]:
 
 def runs_of(trace: Trace) -> Iterable[Run]:
     """The runs of a trace, one after the other, as judges see them."""
-    columns = {**trace.columns, **{name: trace[name] for name in (*trace.inputs, *trace.cells)}}
+    columns = {name: column for name, column in trace.columns.items() if name not in _NUMBERS}
+    columns |= {name: trace[name] for name in (*trace.inputs, *trace.cells)}
     for row in range(len(trace)):
         yield {name: column[row] for name, column in columns.items()}
 

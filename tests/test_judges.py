@@ -99,7 +99,9 @@ def test_a_function_of_one_run_scores(tmp_path):
 
 def test_a_run_has_inputs_nodes_and_columns_and_inputs_come_first():
     trace = Trace(
-        {"question": ["why"]}, {"captions": [(Draw("a"), Draw("b"))]}, {"question": ["a column"], "gold": ["42"]}
+        {"question": ["why"]},
+        {"captions": [(Draw("a"), Draw("b"))]},
+        {"question": ["a column"], "gold": ["42"], "prompt": [0], "run": [0]},
     )
     assert list(runs_of(trace)) == [{"question": "why", "captions": ["a", "b"], "gold": "42"}]
 

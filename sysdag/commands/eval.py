@@ -1,0 +1,205 @@
+"""`sysdag eval`: how much better a system is than another, or than the responses that a dataset prefers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from sysdag.commands.judge_options import (
+    ApiKeyEnv,
+    By,
+    Cache,
+    Concurrency,
+    Criteria,
+    LowerIsBetter,
+    Model,
+    Nodes,
+    Request,
+    Retries,
+    Template,
+    Timeout,
+    chosen_judge,
+)
+from sysdag.errors import DataError, JudgeError
+
+if TYPE_CHECKING:
+    from sysdag.evaluation import Matched
+
+SEED_OF_THE_OTHER = 2**32  # more than that of the first: with equal ones the runs would not be independent
+_OF_SAMPLING = ("against", "runs", "batch_size", "device", "limit", "split", "keep_traces")
+
+
+def evaluate(
+    context: typer.Context,
+    by: By,
+    system: Annotated[
+        str | None, typer.Argument(help="SYSTEM.py:name, package.module:name, or a saved system's folder.")
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Argument(help="Held-out rows: inputs or preferences, in a file, a datasets folder, or on the Hub."),
+    ] = None,
+    against: Annotated[
+        str | None,
+        typer.Option(metavar="SYSTEM2|chosen", help="A system that runs on the same rows, or the rows' `chosen`."),
+    ] = None,
+    traces: Annotated[
+        tuple[Path, Path] | None,
+        typer.Option(metavar="FILE FILE2", help="Instead of all that: the traces of both, .jsonl or .parquet."),
+    ] = None,
+    runs: Annotated[int, typer.Option(min=1, help="Runs of each row.")] = 1,
+    seed: Annotated[int, typer.Option(help="Of all that is drawn, and of the bootstrap.")] = 0,
+    batch_size: Annotated[int, typer.Option(min=1, help="Runs that go through a system together.")] = 16,
+    device: Annotated[
+        str, typer.Option(help="Where models are put: auto (a GPU where there is one), cpu, cuda:0, ...")
+    ] = "auto",
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first rows.")] = None,
+    split: Annotated[str, typer.Option(help="Of a dataset that has splits.")] = "train",
+    keep_traces: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Write the runs there as they are made; a later command goes on behind."),
+    ] = None,
+    threshold: Annotated[
+        float | None, typer.Option(help="Of scores: from which on a run is a success, for McNemar's exact test.")
+    ] = None,
+    margin: Annotated[float, typer.Option(min=0, help="Of scores: a smaller difference is a tie.")] = 0.0,
+    confidence: Annotated[float, typer.Option(min=0.01, max=0.999, help="Of the intervals.")] = 0.95,
+    output: Annotated[Path | None, typer.Option(help="Write figures and comparisons as JSON.")] = None,
+    node: Nodes = None,
+    lower_is_better: LowerIsBetter = False,
+    model: Model = None,
+    api_key_env: ApiKeyEnv = None,
+    criteria: Criteria = None,
+    template: Template = None,
+    request: Request = None,
+    concurrency: Concurrency = 8,
+    timeout: Timeout = 120.0,
+    retries: Retries = 6,
+    cache: Cache = None,
+) -> None:
+    """Win rate of a system against another one or against a dataset's `chosen`, with intervals and exact tests.
+
+    Both run on the same rows. A scoring function gives mean scores and their paired difference, too, and with
+    --threshold shares of successes. Function judges also see the rows' other columns, as a reference answer.
+    """
+    _check(context, system, data, against, traces)
+    if output is not None and output.suffix != ".json":
+        raise typer.BadParameter(f"--output {output}: its ending must be .json.")
+    judge = chosen_judge(context, output)
+
+    from sysdag.atomic import write_text
+    from sysdag.evaluation import check_options, evaluate
+    from sysdag.judges import ColumnScore
+    from sysdag.versions import installed_versions
+
+    check_options(judge, threshold=threshold, margin=margin)
+    if traces is None and isinstance(judge, ColumnScore):
+        raise JudgeError(
+            f"--by {by}: a run that is sampled now has no column of scores. Name FILE.py:function or an "
+            "endpoint's URL, or evaluate scored traces (--traces)."
+        )
+    if traces is not None:
+        matched, outputs = _from_traces(traces, node)
+        names = traces[0].stem, traces[1].stem if traces[0].stem != traces[1].stem else "the other"
+        sources: dict[str, Any] = {"traces": [str(path) for path in traces]}
+    else:
+        assert system is not None
+        assert data is not None
+        assert against is not None
+        matched, outputs = _sampled(
+            system, data, against, node, split=split, limit=limit, keep=keep_traces, runs=runs, seed=seed,
+            batch_size=batch_size, device=device,
+        )  # fmt: skip
+        names = system, against
+        sources = {
+            "system": system, "against": against, "data": data, "split": split, "limit": limit, "runs": runs,
+            "batch_size": batch_size, "seeds": [seed, seed + SEED_OF_THE_OTHER],
+        }  # fmt: skip
+    for count, name in zip(matched.unmatched, names, strict=True):
+        if count:
+            typer.echo(f"{count} runs of {name} are left out: the other has no run of the same inputs.", err=True)
+    found = evaluate(judge, matched, outputs, threshold=threshold, margin=margin, confidence=confidence, seed=seed)
+    if output is not None:
+        facts = {
+            "sources": sources, "seed": seed, "margin": margin, "outputs": list(outputs), "judge": judge.to_dict(),
+            "versions": installed_versions(),
+        }  # fmt: skip
+        write_text(output, json.dumps(facts | found.to_dict(), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    typer.echo(found.table(*names))
+
+
+def _check(
+    context: typer.Context, system: str | None, data: str | None, against: str | None, traces: tuple[Path, Path] | None
+) -> None:
+    if traces is None:
+        if system is None or data is None or against is None:
+            raise typer.BadParameter("Give SYSTEM, DATA and --against SYSTEM2 or --against chosen; or --traces A B.")
+        return
+    if system is not None:
+        raise typer.BadParameter("--traces stand instead of SYSTEM and DATA; give one or the other.")
+    for name in _OF_SAMPLING:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name != "DEFAULT":
+            raise typer.BadParameter(f"--{name.replace('_', '-')} belongs to sampling; --traces are there already.")
+
+
+def _from_traces(paths: tuple[Path, Path], nodes: list[str] | None) -> tuple[Matched, tuple[str, ...]]:
+    from sysdag.evaluation import match
+    from sysdag.pairs import output_names
+    from sysdag.trace import Trace
+
+    first, second = (Trace.load(path) for path in paths)
+    outputs = output_names(first, nodes)
+    if missing := [name for name in outputs if name not in second.cells]:
+        raise DataError(
+            f"{paths[1]} has no values of {missing[0]!r}, which is judged; its nodes are {sorted(second.cells)}. Name "
+            "nodes that both have (--node)."
+        )
+    return match(first, second), outputs
+
+
+def _sampled(
+    system: str,
+    data: str,
+    against: str,
+    nodes: list[str] | None,
+    *,
+    split: str,
+    limit: int | None,
+    keep: Path | None,
+    runs: int,
+    seed: int,
+    **options: Any,
+) -> tuple[Matched, tuple[str, ...]]:
+    from sysdag.evaluation import match
+    from sysdag.evaluation_runs import chosen_runs, held_out, sample_runs
+    from sysdag.loading import load_system
+    from sysdag.readers import read_rows
+
+    plan = load_system(system).compile()
+    other = None if against == "chosen" else load_system(against).compile()
+    outputs = tuple(nodes or plan.system.outputs)
+    for spec, each in ((system, plan), (against, other)):
+        if each is not None and (missing := [name for name in outputs if name not in each.order]):
+            raise DataError(
+                f"{spec} has no node {missing[0]!r}, which is judged; its nodes are {list(each.order)}. Name nodes "
+                "that both systems have (--node)."
+            )
+    given = held_out(plan, read_rows(data, split=split)[:limit], distinct=other is not None)
+    if other is None:
+        second = chosen_runs(plan, given, runs=runs)
+        if missing := [name for name in outputs if name not in second.cells]:
+            raise DataError(f"{data}: the chosen responses have no value of {missing[0]!r}, which is judged.")
+    elif {each.name for each in other.system.inputs} != set(given.inputs):
+        reads = sorted(each.name for each in other.system.inputs)
+        raise DataError(
+            f"{against} reads {reads}, and {system} {sorted(given.inputs)}; both have to run on the same inputs."
+        )
+    paths = (keep / "system.jsonl", keep / "against.jsonl") if keep else (None, None)
+    first = sample_runs(plan, given, runs=runs, seed=seed, keep=paths[0], **options)
+    if other is not None:
+        second = sample_runs(other, given, runs=runs, seed=seed + SEED_OF_THE_OTHER, keep=paths[1], **options)
+    return match(first, second), outputs

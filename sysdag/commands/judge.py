@@ -1,0 +1,119 @@
+"""`sysdag judge`: from traces to preference pairs, by a function, a language model or scores that are there."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from sysdag.commands.judge_options import (
+    ApiKeyEnv,
+    By,
+    Cache,
+    Concurrency,
+    Criteria,
+    LowerIsBetter,
+    Model,
+    Nodes,
+    Request,
+    Retries,
+    Template,
+    Timeout,
+    chosen_judge,
+)
+from sysdag.errors import JudgeError
+
+if TYPE_CHECKING:
+    from sysdag.trace import Trace
+
+
+def judge(
+    context: typer.Context,
+    traces: Annotated[list[Path], typer.Argument(help="Traces that sysdag sample wrote, .jsonl or .parquet.")],
+    by: By,
+    output: Annotated[
+        Path | None, typer.Option(help="The file of preference pairs to write, ending in .jsonl or .parquet.")
+    ] = None,
+    scores: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Write the traces with their scores as a column, .jsonl or .parquet."),
+    ] = None,
+    score_name: Annotated[str, typer.Option(help="For --scores: the column's name.")] = "score",
+    pairs_per_prompt: Annotated[int, typer.Option(min=1, help="Pairs of each prompt, at most.")] = 1,
+    margin: Annotated[float, typer.Option(min=0, help="Least difference of the scores of a pair.")] = 0.0,
+    comparisons: Annotated[
+        int,
+        typer.Option(min=1, help="Of a judge that compares: comparisons of each prompt's runs at most; 15: all of 6."),
+    ] = 15,
+    node: Nodes = None,
+    system: Annotated[
+        str | None,
+        typer.Option(help="SYSTEM.py:name, package.module:name or a saved system's folder, whose outputs are judged."),
+    ] = None,
+    lower_is_better: LowerIsBetter = False,
+    model: Model = None,
+    api_key_env: ApiKeyEnv = None,
+    criteria: Criteria = None,
+    template: Template = None,
+    request: Request = None,
+    concurrency: Concurrency = 8,
+    timeout: Timeout = 120.0,
+    retries: Retries = 6,
+    cache: Cache = None,
+) -> None:
+    """Rank the runs of each prompt and write preference pairs: best against worst, second best against second worst.
+
+    A function score(run) gets a dict of the values of inputs and nodes; prefer(first, second) returns 1, 0 or -1, or
+    the probability that the first is better. Judges that compare are asked in both orders, and a preference counts
+    where both agree. What an endpoint answered is kept, so a judging that was cut off goes on where it was.
+    """
+    if output is None and scores is None:
+        raise typer.BadParameter("Name --output for preference pairs, --scores for scored traces, or both.")
+    if node and system:
+        raise typer.BadParameter("--node and --system both name the nodes that are judged; give one of them.")
+    for option, path in (("--output", output), ("--scores", scores)):
+        if path is not None and path.suffix not in (".jsonl", ".parquet"):
+            raise typer.BadParameter(f"{option} {path}: its ending must be .jsonl or .parquet.")
+    for path in (output, scores):
+        if path is not None and any(path.resolve() == given.resolve() for given in traces):
+            raise typer.BadParameter(f"{path} is a file of traces that is judged; write to another one.")
+    chosen = chosen_judge(context, output or scores)
+
+    from sysdag.evaluation import check_options
+    from sysdag.loading import load_system
+    from sysdag.pairs import output_names, preference_row, write_pairs
+    from sysdag.ranking import choose_pairs, judge_runs
+    from sysdag.verdicts import consistency
+
+    check_options(chosen, margin=margin)
+    trace = read_traces(traces)
+    outputs = output_names(trace, load_system(system).outputs if system else node)
+    if scores is not None and score_name != by and score_name in trace.columns:
+        raise JudgeError(f"The traces have a column {score_name!r} already; name another one (--score-name).")
+    judged = judge_runs(trace, chosen, outputs, comparisons=comparisons)
+    if judged.verdicts:
+        typer.echo(str(consistency(judged.verdicts)), err=True)
+    if scores is not None:
+        replace(trace, columns={**trace.columns, score_name: list(judged.scores)}).save(scores)
+        typer.echo(f"Wrote {len(trace)} scored runs to {scores}.", err=True)
+    if output is None:
+        return
+    found = choose_pairs(trace, judged, outputs, pairs_per_prompt=pairs_per_prompt, margin=margin)
+    if not found.pairs:
+        raise JudgeError(f"{output} is not written: {found}")
+    write_pairs(output, [preference_row(trace, *pair, outputs) for pair in found.pairs])
+    typer.echo(str(found))
+    typer.echo(f"Wrote them to {output}.", err=True)
+
+
+def read_traces(paths: list[Path]) -> Trace:
+    """The runs of several files, one after the other.
+
+    Raises:
+        DataError: for a file that cannot be read, or whose names are not the first one's.
+    """
+    from sysdag.trace import Trace
+
+    return Trace.concatenate([Trace.load(path) for path in paths])

@@ -1,0 +1,135 @@
+"""The options by which commands choose a judge, and the judge that they mean."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from sysdag.judges import Judge
+
+By = Annotated[
+    str,
+    typer.Option(
+        "--by",
+        metavar="JUDGE",
+        help="FILE.py:function or package.module:function (score(run), or prefer(first, second)); the URL of an "
+        "OpenAI-compatible endpoint; or the name of a column of the traces that holds scores.",
+    ),
+]
+LowerIsBetter = Annotated[bool, typer.Option("--lower-is-better", help="Of scores: a smaller one is better.")]
+Nodes = Annotated[
+    list[str] | None,
+    typer.Option("--node", metavar="NAME", help="A node that is judged; by default the outputs. Repeatable."),
+]
+Model = Annotated[str | None, typer.Option(help="Of an endpoint: the model, as the endpoint calls it.")]
+ApiKeyEnv = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME", help="Of an endpoint: the environment variable that holds its key, as OPENAI_API_KEY."
+    ),
+]
+Criteria = Annotated[str | None, typer.Option(help="Of an endpoint: what makes a response better.")]
+Template = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="Of an endpoint: what the model is asked, with the places {first}, {second}, {inputs} and {criteria}. It "
+        "must ask for a last line VERDICT: A, VERDICT: B or VERDICT: TIE.",
+    ),
+]
+Request = Annotated[
+    str | None,
+    typer.Option(
+        metavar="JSON",
+        help='Of an endpoint: options of each request over {"temperature": 0, "max_tokens": 1024}; null omits one.',
+    ),
+]
+Concurrency = Annotated[int, typer.Option(min=1, help="Of an endpoint: requests at once.")]
+Timeout = Annotated[float, typer.Option(min=0.1, help="Of an endpoint: seconds until a request has failed.")]
+Retries = Annotated[int, typer.Option(min=0, help="Of an endpoint: tries after a failed one, 429 or 5xx.")]
+Cache = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE", help="Of an endpoint: its answers, not asked for again; by default beside the output."
+    ),
+]
+_OF_ENDPOINTS = (
+    "model", "api_key_env", "criteria", "template", "request", "concurrency", "timeout", "retries", "cache",
+)  # fmt: skip
+
+
+def chosen_judge(context: typer.Context, output: Path | None) -> Judge:
+    """The judge that a command's options name.
+
+    Args:
+        context: of a command that has the options of this module under their names in small letters.
+        output: of the command; an endpoint's answers are kept beside it.
+
+    Raises:
+        typer.BadParameter: for options that do not fit together.
+        SysdagError: for a judge that is not there.
+    """
+    given: dict[str, Any] = context.params
+    by, lower_is_better = given["by"], given["lower_is_better"]
+    is_endpoint = by.startswith(("http://", "https://"))
+    if not is_endpoint:
+        for name in _OF_ENDPOINTS:
+            source = context.get_parameter_source(name)
+            if source is not None and source.name != "DEFAULT":
+                option = "--" + name.replace("_", "-")
+                raise typer.BadParameter(f"{option} belongs to an endpoint: --by http://...")
+        from sysdag.judges import ColumnScore, function_judge
+
+        if ":" in by or by.endswith(".py"):
+            return function_judge(by, lower_is_better=lower_is_better)
+        return ColumnScore(by, lower_is_better)
+    if lower_is_better:
+        raise typer.BadParameter("--lower-is-better belongs to scores; an endpoint compares runs.")
+    if not given["model"]:
+        raise typer.BadParameter("--by with an endpoint needs --model, the model as the endpoint calls it.")
+
+    from sysdag.endpoint import Endpoint, api_key_of
+    from sysdag.endpoint_judge import EndpointJudge
+    from sysdag.judge_prompt import CRITERIA, TEMPLATE
+
+    cache = given["cache"] or (output and output.with_name(f"{output.name}.answers.jsonl"))
+    endpoint = Endpoint(
+        url=by, model=given["model"], api_key=api_key_of(given["api_key_env"]), options=_options(given["request"]),
+        timeout=given["timeout"], retries=given["retries"], concurrency=given["concurrency"], cache=cache,
+    )  # fmt: skip
+    template = given["template"]
+    return EndpointJudge(
+        endpoint=endpoint,
+        criteria=given["criteria"] or CRITERIA,
+        template=TEMPLATE if template is None else _read(template),
+        where=f"--template {template}",
+    )
+
+
+def _options(request: str | None) -> dict[str, Any]:
+    from sysdag.endpoint import OPTIONS
+
+    if request is None:
+        return dict(OPTIONS)
+    try:
+        given = json.loads(request)
+    except ValueError as error:
+        raise typer.BadParameter(f"--request {request}: not JSON ({error}).") from error
+    if not isinstance(given, dict) or given.keys() & {"model", "messages", "stream", "n"}:
+        raise typer.BadParameter(
+            f"--request {request}: expected a JSON object of options, without model, messages, stream and n."
+        )
+    return {**OPTIONS, **given}
+
+
+def _read(template: Path) -> str:
+    from sysdag.errors import JudgeError
+
+    try:
+        return template.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise JudgeError(f"--template {template} cannot be read: {error}") from error
