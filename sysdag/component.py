@@ -35,6 +35,8 @@ class Component(ABC):
         likelihood: `exact` (log-probabilities), `bound` (a per-draw estimate of a lower bound, never summed over
             candidates) or `none`.
         value_type: the type of a drawn value, where it is always the same; lets `.each()` be checked early.
+        reads_files: whether an observed text is a file's path; in the rows of a file it is relative to that one's
+            folder.
 
     Attributes:
         residence: what moves frozen weights to the host while others work, where an engine does (`offload_idle`).
@@ -42,6 +44,7 @@ class Component(ABC):
 
     likelihood: ClassVar[LikelihoodKind]
     value_type: ClassVar[type | None] = None
+    reads_files: ClassVar[bool] = False
     residence: Residence | None = None
 
     @property
@@ -81,12 +84,24 @@ class Component(ABC):
             DataError: for a value that this component could not have drawn; `DataError.element` is its index.
         """
 
-    def check(self, values: Sequence[Any]) -> None:
-        """Raises what `observe` would, as far as that can be told without loading weights."""
-        self.observe(values)
+    def check(self, values: Sequence[Any]) -> list[Draw]:
+        """As `observe`, as far as that goes without loading weights: some records may be missing."""
+        return self.observe(values)
 
-    def longest_draw(self) -> int | None:
-        """Most positions of a draw that can be scored (see `lengths`), without loading weights; None if unlimited."""
+    def check_draws(self, draws: Sequence[Draw]) -> None:
+        """Refuses draws, made elsewhere or read from a file, whose records it cannot score; loads no weights.
+
+        Raises:
+            DataError: `DataError.element` is the draw's index.
+        """
+        return
+
+    def longest_draw(self, input: Any = None) -> int | None:
+        """Most positions of a draw that are scored (see `lengths`), without loading weights; None if unlimited.
+
+        Args:
+            input: what it is drawn from, as for `sample`; None for the most that any input leaves room for.
+        """
         return None
 
     def log_prob(self, inputs: Sequence[Any], draws: Sequence[Draw]) -> Float[Tensor, " n"]:

@@ -7,11 +7,13 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from sysdag.encoding import encode_value
-from sysdag.errors import DataError
+from sysdag.errors import DataError, shown
 from sysdag.plan import Objective, Plan
+from sysdag.readers import rows_of
 from sysdag.trace import Cell, Draw, Trace
 
 _SIDES = ("chosen", "rejected")
@@ -65,20 +67,30 @@ class Problem:
     """Why a row cannot be used.
 
     Attributes:
-        row: its number, from 0.
-        kind: `missing`, `wrong type`, `unknown node`, `invalid value`; and of rows that could be scored but should not
-            be (see `sysdag.validation`) `empty`, `identical`, `over-long`.
-        place: the side and node, or "".
+        row: its number, from 0; None for a part of a file that is no row.
+        kind: `missing`, `wrong type`, `unknown node`, `invalid value`; `malformed`, for what is no row; and of rows
+            that could be scored but should not be (see `sysdag.validation`) `empty`, `identical`, `over-long`.
+        node: the node's name, or "".
+        side: `chosen`, `rejected`, or "".
         text: what is wrong with it.
+        source: where it stands in its file, as `line 7`; "" where its number says it all.
     """
 
-    row: int
+    row: int | None
     kind: str
-    place: str
+    node: str
+    side: str
     text: str
+    source: str = ""
 
     def __str__(self) -> str:
-        return f"Row {self.row}{', ' if self.place else ''}{self.place}: {self.text}"
+        if self.row is None:
+            where = self.source.capitalize()
+        else:
+            where = f"Row {self.row}" + (f" ({self.source})" if self.source not in ("", f"row {self.row}") else "")
+        where += f", {self.side}" if self.side else ""
+        where += f", node {self.node!r}" if self.node else ""
+        return f"{where}: {self.text}"
 
 
 def encode_pairs(plan: Plan, rows: Iterable[Mapping[str, Any]], objective: Objective) -> list[PreferencePair]:
@@ -92,11 +104,14 @@ def encode_pairs(plan: Plan, rows: Iterable[Mapping[str, Any]], objective: Objec
     TRL's formats are taken too: a text may be a list of one assistant message, a prompt a list of messages, which the
     node's function gets as it is; and a prompt may be implicit, the beginning that `chosen` and `rejected` share.
 
+    Args:
+        rows: dicts (of a file: see `sysdag.readers.read_rows`), or a dataset of the library `datasets`.
+
     Raises:
-        DataError: naming the row and the node.
+        DataError: naming the row and the node, and the file's line where the row knows it.
     """
     pairs = []
-    for number, row in enumerate(rows):
+    for number, row in enumerate(rows_of(rows)):
         pair, problems = encode_row(plan, row, number, objective)
         if pair is None:
             raise DataError(str(problems[0]))
@@ -114,15 +129,17 @@ def encode_row(
         number: the row's, for its problems.
         loads: False checks values as far as that is possible without any weights; the pair then has no records.
     """
-    return _Row(plan, number, objective, loads).read(row)
+    return _Reading(plan, number, objective, loads, getattr(row, "place", ""), getattr(row, "folder", None)).read(row)
 
 
 @dataclass
-class _Row:
+class _Reading:
     plan: Plan
     number: int
     objective: Objective
     loads: bool
+    source: str
+    folder: Path | None
     problems: list[Problem] = field(default_factory=list)
 
     def read(self, row: Any) -> tuple[PreferencePair | None, list[Problem]]:
@@ -136,25 +153,13 @@ class _Row:
             return None, self.problems
         return PreferencePair(inputs, sides["chosen"], sides["rejected"]), []
 
-    def _problem(self, kind: str, text: str, place: str = "") -> None:
-        self.problems.append(Problem(self.number, kind, place, text))
+    def _problem(self, kind: str, text: str, node: str = "", side: str = "") -> None:
+        self.problems.append(Problem(self.number, kind, node, side, text, self.source))
 
     def _inputs(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        found = {}
-        names = [given.name for given in self.plan.system.inputs]
-        for given in self.plan.system.inputs:
-            name = "prompt" if len(names) == 1 and given.name not in row and "prompt" in row else given.name
-            if name not in row:
-                self._problem("missing", f"input {given.name!r} is missing; the row has {sorted(map(str, row))}.")
-            elif given.value_type is not None and not isinstance(row[name], given.value_type):
-                expected, got = given.value_type.__name__, type(row[name]).__name__
-                self._problem("wrong type", f"input {given.name!r} must be {expected}, got {got}.")
-            elif not _is_unicode(row[name]):
-                self._problem(
-                    "invalid value", f"input {given.name!r} holds half of a surrogate pair, which is no text."
-                )
-            else:
-                found[given.name] = row[name]
+        found, problems = read_inputs(self.plan, row)
+        for kind, text in problems:
+            self._problem(kind, text)
         return found
 
     def _side(self, row: Mapping[str, Any], side: str) -> dict[str, Cell]:
@@ -197,34 +202,63 @@ class _Row:
         return {name: value for name, value in given.items() if value is not None and name in known}
 
     def _cell(self, name: str, value: Any, side: str) -> Cell | None:
-        place = f"{side}, node {name!r}"
         if not self.plan.is_plate(name):
-            draws = self._draws(name, [value], place)
+            draws = self._draws(name, [value], side)
             return draws[0] if draws else None
         if not isinstance(value, (list, tuple)) or not value:
-            self._problem("wrong type", f"a plate needs a list with one value an element, got {value!r:.100}.", place)
+            kind = "empty" if isinstance(value, (list, tuple)) else "wrong type"
+            self._problem(kind, f"a plate needs a list with one value an element, got {shown(value)}.", name, side)
             return None
-        return tuple(self._draws(name, list(value), place)) or None
+        return tuple(self._draws(name, list(value), side)) or None
 
-    def _draws(self, name: str, values: list[Any], place: str) -> list[Draw]:
+    def _draws(self, name: str, values: list[Any], side: str) -> list[Draw]:
         component = self.plan.system[name].component
-        given = [index for index, value in enumerate(values) if not isinstance(value, Draw)]
-        if not all(_is_unicode(values[index]) for index in given):
-            self._problem("invalid value", "half of a surrogate pair, which is no text.", place)
+        if not all(_is_unicode(value.value if isinstance(value, Draw) else value) for value in values):
+            self._problem("invalid value", "half of a surrogate pair, which is no text.", name, side)
             return []
-        if component is None or not given:
+        if component is None:
             return [value if isinstance(value, Draw) else Draw(value) for value in values]
+        made = {at: value for at, value in enumerate(values) if isinstance(value, Draw) and value.record}
+        given = {at: self._given(component, value) for at, value in enumerate(values) if at not in made}
         try:
-            if self.loads:
-                observed = component.observe([values[index] for index in given])
-            else:
-                component.check([values[index] for index in given])
-                observed = [Draw(values[index]) for index in given]
+            component.check_draws(list(made.values()))
+            observed = (component.observe if self.loads else component.check)(list(given.values())) if given else []
         except DataError as error:
-            self._problem("invalid value", str(error), place)
+            self._problem("invalid value", str(error), name, side)
             return []
-        draws = dict(zip(given, observed, strict=True))
-        return [draws.get(index, value) for index, value in enumerate(values)]
+        made |= zip(given, observed, strict=True)
+        return [made[at] for at in range(len(values))]
+
+    def _given(self, component: Any, value: Any) -> Any:
+        """What is observed: a draw without a record is its value, and a file's path is relative to the row's file."""
+        value = value.value if isinstance(value, Draw) else value
+        is_path = component.reads_files and self.folder is not None and isinstance(value, (str, Path))
+        return str(self.folder / value) if is_path and self.folder is not None else value
+
+
+def input_column(plan: Plan, row: Mapping[str, Any], name: str) -> str:
+    """The key of a row under which an input stands: its name, or `prompt` for a system's only input."""
+    return "prompt" if len(plan.system.inputs) == 1 and name not in row and "prompt" in row else name
+
+
+def read_inputs(plan: Plan, row: Mapping[str, Any]) -> tuple[dict[str, Any], list[tuple[str, str]]]:
+    """The inputs of a row that can be used, and of each other one the kind of its problem and what is wrong."""
+    found = {}
+    problems = []
+    for given in plan.system.inputs:
+        column = input_column(plan, row, given.name)
+        if column not in row:
+            keys = ", ".join(sorted(map(shown, row)))
+            problems.append(("missing", f"input {given.name!r} is missing; the row has [{keys}]."))
+        elif given.value_type is not None and not isinstance(row[column], given.value_type):
+            expected, got = given.value_type.__name__, f"{type(row[column]).__name__} {shown(row[column], 80)}"
+            problems.append(("wrong type", f"input {given.name!r} must be {expected}, got {got}."))
+        elif not _is_unicode(row[column]):
+            text = f"input {given.name!r} holds half of a surrogate pair, which is no text."
+            problems.append(("invalid value", text))
+        else:
+            found[given.name] = row[column]
+    return found, problems
 
 
 def explicit_prompt(plan: Plan, row: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -51,3 +51,11 @@ class LoadingError(SysdagError, ValueError):
 
 class OptionError(SysdagError, ValueError):
     """A command's options, or its configuration file, cannot be used; the message names the option and the line."""
+
+
+def shown(value: object, length: int = 100) -> str:
+    """A value in an error: the beginning of its repr, or its type where that has none."""
+    try:
+        return repr(value)[:length]
+    except Exception:  # noqa: BLE001 - an integer of very many digits has none, and a user's object may raise anything
+        return f"a value of type {type(value).__name__}"

@@ -19,7 +19,7 @@ from sysdag.component import Component, check_max_tokens, named_source
 from sysdag.components import adapter, footprint
 from sysdag.components.prefix_scorer import PrefixScorer
 from sysdag.decoding import left_pad, sample_tokens
-from sysdag.errors import DataError, PlanError, SerializationError
+from sysdag.errors import DataError, PlanError, SerializationError, shown
 from sysdag.trace import Draw
 
 if TYPE_CHECKING:
@@ -96,6 +96,7 @@ class CausalLM(Component):
         self._adapter: str | None = None
         self._adapter_off = self._is_reference = False
         self._model: Any = None
+        self._config: Any = None
         self._tokenizer: Any = None
         self._warned: set[str] = set()
         self._scorer: PrefixScorer | None = None
@@ -136,9 +137,23 @@ class CausalLM(Component):
         return self._tokenizer
 
     @property
+    def config(self) -> Any:
+        """The model's config; no weights are loaded for it."""
+        if self._model is None and self._base_owner is not None:
+            return self._base_owner.config
+        if self._model is None and self._config is None:
+            if isinstance(self._source, (str, Path)):
+                from transformers import AutoConfig
+
+                self._config = AutoConfig.from_pretrained(self._source)
+            else:
+                self._config = self._source.config
+        return self._config if self._model is None else self._model.config
+
+    @property
     def max_length(self) -> int | None:
         """Most tokens of prompt and completion together; None where nothing limits it."""
-        return self._max_length or getattr(self.module.config, "max_position_embeddings", None)
+        return self._max_length or getattr(self.config, "max_position_embeddings", None)
 
     @property
     def max_new_tokens(self) -> int:
@@ -240,7 +255,8 @@ class CausalLM(Component):
             ids = list(self.tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False))
         else:
             raise DataError(
-                f"{self!r}: a prompt must be a string or a list of chat messages, got {prompt!r:.200}.", element=element
+                f"{self!r}: a prompt must be a string or a list of chat messages, got {shown(prompt, 200)}.",
+                element=element,
             )
         if not ids:
             raise DataError(
@@ -325,12 +341,37 @@ class CausalLM(Component):
                     pass
                 case _:
                     raise DataError(
-                        f"{self!r}: a completion must be a string or one assistant message, got {value!r:.200}.",
+                        f"{self!r}: a completion must be a string or one assistant message, got {shown(value, 200)}.",
                         element=element,
                     )
             ids = list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
             draws.append(Draw(text, {"token_ids": [*ids, self.tokenizer.eos_token_id], "finished": True}))
         return draws
+
+    def check_draws(self, draws: Sequence[Draw]) -> None:
+        size = getattr(self.config, "vocab_size", None)
+        for element, draw in enumerate(draws):
+            ids = draw.record.get("token_ids")
+            if (
+                not isinstance(ids, (list, tuple))
+                or not ids
+                or not all(type(each) is int and each >= 0 for each in ids)
+            ):
+                raise DataError(
+                    f"{self!r}: a draw needs its token_ids, a list of integers, got {shown(ids)}.", element=element
+                )
+            if size is not None and max(ids) >= size:
+                raise DataError(
+                    f"{self!r}: a draw has the token id {max(ids)}, but the model has {size}; another model made it. "
+                    "Give its text instead.",
+                    element=element,
+                )
+
+    def longest_draw(self, input: Any = None) -> int | None:
+        """See `Component`; what is longer loses tokens at its end. A prompt takes at least one position."""
+        if self.max_length is None:
+            return None
+        return self.max_length - (1 if input is None else len(self.prompt_ids([input])[0]))
 
     def log_prob(self, inputs: Sequence[Any], draws: Sequence[Draw]) -> Float[Tensor, " n"]:
         """Sum of the log-probabilities of the completion's tokens, its end of sequence included where it has one."""
@@ -349,12 +390,7 @@ class CausalLM(Component):
         self, *, tokens: int, labels: int, trains: bool, checkpoints: bool, device: str
     ) -> footprint.Footprint:
         """See `sysdag.components.footprint`; reads the config, and the adapter's where one was saved."""
-        if isinstance(self._source, (str, Path)):
-            from transformers import AutoConfig
-
-            config = AutoConfig.from_pretrained(self._source)
-        else:
-            config = self.module.config
+        config = self.config
         named = self.model_kwargs.get("dtype") or getattr(config, "dtype", None) or torch.float32
         dtype = getattr(torch, named) if isinstance(named, str) else named
         peft_config = self._peft_config

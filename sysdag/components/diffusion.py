@@ -80,6 +80,7 @@ class Diffusion(Component):
     """
 
     likelihood = "bound"
+    reads_files = True
 
     def __init__(
         self,
@@ -133,6 +134,7 @@ class Diffusion(Component):
         self._peft_config = peft_config
         self._pipeline: Pipeline | None = None
         self._process: ForwardProcess | None = None
+        self._shapes_of_configs: tuple[tuple[int, int, int], tuple[int, int, int]] | None = None
         self._sample_shape = None if sample_shape is None else (sample_shape[0], sample_shape[1], sample_shape[2])
         self.condition = condition
         self.num_inference_steps = num_inference_steps
@@ -254,6 +256,24 @@ class Diffusion(Component):
             pixels = read_pixels(value, shape, element=element)
             draws.append(_draw(pixels, self.pipeline.encode(pixels[None])[0]))
         return draws
+
+    def check(self, values: Sequence[Any]) -> list[Draw]:
+        """See `Component`; sizes are those of the configs, and the draws have no latents."""
+        _, shape = self._shapes()
+        for element, value in enumerate(values):
+            read_pixels(value, shape, element=element)
+        return [Draw(value) for value in values]
+
+    def check_draws(self, draws: Sequence[Draw]) -> None:
+        if draws:
+            stack_latents(draws, self._shapes()[0])
+
+    def _shapes(self) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+        """(C, H, W) of latents and of pixels, by the configs alone."""
+        if self._shapes_of_configs is None:
+            view = self if self._pipeline is not None else self._outlined()
+            self._shapes_of_configs = view.sample_shape, view.pipeline.pixel_shape(view.sample_shape)
+        return self._shapes_of_configs
 
     def key(self, draw: Draw) -> Any:
         return numpy.asarray(draw.record["latents"]).tobytes()

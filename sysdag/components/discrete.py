@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sysdag.component import Component
 from sysdag.decoding import device_generator, proposal_log_probs
-from sysdag.errors import DataError
+from sysdag.errors import DataError, shown
 from sysdag.trace import Draw
 
 
@@ -42,10 +42,25 @@ class Discrete(Component):
         ]
 
     def observe(self, values: Sequence[Any]) -> list[Draw]:
-        for element, value in enumerate(values):
-            if value not in self.values:
-                raise DataError(f"{self!r}: {value!r} is none of its values {list(self.values)}.", element=element)
-        return [self._draw(self.values.index(value)) for value in values]
+        return [self._draw(self._index(value, element)) for element, value in enumerate(values)]
+
+    def _index(self, value: Any, element: int) -> int:
+        places = {known: place for place, known in enumerate(self.values)}
+        try:
+            return places[value]
+        except (KeyError, TypeError) as error:  # a TypeError is of a value that cannot be hashed
+            raise DataError(
+                f"{self!r}: {shown(value)} is none of its values {list(self.values)}.", element=element
+            ) from error
+
+    def check_draws(self, draws: Sequence[Draw]) -> None:
+        for element, draw in enumerate(draws):
+            if draw.record.get("index") != self._index(draw.value, element):
+                raise DataError(
+                    f"{self!r}: the draw of {shown(draw.value)} has the index {shown(draw.record.get('index'))}; it "
+                    "was made by a component with other values.",
+                    element=element,
+                )
 
     def _draw(self, index: int, log_prob: float | None = None) -> Draw:
         return Draw(self.values[index], {"index": index}, log_prob)

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sysdag.errors import DataError
+from sysdag.errors import DataError, shown
 from sysdag.trace import Draw
 
 _MODES = {1: ("L", "1"), 3: ("RGB", "P")}
@@ -79,7 +79,7 @@ def _decode(value: Any, shape: tuple[int, int, int], element: int | None) -> Flo
 def _from_array(value: Any, shape: tuple[int, int, int], element: int | None) -> Float[Tensor, "C H W"]:
     expected = f"expected a PIL image, path, bytes or float array of shape {shape} in [-1, 1]"
     if not isinstance(value, (numpy.ndarray, Tensor)):
-        raise DataError(f"{expected}, got {type(value).__name__} {value!r:.100}.", element=element)
+        raise DataError(f"{expected}, got {type(value).__name__} {shown(value)}.", element=element)
     is_float = value.is_floating_point() if isinstance(value, Tensor) else value.dtype.kind == "f"
     if not is_float or tuple(value.shape) != tuple(shape):
         raise DataError(f"{expected}, got an array of {value.dtype} of shape {tuple(value.shape)}.", element=element)
@@ -109,7 +109,12 @@ def stack_latents(draws: Sequence[Draw], shape: tuple[int, int, int]) -> Float[T
                 "observe(...).",
                 element=element,
             )
-        latents = torch.as_tensor(draw.record["latents"], dtype=torch.float32).cpu()
+        given = draw.record["latents"]
+        if not isinstance(given, (numpy.ndarray, Tensor)) or (
+            isinstance(given, numpy.ndarray) and given.dtype.kind != "f"
+        ):
+            raise DataError(f"expected latents in a float array, got {shown(given)}.", element=element)
+        latents = torch.as_tensor(given, dtype=torch.float32).cpu()
         if tuple(latents.shape) != tuple(shape):
             raise DataError(f"expected latents of shape {shape}, got {tuple(latents.shape)}.", element=element)
         found.append(latents)
