@@ -47,6 +47,13 @@ function askName() {
   show("sign-in");
   state("sign-in");
   find("name").focus();
+  loadSession().catch((error) => say(error.message));
+}
+
+async function loadSession() {
+  const session = await ask("/api/session");
+  outputs = session.outputs;
+  find("names").replaceChildren(...session.annotators.map((name) => make("option", { value: name })));
 }
 
 function fill(id, part) {
@@ -157,12 +164,13 @@ find("name-form").addEventListener("submit", (event) => {
 async function start() {
   const asked = new URLSearchParams(location.search).get("annotator");
   history.replaceState(null, "", "/"); // the token is in the cookie now, and leaves the address
-  const session = await ask("/api/session");
-  outputs = session.outputs;
-  find("names").replaceChildren(...session.annotators.map((name) => make("option", { value: name })));
   const name = asked ?? sessionStorage.getItem("annotator");
-  if (name) await signIn(name);
-  else askName();
+  if (name) {
+    await loadSession();
+    await signIn(name);
+  } else {
+    askName();
+  }
 }
 
 start().catch((error) => say(error.message, () => location.reload()));
