@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -48,12 +48,17 @@ def model_facts(model: SystemModel) -> dict[str, Any]:
     return json.loads(json.dumps(facts))
 
 
-def data_facts(pairs: Iterable[PreferencePair]) -> dict[str, Any]:
+def data_facts(pairs: Sequence[PreferencePair]) -> dict[str, Any]:
     """The training data's part of the same."""
-    digest, count = hashlib.sha256(), 0
-    for count, pair in enumerate(pairs, start=1):  # noqa: B007
+    return {"number of training pairs": len(pairs), "sha256 of the training pairs": pairs_hash(pairs)}
+
+
+def pairs_hash(pairs: Iterable[PreferencePair]) -> str:
+    """SHA-256 of the content of pairs, in their order: inputs, values and records. Images count by their pixels."""
+    digest = hashlib.sha256()
+    for pair in pairs:
         _feed(digest, [dict(pair.inputs), dict(pair.chosen), dict(pair.rejected)])
-    return {"number of training pairs": count, "sha256 of the training pairs": digest.hexdigest()}
+    return digest.hexdigest()
 
 
 def hash_of_weights(module: nn.Module) -> str:

@@ -6,7 +6,6 @@ Only the main process writes. A failure to write is reported once and never ends
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import itertools
 import json
 import logging
@@ -14,7 +13,7 @@ import math
 import os
 import random
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -24,11 +23,11 @@ import torch
 from transformers import TrainerCallback
 
 from sysdag import atomic, run_files
-from sysdag.data import PreferencePair
 from sysdag.encoding import encode_value
 from sysdag.engine import SystemModel
 from sysdag.errors import DataError
 from sysdag.execute import sample
+from sysdag.resume import pairs_hash
 from sysdag.serialization import system_to_dict
 from sysdag.strategies import strategy_options
 from sysdag.versions import installed_versions
@@ -169,27 +168,12 @@ class RunRecord(TrainerCallback):
                 )
 
 
-def pairs_hash(pairs: Iterable[PreferencePair]) -> str:
-    """SHA-256 over the keys of the pairs, in their order.
-
-    Raises:
-        DataError: for a value that has no lossless JSON form.
-    """
-    digest = hashlib.sha256()
-    for pair in pairs:
-        digest.update(bytes.fromhex(pair.key))
-    return digest.hexdigest()
-
-
 def _facts(part: Any) -> Any:
     if part is None:
         return None
     if isinstance(part, Mapping):
         return {name: _facts(each) for name, each in part.items()}
-    try:
-        return {"pairs": len(part), "sha256": pairs_hash(part)}
-    except DataError:  # a value of a type that only its component knows
-        return {"pairs": len(part), "sha256": None}
+    return {"pairs": len(part), "sha256": pairs_hash(part)}
 
 
 def _first_prompts(datasets: Mapping[str, Any], count: int) -> dict[str, list[Any]]:

@@ -58,7 +58,8 @@ def train(job: TrainJob, say: Callable[[str], None] = print) -> SysDPOTrainer | 
         args.disable_tqdm = True
     trainer = SysDPOTrainer(system, args, candidates=job.candidates, train_dataset=train_rows, eval_dataset=eval_rows)
     trainer.dataset_names = (job.dataset,)
-    told(f"{_outlined(job)}\n{_trained(trainer.model)}")
+    model: Any = trainer.model
+    told(f"{_outlined(job)}\n{_trained(model)}")
     resumed = args.resume_from_checkpoint
     try:
         trainer.train(resume_from_checkpoint=True if str(resumed).lower() in _LAST else resumed)
@@ -67,7 +68,7 @@ def train(job: TrainJob, say: Callable[[str], None] = print) -> SysDPOTrainer | 
     if eval_rows is not None and not _is_evaluated(trainer):
         trainer.evaluate()
     trainer.save_model()
-    told(_places(Path(args.output_dir)))
+    told(_places(Path(args.output_dir or "trainer_output")))
     return trainer
 
 

@@ -28,8 +28,8 @@ from sysdag import (
 )
 from sysdag.data import encode_pairs
 from sysdag.replay import accumulate_gradients
+from sysdag.resume import pairs_hash
 from sysdag.run_files import read_log, read_run
-from sysdag.run_record import pairs_hash
 from sysdag.serialization import system_to_dict
 
 
