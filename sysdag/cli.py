@@ -14,7 +14,9 @@ from typer.core import TyperGroup
 from sysdag.commands.env import env
 from sysdag.commands.eval import evaluate
 from sysdag.commands.judge import judge
+from sysdag.commands.label import label
 from sysdag.commands.plan import plan
+from sysdag.commands.sample import sample
 from sysdag.commands.train import SETTINGS, train
 from sysdag.errors import SysdagError
 
@@ -45,7 +47,9 @@ def sysdag(debug: Annotated[bool, typer.Option("--debug", help="Show the traceba
 app.command()(env)
 app.command("eval")(evaluate)
 app.command()(judge)
+app.command()(label)
 app.command()(plan)
+app.command()(sample)
 app.command(context_settings=SETTINGS)(train)
 
 if __name__ == "__main__":  # accelerate launch -m sysdag.cli train ...

@@ -107,9 +107,8 @@ def _call(function: Any, arguments: Mapping[str, Any], name: str, place: int | s
 
 def row_names(trace: Trace) -> Sequence[int | str]:
     """What an error calls each row: its number in the trace, or those of its input and run where the trace has them."""
-    columns = getattr(trace, "columns", {})
-    if {"prompt", "run"} <= columns.keys():
-        pairs = zip(columns["prompt"], columns["run"], strict=True)
+    if {"prompt", "run"} <= trace.columns.keys():
+        pairs = zip(trace.columns["prompt"], trace.columns["run"], strict=True)
         return [f"{prompt}, run {run}" for prompt, run in pairs]
     return range(len(trace))
 

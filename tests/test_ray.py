@@ -1,0 +1,152 @@
+"""The engine on Ray against the local one, on a Ray of two CPUs."""
+
+import contextlib
+import json
+import logging
+import os
+import threading
+
+import pytest
+import sampled_systems
+from test_sample_command import SYSTEMS, copied, sample
+from trained_systems import two_llms
+
+from sysdag import Input, PlanError, System, node
+from sysdag.components import CausalLM, Opaque
+from sysdag.errors import RunError, SysdagError
+from sysdag.ray_engine import RayEngine, _connected
+from sysdag.running import run
+
+ray = pytest.importorskip("ray")
+LOOPED = sampled_systems.looped.compile()
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory):
+    """A Ray of this module's tests alone. Returns the file whose existence kills an actor."""
+    order = tmp_path_factory.mktemp("ray") / "kill"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        patch.setenv("SYSDAG_TEST_KILL", str(order))
+        ray.init(num_cpus=2, include_dashboard=False, logging_level=logging.ERROR)
+        try:
+            yield order
+        finally:
+            ray.shutdown()
+
+
+def test_the_file_is_the_local_engines_resumed_and_with_an_actor_that_dies(cluster, tmp_path):
+    """A loop and a plate that share one model in a pool of two, and a deterministic node; from a line cut in two on."""
+    inputs, whole = tmp_path / "inputs.json", tmp_path / "whole.jsonl"
+    inputs.write_text(json.dumps([{"x": value} for value in "abba"]))
+    options = [f"{SYSTEMS}:looped", inputs, "--runs", 5, "--seed", 3, "--batch-size", 3, "--output"]
+    sample(*options, whole)
+    lines = whole.read_bytes().splitlines(keepends=True)
+    cut = copied(whole, tmp_path / "cut.jsonl", len(b"".join(lines[:7])) + 20)
+    cluster.touch()
+    sample(*options, cut, "--resume", "--engine", "ray", "--actors", "turn[1]=2")
+    assert not cluster.exists(), "no actor was killed"
+    assert cut.read_bytes() == whole.read_bytes()
+    assert not ray.data.DataContext.get_current().execution_options.preserve_order
+    assert logging.getLogger("ray.data").level != logging.ERROR
+
+
+def test_language_models_from_a_saved_folder(cluster, tmp_path):
+    two_llms().save_pretrained(tmp_path / "system")
+    inputs = tmp_path / "inputs.jsonl"
+    inputs.write_text(
+        "".join(json.dumps({"prompt": f"{letter}{number}"}) + "\n" for number, letter in enumerate("abcd"))
+    )
+    options = [tmp_path / "system", inputs, "--runs", 2, "--batch-size", 3, "--output"]
+    sample(*options, tmp_path / "local.jsonl")
+    sample(*options, tmp_path / "ray.jsonl", "--engine", "ray")
+    assert (tmp_path / "ray.jsonl").read_bytes() == (tmp_path / "local.jsonl").read_bytes()
+    assert (tmp_path / "ray.jsonl").read_bytes().count(b"token_ids") == 16
+
+
+def test_an_error_is_the_local_engines_behind_the_batches_before_it(cluster):
+    base = 1  # a function that is no module's, with something of its surroundings
+
+    @node
+    def reciprocal(y):
+        return base / y
+
+    plan = System(Input("y") >> reciprocal).compile()
+    seen = {}
+    for engine in ("local", "ray"):
+        traces = run(plan, {"y": [1, 2, 4, 0, 8, 0]}, batch_size=2, engine=engine)
+        seen[engine] = [next(traces)["reciprocal"]]
+        with pytest.raises(RunError) as error:
+            next(traces)
+        seen[engine].append(str(error.value))
+    assert seen["ray"] == seen["local"]
+    assert seen["ray"][0] == [1.0, 0.5]
+    assert seen["ray"][1].endswith("In the function of node 'reciprocal', row 3, run 0.")
+    assert any("In a task of Ray: Traceback" in note for note in error.value.__notes__)
+
+
+def test_a_model_that_is_not_there_and_gpus_that_are_not(cluster, tmp_path):
+    plan = System(sampled_systems.x >> node(CausalLM(tmp_path), name="draft")(lambda x: x)).compile()
+    with pytest.raises(RunError, match=r"Node 'draft': the model of CausalLM\(.* cannot be loaded \("):
+        next(run(plan, {"x": ["a"]}, engine="ray"))
+    with pytest.raises(PlanError, match="2 actors with 0.5 GPUs each do not fit: Ray has 0 GPUs"):
+        next(run(LOOPED, {"x": ["a"]}, engine=RayEngine(actors={"coin": 2}, gpus_per_actor=0.5)))
+
+
+def test_nodes_that_share_a_model_share_its_actors():
+    plan = System(
+        sampled_systems.x >> sampled_systems.coin,
+        sampled_systems.coin >> sampled_systems.turn,
+        sampled_systems.x >> node(Opaque(str.upper), name="upper")(lambda x: x),
+    ).compile()
+    assert plan.components == (("coin", "turn"), ("upper",))
+    assert RayEngine().pool_sizes(plan) == [1, 1]
+    assert RayEngine(actors={"turn": 3}).pool_sizes(plan) == [3, 1]
+    assert RayEngine(actors={"upper": 2, "coin": 4, "turn": 4}).pool_sizes(plan) == [4, 2]
+    with pytest.raises(PlanError, match=r"\['coin', 'turn\[0\]'\] share one model, so they have one number, got"):
+        RayEngine(actors={"coin": 1, "turn[0]": 2}).pool_sizes(LOOPED)
+    with pytest.raises(PlanError, match=r"'letters' is none of the nodes with a model, \['coin', "):
+        run(LOOPED, {"x": ["a"]}, engine=RayEngine(actors={"letters": 1}))
+    with pytest.raises(PlanError, match="actors must be 1 or more and gpus_per_actor 0 or more"):
+        RayEngine(actors={"coin": 0})
+    with pytest.raises(PlanError, match="got {} and -1"):
+        RayEngine(gpus_per_actor=-1)
+
+
+def test_what_cannot_be_sent_names_its_node():
+    lock = threading.Lock()
+
+    @node(Opaque(lambda value: lock and value))
+    def tool(x):
+        return x
+
+    @node
+    def held(x):
+        return lock and x
+
+    for name, made in (("component", tool), ("function", held)):
+        message = f"Node '{made.name}': its {name} .* cannot be sent to Ray's actors .*must be picklable"
+        with pytest.raises(PlanError, match=message):
+            run(System(sampled_systems.x >> made).compile(), {"x": ["a"]}, engine="ray")
+
+
+def test_without_ray_the_message_says_what_to_install(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(SysdagError, match=r'pip install "sysdag\[ray\]"'):
+        run(LOOPED, {"x": ["a"]}, engine="ray")
+
+
+def test_a_ray_that_is_started_is_stopped(monkeypatch):
+    calls = []
+    monkeypatch.delenv("RAY_USAGE_STATS_ENABLED", raising=False)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", lambda **options: calls.append(options))
+    monkeypatch.setattr(ray, "shutdown", lambda: calls.append("shutdown"))
+    with contextlib.suppress(ZeroDivisionError), _connected():
+        assert os.environ["RAY_USAGE_STATS_ENABLED"] == "0"
+        calls.append(1 / 0)
+    assert calls == [{"include_dashboard": False, "logging_level": logging.WARNING}, "shutdown"]
+
+
+def test_nothing_is_left_to_do():
+    assert list(run(LOOPED, {"x": ["a"]}, engine="ray", first_batch=1)) == []

@@ -1,0 +1,390 @@
+"""`sysdag sample`, the runs behind it, and the file that they go on in."""
+
+import json
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import sampled_systems
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from typer.testing import CliRunner
+
+from sysdag import DataError, Input, PlanError, System, Trace, node
+from sysdag.cli import app
+from sysdag.components import CausalLM, Tabular
+from sysdag.errors import RunError
+from sysdag.inputs import inputs_of
+from sysdag.running import LocalEngine, Runs, generator_of, load, run
+from sysdag.trace_file import TraceFile
+
+SYSTEMS = str(Path(sampled_systems.__file__))
+LOOPED = sampled_systems.looped.compile()
+INPUTS = {"x": ["a", "b", "a", "b", "b"]}
+
+
+def sample(*arguments, code=0):
+    result = CliRunner().invoke(app, ["sample", *map(str, arguments)])
+    assert result.exit_code == code, (result.output, result.exception)
+    return result.output
+
+
+@pytest.fixture
+def rows(tmp_path):
+    """A file of five inputs."""
+    file = tmp_path / "inputs.jsonl"
+    file.write_text("".join(json.dumps({"x": value}) + "\n" for value in INPUTS["x"]))
+    return file
+
+
+@pytest.fixture
+def whole(tmp_path, rows):
+    """The file of 15 runs in batches of 4, made in one go."""
+    sample(f"{SYSTEMS}:looped", rows, "--output", tmp_path / "whole.jsonl", "--runs", 3, "--seed", 7, "--batch-size", 4)
+    return tmp_path / "whole.jsonl"
+
+
+def again(rows, output, *options, system=f"{SYSTEMS}:looped", code=0):
+    return sample(system, rows, "--output", output, "--runs", 3, "--seed", 7, "--batch-size", 4, *options, code=code)
+
+
+def copied(whole, to, size=None):
+    """The traces up to a byte, and what stands beside them."""
+    to.write_bytes(whole.read_bytes()[:size])
+    Path(f"{to}.run.json").write_bytes(Path(f"{whole}.run.json").read_bytes())
+    return to
+
+
+# Runs
+
+
+def test_every_input_is_run_as_often_as_asked_and_numbered(whole):
+    trace = Trace.from_jsonl(whole)
+    assert list(trace.columns["prompt"]) == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3, 4, 4, 4]
+    assert list(trace.columns["run"]) == [0, 1, 2] * 5
+    assert trace["x"] == [value for value in INPUTS["x"] for _ in range(3)]
+    assert set(trace.cells) == set(LOOPED.order)
+    scored = LOOPED.log_probs(trace)
+    assert scored["turn[1]"].tolist() == pytest.approx([cell.log_prob for cell in trace.cells["turn[1]"]])
+
+
+def test_the_command_writes_what_run_yields(whole):
+    traces = list(run(LOOPED, INPUTS, runs=3, seed=7, batch_size=4))
+    assert [len(trace) for trace in traces] == [4, 4, 4, 3]
+    lines = [json.loads(line) for line in whole.read_text().splitlines()]
+    assert lines == [json.loads(json.dumps(row)) for trace in traces for row in trace.rows()]
+
+
+@settings(max_examples=25)
+@given(seed=st.integers(0, 2**40), size=st.integers(1, 6), runs=st.integers(1, 3), data=st.data())
+def test_a_batch_is_the_same_whatever_ran_before_it(seed, size, runs, data):
+    traces = [list(t.rows()) for t in run(LOOPED, INPUTS, runs=runs, seed=seed, batch_size=size)]
+    first = data.draw(st.integers(0, len(traces)))
+    torch.rand(3)
+    rest = run(LOOPED, INPUTS, runs=runs, seed=seed, batch_size=size, first_batch=first)
+    assert [list(t.rows()) for t in rest] == traces[first:]
+
+
+def test_seeds_batches_and_nodes_have_randomness_of_their_own():
+    keys = [(seed, batch, name) for seed in (0, 1, 11) for batch in (0, 1, 10) for name in ("a", "b", "a[0]", "a[1]")]
+    drawn = {torch.rand(4, generator=generator_of(*key)).numpy().tobytes() for key in keys}
+    assert len(drawn) == len(keys)
+    # What a seed stands for must not change: files of traces are resumed by it.
+    assert generator_of(0, 0, "draft").initial_seed() == 1780942431800464365
+    frequency = sum(cell.value == "a" for t in run(LOOPED, {"x": ["a"] * 4000}) for cell in t.cells["coin"]) / 4000
+    assert frequency == pytest.approx(0.6, abs=0.03)
+
+
+def test_an_engine_by_name_or_as_an_object():
+    plain = [list(t.rows()) for t in run(LOOPED, INPUTS)]
+    assert [list(t.rows()) for t in run(LOOPED, INPUTS, engine=LocalEngine(device="cpu"))] == plain
+    with pytest.raises(PlanError, match="engine must be 'local' or 'ray', .*got 'rya'"):
+        run(LOOPED, INPUTS, engine="rya")
+
+
+@pytest.mark.parametrize(
+    ("inputs", "options", "message"),
+    [
+        ({"z": ["a"]}, {}, r"each of \['x'\], got \['z'\]"),
+        ({"x": []}, {}, "no input to run"),
+        (INPUTS, {"runs": 0}, "must be 1 or more, got 0 and 16"),
+        (INPUTS, {"batch_size": 0}, "must be 1 or more, got 1 and 0"),
+    ],
+)
+def test_wrong_runs_are_refused_before_anything_runs(inputs, options, message):
+    with pytest.raises(PlanError, match=message):
+        run(LOOPED, inputs, **options)
+
+
+def test_models_go_to_the_device_unless_they_chose_theirs():
+    table = Tabular(sampled_systems.TABLE)
+    load("coin", table, None)
+    load("coin", table, "auto" if not torch.accelerator.is_available() else None)
+    assert table.device.type == "cpu"
+    table.module.hf_device_map = {"": "cpu"}
+    load("coin", table, "meta")
+    assert table.device.type == "cpu"
+    del table.module.hf_device_map
+    load("coin", table, "meta")
+    assert table.device.type == "meta"
+
+
+# Resumption
+
+
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_a_file_cut_anywhere_becomes_that_of_one_go(whole, rows, tmp_path, data):
+    expected = whole.read_bytes()
+    size = data.draw(st.integers(0, len(expected)))
+    cut = copied(whole, tmp_path / "cut.jsonl", size)
+    again(rows, cut, "--resume")
+    assert cut.read_bytes() == expected
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks a process to be killed")
+def test_a_killed_run_goes_on_where_it_was(tmp_path, rows, monkeypatch):
+    options = [f"{SYSTEMS}:sleepy", rows, "--runs", 6, "--batch-size", 3, "--output"]
+    killed, expected = tmp_path / "killed.jsonl", tmp_path / "expected.jsonl"
+    process = multiprocessing.get_context("fork").Process(target=sample, args=(*options, killed))
+    process.start()
+    deadline = time.monotonic() + 30
+    while not killed.exists() or len(killed.read_bytes().splitlines()) < 6:
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    left = killed.read_bytes()
+    assert 6 <= left.count(b"\n") < 30
+    monkeypatch.setattr(sampled_systems.time, "sleep", lambda seconds: None)
+    sample(*options, killed, "--resume")
+    sample(*options, expected)
+    assert killed.read_bytes() == expected.read_bytes()
+    assert killed.read_bytes().startswith(left)
+
+
+def test_resuming_does_not_run_what_is_there(whole, rows, tmp_path, monkeypatch):
+    seen = []
+    before = Runs.batch
+    monkeypatch.setattr(Runs, "batch", lambda self, number: seen.append(number) or before(self, number))
+    lines = whole.read_bytes().splitlines(keepends=True)
+    cut = copied(whole, tmp_path / "cut.jsonl", len(b"".join(lines[:9])))
+    again(rows, cut, "--resume")
+    assert seen == [2, 3]
+    assert "is complete: 15 runs" in again(rows, cut, "--resume")
+    assert seen == [2, 3]
+
+
+def test_resuming_what_is_not_there_begins(rows, tmp_path, whole):
+    again(rows, tmp_path / "new.jsonl", "--resume")
+    assert (tmp_path / "new.jsonl").read_bytes() == whole.read_bytes()
+
+
+OTHER = Path(SYSTEMS).read_text()
+
+
+@pytest.mark.parametrize(
+    ("options", "edit", "message"),
+    [
+        (["--seed", 8], None, "seed was 7, and is now 8"),
+        (["--batch-size", 5], None, "batch_size was 4, and is now 5"),
+        (["--runs", 2], None, "runs was 3, and is now 2"),
+        (["--limit", 4], None, "input_rows was 5, and is now 4"),
+        ([], ("return [turn", "return ['b'"), "node letters source_sha256 was"),
+        ([], ("times=2", "times=3"), "had ['coin', 'letters', 'spread', 'turn[0]', 'turn[1]'], and has now ['coin', "),
+        ([], ('"b": 0.4}', '"b": 0.3, "c": 0.1}'), "component coin repr was 'Tabular(2 keys, 2 values)', and is now"),
+    ],
+)
+def test_another_run_is_not_resumed(whole, rows, tmp_path, options, edit, message):
+    """The system under the same names, in a folder of its own; only what `edit` replaces differs."""
+    folder = tmp_path / "edited"
+    folder.mkdir()
+    (folder / "sampled_systems.py").write_text(OTHER.replace(*edit) if edit else OTHER)
+    cut = copied(whole, tmp_path / "cut.jsonl", 2000)
+    loaded = sys.modules.pop("sampled_systems")
+    try:
+        output = again(rows, cut, "--resume", *options, system=f"{folder / 'sampled_systems.py'}:looped", code=1)
+    finally:
+        sys.modules["sampled_systems"] = loaded
+        sys.path.remove(str(folder))
+    assert message in output
+    assert "begun by another run" in output
+    assert cut.read_bytes() == whole.read_bytes()[:2000]
+
+
+def test_other_inputs_are_not_resumed(whole, rows, tmp_path):
+    rows.write_text(rows.read_text().replace('"b"', '"a"', 1))
+    assert "inputs_sha256 was" in again(rows, whole, "--resume", code=1)
+
+
+def test_another_temperature_is_not_resumed(tmp_path):
+    def file(temperature):
+        component = CausalLM("somewhere", temperature=temperature)
+        plan = System(sampled_systems.x >> node(component, name="draft")(lambda x: x)).compile()
+        assert component._model is None
+        return TraceFile(tmp_path / "t.jsonl", plan, Runs(inputs=INPUTS), existing="resume")
+
+    file(1.0)._begin()
+    file(1.0)
+    with pytest.raises(DataError, match="component draft temperature was 1.0, and is now 0.5"):
+        file(0.5)
+
+
+def test_what_was_changed_or_damaged_is_not_resumed(whole, rows, tmp_path):
+    lines = whole.read_bytes().splitlines(keepends=True)
+    cut = copied(whole, tmp_path / "cut.jsonl")
+    cut.write_bytes(b"".join(lines) + lines[0])
+    assert "more than the 15 runs" in again(rows, cut, "--resume", code=1)
+    cut.write_bytes(b"".join(lines[1:]))
+    assert "where input row 3, run 2 should be is row 4, run 0" in again(rows, cut, "--resume", code=1)
+    cut.write_bytes(b"".join(lines[:3]) + b"{}\n")
+    assert "damaged line" in again(rows, cut, "--resume", code=1)
+    Path(f"{cut}.run.json").write_text("{")
+    assert "cut.jsonl.run.json cannot be read" in again(rows, cut, "--resume", code=1)
+    Path(f"{cut}.run.json").unlink()
+    assert "which says what made it, is not beside it" in again(rows, cut, "--resume", code=1)
+
+
+def test_an_output_that_exists_is_kept_unless_it_is_overwritten(whole, rows, tmp_path):
+    other = copied(whole, tmp_path / "other.jsonl", 100)
+    output = again(rows, other, code=1)
+    assert "--resume" in output
+    assert "--overwrite" in output
+    assert other.read_bytes() == whole.read_bytes()[:100]
+    again(rows, other, "--overwrite", "--seed", 9)
+    assert other.read_bytes() != whole.read_bytes()
+    assert "seed was 9, and is now 7" in again(rows, other, "--resume", code=1)
+    again(rows, other, "--overwrite")
+    assert other.read_bytes() == whole.read_bytes()
+
+
+def test_nothing_is_replaced_before_there_is_something_new(whole, tmp_path):
+    file = tmp_path / "zeros.jsonl"
+    file.write_text('{"y": 0}\n')
+    old = whole.read_bytes()
+    sample(f"{SYSTEMS}:dividing", file, "--output", whole, "--overwrite", code=1)
+    assert whole.read_bytes() == old
+
+
+# Errors
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("dividing", "ZeroDivisionError: division by zero. In the function of node 'reciprocal', row 4, run 1."),
+        ("odd", "'unwritable': a value of type builtins.object cannot be written"),
+    ],
+)
+def test_an_error_names_node_and_row_and_what_was_written_stays(tmp_path, name, message):
+    file, output = tmp_path / "inputs.json", tmp_path / "traces.jsonl"
+    file.write_text(json.dumps([{"y": value} for value in (1, 2, 4, 8, 0, 3)]))
+    shown = sample(f"{SYSTEMS}:{name}", file, "--runs", 2, "--batch-size", 3, "--output", output, code=1)
+    if name == "dividing":
+        message = message.replace("run 1", "run 0")
+    assert f"Error: {message}" in shown
+    assert len(Trace.from_jsonl(output)) == 6
+
+
+def test_a_component_that_fails_names_node_and_rows():
+    class Broken(Tabular):
+        def sample(self, inputs, *, generator=None):
+            if "b" in inputs:
+                raise MemoryError("too much")
+            return super().sample(inputs, generator=generator)
+
+    plan = System(sampled_systems.x >> node(Broken(sampled_systems.TABLE), name="draft")(lambda x: x)).compile()
+    traces = run(plan, {"x": list("aaab")}, batch_size=2)
+    assert len(next(traces)) == 2
+    with pytest.raises(RunError, match=r"MemoryError: too much. In node 'draft', rows 2, run 0 to 3, run 0."):
+        next(traces)
+    with pytest.raises(DataError, match=r"Node 'coin', row 1, run 0: .*no row for 'c'"):
+        list(run(LOOPED, {"x": ["a", "c"]}))
+
+
+def test_a_model_that_is_not_there_names_its_node(tmp_path):
+    plan = System(sampled_systems.x >> node(CausalLM(tmp_path), name="draft")(lambda x: x)).compile()
+    with pytest.raises(RunError, match=r"Node 'draft': the model of CausalLM\(.* cannot be loaded \("):
+        next(run(plan, INPUTS))
+
+
+def test_inputs_are_checked_before_a_model_loads(tmp_path, monkeypatch):
+    (tmp_path / "far_system.py").write_text(
+        "from sysdag import Input, System, node\nfrom sysdag.components import CausalLM\n"
+        "@node(CausalLM('nowhere'))\ndef draft(question): return question\n"
+        "system = System(Input('question', str) >> draft)\n"
+    )
+    monkeypatch.setattr(CausalLM, "_load_model", lambda self: pytest.fail("a model was loaded"))
+    file = tmp_path / "inputs.jsonl"
+    system, output = tmp_path / "far_system.py", tmp_path / "traces.jsonl"
+    for line, message in (
+        ('{"prompt": 3}', "Row 1 (line 2): input 'question' must be str, got int 3."),
+        ('{"text": "x"}', "Row 1 (line 2): input 'question' is missing; the row has ['text']"),
+        ('{"text": ', "inputs.jsonl"),
+    ):
+        file.write_text('{"question": "x"}\n' + line + "\n")
+        assert message in sample(system, file, "--output", output, code=1)
+    file.write_text('{"question": "x"}\n')
+    assert "ends in .jsonl" in sample(system, file, "--output", tmp_path / "traces.txt", code=1)
+    assert not output.exists()
+
+
+def test_columns_of_inputs():
+    plan = sampled_systems.two_inputs.compile()
+    assert inputs_of(plan, [{"x": "a", "y": 1, "id": 7}, {"y": 2, "x": "b"}]) == (
+        {"x": ["a", "b"], "y": [1, 2]},
+        ["id"],
+    )
+    with pytest.raises(DataError, match=r"Row 0: input 'x' is missing; the row has \['prompt', 'y'\]"):
+        inputs_of(plan, [{"prompt": "a", "y": 1}])
+    assert inputs_of(LOOPED, [{"prompt": "a"}, {"x": "b"}]) == ({"x": ["a", "b"]}, [])
+    assert inputs_of(LOOPED, [{"x": "b", "prompt": "c"}, {"prompt": "d"}]) == ({"x": ["b", "d"]}, ["prompt"])
+    with pytest.raises(DataError, match=r"no rows of inputs; expected one for each run, with \['x'\]"):
+        inputs_of(LOOPED, [])
+    with pytest.raises(PlanError, match="no inputs"):
+        inputs_of(System(node(Tabular({(): {"a": 1.0}}), name="root")(lambda: ())).compile(), [{}])
+
+
+def test_columns_that_are_no_inputs_are_ignored_with_a_note(tmp_path):
+    file, output = tmp_path / "inputs.csv", tmp_path / "traces.jsonl"
+    file.write_text("id,prompt\n1,a\n2,b\n3,a\n")
+    shown = sample(f"{SYSTEMS}:looped", file, "--output", output, "--limit", 2)
+    assert "no inputs of the system are ignored: id." in shown
+    assert Trace.from_jsonl(output)["x"] == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--resume", "--overwrite"], "--resume and --overwrite exclude each other"),
+        (["--actors", "coin=2"], "--actors and --gpus-per-actor belong to --engine ray"),
+        (["--gpus-per-actor", "1"], "--actors and --gpus-per-actor belong to --engine ray"),
+        (["--engine", "ray", "--actors", "coin"], "--actors coin: expected NODE=N"),
+        (["--engine", "ray", "--actors", "coin=0"], "--actors coin=0: expected NODE=N"),
+        (["--batch-size", "0"], "--batch-size"),
+        (["--engine", "slurm"], "--engine"),
+    ],
+)
+def test_wrong_options_end_in_exit_code_2(rows, tmp_path, options, message):
+    shown = sample(f"{SYSTEMS}:looped", rows, "--output", tmp_path / "traces.jsonl", *options, code=2)
+    assert message in " ".join(shown.split())
+    assert not (tmp_path / "traces.jsonl").exists()
+
+
+def test_there_is_no_progress_bar_where_stderr_is_no_terminal(rows, tmp_path):
+    assert again(rows, tmp_path / "new.jsonl") == f"Wrote 15 runs to {tmp_path / 'new.jsonl'}.\n"
+
+
+def test_an_input_may_be_whatever_a_node_reads():
+    @node
+    def length(x):
+        return len(x)
+
+    plan = System(Input("x") >> length).compile()
+    [trace] = run(plan, {"x": [{"a": 1}, [1, 2, 3]]})
+    assert trace["length"] == [1, 3]
