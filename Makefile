@@ -3,7 +3,7 @@ PYTHON ?= python3
 SEED ?= 0
 BIN := .venv/bin
 
-.PHONY: demo test build bench lint clean
+.PHONY: demo test build bench lint docs clean
 
 demo: .venv/ready
 	$(BIN)/python -m examples.demo --seed $(SEED) --output demo-output
@@ -26,8 +26,12 @@ lint: .venv/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# The site in site/; `.venv/bin/mkdocs serve` shows it while it is written.
+docs: .venv/ready
+	$(BIN)/mkdocs build --strict
+
 clean:
-	rm -rf .venv demo-output .demo-cache build *.egg-info
+	rm -rf .venv demo-output .demo-cache build site *.egg-info
 
 .venv/ready: pyproject.toml setup.py constraints.txt
 	$(PYTHON) -m venv .venv

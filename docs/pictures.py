@@ -1,0 +1,25 @@
+"""Draws pictures/*.svg: the graphs of the examples.
+
+python docs/pictures.py
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import matplotlib
+
+from sysdag import render
+from sysdag.loading import load_system
+
+FOLDER = Path(__file__).with_name("pictures")
+SYSTEMS = Path(__file__).parents[1] / "examples" / "systems"
+NAMES = ("draft_refine", "llm_diffusion", "rag_router", "critic_loop")
+
+if __name__ == "__main__":
+    FOLDER.mkdir(exist_ok=True)
+    matplotlib.rcParams["svg.hashsalt"] = "sysdag"  # the same file each time
+    os.environ["SOURCE_DATE_EPOCH"] = "0"
+    for name in NAMES:
+        render.draw(load_system(f"{SYSTEMS / name}.py:system").compile(), FOLDER / f"{name}.svg")
