@@ -16,6 +16,7 @@ from sysdag.commands.eval import evaluate
 from sysdag.commands.judge import judge
 from sysdag.commands.label import label
 from sysdag.commands.plan import plan
+from sysdag.commands.report import report
 from sysdag.commands.sample import sample
 from sysdag.commands.train import SETTINGS, train
 from sysdag.errors import SysdagError
@@ -49,6 +50,7 @@ app.command("eval")(evaluate)
 app.command()(judge)
 app.command()(label)
 app.command()(plan)
+app.command()(report)
 app.command()(sample)
 app.command(context_settings=SETTINGS)(train)
 

@@ -24,7 +24,7 @@ LAYERS = [
     "distributed", "micro_batch", "finite", "scoring", "precompute", "engine", "references", "replay",
     "resume", "run_record", "checkpoint", "trainer", "loading", "config_file", "train_options", "training",
     "verdicts", "judges", "judge_prompt", "endpoint", "endpoint_judge", "ranking", "evaluation", "evaluation_runs",
-    "labelling",
+    "labelling", "reporting",
     "commands", "cli",
 ]  # fmt: skip
 # A user reaches everything from a System or a Plan: these methods import upwards when they are called.
@@ -37,7 +37,7 @@ FACADES = {
 }  # fmt: skip
 TORCH_FREE = ["errors", "atomic", "graph", "build", "render", "plan", "outline", "encoding", "trace", "arrow",
               "trace_parquet", "row_format", "readers", "pairs", "source", "serialization", "execute", "running",
-              "ray_engine"]  # fmt: skip
+              "ray_engine", "reporting.read", "reporting.html", "reporting.text"]  # fmt: skip
 
 
 def layer_of(path):

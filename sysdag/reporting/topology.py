@@ -1,0 +1,73 @@
+"""The graph of a recorded system, from names alone: no code of the user's is imported to report on a training."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import networkx
+
+from sysdag.errors import DataError
+
+
+@dataclass(frozen=True)
+class Topology:
+    """The nodes and edges of a system.
+
+    Attributes:
+        inputs: names of the inputs.
+        component_of: for each random node the key of its component, for each deterministic node None; in topological
+            order.
+        edges: (parent, child, whether it is a plate).
+        outputs: names of the outputs.
+        levels: names by their distance from the start: level 0 the inputs, then nodes whose parents stand before.
+    """
+
+    inputs: tuple[str, ...]
+    component_of: Mapping[str, str | None]
+    edges: tuple[tuple[str, str, bool], ...]
+    outputs: tuple[str, ...]
+    levels: tuple[tuple[str, ...], ...]
+
+    @classmethod
+    def of(cls, data: Mapping[str, Any]) -> Topology:
+        """The topology of what `sysdag.serialization.system_to_dict` returned.
+
+        Raises:
+            DataError: for an edge of an unknown node, or a cycle.
+        """
+        inputs = tuple(row["name"] for row in data["inputs"])
+        component_of = {
+            row["base_name"] if row["visit"] is None else f"{row['base_name']}[{row['visit']}]": row["component"]
+            for row in data["nodes"]
+        }
+        edges = tuple((row["parent"], row["child"], row["each"]) for row in data["edges"])
+        known = {*inputs, *component_of}
+        for name in [name for edge in edges for name in edge[:2]] + list(data["outputs"]):
+            if name not in known:
+                raise DataError(f"{name!r} is none of the system's inputs and nodes, {sorted(known)}.")
+        graph = networkx.DiGraph()
+        graph.add_nodes_from([*inputs, *component_of])
+        graph.add_edges_from(edge[:2] for edge in edges)
+        if not networkx.is_directed_acyclic_graph(graph):
+            raise DataError("the edges form a cycle.")
+        level: dict[str, int] = dict.fromkeys(inputs, 0)
+        for name in networkx.topological_sort(graph):
+            level.setdefault(name, 1 + max((level[parent] for parent in graph.predecessors(name)), default=0))
+        order = sorted(component_of, key=lambda name: level[name])
+        levels = [
+            tuple(n for n in (*inputs, *order) if level[n] == depth)
+            for depth in range(max(level.values(), default=0) + 1)
+        ]
+        return cls(
+            inputs=inputs,
+            component_of={name: component_of[name] for name in order},
+            edges=edges,
+            outputs=tuple(data["outputs"]),
+            levels=tuple(names for names in levels if names),
+        )
+
+    def component(self, node: str) -> str | None:
+        """The key of a node's component; None for one that is deterministic or unknown."""
+        return self.component_of.get(node)

@@ -1,0 +1,201 @@
+"""Values of traces as a page can show them: texts with what changed, images, lists; and two traces side by side."""
+
+from __future__ import annotations
+
+import base64
+import difflib
+import io
+import json
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy
+
+from sysdag.trace import Trace
+
+MOST_LETTERS = 6000
+"""A longer text is cut, and what is left out is counted."""
+MOST_WORDS = 1500
+"""Longer texts are compared as a whole: finding what they share takes time with the square of their lengths."""
+MOST_ELEMENTS = 32
+IMAGE_SIDE = 320
+"""Larger images are shrunk to this many pixels a side."""
+LEAST_SIDE = 72
+"""Smaller images are shown this large."""
+
+Sort = Literal["same", "gone", "new"]
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A value on the page; one of its parts is used.
+
+    Attributes:
+        words: parts of a text, each with its sort.
+        image: a data URL of a PNG.
+        width, height: the image's size on the page, in pixels.
+        elements: those of a list or plate.
+        note: what else is to say, such as what was left out.
+        kind: `text`, `image` or `list`.
+    """
+
+    kind: Literal["text", "image", "list"]
+    words: tuple[tuple[Sort, str], ...] = ()
+    image: str = ""
+    width: int = 0
+    height: int = 0
+    elements: tuple[Shown, ...] = ()
+    note: str = ""
+
+
+def shown(value: Any) -> Shown:
+    """A value by itself."""
+    return _show(value, "same")
+
+
+def shown_pair(before: Any, after: Any) -> tuple[Shown, Shown]:
+    """Two values with their differences marked: words of texts, and elements of lists one by one."""
+    if isinstance(before, (list, tuple)) and isinstance(after, (list, tuple)) and before and after:
+        pairs = [shown_pair(a, b) for a, b in zip(before[:MOST_ELEMENTS], after[:MOST_ELEMENTS], strict=False)]
+        common = len(pairs)
+        parts = [[pair[side] for pair in pairs] for side in (0, 1)]
+        parts[0] += [_show(rest, "gone") for rest in before[common:MOST_ELEMENTS]]
+        parts[1] += [_show(rest, "new") for rest in after[common:MOST_ELEMENTS]]
+        return _list(parts[0], before), _list(parts[1], after)
+    if type(before) is type(after) and _is_text(before) and _is_text(after):
+        old, new = _text(before), _text(after)
+        left, right = _differences(old[:MOST_LETTERS], new[:MOST_LETTERS])
+        return Shown("text", left, note=_cut(old)), Shown("text", right, note=_cut(new))
+    return shown(before), shown(after)
+
+
+def _show(value: Any, sort: Sort) -> Shown:
+    if (image := _image(value)) is not None:
+        return image
+    if isinstance(value, (list, tuple)) and value:
+        return _list([_show(element, sort) for element in value[:MOST_ELEMENTS]], value)
+    text = _text(value)
+    return Shown("text", ((sort, text[:MOST_LETTERS]),) if text else (), note=_cut(text))
+
+
+def _list(elements: Sequence[Shown], value: Sequence[Any]) -> Shown:
+    more = len(value) - len(elements)
+    return Shown("list", elements=tuple(elements), note=f"and {more} more elements" if more > 0 else "")
+
+
+def _is_text(value: Any) -> bool:
+    return _image(value) is None and not (isinstance(value, (list, tuple)) and value)
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, str):
+        return value
+    if isinstance(value, numpy.ndarray):
+        return f"array of {value.dtype}, shape {value.shape}\n{numpy.array2string(value, threshold=20)}"
+    try:
+        return json.dumps(value, ensure_ascii=False, indent=1 if isinstance(value, dict) else None)
+    except (TypeError, ValueError):
+        return repr(value)
+
+
+def _cut(text: str) -> str:
+    more = len(text) - MOST_LETTERS
+    return f"… {more:,} more characters" if more > 0 else ""
+
+
+def _differences(old: str, new: str) -> tuple[tuple[tuple[Sort, str], ...], tuple[tuple[Sort, str], ...]]:
+    a, b = (re.findall(r"\s+|\w+|[^\w\s]", text) for text in (old, new))
+    if max(len(a), len(b)) > MOST_WORDS:
+        return ((("same", old),), (("same", new),)) if old == new else ((("gone", old),), (("new", new),))
+    left: list[tuple[Sort, str]] = []
+    right: list[tuple[Sort, str]] = []
+    for tag, i, j, k, m in difflib.SequenceMatcher(None, a, b, autojunk=False).get_opcodes():
+        if j > i:
+            left.append(("same" if tag == "equal" else "gone", "".join(a[i:j])))
+        if m > k:
+            right.append(("same" if tag == "equal" else "new", "".join(b[k:m])))
+    return tuple(left), tuple(right)
+
+
+def _image(value: Any) -> Shown | None:
+    module = sys.modules.get("PIL.Image")
+    if isinstance(value, numpy.ndarray) and value.dtype == numpy.uint8 and _has_shape_of_image(value):
+        from PIL import Image
+
+        value, module = Image.fromarray(value), Image
+    if module is None or not isinstance(value, module.Image):
+        return None
+    size = value.size
+    picture = value if value.mode in ("1", "L", "LA", "RGB", "RGBA") else value.convert("RGB")
+    if max(size) > IMAGE_SIDE:
+        picture = picture.copy() if picture.mode != "1" else picture.convert("L")
+        picture.thumbnail((IMAGE_SIDE, IMAGE_SIDE))
+    buffer = io.BytesIO()
+    picture.save(buffer, format="PNG", optimize=True)
+    url = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+    scale = max(1, -(-LEAST_SIDE // max(picture.size)))
+    width, height = picture.size[0] * scale, picture.size[1] * scale
+    return Shown("image", image=url, width=width, height=height, note=f"{size[0]} by {size[1]} pixels")
+
+
+def _has_shape_of_image(value: numpy.ndarray) -> bool:
+    return min(value.shape, default=0) > 0 and (value.ndim == 2 or (value.ndim == 3 and value.shape[2] in (3, 4)))
+
+
+@dataclass(frozen=True)
+class Step:
+    """One node's value before and after; None where the trace is not there or lacks the node."""
+
+    node: str
+    before: Shown | None
+    after: Shown | None
+    changed: bool
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One run before and after: its inputs, and its nodes in the order they ran."""
+
+    inputs: tuple[tuple[str, Shown], ...]
+    steps: tuple[Step, ...]
+
+
+def side_by_side(traces: Mapping[str, Trace], most: int) -> list[Prompt]:
+    """The runs of the traces `before` and `after`, paired where their inputs agree, at most so many."""
+    before, after = traces.get("before"), traces.get("after")
+    whole = after if before is None else before
+    if whole is None:
+        return []
+    prompts = []
+    for row in range(min(len(whole), most)):
+        inputs = tuple((name, shown(column[row])) for name, column in whole.inputs.items())
+        paired = after is not None and before is not None and row < len(after) and _same_inputs(before, after, row)
+        steps = []
+        for name in whole.cells:
+            value = whole[name][row]
+            if paired and after is not None and name in after.cells:
+                other = after[name][row]
+                left, right = shown_pair(value, other)
+                steps.append(Step(name, left, right, not _equal(value, other)))
+            else:
+                alone = shown(value)
+                steps.append(Step(name, alone if whole is before else None, None if whole is before else alone, False))
+        prompts.append(Prompt(inputs, tuple(steps)))
+    return prompts
+
+
+def _same_inputs(before: Trace, after: Trace, row: int) -> bool:
+    return before.inputs.keys() == after.inputs.keys() and all(
+        _equal(column[row], after.inputs[name][row]) for name, column in before.inputs.items()
+    )
+
+
+def _equal(one: Any, other: Any) -> bool:
+    if isinstance(one, numpy.ndarray) or isinstance(other, numpy.ndarray):
+        return type(one) is type(other) and numpy.array_equal(one, other)
+    if isinstance(one, (list, tuple)) and isinstance(other, (list, tuple)):
+        return len(one) == len(other) and all(map(_equal, one, other))
+    return type(one) is type(other) and bool(one == other)
