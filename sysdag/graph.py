@@ -358,6 +358,8 @@ def _child_hint(child: Any) -> str:
             return "To reach several nodes, list them: a >> [b, c]."
         case Edges():
             return "Write a chain without brackets: a >> b >> c."
+        case Loop():
+            return "Name its nodes, and give the loop to System beside the arrows: System(x >> critic, loop(...))."
     return "Decorate the function with @node."
 
 

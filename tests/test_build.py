@@ -251,6 +251,9 @@ def test_names_of_lambdas_and_objects():
         node()(Fake())
 
 
+A, B = node_of("a", "x a"), node_of("b", "a")
+
+
 @pytest.mark.parametrize(
     ("child", "hint"),
     [
@@ -260,6 +263,10 @@ def test_names_of_lambdas_and_objects():
         (lambda: node_of("a", "x") & node_of("b", "x"), "To reach several nodes, list them: a >> [b, c]."),
         (lambda: x >> node_of("a", "x"), "Write a chain without brackets: a >> b >> c."),
         (lambda: [node_of("a", "x"), "b"], "Decorate the function with @node."),
+        (
+            lambda: loop(A >> B, carry={"a": B}, times=2),
+            "Name its nodes, and give the loop to System beside the arrows: System(x >> critic, loop(...)).",
+        ),
     ],
 )
 def test_arrow_to_what_is_no_node(child, hint):
