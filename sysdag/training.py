@@ -12,11 +12,12 @@ from sysdag.engine import SystemModel
 from sysdag.errors import OptionError
 from sysdag.loading import load_system
 from sysdag.plan import Plan
-from sysdag.readers import read_rows
+from sysdag.readers import read_all
 from sysdag.run_files import LOG_FILE, RUN_FILE, TRACE_FOLDER
 from sysdag.strategies import strategy_options
 from sysdag.train_options import TrainJob
 from sysdag.trainer import SysDPOTrainer
+from sysdag.validation import validate_rows
 
 _LAST = ("true", "last", "latest")
 
@@ -87,8 +88,17 @@ def _silent(text: str) -> None:
 
 
 def _rows(job: TrainJob, plan: Plan, source: str, split: str, told: Callable[[str], None]) -> list[Any]:
-    rows = read_rows(source, split=split)
-    return rows
+    """The rows that can be trained on.
+
+    Raises:
+        DataError: for a source that cannot be read; with all that is wrong, if a row cannot be used or none is left.
+    """
+    found = read_all(source, split=split)
+    objective: Any = job.args.objective
+    report = validate_rows(plan, found.rows, objective, strict=job.strict, damaged=found.damaged)
+    report.raise_if_unusable(source)
+    told(f"{source}: {report}\n")
+    return [found.rows[number] for number in report.kept]
 
 
 def _outlined(job: TrainJob) -> str:

@@ -96,7 +96,7 @@ def same(one, other, tolerance=0.0):
     assert one.keys() == other.keys()
     for name, tensor in one.items():
         torch.testing.assert_close(
-            tensor, other[name], rtol=tolerance, atol=tolerance, msg=lambda text: f"{name}: {text}"
+            tensor, other[name], rtol=tolerance, atol=tolerance, msg=lambda text, name=name: f"{name}: {text}"
         )
 
 
@@ -183,7 +183,8 @@ def test_a_training_that_was_stopped_goes_on(place, monkeypatch):
 
 
 def test_a_dry_run_checks_the_data_and_loads_no_weights(place):
-    (place / f"{MODULE}.py").write_text(SYSTEM.replace('HERE / "drafter"', '"org/nothing"'))
+    for name in ("drafter", "refiner"):
+        (place / name / "model.safetensors").unlink()
     result = run(f"{MODULE}.py", "pairs.jsonl", "--objective", "sampling", "--dry-run", "--output_dir", "out")
     assert "level  node" in result.output
     assert "candidates diverse_beam_search(num_candidates=2, diversity_penalty=20.0, ngram_size=1)" in result.output
