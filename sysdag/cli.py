@@ -19,6 +19,7 @@ from sysdag.commands.plan import plan
 from sysdag.commands.report import report
 from sysdag.commands.sample import sample
 from sysdag.commands.train import SETTINGS, train
+from sysdag.commands.validate import validate
 from sysdag.errors import SysdagError
 
 
@@ -53,6 +54,7 @@ app.command()(plan)
 app.command()(report)
 app.command()(sample)
 app.command(context_settings=SETTINGS)(train)
+app.command()(validate)
 
 if __name__ == "__main__":  # accelerate launch -m sysdag.cli train ...
     app()

@@ -96,6 +96,10 @@ class Component(ABC):
         """
         return
 
+    def is_empty(self, draw: Draw) -> bool:
+        """Whether there is nothing in a draw that could be preferred: a completion without text."""
+        return False
+
     def longest_draw(self, input: Any = None) -> int | None:
         """Most positions of a draw that are scored (see `lengths`), without loading weights; None if unlimited.
 

@@ -8,13 +8,18 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sysdag.encoding import encode_value
 from sysdag.errors import DataError, shown
 from sysdag.plan import Objective, Plan
 from sysdag.readers import rows_of
+from sysdag.row_paths import whole_path
 from sysdag.trace import Cell, Draw, Trace
+from sysdag.trl_prompts import explicit_prompt
+
+if TYPE_CHECKING:
+    from sysdag.component import Component
 
 _SIDES = ("chosen", "rejected")
 
@@ -229,11 +234,9 @@ class _Reading:
         made |= zip(given, observed, strict=True)
         return [made[at] for at in range(len(values))]
 
-    def _given(self, component: Any, value: Any) -> Any:
-        """What is observed: a draw without a record is its value, and a file's path is relative to the row's file."""
-        value = value.value if isinstance(value, Draw) else value
-        is_path = component.reads_files and self.folder is not None and isinstance(value, (str, Path))
-        return str(self.folder / value) if is_path and self.folder is not None else value
+    def _given(self, component: Component, value: Any) -> Any:
+        """What is observed: a draw without a record is its value."""
+        return whole_path(component, value.value if isinstance(value, Draw) else value, self.folder)
 
 
 def input_column(plan: Plan, row: Mapping[str, Any], name: str) -> str:
@@ -259,41 +262,6 @@ def read_inputs(plan: Plan, row: Mapping[str, Any]) -> tuple[dict[str, Any], lis
         else:
             found[given.name] = row[column]
     return found, problems
-
-
-def explicit_prompt(plan: Plan, row: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The row with its implicit prompt told apart: what `chosen` and `rejected` begin with alike, as in TRL.
-
-    A row whose prompt is a text beside whole conversations has an implicit one too. Rows of a system with several
-    inputs or outputs, and rows that are not so, come back as they are.
-    """
-    names = [given.name for given in plan.system.inputs]
-    chosen: Any = row.get("chosen")
-    rejected: Any = row.get("rejected")
-    if len(names) != 1 or len(plan.system.outputs) != 1 or type(chosen) is not type(rejected):
-        return row
-    conversational = _is_conversation(chosen) and _is_conversation(rejected)
-    prompts = [row[name] for name in (names[0], "prompt") if name in row]
-    if not (conversational or (isinstance(chosen, str) and not prompts)):
-        return row
-    if prompts and (_is_conversation(prompts[0]) or len(chosen) == len(rejected) == 1):
-        return row
-    shared = 0
-    while shared < min(len(chosen), len(rejected)) and chosen[shared] == rejected[shared]:
-        shared += 1
-    if not conversational and shared > 0 and chosen[shared - 1] == " ":
-        shared -= 1  # the space belongs to the completion
-    if not shared or shared in (len(chosen), len(rejected)):
-        return row
-    return {**row, names[0]: chosen[:shared], "chosen": chosen[shared:], "rejected": rejected[shared:]}
-
-
-def _is_conversation(value: Any) -> bool:
-    return (
-        isinstance(value, list)
-        and bool(value)
-        and all(isinstance(message, Mapping) and {"role", "content"} <= message.keys() for message in value)
-    )
 
 
 def _is_unicode(value: Any) -> bool:

@@ -367,6 +367,9 @@ class CausalLM(Component):
                     element=element,
                 )
 
+    def is_empty(self, draw: Draw) -> bool:
+        return not draw.value.strip()
+
     def longest_draw(self, input: Any = None) -> int | None:
         """See `Component`; what is longer loses tokens at its end. A prompt takes at least one position."""
         if self.max_length is None:

@@ -1,0 +1,60 @@
+"""`sysdag validate`: what is wrong with a file of preferences, before any weights load."""
+
+from __future__ import annotations
+
+import json
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+class Objective(StrEnum):
+    direct = "direct"
+    sampling = "sampling"
+
+
+def validate(
+    system: Annotated[str, typer.Argument(help="SYSTEM.py:name, package.module:name, or a saved system's folder.")],
+    data: Annotated[
+        str,
+        typer.Argument(
+            help="Preference rows: a .jsonl, .json, .csv or .parquet file, a folder that the library datasets saved, "
+            "or a name on the Hub."
+        ),
+    ],
+    objective: Annotated[Objective, typer.Option(help="What the rows are for.")] = Objective.direct,
+    split: Annotated[str, typer.Option(help="Of a dataset that has splits.")] = "train",
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Rows that would be dropped (empty, identical, over-long) are errors.")
+    ] = False,
+    limit: Annotated[int, typer.Option(min=0, help="Most problems of each kind that are listed.")] = 20,
+    output: Annotated[Path | None, typer.Option(help="Write the rows that can be used, as .jsonl or .parquet.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Check preference rows against a system: every problem with its row, line, node and kind, all at once.
+
+    Ends with 0 if training can use the data, and with 1 if there are errors or no row is left. No weights are loaded.
+    """
+    if output is not None and output.suffix.lower() not in (".jsonl", ".parquet"):
+        raise typer.BadParameter(f"--output {output}: its ending must be .jsonl or .parquet.")
+
+    from sysdag.loading import load_system
+    from sysdag.pairs import write_pairs
+    from sysdag.readers import read_all
+    from sysdag.row_paths import with_whole_paths
+    from sysdag.validation import validate_rows
+
+    plan = load_system(system).compile()
+    plan.check(objective.value)
+    found = read_all(data, split=split)
+    report = validate_rows(plan, found.rows, objective.value, limit=limit, strict=strict, damaged=found.damaged)
+    typer.echo(json.dumps(report.to_dict(), indent=2) if as_json else str(report))
+    if output is not None:
+        kept = [found.rows[number] for number in report.kept]
+        moves = any(row.folder is not None and row.folder.resolve() != output.parent.resolve() for row in kept)
+        write_pairs(output, [with_whole_paths(plan, row) for row in kept] if moves else kept)
+        typer.echo(f"Wrote {len(report.kept)} rows to {output}.", err=True)
+    if not report.is_usable:
+        raise typer.Exit(1)

@@ -1,0 +1,321 @@
+"""What is said of preference rows before any weights load, from Python and from the command line."""
+
+import io
+import json
+from pathlib import Path
+
+import checked_systems
+import numpy
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from sysdag import DataError
+from sysdag.cli import app
+from sysdag.component import Component
+from sysdag.data import encode_row
+from sysdag.readers import Row, read_rows
+from sysdag.trace import Draw
+from sysdag.validation import validate_rows
+
+QUESTIONS = checked_systems.questions.compile()
+PICTURES = checked_systems.pictures.compile()
+SYSTEMS = str(Path(checked_systems.__file__))
+GOOD = {
+    "question": "q",
+    "chosen": "yes",
+    "rejected": "no",
+    "chosen_intermediates": {"route": "short", "facts": ""},
+    "rejected_intermediates": {"route": "long", "facts": "F"},
+}
+
+
+def changed(**changes):
+    return {**GOOD, **changes}
+
+
+def png(size=(8, 8), mode="RGB", shade=0):
+    file = io.BytesIO()
+    Image.new(mode, size, shade).save(file, "PNG")
+    return file.getvalue()
+
+
+def kinds_of(rows, plan=QUESTIONS, objective="direct", **options):
+    report = validate_rows(plan, rows, objective, **options)
+    return {(problem.row, problem.kind, problem.node, problem.side) for problem in report.problems}
+
+
+def test_a_good_row_is_kept():
+    report = validate_rows(QUESTIONS, [GOOD], "direct")
+    assert (report.kept, report.counts, report.problems) == ((0,), {}, ())
+    assert report.is_usable
+    assert str(report) == "1 rows: 1 can be used, 0 are dropped, 0 cannot."
+
+
+@pytest.mark.parametrize(
+    ("changes", "found"),
+    [
+        ({"chosen": " \n"}, ("empty", "answer", "chosen")),
+        ({"rejected": [{"role": "assistant", "content": ""}]}, ("empty", "answer", "rejected")),
+        ({"rejected": Draw("", {"token_ids": [1], "finished": True})}, ("empty", "answer", "rejected")),
+        # 'long:q' takes 6 of the 24 positions, 17 characters and the end of sequence the rest.
+        ({"rejected": "n" * 18}, ("over-long", "answer", "rejected")),
+        ({"rejected": Draw("n", {"token_ids": [5] * 19, "finished": False})}, ("over-long", "answer", "rejected")),
+        ({"chosen": "no", "chosen_intermediates": GOOD["rejected_intermediates"]}, ("identical", "", "")),
+        ({"chosen_intermediates": {"route": "short"}}, ("missing", "", "")),
+        ({"chosen": None}, ("invalid value", "answer", "chosen")),
+        ({"chosen": 4}, ("invalid value", "answer", "chosen")),
+        ({"chosen": "\ud800"}, ("invalid value", "answer", "chosen")),
+        ({"chosen": Draw("a", {"token_ids": [46]})}, ("invalid value", "answer", "chosen")),
+        ({"chosen": Draw("a", {"token_ids": "ab"})}, ("invalid value", "answer", "chosen")),
+        ({"chosen": Draw("a", {"token_ids": []})}, ("invalid value", "answer", "chosen")),
+        ({"chosen_intermediates": {"route": "left", "facts": ""}}, ("invalid value", "route", "chosen")),
+        ({"chosen_intermediates": {"route": numpy.zeros(2), "facts": ""}}, ("invalid value", "route", "chosen")),
+        (
+            {"chosen_intermediates": {"route": Draw("long", {"index": 0}), "facts": ""}},
+            ("invalid value", "route", "chosen"),
+        ),
+        ({"chosen_intermediates": {**GOOD["chosen_intermediates"], "x": "a"}}, ("unknown node", "", "")),
+        ({"chosen_intermediates": "short"}, ("wrong type", "", "")),
+        ({"question": 7}, ("invalid value", "route", "chosen")),  # its function takes the length of a text
+        ({"question": []}, None),
+    ],
+)  # fmt: skip
+def test_every_kind_of_problem(changes, found):
+    expected = set() if found is None else {(1, *found)}
+    rows = [GOOD, changed(**changes), GOOD]
+    assert expected <= kinds_of(rows)
+    report = validate_rows(QUESTIONS, rows, "direct")
+    assert report.kept == ((0, 1, 2) if found is None else (0, 2))
+
+
+def test_as_many_tokens_as_can_be_scored_are_not_too_many():
+    assert kinds_of([changed(rejected="n" * 17)]) == set()
+    assert kinds_of([changed(rejected=Draw("n", {"token_ids": [5] * 18, "finished": False}))]) == set()
+    assert QUESTIONS.system["answer"].component.longest_draw() == 23
+    assert QUESTIONS.system["answer"].component.longest_draw("abc") == 21
+
+
+def test_an_input_without_a_declared_type_is_the_functions_matter():
+    report = validate_rows(QUESTIONS, [changed(question=7)], "direct")
+    assert str(report.problems[0]) == (
+        "Row 0, chosen, node 'route': its function fails on this row: TypeError: object of type 'int' has no len()"
+    )
+
+
+def test_prompts_that_are_not_known_leave_the_most_room():
+    """Under Sampling the route is latent, so the answer's prompt is not known."""
+    rows = [
+        {"question": "q", "chosen": "n" * 22, "rejected": "a"},
+        {"question": "q", "chosen": "n" * 23, "rejected": "a"},
+    ]
+    assert kinds_of(rows, objective="sampling") == {(1, "over-long", "answer", "chosen")}
+
+
+def test_identical_is_told_by_all_that_is_observed():
+    same = changed(chosen="no")
+    assert kinds_of([same]) == set()
+    assert kinds_of([same], objective="sampling") == {(0, "identical", "", "")}
+    ids = [Draw("no", {"token_ids": ids, "finished": False}) for ids in ([5, 6], [5, 6], [7])]
+    row = {"question": "q", "chosen": ids[0]}
+    assert kinds_of([{**row, "rejected": ids[1]}], objective="sampling") == {(0, "identical", "", "")}
+    assert kinds_of([{**row, "rejected": ids[2]}], objective="sampling") == set()
+    (observed,) = QUESTIONS.system["answer"].component.observe(["no"])
+    assert kinds_of([{**row, "rejected": "no"}], objective="sampling") == set()  # other tokens of the same text
+    assert kinds_of([{**row, "chosen": observed, "rejected": "no"}], objective="sampling") == {(0, "identical", "", "")}
+
+
+def test_all_problems_of_a_row_are_told_and_the_row_is_counted_once():
+    row = changed(chosen=4, rejected=5, chosen_intermediates={"route": "x", "facts": ""})
+    report = validate_rows(QUESTIONS, [row, GOOD], "direct")
+    assert [(problem.side, problem.node) for problem in report.problems] == [
+        ("chosen", "answer"), ("chosen", "route"), ("rejected", "answer"),
+    ]  # fmt: skip
+    assert report.counts == {"invalid value": 1}
+    assert (report.rows, report.errors, report.dropped, report.kept) == (2, 1, 0, (1,))
+    assert not report.is_usable
+
+
+def test_the_limit_is_of_each_kind_and_everything_is_counted():
+    rows = [*[changed(chosen="")] * 50, changed(chosen=4), GOOD]
+    report = validate_rows(QUESTIONS, rows, "direct", limit=3)
+    assert [problem.kind for problem in report.problems] == ["empty"] * 3 + ["invalid value"]
+    assert report.counts == {"empty": 50, "invalid value": 1}
+    assert "empty (dropped): 50 rows\n  Row 0, chosen, node 'answer'" in str(report)
+    assert str(report).count("  ...") == 1
+
+
+def test_strict_makes_errors_of_what_is_dropped():
+    rows = [GOOD, changed(chosen="")]
+    assert validate_rows(QUESTIONS, rows, "direct").is_usable
+    report = validate_rows(QUESTIONS, rows, "direct", strict=True)
+    assert (report.errors, report.is_usable) == (1, False)
+    assert str(report).startswith("2 rows: 1 can be used, 1 cannot.\n\nempty (error): 1 row\n")
+    with pytest.raises(DataError, match=r"p\.jsonl cannot be used\.\n2 rows"):
+        report.raise_if_unusable("p.jsonl")
+
+
+def test_without_a_row_left_nothing_is_usable():
+    for rows in ([], [changed(chosen="")]):
+        report = validate_rows(QUESTIONS, rows, "direct")
+        assert report.errors == 0
+        assert not report.is_usable
+        with pytest.raises(DataError, match="No row is left|There is no row"):
+            report.raise_if_unusable()
+
+
+def test_images_are_checked_by_the_configs_alone(tmp_path):
+    (tmp_path / "good.png").write_bytes(png())
+    drawn = {"prompt": "a", "chosen_intermediates": {"captions": "a,b"}, "rejected_intermediates": {"captions": "a"}}
+    latents = Draw(None, {"latents": numpy.zeros((1, 4, 4), "float32")})
+
+    def row(chosen, rejected=None):
+        return Row({**drawn, "chosen": chosen, "rejected": rejected or [png(shade=9)]}, folder=tmp_path, place="line 3")
+
+    good = [Image.new("RGB", (8, 8)), "good.png"]
+    assert kinds_of([row(good), row([latents, latents])], PICTURES) == set()
+    bad = [
+        "bad.png", png((4, 8)), png(mode="L"), b"GIF89a", 4, latents.record["latents"], numpy.zeros((3, 8, 8), int),
+        Draw(None, {"latents": numpy.zeros((2, 4, 4), "float32")}), Draw(None, {"latents": [1.0]}), "\0",
+    ]  # fmt: skip
+    found = kinds_of([row(["good.png", each]) for each in bad], PICTURES, limit=99)
+    assert found == {(number, "invalid value", "image", "chosen") for number in range(len(bad))}
+    assert kinds_of([row(good[:1]), row([])], PICTURES) == {
+        (0, "invalid value", "image", "chosen"), (1, "empty", "image", "chosen"),
+    }  # fmt: skip
+    (problem,) = validate_rows(PICTURES, [row(good[:1])], "direct").problems
+    assert str(problem) == "Row 0 (line 3), chosen, node 'image': its plate has 2 elements, but 1 values are given."
+    latents_for = checked_systems.image.component._shapes()
+    assert latents_for == ((1, 4, 4), (3, 8, 8))
+
+
+def test_no_weights_are_loaded():
+    """There are none in these systems' folders, and whoever asks for them is refused."""
+    for plan in (QUESTIONS, PICTURES):
+        for name in ("answer", "image"):
+            if name in plan.order:
+                with pytest.raises(OSError, match="no file named|Can't load"):
+                    plan.system[name].component.module
+
+
+class Weighty(Component):
+    """Observes with its weights alone, which are not there."""
+
+    likelihood = "exact"
+
+    @property
+    def module(self):
+        raise AssertionError("weights were loaded")
+
+    def observe(self, values):
+        return [Draw(value, {"weight": self.module}) for value in values]
+
+    def check(self, values):
+        if 0 in values:
+            raise DataError("0 cannot be drawn.", element=values.index(0))
+        return [Draw(value) for value in values]
+
+    def sample(self, inputs, *, generator=None):
+        raise AssertionError
+
+    def save_pretrained(self, folder):
+        raise AssertionError
+
+    @classmethod
+    def from_pretrained(cls, folder, options):
+        raise AssertionError
+
+
+def test_a_component_is_asked_by_check_and_not_by_observe():
+    from sysdag import Input, System, node
+
+    @node(Weighty())
+    def y(x):
+        return x
+
+    plan = System(Input("x") >> y).compile()
+    rows = [{"x": 1, "chosen": 2, "rejected": 3}, {"x": 1, "chosen": 0, "rejected": 3}]
+    assert kinds_of(rows, plan) == {(1, "invalid value", "y", "chosen")}
+    with pytest.raises(AssertionError, match="weights were loaded"):
+        encode_row(plan, rows[0], 0, "direct")
+
+
+# The command
+
+
+def validate(*arguments, code=0):
+    result = CliRunner().invoke(app, ["validate", *map(str, arguments)])
+    assert result.exit_code == code, (result.output, result.exception)
+    return result
+
+
+@pytest.fixture
+def data(tmp_path):
+    """One good row, one malformed line, one that is dropped, one that cannot be used."""
+    lines = [
+        json.dumps(GOOD),
+        '{"question": ',
+        "",
+        json.dumps(changed(chosen="")),
+        json.dumps(changed(chosen=4)),
+        "[1]",
+    ]
+    (tmp_path / "p.jsonl").write_text("\n".join(lines) + "\n")
+    return tmp_path / "p.jsonl"
+
+
+def test_the_command_tells_everything_at_once(data):
+    text = validate(f"{SYSTEMS}:questions", data, code=1).stdout
+    assert text.startswith("5 rows: 1 can be used, 1 are dropped, 3 cannot.\n")
+    assert "malformed (error): 2 rows\n  Line 2: not JSON: " in text
+    assert "\n  Line 6: a row is an object, got list [1]." in text
+    assert "empty (dropped): 1 row\n  Row 1 (line 4), chosen, node 'answer': the completion is empty." in text
+    assert "invalid value (error): 1 row\n  Row 2 (line 5), chosen, node 'answer': CausalLM(" in text
+
+
+def test_the_command_writes_what_can_be_used(data, tmp_path):
+    for ending in ("jsonl", "parquet"):
+        validate(f"{SYSTEMS}:questions", data, "--output", tmp_path / f"clean.{ending}", code=1)
+        assert read_rows(tmp_path / f"clean.{ending}") == [GOOD]
+        validate(f"{SYSTEMS}:questions", tmp_path / f"clean.{ending}")
+    validate(f"{SYSTEMS}:questions", data, "--output", "clean.txt", code=2)
+
+
+def test_paths_are_whole_in_another_folder(tmp_path):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "images" / "a.png").write_bytes(png())
+    (tmp_path / "images" / "b.png").write_bytes(png(shade=3))
+    row = {"prompt": "a.png", "chosen": ["a.png"], "rejected": ["b.png", "a.png"],
+           "chosen_intermediates": {"captions": "a.png"}, "rejected_intermediates": {"captions": "a,b"}}  # fmt: skip
+    (tmp_path / "images" / "p.jsonl").write_text(json.dumps(row))
+    for folder, start in (("images", ""), ("other", f"{tmp_path}/images/")):
+        output = tmp_path / folder / "clean.jsonl"
+        validate(f"{SYSTEMS}:pictures", tmp_path / "images" / "p.jsonl", "--output", output)
+        (found,) = read_rows(output)
+        assert found == {**row, "chosen": [f"{start}a.png"], "rejected": [f"{start}b.png", f"{start}a.png"]}
+        validate(f"{SYSTEMS}:pictures", output)
+
+
+def test_the_commands_json_and_options(data, tmp_path):
+    found = json.loads(validate(f"{SYSTEMS}:questions", data, "--json", "--limit", 1, code=1).stdout)
+    assert (found["usable"], found["rows"], found["kept"], found["dropped"], found["errors"]) == (False, 5, 1, 1, 3)
+    assert found["counts"] == {"malformed": 2, "empty": 1, "invalid value": 1}
+    assert found["problems"][0]["source"] == "line 2"
+    assert len(found["problems"]) == 3
+    clean = tmp_path / "clean.jsonl"
+    clean.write_text(json.dumps(GOOD) + "\n" + json.dumps(changed(chosen="")))
+    validate(f"{SYSTEMS}:questions", clean)
+    validate(f"{SYSTEMS}:questions", clean, "--strict", code=1)
+    clean.write_text(json.dumps({"question": "q", "chosen": "a", "rejected": "b"}))
+    validate(f"{SYSTEMS}:questions", clean, "--objective", "sampling")
+    assert "has no value of node 'route'" in validate(f"{SYSTEMS}:questions", clean, code=1).stdout
+
+
+def test_a_file_that_cannot_be_read_is_one_message(tmp_path):
+    for name in ("none.jsonl", "p.parquet"):
+        if name == "p.parquet":
+            (tmp_path / name).write_bytes(b"no")
+        result = validate(f"{SYSTEMS}:questions", tmp_path / name, code=1)
+        assert result.stderr.startswith("Error: ")
+        assert "Traceback" not in result.output
