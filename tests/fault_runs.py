@@ -46,13 +46,18 @@ class DieAt(TrainerCallback):
         setattr(self, event, called)
 
 
+def is_of_the_record(file):
+    """Whether a file that moves is one of the run's record, which is no part of any checkpoint."""
+    return Path(file).name in (RUN_FILE, LOG_FILE)
+
+
 def die_at_call(owner, name, number):
     """Kills the process at the `number`th call of a function, from 1, after it has done half of what it does."""
     original, calls = getattr(owner, name), []
 
     def dying(*args, **kwargs):
-        if name == "replace" and Path(args[1]).name in (RUN_FILE, LOG_FILE):
-            return original(*args, **kwargs)  # the record's files, which move on their own
+        if name == "replace" and is_of_the_record(args[1]):
+            return original(*args, **kwargs)
         calls.append(args)
         if len(calls) == number:
             target = args[1] if name == "save" else args[0]
