@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from sysdag.component import Component
 from sysdag.data import explicit_prompt
 from sysdag.encoding import encode_value
 from sysdag.errors import DataError
 from sysdag.inputs import inputs_of
 from sysdag.plan import Plan
+from sysdag.row_paths import whole_path
 from sysdag.running import LocalEngine, Runs, load, run
 from sysdag.trace import Cell, Draw, Trace
 from sysdag.trace_file import TraceFile
@@ -123,35 +126,58 @@ def chosen_runs(plan: Plan, given: HeldOut, *, runs: int = 1) -> Trace:
     outputs = plan.system.outputs
     sides = []
     for number, row in enumerate(given.rows):
+        where = _name(row, number)
         side = row.get("chosen")
         if side is None:
             raise DataError(
-                f"Row {number}: 'chosen' is missing; the row has {sorted(map(str, row))}. Evaluate against a system "
+                f"{where}: 'chosen' is missing; the row has {sorted(map(str, row))}. Evaluate against a system "
                 "(--against SYSTEM2), or on preference rows."
             )
         if len(outputs) == 1:
             side = {outputs[0]: side}
         elif not isinstance(side, Mapping) or set(side) != set(outputs):
-            raise DataError(f"Row {number}: chosen must be a dict with one value for each of {list(outputs)}.")
-        sides.append({**(row.get("chosen_intermediates") or {}), **side})
-    shared = [name for name in plan.order if all(name in side for side in sides)]
-    cells = {name: [_cell(plan, name, side[name], number) for number, side in enumerate(sides)] for name in shared}
+            raise DataError(f"{where}: chosen must be a dict with one value for each of {list(outputs)}.")
+        side = {**(row.get("chosen_intermediates") or {}), **side}
+        folder = getattr(row, "folder", None)
+        sides.append({name: _cell(plan, name, side[name], where, folder) for name in plan.order if name in side})
+    cells = {name: [side[name] for side in sides] for name in plan.order if all(name in side for side in sides)}
     trace = Trace(given.inputs, cells, given.extras)
     return trace.select([row for row in range(len(trace)) for _ in range(runs)])
 
 
-def _cell(plan: Plan, name: str, value: Any, row: int) -> Cell:
+def _name(row: Mapping[str, Any], number: int) -> str:
+    place = getattr(row, "place", "")
+    return f"Row {number}{f' ({place})' if place else ''}"
+
+
+def _cell(plan: Plan, name: str, value: Any, where: str, folder: Path | None) -> Cell:
+    component = plan.system[name].component
     if not plan.is_plate(name):
-        return _draw(value)
+        return _draw(component, value, name, where, folder)
     if not isinstance(value, (list, tuple)):
-        raise DataError(f"Row {row}: node {name!r} is a plate, whose value is a list, got {type(value).__name__}.")
-    return tuple(_draw(element) for element in value)
+        raise DataError(f"{where}: node {name!r} is a plate, whose value is a list, got {type(value).__name__}.")
+    return tuple(_draw(component, element, name, where, folder) for element in value)
 
 
-def _draw(value: Any) -> Draw:
+def _draw(component: Component | None, value: Any, name: str, where: str, folder: Path | None) -> Draw:
+    if isinstance(value, Draw):
+        return value
+    if component is not None and component.reads_files and isinstance(value, (str, Path, bytes)):
+        return Draw(_image(whole_path(component, value, folder), name, where))
     match value:
-        case Draw():
-            return value
         case [{"role": "assistant", "content": str(text)}]:
             return Draw(text)
     return Draw(value)
+
+
+def _image(value: str | Path | bytes, name: str, where: str) -> Any:
+    """The image of a file or its bytes: what a judge is to see."""
+    from PIL import Image
+
+    try:
+        return Image.open(io.BytesIO(value) if isinstance(value, bytes) else value).copy()
+    except Exception as error:  # the decoders of PIL raise a dozen types on damaged files
+        what = "bytes" if isinstance(value, bytes) else f"the file {str(value)!r}"
+        raise DataError(
+            f"{where}, node {name!r}: expected an image, got {what}, which PIL cannot read ({error})."
+        ) from error

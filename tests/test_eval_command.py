@@ -6,15 +6,19 @@ import sys
 import numpy
 import pytest
 from judge_server import JudgeServer
+from PIL import Image
 from typer.testing import CliRunner
 
 from sysdag import statistics
 from sysdag.cli import app
+from sysdag.components import Opaque
 from sysdag.errors import DataError, JudgeError
 from sysdag.evaluation import evaluate, match
-from sysdag.evaluation_runs import held_out
+from sysdag.evaluation_runs import chosen_runs, held_out
+from sysdag.graph import Input, System, node
 from sysdag.judges import ColumnScore, FunctionScore, function_judge
 from sysdag.loading import load_system
+from sysdag.readers import read_rows
 from sysdag.trace import Draw, Trace
 
 SYSTEM = """
@@ -158,6 +162,61 @@ def test_rows_with_equal_inputs_are_one_prompt(files):
     found = json.loads((files / "eval.json").read_text())
     assert found["prompts"] == 2
     assert [(row["prompt"], row["run"], row["scores"][1]) for row in found["rows"]] == [(0, 0, 1), (0, 1, 0), (1, 0, 1)]
+
+
+def test_chosen_responses_as_they_stand_in_files():
+    """Texts, one assistant message, draws, plates, several outputs, and the intermediates that every row has."""
+    question = Input("question")
+    ideas = node(name="ideas")(lambda question: [question])
+    title, lines = (node(Opaque(str.upper), name=name)(lambda ideas: ideas) for name in ("title", "lines"))
+    system = System(question >> ideas, ideas >> title, ideas.each() >> lines, outputs=["title", "lines"])
+    rows = [
+        {"question": "a", "chosen": {"title": "T", "lines": ["x", "y"]}, "chosen_intermediates": {"ideas": ["i"]}},
+        {"question": "b", "chosen": {"title": Draw("U"), "lines": [Draw("z")]}, "chosen_intermediates": {"ideas": []}},
+    ]
+    plan = system.compile()
+    found = chosen_runs(plan, held_out(plan, rows, distinct=False), runs=2)
+    assert found["title"] == ["T", "T", "U", "U"]
+    assert found["lines"] == [["x", "y"], ["x", "y"], ["z"], ["z"]]
+    assert found["ideas"] == [["i"], ["i"], [], []]
+    assert found["question"] == ["a", "a", "b", "b"]
+    for wrong, text in [
+        ({"title": "T"}, r"Row 1: chosen must be a dict with one value for each of \['title', 'lines'\]"),
+        ({"title": "T", "lines": "xy"}, "Row 1: node 'lines' is a plate, whose value is a list, got str"),
+    ]:
+        with pytest.raises(DataError, match=text):
+            chosen_runs(plan, held_out(plan, [rows[0], {**rows[1], "chosen": wrong}], distinct=False))
+
+
+class Painter(Opaque):
+    reads_files = True
+
+
+def test_images_that_rows_name_are_what_a_judge_sees(tmp_path):
+    plan = System(Input("idea") >> node(Painter(str.upper), name="image")(lambda idea: idea)).compile()
+    Image.new("L", (2, 3), 7).save(tmp_path / "seven.png")
+    rows = [{"idea": "a", "chosen": "seven.png"}]
+    (tmp_path / "rows.jsonl").write_text(json.dumps(rows[0]))
+    (image,) = chosen_runs(plan, held_out(plan, read_rows(tmp_path / "rows.jsonl"), distinct=False))["image"]
+    assert (image.size, image.getpixel((1, 2))) == ((2, 3), 7)
+    raw = {"idea": "a", "chosen": (tmp_path / "seven.png").read_bytes()}
+    assert chosen_runs(plan, held_out(plan, [raw], distinct=False))["image"][0].size == (2, 3)
+    with pytest.raises(DataError, match="Row 0, node 'image': expected an image, got the file 'seven.png', which PIL"):
+        chosen_runs(plan, held_out(plan, rows, distinct=False))
+
+
+def test_conversations_and_implicit_prompts():
+    plan = System(Input("question") >> node(Opaque(str.upper), name="answer")(lambda question: question)).compile()
+    say = lambda role, text: {"role": role, "content": text}
+    rows = [
+        {
+            "chosen": [say("user", "why"), say("assistant", "so")],
+            "rejected": [say("user", "why"), say("assistant", "no")],
+        }
+    ]
+    given = held_out(plan, rows, distinct=False)
+    assert given.inputs == {"question": [[say("user", "why")]]}
+    assert chosen_runs(plan, given)["answer"] == ["so"]
 
 
 def test_a_function_that_compares(files):
@@ -328,13 +387,15 @@ WRONG = [
     ([*SAMPLED, "--by", f"{BY}:prefer", "--threshold", "1"], 1, "gives no scores; threshold"),
     ([*SAMPLED, "--by", f"{BY}:gold"], 1, "KeyError: 'gold'; the run has ['answer', 'draft', 'question']"),
     ([STRONG, "nowhere.jsonl", "--against", WEAK, "--by", f"{BY}:right"], 1, "nowhere.jsonl"),
-    ([STRONG, "topics.jsonl", "--against", WEAK, "--by", f"{BY}:right"], 1, "Row 0: input 'question' is missing"),
+    ([STRONG, "topics.jsonl", "--against", WEAK, "--by", f"{BY}:right"], 1,
+     "Row 0 (line 1): input 'question' is missing"),
     (["evaluated_systems.py:none", "inputs.jsonl", "--against", WEAK, "--by", f"{BY}:right"], 1, "has no 'none'"),
     ([STRONG, "inputs.jsonl", "--against", "evaluated_systems.py:other_output", "--by", f"{BY}:right"], 1,
      "other_output has no node 'answer', which is judged"),
     ([STRONG, "inputs.jsonl", "--against", "evaluated_systems.py:other_input", "--by", f"{BY}:right"], 1,
      "both have to run on the same inputs"),
-    ([STRONG, "inputs.jsonl", "--against", "chosen", "--by", f"{BY}:right"], 1, "Row 0: 'chosen' is missing"),
+    ([STRONG, "inputs.jsonl", "--against", "chosen", "--by", f"{BY}:right"], 1,
+     "Row 0 (line 1): 'chosen' is missing"),
     ([STRONG, "rows.jsonl", "--against", "chosen", "--by", f"{BY}:right", "--node", "draft"], 1,
      "chosen responses have no value of 'draft'"),
     ([STRONG, "rows.jsonl", "--against", "chosen", "--by", f"{BY}:needs_draft"], 1, "KeyError: 'draft'"),

@@ -425,7 +425,7 @@ def test_requests_are_made_at_once_up_to_the_limit():
 
 def test_the_key_is_sent_and_never_shown(tmp_path):
     def echo(text):
-        return f"{KEY}\nVERDICT: A" if "fine" in text else (401, {}, f"Incorrect key {'x' * 280}{KEY}")
+        return f"{KEY}\nVERDICT: A" if "fine" in text else (401, {}, f"Incorrect key {'x' * 270}{KEY}")
 
     cache = tmp_path / "c.jsonl"
     with JudgeServer(echo) as server:
