@@ -29,6 +29,7 @@ COMMANDS = OPS | {
     "step": "one optimisation step of a system against a straightforward implementation, and TRL",
     "decode": "diverse beam search against transformers 4.56's group beam search; needs --peer-python",
     "sweep": "linear_logprob over the number of rows and the vocabulary",
+    "study": "the paper's experiments on small systems that train from scratch here",
     "theory": "Theorem 1 and the bias of few candidates on an enumerable system",
     "plots": "draws bench/results/*.svg from the CSVs there",
     "tables": "writes README.md's table of kernels from the CSVs in bench/results",

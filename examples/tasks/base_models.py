@@ -75,7 +75,7 @@ def train_language_model(
         ids, labels = _demonstrations(tokenizer, [demonstrate(rng) for _ in range(batch_size)])
         return model(input_ids=ids, attention_mask=(ids != tokenizer.pad_token_id).long(), labels=labels).loss
 
-    _fit(model.parameters(), loss, steps, learning_rate)
+    fit(model.parameters(), loss, steps, learning_rate)
     model.eval().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
@@ -141,14 +141,14 @@ def train_diffusion_model(
         predicted = unet(scheduler.add_noise(clean, noise, times), times, encoder(ids).last_hidden_state).sample
         return nn.functional.mse_loss(predicted, scheduler.get_velocity(clean, noise, times))
 
-    _fit([*unet.parameters(), *encoder.parameters()], loss, steps, learning_rate=2e-3)
+    fit([*unet.parameters(), *encoder.parameters()], loss, steps, learning_rate=2e-3)
     unet.eval().save_pretrained(folder / "unet")
     encoder.eval().save_pretrained(folder / "text_encoder")
     tokenizer.save_pretrained(folder / "tokenizer")
     scheduler.save_pretrained(folder / "scheduler")
 
 
-def _fit(
+def fit(
     parameters: Iterable[nn.Parameter], loss: Callable[[], torch.Tensor], steps: int, learning_rate: float
 ) -> None:
     parameters = list(parameters)

@@ -1,0 +1,58 @@
+"""`python -m bench study`: the paper's experiments on small systems that train from scratch here.
+
+Every table is made of cells (one method on one seed) that are kept in the cache; what is there is not computed again,
+so a study that is stopped goes on where it was. Results go to bench/results/study, one CSV a table and one for its
+learning curves; docs/study.md is written from them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from bench.measure import RESULTS
+from bench.study.cells import distinct, run_cells
+from bench.study.compare import Comparison, best_rates, curves, rows
+from bench.study.tables import TABLES
+
+
+def main(given: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench study", description=__doc__)
+    parser.add_argument("--tables", nargs="+", choices=list(TABLES), default=list(TABLES), help="only these")
+    parser.add_argument("--quick", action="store_true", help="everything tiny, two seeds: shows that it runs")
+    parser.add_argument("--cache", type=Path, default=Path(".study-cache"), help="where finished cells are kept")
+    parser.add_argument("--results", type=Path, help="default bench/results/study; with --quick CACHE/quick")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes, one thread each")
+    options = parser.parse_args(given)
+    size = "quick" if options.quick else "full"
+    folder = options.results or (options.cache / "quick" if options.quick else RESULTS / "study")
+    for name in options.tables:
+        run_table(TABLES[name], size, options.cache, folder, options.workers)
+
+
+def run_table(table: Comparison, size: str, cache: Path, folder: Path, workers: int) -> None:
+    """Tunes, measures, and writes NAME.csv and NAME-curves.csv."""
+    tuning = table.tuning_cells(size)
+    run_cells(distinct(tuning.values()), cache, workers=workers, title=f"{table.name}: tuning")
+    rates = best_rates(dict(zip(tuning, run_cells(list(tuning.values()), cache, workers=0, title=""), strict=True)))
+    cells = table.cells(size, rates)
+    run_cells(distinct(cells.values()), cache, workers=workers, title=f"{table.name}: seeds")
+    results = dict(zip(cells, run_cells(list(cells.values()), cache, workers=0, title=""), strict=True))
+    write(folder / f"{table.name}.csv", rows(table, results, rates))
+    if found := curves(table, results):
+        write(folder / f"{table.name}-curves.csv", found)
+
+
+def write(path: Path, table: Sequence[Mapping[str, Any]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    names = list(dict.fromkeys(name for row in table for name in row))
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, names, lineterminator="\n")
+        writer.writeheader()
+        for row in table:
+            writer.writerow({name: f"{v:.6g}" if isinstance(v, float) else v for name, v in row.items()})
+    print(f"wrote {path}", flush=True)

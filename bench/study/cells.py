@@ -1,0 +1,119 @@
+"""Cells of the study: one function call each, kept on disk, so that a study that is stopped goes on where it was."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+import multiprocessing
+import os
+import time
+import traceback
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One measurement.
+
+    Attributes:
+        function: `module:function` below `bench.study`; it is called with the cache folder and the options, and
+            returns JSON-ready data. Its module's `VERSION` is part of the key: raise it when results would change.
+        options: what tells this cell from others, JSON-ready.
+        label: what identifies the cell in its table; not part of the key.
+    """
+
+    function: str
+    options: Mapping[str, Any]
+    label: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def key(self) -> str:
+        module, _, name = self.function.partition(":")
+        version = importlib.import_module(f"bench.study.{module}").VERSION
+        content = json.dumps([name, version, self.options], sort_keys=True)
+        return f"{module}-{name}-{hashlib.sha256(content.encode()).hexdigest()[:16]}"
+
+    def __call__(self, cache: Path) -> Any:
+        module, _, name = self.function.partition(":")
+        return getattr(importlib.import_module(f"bench.study.{module}"), name)(cache, **self.options)
+
+
+class CellError(RuntimeError):
+    """A cell failed; the others are kept."""
+
+
+def run_cells(cells: Sequence[Cell], cache: Path, *, workers: int, title: str) -> list[Any]:
+    """The results of the cells, in their order; those that are on disk are not computed again.
+
+    Args:
+        cells: equal ones are computed once.
+        cache: folder of results (`results/<key>.json`) and of what cells share (base models, runs).
+        workers: processes, one torch thread each; 0 reads what is there.
+        title: for the progress bar.
+
+    Raises:
+        CellError: after all others are done, naming the cells that failed.
+    """
+    cache = cache.resolve()  # base models are named by absolute paths
+    (cache / "results").mkdir(parents=True, exist_ok=True)
+    missing = {cell.key: cell for cell in cells if not _file(cache, cell).exists()}
+    failed: list[str] = []
+    if missing and not workers:
+        raise CellError(f"{title}: {len(missing)} cells have no result yet.")
+    if missing:
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(workers, mp_context=context, initializer=_quieten) as pool:
+            waiting = {pool.submit(_compute, cell, cache): cell for cell in missing.values()}
+            bar = tqdm(as_completed(waiting), total=len(waiting), desc=title, smoothing=0.1)
+            for done in bar:
+                if (problem := done.result()) is not None:
+                    failed.append(f"{waiting[done].function} {dict(waiting[done].options)}\n{problem}")
+    if failed:
+        raise CellError(f"{title}: {len(failed)} of {len(missing)} cells failed.\n\n" + "\n\n".join(failed))
+    return [json.loads(_file(cache, cell).read_text())["result"] for cell in cells]
+
+
+def _file(cache: Path, cell: Cell) -> Path:
+    return cache / "results" / f"{cell.key}.json"
+
+
+def _quieten() -> None:
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    import warnings
+
+    import diffusers
+    import torch
+    import transformers
+
+    torch.set_num_threads(1)  # the models are so small that a second thread waits more than it works
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    diffusers.utils.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+
+
+def _compute(cell: Cell, cache: Path) -> str | None:
+    """Runs a cell and writes its result; returns the traceback of one that failed."""
+    started = time.perf_counter()
+    try:
+        result = cell(cache)
+    except Exception:  # noqa: BLE001 - told by the parent, with the others' results kept
+        return traceback.format_exc()
+    file = _file(cache, cell)
+    kept = {"function": cell.function, "options": dict(cell.options), "seconds": time.perf_counter() - started}
+    unfinished = file.with_suffix(f".{os.getpid()}")
+    unfinished.write_text(json.dumps(kept | {"result": result}, indent=1, allow_nan=False) + "\n")
+    unfinished.rename(file)
+    return None
+
+
+def distinct(cells: Iterable[Cell]) -> list[Cell]:
+    """The cells without those that repeat an earlier one."""
+    return list({cell.key: cell for cell in cells}.values())

@@ -1,0 +1,196 @@
+"""Systems with a discrete choice, trained jointly with the language models that it feeds.
+
+`router`: a question asks for its letters in order or in reverse; a router picks one of two specialists, each of which
+was taught one of the tasks well and the other badly. The specialists share a model and are told apart by a tag.
+`retriever`: a question names a key; a retriever picks one of eight notes, of which one holds the answer; a reader
+answers from the question and the note.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy
+
+from bench.study import task
+from bench.study.training import shared
+from examples.tasks.base_models import letter_tokenizer, train_language_model
+from examples.tasks.sorted_letters import LETTERS, random_question, solve, swap_neighbours
+from sysdag import Exhaustive, Input, System, Trace, node
+from sysdag.components import Categorical, CausalLM
+
+VERSION = 1
+METHODS = ("before", "only the choice", "only the LLM", "joint", "direct")
+SPECIALISTS = ("up", "down")
+NOTES = tuple("".join(random.Random(f"note-{place}").sample(LETTERS, 5)) for place in range(8))
+question = Input("question")
+
+
+@node(Categorical(SPECIALISTS, 2))
+def route(question):
+    """Whether the question asks for the reverse order, and a constant: what a router's encoder would see."""
+    return [1.0, float(question.startswith("-"))]
+
+
+@node(CausalLM("unset"), name="answer")
+def specialist(question, route):
+    return f"{route[0]}{question}:"
+
+
+@node(Categorical(NOTES, len(LETTERS)))
+def retrieve(question):
+    """Which letters the question has."""
+    return [float(letter in question) for letter in LETTERS]
+
+
+@node(CausalLM("unset"), name="answer")
+def reader(question, retrieve):
+    return f"{question},{retrieve}:"
+
+
+ROUTED = System(question >> route, (question & route) >> specialist)
+RETRIEVED = System(question >> retrieve, (question & retrieve) >> reader)
+
+
+@dataclass(frozen=True)
+class Choice(task.Task):
+    """What both systems share.
+
+    Attributes:
+        choosing: the node that chooses.
+    """
+
+    choosing: ClassVar[str]
+    outline: ClassVar[System]
+
+    @abstractmethod
+    def component(self) -> Categorical:
+        """What chooses, at first evenly."""
+
+    @abstractmethod
+    def demonstration(self, rng: random.Random) -> tuple[str, str]:
+        """What the language model learns from."""
+
+    @abstractmethod
+    def right(self, asked: str) -> str:
+        """The right answer."""
+
+    @abstractmethod
+    def best(self, asked: str) -> str:
+        """The choice that helps most."""
+
+    @property
+    def name(self) -> str:
+        return f"{self.choosing}-{VERSION}"
+
+    def system(self) -> System:
+        def build(folder: Path) -> None:
+            tokenizer = letter_tokenizer(LETTERS + "-,:", max_length=64)
+            train_language_model(folder, tokenizer, self.demonstration, seed=self.seed, steps=self.size.base_steps)
+
+        folder = shared(self.cache, f"{self.name}-answer-{self.seed}-{self.size.base_steps}", build)
+        return self.outline.with_components(
+            {self.choosing: self.component(), "answer": CausalLM(folder, max_new_tokens=8)}
+        )
+
+    def qualities(self, trace: Trace) -> numpy.ndarray:
+        """The share of letters that stand where they belong; 0 for a text of another length."""
+        found = []
+        for asked, text in zip(trace["question"], trace["answer"], strict=True):
+            right = self.right(asked)
+            same = sum(a == b for a, b in zip(right, text, strict=False))
+            found.append(same / len(right) if len(text) == len(right) else 0.0)
+        return numpy.array(found)
+
+    def figures(self, trace: Trace) -> dict[str, numpy.ndarray]:
+        picked = zip(trace["question"], trace[self.choosing], strict=True)
+        return super().figures(trace) | {
+            "right choice": numpy.array([float(value == self.best(asked)) for asked, value in picked])
+        }
+
+
+class Router(Choice):
+    """Half of the questions ask for the reverse order."""
+
+    choosing, outline = "route", ROUTED
+
+    @cached_property
+    def prompts(self) -> dict[str, list[str]]:
+        marks = random.Random(f"marks-{self.seed}")
+        return {part: [marks.choice(("", "-")) + one for one in asked] for part, asked in super().prompts.items()}
+
+    def component(self) -> Categorical:
+        return Categorical(SPECIALISTS, 2)
+
+    def right(self, asked: str) -> str:
+        return solve(asked[1:])[::-1] if asked.startswith("-") else solve(asked)
+
+    def best(self, asked: str) -> str:
+        return "down" if asked.startswith("-") else "up"
+
+    def demonstration(self, rng: random.Random) -> tuple[str, str]:
+        """Right in 7 of 10 cases where the specialist is the one for the question, in 2 of 10 otherwise."""
+        asked, chosen = rng.choice(("", "-")) + random_question(rng), rng.choice(SPECIALISTS)
+        right = self.right(asked)
+        good = rng.random() < (0.7 if chosen == self.best(asked) else 0.2)
+        return specialist.function(asked, chosen), right if good else swap_neighbours(right, rng)
+
+
+class Retriever(Choice):
+    """A question is three letters that only one note has together; the answer is that note."""
+
+    choosing, outline = "retrieve", RETRIEVED
+
+    @cached_property
+    def prompts(self) -> dict[str, list[str]]:
+        keys = ["".join(letters) for note in NOTES for letters in itertools.permutations(note, 3)]
+        keys = [key for key in dict.fromkeys(keys) if sum(set(key) <= set(note) for note in NOTES) == 1]
+        random.Random(f"keys-{self.seed}").shuffle(keys)
+        heldout, validation = self.size.heldout, self.size.validation
+        return {
+            "heldout": keys[:heldout],
+            "validation": keys[heldout : heldout + validation],
+            "training": keys[heldout + validation :][: self.size.training],
+        }
+
+    def component(self) -> Categorical:
+        return Categorical(NOTES, len(LETTERS))
+
+    def right(self, asked: str) -> str:
+        return next(note for note in NOTES if set(asked) <= set(note))
+
+    best = right
+
+    def demonstration(self, rng: random.Random) -> tuple[str, str]:
+        """The note in 6 of 10 cases, whatever was asked; otherwise with two letters exchanged."""
+        note = "".join(rng.sample(LETTERS, 5)) if rng.random() < 0.5 else rng.choice(NOTES)
+        asked = "".join(rng.sample(LETTERS, 3))
+        return reader.function(asked, note), note if rng.random() < 0.6 else swap_neighbours(note, rng)
+
+
+SYSTEMS = {"router": Router, "retriever": Retriever}
+
+
+def align(cache: Path, *, system: str, method: str, seed: int, size: str, rate: float = 1.0) -> dict[str, Any]:
+    """One method on one seed; see `letters.align`. The latent choice is summed over all its values."""
+    setting = SYSTEMS[system](cache, seed, task.SIZES[size])
+    made = setting.system()
+    if method == "before":
+        return setting.outcome(made, [])
+    trained: Sequence[str] = {"only the choice": [setting.choosing], "only the LLM": ["answer"]}.get(
+        method, [setting.choosing, "answer"]
+    )
+    options = task.nodes(made, trained, rate)
+    options[setting.choosing] = {**options[setting.choosing], "learning_rate": 0.05 * rate}  # starts from nothing
+    curve = setting.train(
+        made, trained, rate=rate, objective="direct" if method == "direct" else "sampling", candidates=Exhaustive(),
+        nodes=options,
+    )  # fmt: skip
+    return setting.outcome(made, [curve])

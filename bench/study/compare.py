@@ -1,0 +1,165 @@
+"""Comparing methods: equal tuning for each, several seeds, means with intervals, tests that pair seeds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy
+from scipy import stats
+
+from bench.study.cells import Cell
+
+RATES = (1 / 3, 1.0, 3.0)
+TUNING_SEED = 100  # its prompts and models are in no table
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """One row of a table.
+
+    Attributes:
+        name: the row's.
+        options: of the task's cell function, without seed, size and rate.
+        tuned_as: options whose tuned learning rate this variant takes, where it is not tuned by itself (an ablation of
+            another method); None where it is.
+        trains: False for what has no learning rate.
+    """
+
+    name: str
+    options: Mapping[str, Any]
+    tuned_as: Mapping[str, Any] | None = None
+    trains: bool = True
+
+    @property
+    def tuning(self) -> Mapping[str, Any]:
+        return self.options if self.tuned_as is None else self.tuned_as
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """Variants of one task, measured on the same seeds.
+
+    Attributes:
+        name: of the table.
+        function: the task's cell function.
+        variants: the rows; those that train are tuned over `RATES` on `TUNING_SEED` by the validation score.
+        metrics: names in the cells' `heldout`, in the table's order.
+        reference: the row that others are tested against.
+        seeds: how many.
+    """
+
+    name: str
+    function: str
+    variants: Sequence[Variant]
+    metrics: Sequence[str]
+    reference: str
+    seeds: int
+
+    def tuning_cells(self, size: str) -> dict[tuple[str, float], Cell]:
+        """By row and learning rate's factor."""
+        return {
+            (variant.name, rate): self._cell(variant.tuning, TUNING_SEED, size, rate)
+            for variant in self.variants
+            if variant.trains
+            for rate in self._rates(size)
+        }
+
+    def cells(self, size: str, rates: Mapping[str, float]) -> dict[tuple[str, int], Cell]:
+        """By row and seed."""
+        return {
+            (variant.name, seed): self._cell(variant.options, seed, size, rates.get(variant.name))
+            for variant in self.variants
+            for seed in range(self.seeds if size == "full" else 2)
+        }
+
+    def _rates(self, size: str) -> Sequence[float]:
+        return RATES if size == "full" else RATES[1:2]
+
+    def _cell(self, options: Mapping[str, Any], seed: int, size: str, rate: float | None) -> Cell:
+        trained = {} if rate is None else {"rate": rate}
+        return Cell(function=self.function, options={**options, **trained, "seed": seed, "size": size})
+
+
+def best_rates(tuned: Mapping[tuple[str, float], Mapping[str, Any]]) -> dict[str, float]:
+    """For each row the factor with the best validation score, summed over the trainings it consists of."""
+    scores: dict[str, dict[float, float]] = {}
+    for (name, rate), result in tuned.items():
+        scores.setdefault(name, {})[rate] = sum(max(curve["validation"]) for curve in result["curves"])
+    return {name: max(by_rate, key=by_rate.__getitem__) for name, by_rate in scores.items()}
+
+
+def rows(
+    comparison: Comparison, results: Mapping[tuple[str, int], Mapping[str, Any]], rates: Mapping[str, float]
+) -> list[dict[str, Any]]:
+    """One row for each variant and metric: mean over seeds, 95 % t interval over seeds, and the difference to the
+    reference with the interval and p value of a paired t test over seeds."""
+    seeds = sorted({seed for _, seed in results})
+    found = []
+    for variant in comparison.variants:
+        for metric in comparison.metrics:
+            ours, theirs = (
+                numpy.array([numpy.mean(results[name, seed]["heldout"][metric]) for seed in seeds])
+                for name in (variant.name, comparison.reference)
+            )
+            low, high = interval(ours)
+            row = {
+                "method": variant.name, "metric": metric, "seeds": len(seeds),
+                "prompts": len(results[variant.name, seeds[0]]["heldout"][metric]),
+                "mean": ours.mean(), "low": low, "high": high,
+            }  # fmt: skip
+            if variant.name != comparison.reference:
+                difference = ours - theirs
+                low, high = interval(difference)
+                row |= {
+                    "difference": difference.mean(), "difference_low": low, "difference_high": high,
+                    "p": float(stats.ttest_rel(ours, theirs).pvalue) if difference.any() else 1.0,
+                }  # fmt: skip
+            curves = [results[variant.name, seed]["curves"] for seed in seeds]
+            row |= {"rate": rates.get(variant.name, "")}
+            if curves[0]:
+                row |= {
+                    "best_step": numpy.mean([sum(curve["best_step"] for curve in one) for one in curves]),
+                    "seconds": numpy.mean([sum(curve["seconds"] for curve in one) for one in curves]),
+                }
+                row |= _candidate_means(curves) | _margins(curves)
+            found.append(row)
+    return found
+
+
+def _candidate_means(curves: Sequence[Sequence[Mapping[str, Any]]]) -> dict[str, float]:
+    """Effective sample size, distinct-2 and responsibility gap, over all logs of all seeds."""
+    logs = [log for one in curves for curve in one for log in curve["logs"]]
+    names = ("effective_sample_size", "distinct_2", "responsibility_gap", "coverage")
+    return {
+        name: float(numpy.mean([log[f"candidates/{name}"] for log in logs]))
+        for name in names
+        if all(f"candidates/{name}" in log for log in logs)
+    }
+
+
+def _margins(curves: Sequence[Sequence[Mapping[str, Any]]]) -> dict[str, float]:
+    """Each node's part of the margin at the last log of the last training, over seeds."""
+    last = [one[-1]["logs"][-1] for one in curves if one[-1]["logs"]]
+    names = [name for name in (last[0] if last else ()) if name.startswith("nodes/") and name.endswith("/margins")]
+    return {name: float(numpy.mean([log[name] for log in last])) for name in names}
+
+
+def interval(values: numpy.ndarray) -> tuple[float, float]:
+    """95 % t interval of the mean."""
+    if len(values) < 2:
+        return math.nan, math.nan
+    half = stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values))
+    return float(values.mean() - half), float(values.mean() + half)
+
+
+def curves(comparison: Comparison, results: Mapping[tuple[str, int], Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Validation scores by step, one row for each variant, part of its training, seed and step."""
+    return [
+        {"method": name, "part": part, "seed": seed, "step": step, "validation": value}
+        for (name, seed), result in results.items()
+        for part, curve in enumerate(result["curves"])
+        for step, value in zip(curve["steps"], curve["validation"], strict=True)
+    ]

@@ -1,0 +1,147 @@
+"""A diamond of five models: a plan is drawn up, two workers sort a half each, a third merges them, a fourth polishes.
+
+`split` decides how the six letters of a question are divided (in the middle, or by alternating); `left` and `right`
+sort what they are given; `merge` puts the halves together; `polish` reads the question and the merged text and mends
+it.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy
+
+from bench.study import task
+from bench.study.training import shared
+from examples.tasks.base_models import letter_tokenizer, train_language_model
+from examples.tasks.sorted_letters import LETTERS, solve, swap_neighbours
+from sysdag import Input, MonteCarlo, System, Trace, node
+from sysdag.components import Categorical, CausalLM
+
+VERSION = 1
+LENGTH = 6
+SPLITS = ("middle", "alternate")
+MODELS = ("left", "right", "merge", "polish")
+NODES = ("split", *MODELS)
+METHODS = ("before", "only polish", "joint", "direct")
+question = Input("question")
+
+
+@node(Categorical(SPLITS, 1))
+def split(question):
+    return [1.0]
+
+
+@node(CausalLM("unset"))
+def left(question, split):
+    return f"{halves(question, split)[0]}:"
+
+
+@node(CausalLM("unset"))
+def right(question, split):
+    return f"{halves(question, split)[1]}:"
+
+
+@node(CausalLM("unset"))
+def merge(left, right):
+    return f"{left},{right}:"
+
+
+@node(CausalLM("unset"))
+def polish(question, merge):
+    return f"{question},{merge}:"
+
+
+OUTLINE = System(
+    question >> split, (question & split) >> [left, right], (left & right) >> merge, (question & merge) >> polish
+)
+
+
+def halves(question: str, split: str) -> tuple[str, str]:
+    middle = len(question) // 2
+    return (question[:middle], question[middle:]) if split == "middle" else (question[::2], question[1::2])
+
+
+def spoiled(text: str, rng: random.Random, good: float) -> str:
+    """The text as it stands with this probability, otherwise with two neighbours exchanged."""
+    return text if rng.random() < good or len(text) < 2 else swap_neighbours(text, rng)
+
+
+def demonstration(name: str, rng: random.Random) -> tuple[str, str]:
+    """What the base models learn from: workers right in 6 of 10 cases, a merger in 7, a polisher that mends in 3."""
+    asked = "".join(rng.sample(LETTERS, LENGTH))
+    how = rng.choice(SPLITS)
+    parts = [solve(half) for half in halves(asked, how)]
+    if name in ("left", "right"):
+        place = ("left", "right").index(name)
+        return f"{halves(asked, how)[place]}:", spoiled(parts[place], rng, 0.6)
+    written = [spoiled(part, rng, 0.6) for part in parts]
+    if name == "merge":
+        return f"{written[0]},{written[1]}:", spoiled(solve(asked), rng, 0.7)
+    merged = spoiled(solve(asked), rng, 0.5)
+    return f"{asked},{merged}:", solve(asked) if rng.random() < 0.3 else merged
+
+
+@dataclass(frozen=True)
+class Diamond(task.Task):
+    """See the module."""
+
+    @property
+    def name(self) -> str:
+        return f"diamond-{VERSION}"
+
+    @cached_property
+    def prompts(self) -> dict[str, list[str]]:
+        rng, size = random.Random(f"diamond-{self.seed}"), self.size
+        wanted = {"training": size.training, "validation": size.validation, "heldout": size.heldout}
+        found: dict[str, str] = {}
+        while len(found) < sum(wanted.values()):
+            asked = "".join(rng.sample(LETTERS, LENGTH))
+            found.setdefault(solve(asked), asked)
+        asked_once = iter(found.values())
+        return {part: [next(asked_once) for _ in range(count)] for part, count in wanted.items()}
+
+    def system(self) -> System:
+        tokenizer = letter_tokenizer(LETTERS + ",:", max_length=64)
+
+        def build(name: str):
+            return lambda folder: train_language_model(
+                folder, tokenizer, lambda rng: demonstration(name, rng), seed=self.seed + MODELS.index(name),
+                steps=self.size.base_steps,
+            )  # fmt: skip
+
+        components = {
+            name: CausalLM(
+                shared(self.cache, f"{self.name}-{name}-{self.seed}-{self.size.base_steps}", build(name)),
+                max_new_tokens=8,
+            )
+            for name in MODELS
+        }
+        return OUTLINE.with_components({"split": Categorical(SPLITS, 1), **components})
+
+    def qualities(self, trace: Trace) -> numpy.ndarray:
+        """The share of letters that stand where they belong; 0 for a text of another length."""
+        found = []
+        for asked, text in zip(trace["question"], trace["polish"], strict=True):
+            same = sum(a == b for a, b in zip(solve(asked), text, strict=False))
+            found.append(same / LENGTH if len(text) == LENGTH else 0.0)
+        return numpy.array(found)
+
+
+def align(cache: Path, *, method: str, seed: int, size: str, rate: float = 1.0) -> dict[str, Any]:
+    """One method on one seed; see `letters.align`."""
+    setting = Diamond(cache, seed, task.SIZES[size])
+    system = setting.system()
+    if method == "before":
+        return setting.outcome(system, [])
+    trained: Sequence[str] = ["polish"] if method == "only polish" else NODES
+    curve = setting.train(
+        system, trained, rate=rate, objective="direct" if method == "direct" else "sampling",
+        candidates=MonteCarlo(num_candidates=4),
+    )  # fmt: skip
+    return setting.outcome(system, [curve])

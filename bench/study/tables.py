@@ -1,0 +1,137 @@
+"""The study's tables: which variants of which task are compared, and by what."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from bench.study import choices, diamond, letters, loops, pictures
+from bench.study.compare import Comparison, Variant
+
+JOINT = {"method": "joint"}
+LETTERS = ("exact", "quality", "win against chosen", "win against prompted", "draft exact")
+PICTURES = ("order consistency", "preference score", "captions in order", "three images")
+SORTED = ("exact", "quality")
+LOSSES = {
+    "DPO": {},
+    "cDPO": {"label_smoothing": 0.1},
+    "robust": {"loss_type": "robust", "label_smoothing": 0.1},
+    "IPO": {"loss_type": "ipo"},
+    "hinge": {"loss_type": "hinge"},
+}
+
+
+def methods(names: Sequence[str], untrained: Sequence[str], **options: Any) -> list[Variant]:
+    return [Variant(name=n, options={"method": n, **options}, trains=n not in untrained) for n in names]
+
+
+def sampling(name: str, **options: Any) -> Variant:
+    return Variant(name=name, options=JOINT | options, tuned_as=JOINT)
+
+
+def searched(k: int, penalty: float) -> Mapping[str, Any]:
+    return {"num_candidates": k, "diversity_penalty": penalty}
+
+
+CANDIDATES = [
+    Variant(name="joint", options=JOINT),
+    *(
+        sampling(f"diverse beam search, k = {k}, penalty {penalty:g}", candidates=searched(k, penalty))
+        for k in (2, 4, 8)
+        for penalty in (0.5, 2.0, 20.0)
+    ),
+    *(
+        sampling(f"{name}, k = {k}", strategy=strategy, candidates={"num_candidates": k})
+        for name, strategy in (("Monte Carlo", "mc"), ("importance sampling", "is"))
+        for k in (2, 4, 8, 16)
+    ),
+    sampling("from the policy, drawn once", options={"candidates_refresh_steps": 10_000}),
+    sampling("from the reference", options={"candidates_from": "reference"}),
+    sampling(
+        "from the reference, drawn once",
+        options={"candidates_from": "reference", "candidates_refresh_steps": 10_000},
+    ),
+    Variant(name="Direct, drafts observed", options={"method": "direct"}),
+]
+MISLED = [
+    Variant(
+        name=f"{method}, {loss}, {rate:.0%} misled",
+        options={"method": method, "misled": rate, "options": LOSSES[loss]},
+        tuned_as={"method": method},
+    )
+    for method in ("joint", "direct")
+    for loss in ("DPO", "robust")
+    for rate in (0.0, 0.1, 0.25, 0.5)
+]
+NOISE = [
+    Variant(
+        name=f"{loss}, {rate:.0%} flipped",
+        options={"method": "direct", "flipped": rate, "options": options},
+        tuned_as={"method": "direct", "options": options},
+    )
+    for loss, options in LOSSES.items()
+    for rate in (0.0, 0.1, 0.2, 0.3)
+]
+CREDIT = [
+    Variant(
+        name=f"{method}, {damaged or 'nothing'} damaged",
+        options={"method": method, "damaged": damaged},
+        tuned_as={"method": method},
+    )
+    for method in ("joint", "direct")
+    for damaged in ("", "draft", "answer")
+]
+
+
+def _comparisons() -> list[Comparison]:
+    return [
+        Comparison(
+            name="pictures-digits", function="pictures:align", metrics=PICTURES, reference="joint", seeds=5,
+            variants=methods(pictures.METHODS, list(pictures.UNTRAINED), world="digits"),
+        ),
+        Comparison(
+            name="pictures-shapes", function="pictures:align", metrics=PICTURES, reference="joint", seeds=3,
+            variants=methods(pictures.METHODS, list(pictures.UNTRAINED), world="shapes"),
+        ),
+        Comparison(
+            name="draft-refine", function="letters:align", metrics=LETTERS, reference="joint", seeds=5,
+            variants=methods(letters.METHODS, list(letters.UNTRAINED)),
+        ),
+        Comparison(
+            name="candidates", function="letters:align", metrics=LETTERS, reference="joint", seeds=3,
+            variants=CANDIDATES,
+        ),
+        *(
+            Comparison(
+                name=f"critic-loop-{rounds}", function="loops:align", metrics=SORTED, reference="unrolled", seeds=3,
+                variants=methods(loops.METHODS, ["before"], rounds=rounds),
+            )
+            for rounds in (1, 2, 3, 4)
+        ),
+        Comparison(
+            name="misled-drafts", function="letters:align", metrics=LETTERS, reference="joint, DPO, 0% misled", seeds=3,
+            variants=MISLED,
+        ),
+        *(
+            Comparison(
+                name=system, function="choices:align", metrics=(*SORTED, "right choice"), reference="joint", seeds=3,
+                variants=methods(choices.METHODS, ["before"], system=system),
+            )
+            for system in choices.SYSTEMS
+        ),
+        Comparison(
+            name="diamond", function="diamond:align", metrics=SORTED, reference="joint", seeds=3,
+            variants=methods(diamond.METHODS, ["before"]),
+        ),
+        Comparison(
+            name="noise", function="letters:align", metrics=LETTERS, reference="DPO, 0% flipped", seeds=3,
+            variants=NOISE,
+        ),
+        Comparison(
+            name="credit", function="letters:align", metrics=LETTERS, reference="joint, nothing damaged", seeds=3,
+            variants=CREDIT,
+        ),
+    ]  # fmt: skip
+
+
+TABLES = {table.name: table for table in _comparisons()}

@@ -1,0 +1,156 @@
+"""What the study's systems of language models have in common: prompts, runs, an annotator who errs, preference rows."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy
+
+from bench.study.training import Curve, ranked_pairs, runs, shared, train
+from examples.tasks.sorted_letters import split_questions
+from sysdag import System, Trace
+from sysdag.candidates import CandidateStrategy
+
+
+@dataclass(frozen=True, kw_only=True)
+class Size:
+    """How much of everything: prompts, optimizer steps, runs of a training prompt, pairs made of them."""
+
+    base_steps: int = 500
+    training: int = 240
+    validation: int = 100
+    heldout: int = 200
+    steps: int = 96
+    every: int = 8
+    runs: int = 6
+    pairs: int = 2
+
+
+SIZES = {"full": Size(), "quick": Size(base_steps=60, training=16, validation=6, heldout=8, steps=4, every=2, runs=4)}
+
+
+@dataclass(frozen=True)
+class Task(ABC):
+    """One seed's models, prompts and preferences.
+
+    Attributes:
+        cache: where base models and their runs are kept.
+        seed: of models, prompts and preferences.
+        size: how much of everything.
+    """
+
+    cache: Path
+    seed: int
+    size: Size
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """Of what is kept in the cache; says everything that base models and runs depend on but seed and size."""
+
+    @abstractmethod
+    def system(self) -> System:
+        """On base models of its own."""
+
+    @abstractmethod
+    def qualities(self, trace: Trace) -> numpy.ndarray:
+        """The exact rule, in [0, 1]: one number a run."""
+
+    @cached_property
+    def prompts(self) -> dict[str, list[str]]:
+        """Disjoint prompts to train on, to choose by, and to measure on."""
+        size = self.size
+        training, rest = split_questions(self.seed, size.training, size.validation + size.heldout)
+        return {"training": training, "validation": rest[: size.validation], "heldout": rest[size.validation :]}
+
+    def annotated(self, trace: Trace, error: float = 0.15) -> numpy.ndarray:
+        """What the annotator thinks of each run: its quality, and an error with this standard deviation."""
+        drawn = numpy.random.default_rng([self.seed, len(trace)]).normal(0, error, len(trace))
+        return self.qualities(trace) + drawn
+
+    def base_runs(self, part: str) -> Trace:
+        """Runs of the base system that preferences are made of, those of a prompt one after the other."""
+        size, prompts = self.size, self.prompts[part]
+
+        def build(file: Path) -> None:
+            runs(self.system(), {"question": prompts}, size.runs, self.seed).to_jsonl(file)
+
+        name = f"{self.name}-runs-{part}-{self.seed}-{size.base_steps}-{len(prompts)}-{size.runs}.jsonl"
+        return Trace.from_jsonl(shared(self.cache, name, build))
+
+    def training_runs(self) -> Trace:
+        return self.base_runs("training")
+
+    @cached_property
+    def pairs(self) -> list[dict[str, Any]]:
+        """Dataset rows, with the intermediates of both runs as they were sampled."""
+        trace = self.training_runs()
+        plan = self.system().compile()
+        observed = [name for name in plan.random_nodes if name not in plan.system.outputs]
+        (output,) = plan.system.outputs
+        return [
+            {"question": trace["question"][pair[0]]}
+            | {side: trace.cells[output][row] for side, row in zip(("chosen", "rejected"), pair, strict=True)}
+            | {
+                f"{side}_intermediates": {name: trace.cells[name][row] for name in observed}
+                for side, row in zip(("chosen", "rejected"), pair, strict=True)
+            }
+            for pair in ranked_pairs(trace, self.annotated(trace), self.size.runs, self.size.pairs)
+        ]
+
+    def validate(self, system: System) -> float:
+        """Mean quality on the validation prompts, two runs each."""
+        return float(self.qualities(runs(system, {"question": self.prompts["validation"]}, 2, 17)).mean())
+
+    def measured(self, system: System) -> dict[str, list[float]]:
+        """Figures of two runs of every held-out prompt, by prompt."""
+        trace = runs(system, {"question": self.prompts["heldout"]}, 2, 23)
+        return {name: values.reshape(-1, 2).mean(1).tolist() for name, values in self.figures(trace).items()}
+
+    def figures(self, trace: Trace) -> dict[str, numpy.ndarray]:
+        """What is measured of each run."""
+        return {"exact": (self.qualities(trace) == 1).astype(float), "quality": self.qualities(trace)}
+
+    def train(
+        self,
+        system: System,
+        trained: Sequence[str],
+        *,
+        rate: float,
+        objective: str,
+        candidates: CandidateStrategy | None = None,
+        share: float = 1.0,
+        deployed: System | None = None,
+        **options: Any,
+    ) -> Curve:
+        """Aligns the named nodes (base names, for the visits of a loop) from `pairs`; the others stay as they are.
+
+        Args:
+            rate: factor on the learning rate, 5e-4.
+            share: of the size's steps.
+            deployed: what is validated, where it is not the system that trains but shares its components.
+            options: more of `SysDPOConfig`.
+        """
+        chosen = {
+            "objective": objective, "beta": 0.5, "max_steps": max(1, round(self.size.steps * share)),
+            "nodes": nodes(system, trained, rate),
+        } | options  # fmt: skip
+        return train(
+            system, self.pairs, options=chosen, candidates=candidates if objective == "sampling" else None,
+            validate=lambda trained: self.validate(deployed or trained), seed=self.seed, every=self.size.every,
+        )  # fmt: skip
+
+    def outcome(self, system: System, trained: Sequence[Curve]) -> dict[str, Any]:
+        """What a cell keeps."""
+        return {"heldout": self.measured(system), "curves": [curve.summary() for curve in trained]}
+
+
+def nodes(system: System, trained: Sequence[str], rate: float) -> dict[str, Mapping[str, Any]]:
+    """Options by node: what trains, and how fast."""
+    names = dict.fromkeys(node.base_name for node in system.nodes if node.is_random)
+    return {name: {"learning_rate": 5e-4 * rate, "trainable": name in trained} for name in names}
