@@ -7,22 +7,18 @@ visits of a loop) would load it once a stage; here they queue at one pool. The s
 reserve no CPU, so Ray may fuse them; as many batches are under way as there are actors, and one more, and while one
 batch has its answer refined another's draft is drawn.
 
-One `_Router` gives each request to an actor that is idle, so that pools of uneven requests stay busy; only references
-pass through it, values go from stage to actor and back. Randomness is that of `sysdag.running`, so neither the order
-nor the actor matters: the traces are those of the local engine. An actor that dies starts again, and its request is
-made again.
+Randomness is that of `sysdag.running`, so neither the order nor the actor matters (see `sysdag.ray_pools`): the traces
+are those of the local engine. Nodes whose components put adapters of their own on one base are models apart: each
+actor loads a base.
 """
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import functools
 import importlib.util
 import logging
-import math
 import os
-import sys
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -31,10 +27,10 @@ from typing import TYPE_CHECKING, Any
 from sysdag.errors import PlanError, RunError, SysdagError
 from sysdag.graph import LikelihoodKind, Node, System
 from sysdag.plan import Plan
+from sysdag.ray_pools import Packed, ask, dumps, loads, pack, pools
 from sysdag.trace import Draw, Trace
 
 if TYPE_CHECKING:
-    from sysdag.component import Component
     from sysdag.running import Runs
 
 _MOST_BLOCKS = 2000  # of a pipeline; Ray Data keeps some bookkeeping for each
@@ -93,127 +89,34 @@ class RayEngine:
             raise SysdagError('engine="ray" needs Ray: pip install "sysdag[ray]".')
         if first >= runs.batches:
             return iter(())
-        outline = _outline(plan)
-        models = [_packed(plan.system[names[0]].component, names[0], "component") for names in plan.components]
-        return self._traces(plan, runs, first, sizes, outline, models)
+        return self._traces(plan, runs, first, sizes)
 
-    def _traces(
-        self, plan: Plan, runs: Runs, first: int, sizes: list[int], outline: _Packed, models: list[_Packed]
-    ) -> Iterator[Trace]:
+    def _traces(self, plan: Plan, runs: Runs, first: int, sizes: list[int]) -> Iterator[Trace]:
         import ray
         import ray.data
         from ray.data import TaskPoolStrategy
 
+        outline = _outline(plan)
+        options: dict[str, Any] = {"gpus_per_actor": self.gpus_per_actor, "device": self.device}
         try:
-            with _connected(), self._pools(plan, sizes, models) as router, _quiet("ray.data"):
+            with _connected(), pools(plan, sizes, **options) as router, _quiet("ray.data"):
                 items = [
-                    {"number": number, "outcome": _dumps(runs.batch(number))} for number in range(first, runs.batches)
+                    {"number": number, "outcome": dumps(runs.batch(number))} for number in range(first, runs.batches)
                 ]
                 stages: ray.data.Dataset = ray.data.from_items(items, override_num_blocks=min(len(items), _MOST_BLOCKS))
                 for name in plan.order:
-                    options = {"outline": outline, "name": name, "seed": runs.seed, "router": router}
+                    given = {"outline": outline, "name": name, "seed": runs.seed, "router": router}
                     under_way = TaskPoolStrategy(size=min(sum(sizes) + 1, len(items)))
-                    stages = stages.map(_stage, fn_kwargs=options, num_cpus=0, compute=under_way)  # type: ignore[arg-type]
+                    stages = stages.map(_stage, fn_kwargs=given, num_cpus=0, compute=under_way)  # type: ignore[arg-type]
                 stages.context.execution_options.preserve_order = True
                 stages.context.enable_progress_bars = False
                 for row in stages.iter_rows():
-                    outcome = _loads(row["outcome"])
+                    outcome = loads(row["outcome"])
                     if isinstance(outcome, SysdagError):
                         raise outcome
                     yield outcome
         except ray.exceptions.RayError as error:
             raise RunError(f"Ray could not go on ({type(error).__name__}): {error}") from error
-
-    @contextlib.contextmanager
-    def _pools(self, plan: Plan, sizes: list[int], models: list[_Packed]) -> Iterator[Any]:
-        """The router to the actors, which have loaded their models; all of them end with the context."""
-        import ray
-        import torch
-
-        gpus, there = self.gpus_per_actor, ray.cluster_resources().get("GPU", 0)
-        room = math.inf if not gpus else int(there) * int(1 / gpus) if gpus <= 1 else there // gpus
-        if sum(sizes) > room:
-            raise PlanError(
-                f"{sum(sizes)} actors with {gpus:g} GPUs each do not fit: Ray has {there:g} GPUs. Start nodes, "
-                "or lower gpus_per_actor or the numbers of actors."
-            )
-        worker: Any = ray.remote(_Worker).options(
-            num_cpus=0, num_gpus=gpus, scheduling_strategy="SPREAD", max_restarts=-1, max_task_retries=2
-        )
-        threads = torch.get_num_threads()
-        pools = [[worker.remote(self.device, threads) for _ in range(size)] for size in sizes]
-        actors: list[Any] = [actor for pool in pools for actor in pool]
-        try:
-            sent = [[ray.put(model)] for model in models]
-            loads = []
-            for names, pool, model in zip(plan.components, pools, sent, strict=True):
-                loads += [actor.load.remote(names[0], model) for actor in pool]
-            _answers(loads)
-            actors.append(ray.remote(_Router).options(num_cpus=0).remote(pools, sent))
-            yield actors[-1]
-        finally:
-            for actor in actors:
-                ray.kill(actor)
-
-
-class _Worker:
-    """An actor that holds one model."""
-
-    def __init__(self, device: str | None, threads: int) -> None:
-        import torch
-
-        torch.set_num_threads(threads)  # as in the process that asks: sums of floats depend on it
-        self._device = device
-        self._component: Component | None = None
-
-    def load(self, name: str, model: Sequence[Any]) -> None:
-        """Gets the component, of which `model` holds a reference, and loads its weights."""
-        import ray
-
-        from sysdag.running import load
-
-        component = ray.get(model[0]).opened()
-        component.residence = None
-        load(name, component, self._device)
-        self._component = component
-
-    def sample(
-        self, model: Sequence[Any], values: Sequence[Any], seed: int, number: int, name: str
-    ) -> tuple[None, list[Draw]]:
-        """The draws of a node in a batch, after a None that says that they are there."""
-        from sysdag.running import generator_of
-
-        if self._component is None:  # it died and was started again
-            self.load(name, model)
-        assert self._component is not None
-        return None, self._component.sample(values, generator=generator_of(seed, number, name))
-
-
-class _Router:
-    """Gives each request to an idle actor of its model.
-
-    Args:
-        pools: the actors of each model.
-        models: for each model a list with the reference of its component.
-    """
-
-    def __init__(self, pools: Sequence[Sequence[Any]], models: Sequence[Sequence[Any]]) -> None:
-        self._models = models
-        self._idle: list[asyncio.Queue[Any]] = [asyncio.Queue() for _ in pools]
-        for idle, pool in zip(self._idle, pools, strict=True):
-            for actor in pool:
-                idle.put_nowait(actor)
-
-    async def sample(self, model: int, request: Sequence[Any]) -> list[Any]:
-        """A reference to the draws, once they are there or have failed; `request` holds references, too."""
-        actor = await self._idle[model].get()
-        try:
-            done, draws = actor.sample.options(num_returns=2).remote(self._models[model], *request)
-            with contextlib.suppress(Exception):  # raised again where the draws are read
-                await done
-            return [draws]
-        finally:
-            self._idle[model].put_nowait(actor)
 
 
 @dataclass(frozen=True)
@@ -225,42 +128,7 @@ class _Pooled:
     value_type: type | None
 
 
-@dataclass(frozen=True)
-class _Packed:
-    """A value for another process, with the folders in which its modules are found."""
-
-    data: bytes
-    path: tuple[str, ...]
-
-    def opened(self) -> Any:
-        sys.path += [folder for folder in self.path if folder not in sys.path]
-        return _loads(self.data)
-
-
-def _packed(value: Any, name: str, what: str) -> _Packed:
-    try:
-        data = _dumps(value)
-    except Exception as error:  # whatever the user's object raises, its node has to be named
-        raise PlanError(
-            f"Node {name!r}: its {what} {value!r:.100} cannot be sent to Ray's actors ({type(error).__name__}: "
-            f"{error}). What it holds must be picklable; open connections and files when they are used."
-        ) from error
-    return _Packed(data, tuple(os.path.abspath(folder) for folder in sys.path))
-
-
-def _dumps(value: Any) -> bytes:
-    from ray import cloudpickle
-
-    return cloudpickle.dumps(value)
-
-
-def _loads(data: bytes) -> Any:
-    from ray import cloudpickle
-
-    return cloudpickle.loads(data)
-
-
-def _outline(plan: Plan) -> _Packed:
+def _outline(plan: Plan) -> Packed:
     """The plan without its components. Functions go by value where they cannot be imported by name."""
     model_of = {name: number for number, names in enumerate(plan.components) for name in names}
     nodes = []
@@ -268,51 +136,36 @@ def _outline(plan: Plan) -> _Packed:
         pooled = None
         if n.is_random:
             pooled = _Pooled(model_of[n.name], n.component.likelihood, getattr(n.component, "value_type", None))
-        nodes.append((_packed(n.function, n.name, "function"), pooled, n.base_name, n.visit))
+        nodes.append((pack(n.function, n.name, "function"), pooled, n.base_name, n.visit))
     system = plan.system
-    return _packed((system.inputs, nodes, system.edges, system.outputs), plan.order[0], "system")
+    return pack((system.inputs, nodes, system.edges, system.outputs), plan.order[0], "system")
 
 
 @functools.lru_cache(maxsize=4)
-def _plan(outline: _Packed) -> Plan:
+def _plan(outline: Packed) -> Plan:
     inputs, nodes, edges, outputs = outline.opened()
     made = [Node(function.opened(), component, base_name, visit) for function, component, base_name, visit in nodes]
     return System.from_parts(inputs, made, edges, outputs).compile()
 
 
-def _stage(row: dict[str, Any], *, outline: _Packed, name: str, seed: int, router: Any) -> dict[str, Any]:
+def _stage(row: dict[str, Any], *, outline: Packed, name: str, seed: int, router: Any) -> dict[str, Any]:
     """One node of one batch. An error goes down the pipeline as the batch's outcome, behind the batches before it."""
     from sysdag.running import with_node
 
-    outcome = _loads(row["outcome"])
+    outcome = loads(row["outcome"])
     if isinstance(outcome, SysdagError):
         return row
     plan = _plan(outline)
 
     def sampler(values: Sequence[Any]) -> list[Draw]:
-        import ray
-
-        model = plan.system[name].component.model
-        request = [ray.put(values), seed, row["number"], name]
-        [[draws]] = _answers([router.sample.remote(model, request)])
-        return _answers([draws])[0]
+        return ask(router, plan.system[name].component.model, values, seed, row["number"], name)
 
     try:
         outcome = with_node(plan, outcome, name, sampler)
     except SysdagError as error:
         error.add_note(f"In a task of Ray: {traceback.format_exc()}")
         outcome = error.with_traceback(None)
-    return {"number": row["number"], "outcome": _dumps(outcome)}
-
-
-def _answers(references: Sequence[Any]) -> list[Any]:
-    """What the references stand for, or the error that a task raised, as it raised it."""
-    import ray
-
-    try:
-        return ray.get(list(references))
-    except ray.exceptions.RayTaskError as error:
-        raise error.cause from None
+    return {"number": row["number"], "outcome": dumps(outcome)}
 
 
 @contextlib.contextmanager

@@ -22,6 +22,14 @@ class Mortal(Tabular):
         return super().sample(inputs, generator=generator)
 
 
+class Absent(Tabular):
+    """Its weights are not to be had."""
+
+    @property
+    def module(self):
+        raise OSError("no such model")
+
+
 x = Input("x", str)
 y = Input("y")
 shared = Mortal(TABLE)

@@ -12,7 +12,7 @@ from test_sample_command import SYSTEMS, copied, sample
 from trained_systems import two_llms
 
 from sysdag import Input, PlanError, System, node
-from sysdag.components import CausalLM, Opaque
+from sysdag.components import Opaque
 from sysdag.errors import RunError, SysdagError
 from sysdag.ray_engine import RayEngine, _connected
 from sysdag.running import run
@@ -35,6 +35,7 @@ def cluster(tmp_path_factory):
             ray.shutdown()
 
 
+@pytest.mark.slow
 def test_the_file_is_the_local_engines_resumed_and_with_an_actor_that_dies(cluster, tmp_path):
     """A loop and a plate that share one model in a pool of two, and a deterministic node; from a line cut in two on."""
     inputs, whole = tmp_path / "inputs.json", tmp_path / "whole.jsonl"
@@ -51,6 +52,7 @@ def test_the_file_is_the_local_engines_resumed_and_with_an_actor_that_dies(clust
     assert logging.getLogger("ray.data").level != logging.ERROR
 
 
+@pytest.mark.slow
 def test_language_models_from_a_saved_folder(cluster, tmp_path):
     two_llms().save_pretrained(tmp_path / "system")
     inputs = tmp_path / "inputs.jsonl"
@@ -85,9 +87,11 @@ def test_an_error_is_the_local_engines_behind_the_batches_before_it(cluster):
     assert any("In a task of Ray: Traceback" in note for note in error.value.__notes__)
 
 
-def test_a_model_that_is_not_there_and_gpus_that_are_not(cluster, tmp_path):
-    plan = System(sampled_systems.x >> node(CausalLM(tmp_path), name="draft")(lambda x: x)).compile()
-    with pytest.raises(RunError, match=r"Node 'draft': the model of CausalLM\(.* cannot be loaded \("):
+def test_a_model_that_is_not_there_and_gpus_that_are_not(cluster):
+    absent = sampled_systems.Absent(sampled_systems.TABLE)
+    plan = System(sampled_systems.x >> node(absent, name="draft")(lambda x: x)).compile()
+    message = r"Node 'draft': the model of Tabular\(.* cannot be loaded \(OSError: no such model\)"
+    with pytest.raises(RunError, match=message):
         next(run(plan, {"x": ["a"]}, engine="ray"))
     with pytest.raises(PlanError, match="2 actors with 0.5 GPUs each do not fit: Ray has 0 GPUs"):
         next(run(LOOPED, {"x": ["a"]}, engine=RayEngine(actors={"coin": 2}, gpus_per_actor=0.5)))
@@ -113,7 +117,7 @@ def test_nodes_that_share_a_model_share_its_actors():
         RayEngine(gpus_per_actor=-1)
 
 
-def test_what_cannot_be_sent_names_its_node():
+def test_what_cannot_be_sent_names_its_node(cluster):
     lock = threading.Lock()
 
     @node(Opaque(lambda value: lock and value))
@@ -127,7 +131,7 @@ def test_what_cannot_be_sent_names_its_node():
     for name, made in (("component", tool), ("function", held)):
         message = f"Node '{made.name}': its {name} .* cannot be sent to Ray's actors .*must be picklable"
         with pytest.raises(PlanError, match=message):
-            run(System(sampled_systems.x >> made).compile(), {"x": ["a"]}, engine="ray")
+            next(run(System(sampled_systems.x >> made).compile(), {"x": ["a"]}, engine="ray"))
 
 
 def test_without_ray_the_message_says_what_to_install(monkeypatch):
