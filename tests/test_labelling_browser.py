@@ -217,7 +217,13 @@ def test_a_session_by_keys_and_buttons_with_undo_reload_and_a_second_annotator(p
 def test_a_double_click_and_two_tabs_label_once(page, served):
     with served(plain(), "--annotator", "Ann") as server:
         page.open(server.link)
-        ActionChains(page.browser).double_click(page.element("[data-action=left]")).perform()
+        page.script(  # the second click comes when the next pair has just shown
+            "const left = document.querySelector('[data-action=left]');"
+            "const again = () => { left.click(); window.clicked = true; };"
+            "const observer = new MutationObserver(() => { observer.disconnect(); setTimeout(again, 100); });"
+            "observer.observe(document.querySelector('#progress-text'), { childList: true }); left.click();"
+        )
+        page.wait.until(lambda _: page.script("return window.clicked"))
         page.until("ready")
         assert (page.progress, len(labels(server))) == ("1 of 6", 1)
         ActionChains(page.browser).key_down(Keys.CONTROL).send_keys("s").key_up(Keys.CONTROL).perform()
@@ -250,6 +256,8 @@ def test_a_killed_server_loses_nothing_and_the_page_says_so(page, served):
         assert "Not saved. The server cannot be reached." in page.text("#notice")
         assert page.progress == "1 of 6"
         page.press("t")  # nothing else until that is settled
+        page.element("#annotator-button").click()
+        page.until("stopped")
         port = server.link.split(":")[2].split("/")[0]
     with served(plain(), "--annotator", "Ann", "--port", port) as again:
         page.element("#retry").click()

@@ -174,6 +174,7 @@ def test_export_resolves_annotators_and_counts_what_it_leaves_out(labelled):
     pairs = given.store.pairs()
     assert found.rows[0]["chosen"] is trace.cells["answer"][pairs[0][1]]
     assert found.rows[0]["rejected"] is trace.cells["answer"][pairs[0][0]]
+    assert found.rows[1]["rejected"] is trace.cells["answer"][pairs[1][1]]
     assert found.rows[1]["chosen_intermediates"] == {"draft": trace.cells["draft"][pairs[1][0]]}
     assert str(found) == "2 preferences; left out: 1 ties, 1 disagreements, 2 pairs without a label"
 

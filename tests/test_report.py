@@ -517,7 +517,8 @@ def test_the_wheel_has_the_templates(tmp_path):
     (wheel,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as opened:
         names = set(opened.namelist())
-    ours = {path.relative_to(ROOT).as_posix() for path in (ROOT / "sysdag").rglob("*.py")}
+    ours = {path.relative_to(source).as_posix() for path in (source / "sysdag").rglob("*") if path.is_file()}
+    assert "sysdag/labelling/page/label.html" in ours  # pages, templates and schemas, too
     assert ours <= names
     templates = {p.relative_to(ROOT).as_posix() for p in (ROOT / "sysdag" / "reporting" / "templates").iterdir()}
     assert len(templates) == 6

@@ -8,7 +8,6 @@ const KEYS = { arrowleft: "left", arrowright: "right", "=": "tie", t: "tie", s: 
 let annotator = null;
 let queue = null;
 let outputs = [];
-let unsent = null; // a request that got no answer; sending it again records it once
 let settling = 0;
 
 const state = (name) => { document.body.dataset.state = name; };
@@ -99,20 +98,17 @@ function render(message) {
 }
 
 async function send(path, body, message) {
-  unsent = { path, body, message };
   state("busy");
   try {
     queue = await ask(path, body);
-    unsent = null;
     say("");
     render(message);
   } catch (error) {
     if (error.status === 409) {
-      unsent = null;
       await signIn(annotator); // the queue as it is now
       say(error.message);
     } else {
-      say(`Not saved. ${error.message}`, () => send(path, body, message));
+      say(`Not saved. ${error.message}`, () => send(path, body, message)); // the same request, recorded once
       state("stopped");
       find("retry").focus();
     }
@@ -131,7 +127,7 @@ function act(action) {
     const all = [...document.querySelectorAll("#comparison details")];
     const open = all.some((one) => !one.open);
     for (const one of all) one.open = open;
-  } else if (!isReady() || queue === null || unsent !== null) {
+  } else if (!isReady() || queue === null) {
     return;
   } else if (action === "undo" && queue.last !== null) {
     send("/api/undo", { annotator, label: queue.last, request: requestName() }, "Undone.");
@@ -155,7 +151,7 @@ document.addEventListener("keydown", (event) => {
 });
 
 find("help-button").addEventListener("click", () => act("help"));
-find("annotator-button").addEventListener("click", () => { if (unsent === null) askName(); });
+find("annotator-button").addEventListener("click", () => { if (isReady()) askName(); });
 find("name-form").addEventListener("submit", (event) => {
   event.preventDefault();
   signIn(find("name").value);
