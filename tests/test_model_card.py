@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import types
 
@@ -9,12 +10,14 @@ import huggingface_hub
 import pytest
 import yaml
 from huggingface_hub import HfApi, ModelCard
+from hypothesis import given
+from hypothesis import strategies as st
 from test_trainer import config, lora
 from trained_systems import rows, two_llms
 
 from sysdag import DiverseBeamSearch, Input, SerializationError, SysDPOTrainer, System, node
 from sysdag.components import Categorical, CausalLM
-from sysdag.model_card import MARK, write_card
+from sysdag.model_card import MARK, _table, write_card
 from sysdag.run_files import read_log, read_run
 
 
@@ -127,6 +130,17 @@ def test_no_value_breaks_out_of_its_place(tmp_path, text):
     headings = [line for line in body.splitlines() if line.startswith("#")]
     assert len(headings) == 7, headings
     assert "<b>" not in body.split("## The system")[0]
+
+
+@given(st.lists(st.text("ab`|\\ \n-<#", max_size=12), min_size=2, max_size=2))
+def test_a_row_of_a_table_has_its_cells_whatever_they_hold(values):
+    *_, row = _table("", ("one", "two"), [values]).splitlines()
+    cells = re.split(r"(?<!\\)\|", row)
+    assert len(cells) == 4
+    for cell, value in zip(cells[1:3], values, strict=True):
+        fence, inside = re.fullmatch(r" (`+)(.*[^`])\1 ", cell).groups()
+        assert len(fence) not in map(len, re.findall("`+", inside))
+        assert inside.replace("\\|", "|").split() == value.split()
 
 
 def test_a_readme_of_the_users_own_is_left_alone(tmp_path, caplog):
