@@ -334,12 +334,12 @@ def test_it_can_be_read_in_light_and_dark_and_on_a_phone(page, served):
                                  ("#question", "body"), (".badge", ".badge"), ("#progress-text", ".bar"),
                                  ("kbd", "kbd")):  # fmt: skip
                 assert contrast(page, text, ground) >= 4.5, (scheme, text)
-        left, right = page.element("#left").rect, page.element("#right").rect
+        left, right = (side.rect for side in page.browser.find_elements(By.CSS_SELECTOR, ".side"))
         assert (left["y"], left["x"] < right["x"]) == (right["y"], True)
         page.browser.execute_cdp_cmd(
             "Emulation.setDeviceMetricsOverride", {"width": 390, "height": 844, "deviceScaleFactor": 1, "mobile": True}
         )
-        left, right = page.element("#left").rect, page.element("#right").rect
+        left, right = (side.rect for side in page.browser.find_elements(By.CSS_SELECTOR, ".side"))
         assert (left["x"], left["y"] < right["y"]) == (right["x"], True)
         assert page.script("return document.documentElement.scrollWidth") == 390
         for action in ("left", "tie", "right", "skip", "undo"):

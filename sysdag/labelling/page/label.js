@@ -58,7 +58,8 @@ async function loadSession() {
 function fill(id, part) {
   const single = part.outputs.length === 1 ? part.outputs[0] : null; // its name stands beside the letter
   find(`${id}-name`).textContent = single ? single.name : "";
-  const content = single ? [shown(single.view, single.name)] : part.outputs.map(block);
+  const values = single ? [shown(single.view, single.name)] : part.outputs.map(block);
+  const content = [make("div", { className: "outputs" }, ...values)];
   if (part.intermediates.length) {
     const names = part.intermediates.map((one) => one.name).join(", ");
     const summary = make("summary", {}, "How it got there: ", make("span", { className: "names", textContent: names }));
