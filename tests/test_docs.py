@@ -46,6 +46,7 @@ GIVEN = {
     "README.md": "pairs = [dict(question=f'What is {i}?', chosen='a number', rejected='no idea') for i in range(4)]"
 }
 NOT_RUN = {
+    "README.md": ["the tutorial runs these"],
     "docs/multi-gpu.md": ["needs several GPUs, or two processes"],
     "docs/preferences.md": ["needs an endpoint", "waits for people"],
 }
