@@ -46,6 +46,19 @@ def plain_type(values: Iterable[Any]) -> Any:
     return simple.get(next(iter(kinds))) if len(kinds) == 1 else None
 
 
+def is_plain(kind: Any) -> bool:
+    """Whether an Arrow type is one that `plain_type` gives, or lists of it; texts and bytes may be of short offsets."""
+    from pyarrow import types
+
+    if types.is_list(kind) or types.is_large_list(kind):
+        return is_plain(kind.value_type)
+    tests = (
+        types.is_large_string, types.is_string, types.is_int64, types.is_boolean, types.is_float64,
+        types.is_large_binary, types.is_binary,
+    )  # fmt: skip
+    return any(test(kind) for test in tests)
+
+
 def read_parquet(path: Path) -> Any:
     """A Parquet file as a `pyarrow.Table`.
 
@@ -56,7 +69,7 @@ def read_parquet(path: Path) -> Any:
     with path.open("rb") as file:  # a missing file is the system's error
         try:
             return pyarrow.parquet.ParquetFile(file).read()
-        except (pyarrow.ArrowException, OSError, ValueError) as error:
+        except Exception as error:  # what damaged bytes raise is not only Arrow's own errors
             raise DataError(f"{path} is no Parquet file, or is damaged: {_first_line(error)}.") from error
 
 

@@ -98,15 +98,10 @@ def decode_value(data: Any) -> Any:
     """The value that `encode_value` wrote.
 
     Raises:
-        ValueError: for an object of no known kind.
+        ValueError: for an object of no known kind, or a value nested deeper than `MAX_DEPTH`.
+        Exception: of whatever kind, where a value of a named kind is damaged.
     """
-    if isinstance(data, list):
-        return [decode_value(element) for element in data]
-    if not isinstance(data, dict):
-        return data
-    if len(data) != 1 or (kind := next(iter(data))) not in _KINDS:
-        raise ValueError(f"no known kind of value: {json.dumps(data)[:80]}")
-    return _decoded(kind, data[kind], decode_value)
+    return _decode(data, None, 0)
 
 
 def decode_json(data: Any, others: Mapping[str, Callable[[Any], Any]] | None = None) -> Any:
@@ -116,26 +111,32 @@ def decode_json(data: Any, others: Mapping[str, Callable[[Any], Any]] | None = N
         others: by the key of further kinds, what makes a value of what stands there.
 
     Raises:
-        ValueError: for a value nested deeper than `MAX_DEPTH`.
-        Exception: of whatever kind, where a value of a named kind is damaged.
+        Exception: as `decode_value`.
     """
+    return _decode(data, others or {}, 0)
 
-    def decode(part: Any, depth: int) -> Any:
-        if not isinstance(part, (list, dict)):
-            return part
-        if depth == MAX_DEPTH:
-            raise ValueError(f"nested more than {MAX_DEPTH} levels deep")
-        if isinstance(part, list):
-            return [decode(element, depth + 1) for element in part]
-        if len(part) == 1:
-            [(kind, content)] = part.items()
-            if others and kind in others:
-                return others[kind](content)
-            if kind in _KINDS:
-                return _decoded(kind, content, lambda inner: decode(inner, depth + 1))
-        return {key: decode(element, depth + 1) for key, element in part.items()}
 
-    return decode(data, 0)
+def _decode(data: Any, others: Mapping[str, Callable[[Any], Any]] | None, depth: int) -> Any:
+    # `others` is None where every object must be of a known kind.
+    if not isinstance(data, (list, dict)):
+        return data
+    if depth == MAX_DEPTH:
+        raise ValueError(f"nested more than {MAX_DEPTH} levels deep")
+
+    def inner(part: Any) -> Any:
+        return _decode(part, others, depth + 1)
+
+    if isinstance(data, list):
+        return [inner(element) for element in data]
+    if len(data) == 1:
+        [(kind, content)] = data.items()
+        if others and kind in others:
+            return others[kind](content)
+        if kind in _KINDS:
+            return _decoded(kind, content, inner)
+    if others is None:
+        raise ValueError(f"no known kind of value: {json.dumps(data)[:80]}")
+    return {key: inner(element) for key, element in data.items()}
 
 
 def _decoded(kind: str, content: Any, decode: Callable[[Any], Any]) -> Any:

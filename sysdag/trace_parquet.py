@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sysdag.arrow import load_pyarrow, plain_type, read_parquet, text_column, write_parquet
+from sysdag.arrow import is_plain, load_pyarrow, plain_type, read_parquet, text_column, write_parquet
 from sysdag.atomic import replacing_file
 from sysdag.encoding import decode_json, decode_value, encode_json, encode_value
 from sysdag.errors import DataError
@@ -138,11 +138,13 @@ class _Reader:
 
     def values(self, place: Mapping[str, str], decode: Callable[[Any], Any]) -> list[Any]:
         column = place["column"]
-        found = self._table.column(column).to_pylist()
+        array = self._table.column(column)
         if place["form"] == "plain":
-            return found
+            if not is_plain(array.type):
+                raise ValueError(f"column {column!r} is {array.type}, which Trace.save does not write")
+            return array.to_pylist()
         values = []
-        for row, text in enumerate(found):
+        for row, text in enumerate(array.to_pylist()):
             try:
                 values.append(decode(json.loads(text)))
             except Exception as error:

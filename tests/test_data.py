@@ -1,11 +1,18 @@
+import json
+
+import datasets
 import pytest
 from tiny import char_tokenizer, llama
 
-from sysdag import DataError, Input, System, Trace, node
+from sysdag import DataError, Input, SysDPOConfig, SysDPOTrainer, System, Trace, node
 from sysdag.components import CausalLM, Tabular
 from sysdag.data import collate, encode_pairs
+from sysdag.pairs import preference_row, write_pairs
+from sysdag.readers import read_rows
+from sysdag.trace import Draw
 
 X = Input("question")
+SIDES = ("chosen", "rejected")
 LM = CausalLM(llama(), char_tokenizer(), max_new_tokens=4)
 TABLE = Tabular({k: {"s": 0.5, "t": 0.5} for k in ("a", "b", "c")})
 
@@ -118,3 +125,127 @@ def test_a_bad_row_is_named(change, message):
 def test_a_row_without_its_columns_is_named(row, message):
     with pytest.raises(DataError, match=message):
         encode_pairs(PLAN, [row], "direct")
+
+
+def test_datasets_and_files_are_rows_like_any_others(tmp_path):
+    drafts = {f"{side}_intermediates": {"draft": "ab"} for side in SIDES}
+    rows = [
+        {"prompt": "q", "chosen": ["s"], "rejected": ["t"], **drafts},
+        {"prompt": "r", "chosen": ["t"], "rejected": ["s"], **drafts},
+    ]
+    expected = [pair.key for pair in encode_pairs(PLAN, rows, "direct")]
+    data = datasets.Dataset.from_list(rows)
+    data.to_parquet(tmp_path / "rows.parquet")
+    data.to_json(tmp_path / "rows.jsonl")
+    for found in (
+        data,
+        data.to_iterable_dataset(),
+        read_rows(tmp_path / "rows.parquet"),
+        read_rows(tmp_path / "rows.jsonl"),
+    ):
+        assert [pair.key for pair in encode_pairs(PLAN, found, "direct")] == expected
+
+
+def test_the_trainer_takes_a_dataset(tmp_path):
+    rows = [ROW, {**ROW, "question": "r"}]
+    args = SysDPOConfig(output_dir=str(tmp_path), objective="direct", report_to=[], use_cpu=True)
+    for given in (rows, datasets.Dataset.from_list(rows)):
+        held_out = datasets.DatasetDict(a=datasets.Dataset.from_list(rows[1:]))
+        trainer = SysDPOTrainer(PLAN.system, args, train_dataset=given, eval_dataset=held_out)
+        assert [pair.inputs["question"] for pair in trainer.train_dataset] == ["q", "r"]
+        assert [pair.inputs["question"] for pair in trainer.eval_dataset["a"]] == ["r"]
+
+
+def test_what_a_dataset_fills_in_is_not_there():
+    """Arrow gives every row the keys that any of them has."""
+    rows = [ROW, {**ROW, "chosen_intermediates": {"draft": "ab", "parts": ["c", "d"]}}]
+    first, second = encode_pairs(PLAN, datasets.Dataset.from_list(rows), "direct")
+    assert "parts" not in first.chosen
+    assert second.chosen["parts"].value == ["c", "d"]
+
+
+def test_written_draws_survive_a_dataset(tmp_path):
+    trace = PLAN.sample({"question": ["q", "q"]}, seed=3)
+    write_pairs(tmp_path / "pairs.parquet", [preference_row(trace, 0, 1, ["pick"])])
+    data = datasets.Dataset.from_parquet(str(tmp_path / "pairs.parquet"), cache_dir=str(tmp_path / "cache"))
+    (pair,) = encode_pairs(PLAN, data, "direct")
+    assert pair.chosen["draft"].record == trace.cells["draft"][0].record
+    assert pair.rejected["draft"].log_prob == trace.cells["draft"][1].log_prob
+
+
+def test_a_draw_without_a_record_is_its_value():
+    row = {**ROW, "chosen": [Draw("s"), "t"], "chosen_intermediates": {"draft": Draw("ab")}}
+    assert [pair.key for pair in encode_pairs(PLAN, [row, ROW], "direct")] == [
+        encode_pairs(PLAN, [ROW], "direct")[0].key
+    ] * 2
+
+
+def test_an_error_names_the_line_of_a_file(tmp_path):
+    (tmp_path / "rows.jsonl").write_text(json.dumps(ROW) + "\n\n" + json.dumps({**ROW, "rejected": ["w"]}) + "\n")
+    with pytest.raises(DataError, match=r"^Row 1 \(line 3\), rejected, node 'pick': .*'w' is none of its values"):
+        encode_pairs(PLAN, read_rows(tmp_path / "rows.jsonl"), "direct")
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (Draw("a", {"token_ids": [10**6]}), "has the token id 1000000, but the model has 45; another model made it"),
+        (Draw("a", {"token_ids": [True]}), r"needs its token_ids, a list of integers, got \[True\]"),
+        (Draw(3, {"token_ids": [1]}), "a draw's value is its text, got 3"),
+    ],
+)
+def test_draws_of_another_component_are_refused(value, message):
+    with pytest.raises(DataError, match=rf"Row 0, chosen, node 'draft': .*{message}"):
+        encode_pairs(PLAN, [{**ROW, "chosen_intermediates": {"draft": value}}], "direct")
+    with pytest.raises(
+        DataError, match="Row 0, chosen, node 'pick': .*has the index 1; it was made by a component with"
+    ):
+        encode_pairs(PLAN, [{**ROW, "chosen": [Draw("s", {"index": 1})]}], "direct")
+
+
+CONVERSATION = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+
+
+@pytest.mark.parametrize(
+    ("row", "prompt", "completions"),
+    [
+        ({"prompt": "q", "chosen": "a", "rejected": "b"}, "q", ("a", "b")),
+        ({"chosen": "the cat", "rejected": "the dog"}, "the", (" cat", " dog")),
+        ({"chosen": "q: a", "rejected": "q: b"}, "q:", (" a", " b")),
+        ({"question": "q", "chosen": "the cat", "rejected": "the dog"}, "q", ("the cat", "the dog")),
+        ({"prompt": CONVERSATION[:1], "chosen": CONVERSATION[1:], "rejected": "b"}, CONVERSATION[:1], ("a", "b")),
+        (
+            {"chosen": CONVERSATION, "rejected": [CONVERSATION[0], {"role": "assistant", "content": "b"}]},
+            CONVERSATION[:1],
+            ("a", "b"),
+        ),
+        (
+            {
+                "prompt": "q",
+                "chosen": CONVERSATION,
+                "rejected": [CONVERSATION[0], {"role": "assistant", "content": "b"}],
+            },
+            CONVERSATION[:1],
+            ("a", "b"),
+        ),
+    ],
+)
+def test_trls_formats(row, prompt, completions):
+    plan = System(X >> draft).compile()
+    (pair,) = encode_pairs(plan, [row], "direct")
+    assert pair.inputs == {"question": prompt}
+    assert (pair.chosen["draft"].value, pair.rejected["draft"].value) == completions
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"chosen": "same", "rejected": "same"},
+        {"chosen": "a", "rejected": "b"},
+        {"chosen": "a", "rejected": "ab"},
+        {"chosen": CONVERSATION[1:], "rejected": [{"role": "assistant", "content": "b"}]},
+    ],
+)
+def test_rows_that_share_no_prompt_lack_one(row):
+    with pytest.raises(DataError, match="Row 0: input 'question' is missing"):
+        encode_pairs(System(X >> draft).compile(), [row], "direct")

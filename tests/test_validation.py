@@ -68,6 +68,7 @@ def test_a_good_row_is_kept():
         ({"chosen": "\ud800"}, ("invalid value", "answer", "chosen")),
         ({"chosen": Draw("a", {"token_ids": [46]})}, ("invalid value", "answer", "chosen")),
         ({"chosen": Draw("a", {"token_ids": "ab"})}, ("invalid value", "answer", "chosen")),
+        ({"chosen": Draw({}, {"token_ids": [5]})}, ("invalid value", "answer", "chosen")),
         ({"chosen": Draw("a", {"token_ids": []})}, ("invalid value", "answer", "chosen")),
         ({"chosen_intermediates": {"route": "left", "facts": ""}}, ("invalid value", "route", "chosen")),
         ({"chosen_intermediates": {"route": numpy.zeros(2), "facts": ""}}, ("invalid value", "route", "chosen")),

@@ -351,12 +351,11 @@ class CausalLM(Component):
     def check_draws(self, draws: Sequence[Draw]) -> None:
         size = getattr(self.config, "vocab_size", None)
         for element, draw in enumerate(draws):
-            ids = draw.record.get("token_ids")
-            if (
-                not isinstance(ids, (list, tuple))
-                or not ids
-                or not all(type(each) is int and each >= 0 for each in ids)
-            ):
+            if not isinstance(draw.value, str):
+                raise DataError(f"{self!r}: a draw's value is its text, got {shown(draw.value)}.", element=element)
+            ids: Any = draw.record.get("token_ids")
+            is_list = isinstance(ids, (list, tuple)) and bool(ids)
+            if not is_list or not all(type(token) is int and token >= 0 for token in ids):
                 raise DataError(
                     f"{self!r}: a draw needs its token_ids, a list of integers, got {shown(ids)}.", element=element
                 )

@@ -110,9 +110,8 @@ def stack_latents(draws: Sequence[Draw], shape: tuple[int, int, int]) -> Float[T
                 element=element,
             )
         given = draw.record["latents"]
-        if not isinstance(given, (numpy.ndarray, Tensor)) or (
-            isinstance(given, numpy.ndarray) and given.dtype.kind != "f"
-        ):
+        is_float = given.dtype.kind == "f" if isinstance(given, numpy.ndarray) else isinstance(given, Tensor)
+        if not is_float:
             raise DataError(f"expected latents in a float array, got {shown(given)}.", element=element)
         latents = torch.as_tensor(given, dtype=torch.float32).cpu()
         if tuple(latents.shape) != tuple(shape):
