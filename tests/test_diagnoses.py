@@ -170,8 +170,9 @@ def test_over_optimisation_of_accuracies_is_measured_by_the_number_of_pairs():
 
 
 @pytest.mark.parametrize(
-    "values", [U_SHAPED[:5], U_SHAPED[:6], [0.69, 0.5, 0.41, 0.40, 0.402, 0.401], [0.5] * 8, U_SHAPED[:3]],
-    ids=["still falling", "one step back", "flat at the end", "constant", "three values"],
+    "values", [U_SHAPED[:5], U_SHAPED[:6], [0.69, 0.5, 0.41, 0.40, 0.402, 0.401], [0.5] * 8, U_SHAPED[:3],
+     [0.7, 0.6, 0.5, 0.4, 0.405, 0.41, 0.42]],
+    ids=["still falling", "one step back", "flat at the end", "constant", "three values", "little of the gain"],
 )  # fmt: skip
 def test_no_over_optimisation(values):
     assert "over_optimisation" not in kinds(evaluations(values))
@@ -309,6 +310,8 @@ def test_the_shares_are_those_of_the_last_evaluation_or_else_of_the_last_log():
     assert training.of("answer").chosen == lines[-2]["nodes/answer/rewards/chosen"]
     assert training.of("answer").share > 0.5 < EVERYTHING
     assert last_shares(History.of([{"step": 1, "loss": 1.0}])) is None
+    later = [*lines, preference_line(70, {"answer": (1.0, 0.5)}, prefix="eval_")]
+    assert [(node.name, node.share) for node in last_shares(History.of(later)).nodes] == [("answer", 1.0)]
 
 
 def test_several_evaluation_sets_and_other_keys_of_a_log():

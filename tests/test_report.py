@@ -148,6 +148,25 @@ def test_the_share_of_each_node_is_on_the_graph(tmp_path):
     assert float(parsed.of_class("plus")[0][1]["fill-opacity"]) > float(parsed.of_class("minus")[0][1]["fill-opacity"])
 
 
+def test_a_node_and_its_component_have_one_colour_in_all_charts(tmp_path):
+    nodes = {"plan": "plan", "write": "write", "critic[0]": "critic", "critic[1]": "critic"}
+    graph = system(nodes, [("question", "plan"), *itertools.pairwise(nodes)])
+    lines = [
+        preference_line(step, dict.fromkeys(nodes, (0.1, -0.1)))
+        | {f"nodes/{key}/grad_norm": 1.0 for key in ("critic", "write")}
+        | {"grad_norm": 2.0}
+        for step in range(1, 9)
+    ]
+    charts = page([read_run(write_run(tmp_path, lines, record(system=graph)))], defaults={}, most_prompts=1).charts
+    legends = {chart.title: {label: colour for label, colour, _ in chart.legend} for chart in charts}
+    margins, norms = legends["Margin by node"], legends["Gradient norm"]
+    assert list(margins) == list(nodes)
+    assert len({*margins.values()}) == 4
+    assert norms["critic"] == margins["critic[0]"]
+    assert norms["write"] == margins["write"]
+    assert norms["all together"] not in margins.values()
+
+
 def test_nothing_that_a_run_holds_can_run(tmp_path):
     def everywhere(at):
         return ATTACKS[at % len(ATTACKS)]
