@@ -101,15 +101,16 @@ def read_all(source: str | Path, *, split: str = "train") -> Rows:
 
 
 def rows_of(data: Any, folder: Path | None = None) -> list[Any]:
-    """The rows of a `datasets.Dataset`, its images undecoded; those of any other iterable as they are.
+    """The rows of a `datasets.Dataset`, its images undecoded, or what its transform (`with_transform`) makes of them;
+    those of any other iterable as they are.
 
     Raises:
         DataError: naming the column and row of a damaged value.
     """
     datasets = sys.modules.get("datasets")
-    if datasets is not None and isinstance(data, datasets.Dataset):
+    if datasets is not None and isinstance(data, datasets.Dataset) and data.format["type"] != "custom":
         return _rows_of_table(data.with_format("arrow")[:], "the dataset", folder)
-    if datasets is not None and isinstance(data, datasets.IterableDataset):
+    if datasets is not None and isinstance(data, (datasets.Dataset, datasets.IterableDataset)):
         return [Row({name: from_arrow(value) for name, value in row.items() if value is not None}) for row in data]
     return list(data)
 

@@ -11,8 +11,9 @@ from sysdag.plan import Plan
 def explicit_prompt(plan: Plan, row: Mapping[str, Any]) -> Mapping[str, Any]:
     """The row with its implicit prompt told apart: what `chosen` and `rejected` begin with alike, as in TRL.
 
-    A row whose prompt is a text beside whole conversations has an implicit one too. Rows of a system with several
-    inputs or outputs, and rows that are not so, come back as they are.
+    A row whose prompt is a text beside whole conversations has an implicit one too: the messages; or the text, if the
+    input is declared as `str` and the text is all that they say. Rows of a system with several inputs or outputs, and
+    rows that are not so, come back as they are.
     """
     names = [given.name for given in plan.system.inputs]
     chosen: Any = row.get("chosen")
@@ -32,7 +33,11 @@ def explicit_prompt(plan: Plan, row: Mapping[str, Any]) -> Mapping[str, Any]:
         shared -= 1  # the space belongs to the completion
     if not shared or shared in (len(chosen), len(rejected)):
         return row
-    return {**row, names[0]: chosen[:shared], "chosen": chosen[shared:], "rejected": rejected[shared:]}
+    prompt = chosen[:shared]
+    wants_text = plan.system.inputs[0].value_type is str
+    if wants_text and prompts and shared == 1 and prompt[0]["role"] == "user" and prompt[0]["content"] == prompts[0]:
+        prompt = prompts[0]
+    return {**row, names[0]: prompt, "chosen": chosen[shared:], "rejected": rejected[shared:]}
 
 
 def _is_conversation(value: Any) -> bool:

@@ -146,6 +146,13 @@ def test_datasets_and_files_are_rows_like_any_others(tmp_path):
         assert [pair.key for pair in encode_pairs(PLAN, found, "direct")] == expected
 
 
+def test_the_rows_of_a_dataset_are_what_its_transform_makes_of_them():
+    data = datasets.Dataset.from_list([{"text": "q", **{side: ROW[side] for side in SIDES}}])
+    changed = data.with_transform(lambda batch: {**batch, "prompt": [text.upper() for text in batch["text"]]})
+    (pair,) = encode_pairs(PLAN, changed, "sampling")
+    assert pair.inputs == {"question": "Q"}
+
+
 def test_the_trainer_takes_a_dataset(tmp_path):
     rows = [ROW, {**ROW, "question": "r"}]
     args = SysDPOConfig(output_dir=str(tmp_path), objective="direct", report_to=[], use_cpu=True)
@@ -235,6 +242,26 @@ def test_trls_formats(row, prompt, completions):
     (pair,) = encode_pairs(plan, [row], "direct")
     assert pair.inputs == {"question": prompt}
     assert (pair.chosen["draft"].value, pair.rejected["draft"].value) == completions
+
+
+@pytest.mark.parametrize(
+    ("prompt", "first", "expected"),
+    [
+        ("q", [CONVERSATION[0]], "q"),
+        ("q", [{"role": "system", "content": "be kind"}, CONVERSATION[0]], None),
+        ("another", [CONVERSATION[0]], None),
+    ],
+)
+def test_an_input_of_text_gets_the_rows_text_where_it_is_the_whole_prompt(prompt, first, expected):
+    completions = {side: [*first, {"role": "assistant", "content": side}] for side in SIDES}
+    plan = System(Input("question", str) >> draft).compile()
+    if expected is None:
+        with pytest.raises(DataError, match="input 'question' must be str, got list"):
+            encode_pairs(plan, [{"prompt": prompt, **completions}], "direct")
+    else:
+        (pair,) = encode_pairs(plan, [{"prompt": prompt, **completions}], "direct")
+        assert pair.inputs == {"question": expected}
+        assert (pair.chosen["draft"].value, pair.rejected["draft"].value) == SIDES
 
 
 @pytest.mark.parametrize(
