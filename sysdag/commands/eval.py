@@ -8,21 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sysdag.commands.judge_options import (
-    ApiKeyEnv,
-    By,
-    Cache,
-    Concurrency,
-    Criteria,
-    LowerIsBetter,
-    Model,
-    Nodes,
-    Request,
-    Retries,
-    Template,
-    Timeout,
-    chosen_judge,
-)
+from sysdag.commands import judge_options
+from sysdag.commands.given import refuse
 from sysdag.errors import DataError, JudgeError
 
 if TYPE_CHECKING:
@@ -34,7 +21,7 @@ _OF_SAMPLING = ("against", "runs", "batch_size", "device", "limit", "split", "ke
 
 def evaluate(
     context: typer.Context,
-    by: By,
+    by: judge_options.By,
     system: Annotated[
         str | None, typer.Argument(help="SYSTEM.py:name, package.module:name, or a saved system's folder.")
     ] = None,
@@ -51,7 +38,7 @@ def evaluate(
         typer.Option(metavar="FILE FILE2", help="Instead of all that: the traces of both, .jsonl or .parquet."),
     ] = None,
     runs: Annotated[int, typer.Option(min=1, help="Runs of each row.")] = 1,
-    seed: Annotated[int, typer.Option(help="Of all that is drawn, and of the bootstrap.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of all that is drawn, and of the bootstrap.")] = 0,
     batch_size: Annotated[int, typer.Option(min=1, help="Runs that go through a system together.")] = 16,
     device: Annotated[
         str, typer.Option(help="Where models are put: auto (a GPU where there is one), cpu, cuda:0, ...")
@@ -68,17 +55,17 @@ def evaluate(
     margin: Annotated[float, typer.Option(min=0, help="Of scores: a smaller difference is a tie.")] = 0.0,
     confidence: Annotated[float, typer.Option(min=0.01, max=0.999, help="Of the intervals.")] = 0.95,
     output: Annotated[Path | None, typer.Option(help="Write figures and comparisons as JSON.")] = None,
-    node: Nodes = None,
-    lower_is_better: LowerIsBetter = False,
-    model: Model = None,
-    api_key_env: ApiKeyEnv = None,
-    criteria: Criteria = None,
-    template: Template = None,
-    request: Request = None,
-    concurrency: Concurrency = 8,
-    timeout: Timeout = 120.0,
-    retries: Retries = 6,
-    cache: Cache = None,
+    node: judge_options.Nodes = None,
+    lower_is_better: judge_options.LowerIsBetter = False,
+    model: judge_options.Model = None,
+    api_key_env: judge_options.ApiKeyEnv = None,
+    criteria: judge_options.Criteria = None,
+    template: judge_options.Template = None,
+    request: judge_options.Request = None,
+    concurrency: judge_options.Concurrency = 8,
+    timeout: judge_options.Timeout = 120.0,
+    retries: judge_options.Retries = 6,
+    cache: judge_options.Cache = None,
 ) -> None:
     """Win rate of a system against another one or against a dataset's `chosen`, with intervals and exact tests.
 
@@ -88,7 +75,7 @@ def evaluate(
     _check(context, system, data, against, traces)
     if output is not None and output.suffix != ".json":
         raise typer.BadParameter(f"--output {output}: its ending must be .json.")
-    judge = chosen_judge(context, output)
+    judge = judge_options.chosen_judge(context, output, traces or [Path(data or "")])
 
     from sysdag.atomic import write_text
     from sysdag.evaluation import check_options, evaluate
@@ -140,10 +127,7 @@ def _check(
         return
     if system is not None:
         raise typer.BadParameter("--traces stand instead of SYSTEM and DATA; give one or the other.")
-    for name in _OF_SAMPLING:
-        source = context.get_parameter_source(name)
-        if source is not None and source.name != "DEFAULT":
-            raise typer.BadParameter(f"--{name.replace('_', '-')} belongs to sampling; --traces are there already.")
+    refuse(context, _OF_SAMPLING, "belongs to sampling; --traces are there already.")
 
 
 def _from_traces(paths: tuple[Path, Path], nodes: list[str] | None) -> tuple[Matched, tuple[str, ...]]:

@@ -8,21 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sysdag.commands.judge_options import (
-    ApiKeyEnv,
-    By,
-    Cache,
-    Concurrency,
-    Criteria,
-    LowerIsBetter,
-    Model,
-    Nodes,
-    Request,
-    Retries,
-    Template,
-    Timeout,
-    chosen_judge,
-)
+from sysdag.commands import judge_options
+from sysdag.commands.given import refuse
 from sysdag.errors import JudgeError
 
 if TYPE_CHECKING:
@@ -32,7 +19,7 @@ if TYPE_CHECKING:
 def judge(
     context: typer.Context,
     traces: Annotated[list[Path], typer.Argument(help="Traces that sysdag sample wrote, .jsonl or .parquet.")],
-    by: By,
+    by: judge_options.By,
     output: Annotated[
         Path | None, typer.Option(help="The file of preference pairs to write, ending in .jsonl or .parquet.")
     ] = None,
@@ -47,21 +34,21 @@ def judge(
         int,
         typer.Option(min=1, help="Of a judge that compares: comparisons of each prompt's runs at most; 15: all of 6."),
     ] = 15,
-    node: Nodes = None,
+    node: judge_options.Nodes = None,
     system: Annotated[
         str | None,
         typer.Option(help="SYSTEM.py:name, package.module:name or a saved system's folder, whose outputs are judged."),
     ] = None,
-    lower_is_better: LowerIsBetter = False,
-    model: Model = None,
-    api_key_env: ApiKeyEnv = None,
-    criteria: Criteria = None,
-    template: Template = None,
-    request: Request = None,
-    concurrency: Concurrency = 8,
-    timeout: Timeout = 120.0,
-    retries: Retries = 6,
-    cache: Cache = None,
+    lower_is_better: judge_options.LowerIsBetter = False,
+    model: judge_options.Model = None,
+    api_key_env: judge_options.ApiKeyEnv = None,
+    criteria: judge_options.Criteria = None,
+    template: judge_options.Template = None,
+    request: judge_options.Request = None,
+    concurrency: judge_options.Concurrency = 8,
+    timeout: judge_options.Timeout = 120.0,
+    retries: judge_options.Retries = 6,
+    cache: judge_options.Cache = None,
 ) -> None:
     """Rank the runs of each prompt and write preference pairs: best against worst, second best against second worst.
 
@@ -79,15 +66,24 @@ def judge(
     for path in (output, scores):
         if path is not None and any(path.resolve() == given.resolve() for given in traces):
             raise typer.BadParameter(f"{path} is a file of traces that is judged; write to another one.")
-    chosen = chosen_judge(context, output or scores)
+    if output is not None and scores is not None and output.resolve() == scores.resolve():
+        raise typer.BadParameter(f"--output and --scores are both {output}; pairs and runs go to files of their own.")
+    if output is None:
+        refuse(context, ("pairs_per_prompt", "margin"), "is about pairs, and there is no --output for them.")
+    if scores is None:
+        refuse(context, ("score_name",), "names the column of --scores, which is not given.")
+    chosen = judge_options.chosen_judge(context, output or scores, [*traces, *filter(None, (output, scores))])
 
     from sysdag.evaluation import check_options
+    from sysdag.judges import ScoringJudge
     from sysdag.loading import load_system
     from sysdag.pairs import output_names, preference_row, write_pairs
     from sysdag.ranking import choose_pairs, judge_runs
     from sysdag.verdicts import consistency
 
     check_options(chosen, margin=margin)
+    if isinstance(chosen, ScoringJudge):
+        refuse(context, ("comparisons",), f"belongs to a judge that compares; {chosen.name} gives scores.")
     trace = read_traces(traces)
     outputs = output_names(trace, load_system(system).outputs if system else node)
     if scores is not None and score_name != by and score_name in trace.columns:

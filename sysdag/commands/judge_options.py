@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from sysdag.commands.given import refuse
 
 if TYPE_CHECKING:
     from sysdag.judges import Judge
@@ -62,12 +65,13 @@ _OF_ENDPOINTS = (
 )  # fmt: skip
 
 
-def chosen_judge(context: typer.Context, output: Path | None) -> Judge:
+def chosen_judge(context: typer.Context, output: Path | None, others: Iterable[Path] = ()) -> Judge:
     """The judge that a command's options name.
 
     Args:
         context: of a command that has the options of this module under their names in small letters.
         output: of the command; an endpoint's answers are kept beside it.
+        others: files that answers must not be appended to.
 
     Raises:
         typer.BadParameter: for options that do not fit together.
@@ -77,11 +81,7 @@ def chosen_judge(context: typer.Context, output: Path | None) -> Judge:
     by, lower_is_better = given["by"], given["lower_is_better"]
     is_endpoint = by.startswith(("http://", "https://"))
     if not is_endpoint:
-        for name in _OF_ENDPOINTS:
-            source = context.get_parameter_source(name)
-            if source is not None and source.name != "DEFAULT":
-                option = "--" + name.replace("_", "-")
-                raise typer.BadParameter(f"{option} belongs to an endpoint: --by http://...")
+        refuse(context, _OF_ENDPOINTS, "belongs to an endpoint: --by http://...")
         from sysdag.judges import ColumnScore, function_judge
 
         if ":" in by or by.endswith(".py"):
@@ -97,6 +97,8 @@ def chosen_judge(context: typer.Context, output: Path | None) -> Judge:
     from sysdag.judge_prompt import CRITERIA, TEMPLATE
 
     cache = given["cache"] or (output and output.with_name(f"{output.name}.answers.jsonl"))
+    if cache and any(cache.resolve() == path.resolve() for path in (*others, *filter(None, (output,)))):
+        raise typer.BadParameter(f"--cache {cache} is a file of something else; answers go to a file of their own.")
     endpoint = Endpoint(
         url=by, model=given["model"], api_key=api_key_of(given["api_key_env"]), options=_options(given["request"]),
         timeout=given["timeout"], retries=given["retries"], concurrency=given["concurrency"], cache=cache,

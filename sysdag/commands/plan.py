@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from sysdag.commands.given import refuse
 from sysdag.errors import SysdagError
 
 if TYPE_CHECKING:
@@ -117,11 +118,7 @@ def plan(
 
 def _check(context: typer.Context, wants_estimate: bool, output: Path | None) -> None:
     if not wants_estimate:
-        for name in _OF_THE_ESTIMATE:
-            source = context.get_parameter_source(name)
-            if source is not None and source.name != "DEFAULT":
-                option = "--" + name.replace("_", "-")
-                raise typer.BadParameter(f"{option} belongs to the estimate: add --estimate or --lengths.")
+        refuse(context, _OF_THE_ESTIMATE, "belongs to the estimate: add --estimate or --lengths.")
     if output is not None and output.suffix not in PICTURES + TEXTS:
         raise typer.BadParameter(f"--output {output}: its ending must be one of {' '.join(PICTURES + TEXTS)}.")
     if output is not None and output.suffix in PICTURES and importlib.util.find_spec("matplotlib") is None:
@@ -132,9 +129,7 @@ def _length(given: str) -> tuple[str, Sequence[int]]:
     name, _, numbers = given.rpartition("=")
     tokens = [int(part) for part in numbers.split(",") if part.strip().isdecimal()]
     if not name or len(tokens) != len(numbers.split(",")) or len(tokens) not in (2, 3):
-        raise typer.BadParameter(
-            f"--lengths {given}: expected NODE=PROMPT,COMPLETION[,COMMON]."
-        )
+        raise typer.BadParameter(f"--lengths {given}: expected NODE=PROMPT,COMPLETION[,COMMON].")
     return name, tokens
 
 
