@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.measure import RESULTS
-from bench.study.cells import distinct, run_cells
+from bench.study.cells import results, run_cells
 from bench.study.compare import Comparison, best_rates, curves, rows
 from bench.study.tables import TABLES
 
@@ -37,14 +37,14 @@ def main(given: Sequence[str]) -> None:
 def run_table(table: Comparison, size: str, cache: Path, folder: Path, workers: int) -> None:
     """Tunes, measures, and writes NAME.csv and NAME-curves.csv."""
     tuning = table.tuning_cells(size)
-    run_cells(distinct(tuning.values()), cache, workers=workers, title=f"{table.name}: tuning")
-    rates = best_rates(dict(zip(tuning, run_cells(list(tuning.values()), cache, workers=0, title=""), strict=True)))
+    run_cells(list(tuning.values()), cache, workers=workers, title=f"{table.name}: tuning")
+    rates = best_rates(dict(zip(tuning, results(list(tuning.values()), cache), strict=True)))
     cells = table.cells(size, rates)
-    run_cells(distinct(cells.values()), cache, workers=workers, title=f"{table.name}: seeds")
-    results = dict(zip(cells, run_cells(list(cells.values()), cache, workers=0, title=""), strict=True))
-    write(folder / f"{table.name}.csv", rows(table, results, rates))
-    if found := curves(table, results):
-        write(folder / f"{table.name}-curves.csv", found)
+    run_cells(list(cells.values()), cache, workers=workers, title=f"{table.name}: seeds")
+    found = dict(zip(cells, results(list(cells.values()), cache), strict=True))
+    write(folder / f"{table.name}.csv", rows(table, found, rates))
+    if steps := curves(table, found):
+        write(folder / f"{table.name}-curves.csv", steps)
 
 
 def write(path: Path, table: Sequence[Mapping[str, Any]]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib
 import json
@@ -11,7 +12,7 @@ import time
 import traceback
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +27,10 @@ class Cell:
         function: `module:function` below `bench.study`; it is called with the cache folder and the options, and
             returns JSON-ready data. Its module's `VERSION` is part of the key: raise it when results would change.
         options: what tells this cell from others, JSON-ready.
-        label: what identifies the cell in its table; not part of the key.
     """
 
     function: str
     options: Mapping[str, Any]
-    label: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def key(self) -> str:
@@ -49,13 +48,13 @@ class CellError(RuntimeError):
     """A cell failed; the others are kept."""
 
 
-def run_cells(cells: Sequence[Cell], cache: Path, *, workers: int, title: str) -> list[Any]:
-    """The results of the cells, in their order; those that are on disk are not computed again.
+def run_cells(cells: Sequence[Cell], cache: Path, *, workers: int, title: str) -> None:
+    """Computes the cells that have no result on disk yet.
 
     Args:
         cells: equal ones are computed once.
         cache: folder of results (`results/<key>.json`) and of what cells share (base models, runs).
-        workers: processes, one torch thread each; 0 reads what is there.
+        workers: processes, one torch thread each; 1 computes in this process.
         title: for the progress bar.
 
     Raises:
@@ -63,20 +62,29 @@ def run_cells(cells: Sequence[Cell], cache: Path, *, workers: int, title: str) -
     """
     cache = cache.resolve()  # base models are named by absolute paths
     (cache / "results").mkdir(parents=True, exist_ok=True)
-    missing = {cell.key: cell for cell in cells if not _file(cache, cell).exists()}
+    missing = list({cell.key: cell for cell in cells if not _file(cache, cell).exists()}.values())
+    if not missing:
+        return
     failed: list[str] = []
-    if missing and not workers:
-        raise CellError(f"{title}: {len(missing)} cells have no result yet.")
-    if missing:
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(workers, mp_context=context, initializer=_quieten) as pool:
-            waiting = {pool.submit(_compute, cell, cache): cell for cell in missing.values()}
-            bar = tqdm(as_completed(waiting), total=len(waiting), desc=title, smoothing=0.1)
-            for done in bar:
-                if (problem := done.result()) is not None:
-                    failed.append(f"{waiting[done].function} {dict(waiting[done].options)}\n{problem}")
+    with tqdm(total=len(missing), desc=title, smoothing=0.1) as bar, contextlib.ExitStack() as stack:
+        if workers == 1:
+            _quieten()
+            done: Iterable[tuple[Cell, str | None]] = ((cell, _compute(cell, cache)) for cell in missing)
+        else:
+            context = multiprocessing.get_context("spawn")
+            pool = stack.enter_context(ProcessPoolExecutor(workers, mp_context=context, initializer=_quieten))
+            waiting = {pool.submit(_compute, cell, cache): cell for cell in missing}
+            done = ((waiting[future], future.result()) for future in as_completed(waiting))
+        for cell, problem in done:
+            bar.update()
+            if problem is not None:
+                failed.append(f"{cell.function} {dict(cell.options)}\n{problem}")
     if failed:
         raise CellError(f"{title}: {len(failed)} of {len(missing)} cells failed.\n\n" + "\n\n".join(failed))
+
+
+def results(cells: Sequence[Cell], cache: Path) -> list[Any]:
+    """What the cells returned, in their order, from disk."""
     return [json.loads(_file(cache, cell).read_text())["result"] for cell in cells]
 
 
@@ -112,8 +120,3 @@ def _compute(cell: Cell, cache: Path) -> str | None:
     unfinished.write_text(json.dumps(kept | {"result": result}, indent=1, allow_nan=False) + "\n")
     unfinished.rename(file)
     return None
-
-
-def distinct(cells: Iterable[Cell]) -> list[Cell]:
-    """The cells without those that repeat an earlier one."""
-    return list({cell.key: cell for cell in cells}.values())

@@ -1,0 +1,167 @@
+"""The study in miniature: what its cells keep, how its tables are made of them, and one table from end to end."""
+
+import csv
+import json
+import random
+
+import numpy
+import pytest
+
+pytest.importorskip("sklearn")
+
+from scipy import stats
+
+from bench.study import cells, letters, run_table, task
+from bench.study.cells import Cell, CellError, results, run_cells
+from bench.study.compare import RATES, TUNING_SEED, Comparison, Variant, best_rates, rows
+from bench.study.loops import first_wrong, mended
+from bench.study.pictures import in_order, preference_score
+from bench.study.tables import TABLES
+from bench.study.worlds import DigitWorld, ShapeWorld
+from examples.tasks.sorted_letters import solve
+from sysdag.components.images import to_pil
+
+
+@pytest.fixture(autouse=True)
+def loud(monkeypatch):
+    """This process keeps its threads and its logs."""
+    monkeypatch.setattr(cells, "_quieten", lambda: None)
+
+
+def cells_of(table, size="full"):
+    rates = {variant.name: 1.0 for variant in table.variants if variant.trains}
+    return list(table.cells(size, rates).values())
+
+
+def test_a_cell_is_computed_once_and_a_failure_keeps_the_others(tmp_path, monkeypatch):
+    computed = []
+
+    def align(cache, *, seed):
+        computed.append(seed)
+        if seed == 1:
+            raise ValueError("no such seed")
+        return {"seed": seed}
+
+    monkeypatch.setattr(letters, "align", align)
+    some = [Cell(function="letters:align", options={"seed": seed}) for seed in (0, 1, 2, 0)]
+    with pytest.raises(CellError, match=r"1 of 3 cells failed(.|\n)*'seed': 1(.|\n)*no such seed"):
+        run_cells(some, tmp_path, workers=1, title="t")
+    run_cells([some[0], some[2]], tmp_path, workers=1, title="t")
+    assert computed == [0, 1, 2]
+    assert results([some[2], some[0]], tmp_path) == [{"seed": 2}, {"seed": 0}]
+    monkeypatch.setattr(letters, "VERSION", "another")
+    run_cells([some[0]], tmp_path, workers=1, title="t")
+    assert computed == [0, 1, 2, 0]
+
+
+def test_tuning_takes_the_best_validation_score_of_every_row_alike():
+    table = TABLES["draft-refine"]
+    tuned = table.tuning_cells("full")
+    assert {name for name, _ in tuned} == {variant.name for variant in table.variants if variant.trains}
+    assert all(cell.options["seed"] == TUNING_SEED for cell in tuned.values())
+    for name in {name for name, _ in tuned}:
+        assert sorted(rate for other, rate in tuned if other == name) == sorted(RATES)
+    found = {("a", 1.0): [[0.1, 0.4]], ("a", 3.0): [[0.1, 0.3]], ("b", 1.0): [[0.2], [0.5]], ("b", 3.0): [[0.4], [0.4]]}
+    as_results = {key: {"curves": [{"validation": v} for v in values]} for key, values in found.items()}
+    assert best_rates(as_results) == {"a": 1.0, "b": 3.0}
+
+
+def test_rows_are_means_over_seeds_with_paired_tests():
+    values = {"x": [0.5, 0.7, 0.6], "y": [0.4, 0.65, 0.4]}
+    table = Comparison(
+        name="t", function="letters:align", metrics=["m"], reference="x", seeds=3,
+        variants=[Variant(name=name, options={}, trains=False) for name in values],
+    )  # fmt: skip
+    found = {
+        (name, seed): {"heldout": {"m": [value - 0.1, value + 0.1]}, "curves": []}
+        for name, of_seed in values.items()
+        for seed, value in enumerate(of_seed)
+    }
+    x, y = rows(table, found, {})
+    assert (x["seeds"], x["prompts"], "p" in x) == (3, 2, False)
+    assert x["mean"] == pytest.approx(0.6)
+    low, high = stats.t.interval(0.95, 2, 0.6, stats.sem(values["x"]))
+    assert (x["low"], x["high"]) == (pytest.approx(low), pytest.approx(high))
+    assert y["difference"] == pytest.approx(numpy.mean(values["y"]) - 0.6)
+    assert y["p"] == pytest.approx(stats.ttest_rel(values["y"], values["x"]).pvalue)
+
+
+def test_every_table_has_its_reference_and_enough_seeds():
+    for table in TABLES.values():
+        assert table.reference in {variant.name for variant in table.variants}, table.name
+        assert table.seeds >= (5 if table.name in ("draft-refine", "pictures-digits") else 3)
+        keys = [cell.key for cell in cells_of(table)]
+        assert len(set(keys)) == len(keys), f"{table.name}: two rows are the same cell"
+
+
+def test_prompts_are_disjoint_and_held_out_ones_enough(tmp_path):
+    prompts = letters.Letters(tmp_path, 0, task.SIZES["full"]).prompts
+    assert len(prompts["heldout"]) >= 200
+    solved = {part: {solve(asked) for asked in asked_of} for part, asked_of in prompts.items()}
+    assert not solved["training"] & solved["heldout"]
+    assert not solved["validation"] & solved["heldout"]
+
+
+@pytest.mark.parametrize("kind", ["size", "brightness", "hue"])
+def test_a_shape_is_measured_as_it_was_drawn(kind):
+    world, rng = ShapeWorld(0), random.Random(0)
+    levels = [0, 3, 5, 8] * 5
+    images = [to_pil(world.draw(kind, level, rng)) for level in levels]
+    assert numpy.abs(world.seen([kind] * 20, images, annotator=False) - levels).max() < 0.6
+    errors = world.seen([kind] * 20, images, annotator=True) - world.seen([kind] * 20, images, annotator=False)
+    assert 0.2 < errors.std() < 0.9
+
+
+def test_the_measuring_judge_of_digits_is_not_the_annotator():
+    world = DigitWorld(0)
+    seen = {annotator: world._judges[annotator] for annotator in (True, False)}
+    assert seen[True] is not seen[False]
+    shared = set(map(bytes, world._digits.judged[0])) & set(map(bytes, world._digits.audited[0]))
+    assert not shared
+
+
+def test_the_picture_rules():
+    assert in_order([1.0, 2.0, 4.0], True) == 1
+    assert in_order([1.0, 2.0, 4.0], False) == 0
+    assert in_order([1.0, 1.4, 4.0], True) == 0
+    assert preference_score([0, 4, 8], True, 8) == 1.0
+    assert preference_score([0, 1, 8], True, 8) == pytest.approx(1 - 6 / 8)
+    assert preference_score([8, 1, 4], True, 8) == -0.5
+    assert preference_score([8, 4, 0], True, 8) == preference_score([1, 2], True, 8) == -1
+
+
+def test_a_critic_and_a_rewriter_that_do_as_they_should_sort_anything():
+    rng = random.Random(0)
+    for _ in range(50):
+        asked = letters.random_question(rng)
+        text = "".join(rng.sample(asked, len(asked)))
+        for _ in range(len(asked)):
+            text = mended(asked, text, first_wrong(asked, text))
+        assert text == solve(asked)
+        assert first_wrong(asked, text) == "="
+
+
+@pytest.mark.slow
+def test_a_table_from_end_to_end(tmp_path, monkeypatch):
+    tiny = task.Size(base_steps=15, training=8, validation=2, heldout=4, steps=4, every=2, runs=4)
+    monkeypatch.setitem(task.SIZES, "quick", tiny)
+    names = ("before", "joint", "separate")
+    table = Comparison(
+        name="mini", function="letters:align", metrics=("exact", "quality", "win against chosen"), reference="joint",
+        seeds=2, variants=[Variant(name=n, options={"method": n}, trains=n != "before") for n in names],
+    )  # fmt: skip
+    run_table(table, "quick", tmp_path / "cache", tmp_path, workers=1)
+    with (tmp_path / "mini.csv").open() as file:
+        found = {(row["method"], row["metric"]): row for row in csv.DictReader(file)}
+    assert found.keys() == {(name, metric) for name in names for metric in table.metrics}
+    with (tmp_path / "mini-curves.csv").open() as file:
+        curves = list(csv.DictReader(file))
+    assert {(row["method"], row["part"]) for row in curves} == {("joint", "0"), ("separate", "0"), ("separate", "1")}
+    assert {row["step"] for row in curves} == {"0", "2", "4"}
+    kept = {file: json.loads(file.read_text()) for file in (tmp_path / "cache" / "results").iterdir()}
+    before = [one["result"] for one in kept.values() if one["options"]["method"] == "before"]
+    mean = numpy.mean([numpy.mean(one["heldout"]["quality"]) for one in before])
+    assert float(found["before", "quality"]["mean"]) == pytest.approx(mean, abs=1e-5)
+    times = {file: file.stat().st_mtime_ns for file in kept}
+    run_table(table, "quick", tmp_path / "cache", tmp_path, workers=1)
+    assert times == {file: file.stat().st_mtime_ns for file in (tmp_path / "cache" / "results").iterdir()}
