@@ -185,7 +185,7 @@ def test_functions_of_a_file_are_listed_where_one_is_missing(tmp_path):
     for spec, text in [
         ("many_judges.py", "names no function; say which of ['bad', 'good']"),
         ("many_judges.py:ugly", "has no 'ugly'; its functions are ['bad', 'good']"),
-        ("many_judges.py:LIMIT", "has 'LIMIT', a int that cannot be called"),
+        ("many_judges.py:LIMIT", "has 'LIMIT', an int that cannot be called"),
     ]:
         with pytest.raises(LoadingError) as error:
             function_judge(f"{tmp_path}/{spec}")

@@ -1,0 +1,71 @@
+"""A system or a function by what a command line calls it: each mistake says what is there, and what to give."""
+
+import re
+import sys
+
+import pytest
+
+from sysdag.errors import LoadingError
+from sysdag.loading import load_function, load_system
+
+SYSTEM = """
+from sysdag import Input, System, node
+question = Input("question")
+@node
+def shout(question):
+    return question.upper()
+system = System(question >> shout)
+"""
+
+
+@pytest.fixture
+def files(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    before = set(sys.modules)
+    yield tmp_path
+    for name in set(sys.modules) - before:
+        if str(getattr(sys.modules[name], "__file__", "")).startswith(str(tmp_path)):
+            del sys.modules[name]
+
+
+def refused(spec, message, load=load_system):
+    with pytest.raises(LoadingError, match=f"^{re.escape(message)}$"):
+        load(spec)
+
+
+def test_a_file_with_one_system_needs_no_name(files):
+    (files / "lone.py").write_text(SYSTEM)
+    assert load_system("lone.py") is load_system("lone.py:system") is load_system(f"{files}/lone.py:system")
+
+
+def test_what_is_no_system(files):
+    (files / "bare.py").write_text("x = 1\n")
+    (files / "full.py").write_text(SYSTEM)
+    refused("bare.py", "bare.py has no system; make one in it: system = System(...).")
+    refused("bare.py:system", "bare.py has no 'system'; it has no system, so make one: system = System(...).")
+    refused("full.py:sistem", "full.py has no 'sistem'; its systems are ['system'].")
+    refused("full.py:question", "full.py has 'question', which is no System but an Input; its systems are ['system'].")
+    refused("bare.py:x", "bare.py has 'x', an int that cannot be called; its functions are [].", load_function)
+
+
+def test_a_place_that_is_none(files):
+    (files / "apart.py").write_text(SYSTEM)
+    (files / "rows.jsonl").write_text("{}\n")
+    (files / "folder").mkdir()
+    expected = "SYSTEM.py:name, package.module:name or a saved system's folder"
+    refused("", f"'' names no file, module or folder; give {expected}.")
+    refused(":system", f"':system' names no file, module or folder; give {expected}.")
+    refused("rows.jsonl:system", f"rows.jsonl is no Python file, whose name ends in .py; give {expected}.")
+    refused("folder", f"folder is no saved system: it has no system.json. Give {expected}.")
+    refused("apart:system", "There is no module apart, but a file: give apart.py:system.")
+
+
+def test_a_module_that_raises_or_ends_is_named_with_its_line(files):
+    (files / "raising.py").write_text("import sys\n\n1 / 0\n")
+    (files / "ending.py").write_text("import sys\nsys.exit('no key')\n")
+    (files / "broken.py").write_text("def f(:\n")
+    path = files / "raising.py"
+    refused("raising.py", f"raising.py: ZeroDivisionError while it was imported ({path}, line 3): division by zero")
+    refused("ending.py", f"ending.py: SystemExit while it was imported ({files / 'ending.py'}, line 2): no key")
+    refused("broken.py", "broken.py: SyntaxError while it was imported: invalid syntax (broken.py, line 1)")
