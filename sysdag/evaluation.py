@@ -15,7 +15,7 @@ import numpy
 from sysdag.encoding import encode_value
 from sysdag.errors import DataError, JudgeError
 from sysdag.judges import ComparingJudge, Judge, ScoringJudge
-from sysdag.statistics import Interval, PairedTest, cluster_bootstrap, paired_bootstrap, sign_test, win_rate
+from sysdag.statistics import Interval, PairedTest, cluster_bootstrap, paired_bootstrap, reaches, sign_test, win_rate
 from sysdag.trace import Trace
 from sysdag.verdicts import Consistency, Verdict, consistency
 
@@ -190,7 +190,7 @@ def evaluate(
     if isinstance(judge, ScoringJudge):
         pair = numpy.array([judge.scores(matched.first), judge.scores(matched.second)])
         better = (-1 if judge.lower_is_better else 1) * (pair[0] - pair[1])
-        outcomes: list[int | None] = [int(o) for o in numpy.sign(better) * (abs(better) >= margin)]
+        outcomes: list[int | None] = [int(o) for o in numpy.sign(better) * reaches(abs(better), margin)]
         for row, one, other in zip(rows, *pair.tolist(), strict=True):
             row["scores"] = [one, other]
         scores = Scores(

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from sysdag.errors import JudgeError
 from sysdag.judges import ComparingJudge, Judge, ScoringJudge, same_outputs
 from sysdag.pairs import runs_by_input
+from sysdag.statistics import reaches
 from sysdag.trace import Trace
 from sysdag.verdicts import Verdict
 
@@ -58,7 +59,7 @@ def judge_runs(trace: Trace, judge: Judge, outputs: Sequence[str], *, comparison
     Args:
         outputs: the nodes that are judged, for a judge that sees outputs only.
         comparisons: for a comparing judge, how many of the pairs of one prompt's runs are compared, at most; 15 are
-            all pairs of 6 runs. Beyond that each run meets equally many others.
+            all pairs of 6 runs. Beyond that runs meet about equally many others.
 
     Raises:
         JudgeError: if the judge fails, or there is nothing to compare.
@@ -86,11 +87,13 @@ def judge_runs(trace: Trace, judge: Judge, outputs: Sequence[str], *, comparison
 
 def schedule(rows: Sequence[int], most: int) -> list[tuple[int, int]]:
     """Pairs of rows to compare: all of them, or the first `most` of an order in which each row meets its neighbours on
-    a ring, then those two places away, and so on."""
+    a ring (every second row first, so that few comparisons still reach all rows), then those two places away, and so
+    on."""
     count = len(rows)
     pairs = []
     for distance in range(1, count // 2 + 1):
-        starts = range(count // 2 if 2 * distance == count else count)
+        every = count // 2 if 2 * distance == count else count
+        starts = [*range(0, every, 2), *range(1, every, 2)]
         pairs += [(rows[start], rows[(start + distance) % count]) for start in starts]
     return pairs[:most]
 
@@ -115,7 +118,7 @@ def choose_pairs(
         half = len(order) // 2
         ranked = list(zip(order[:half], order[::-1][:half], strict=True))
         apart = [(best, worst) for best, worst in ranked if value[best] - value[worst] > 0]
-        wide = [(best, worst) for best, worst in apart if value[best] - value[worst] >= margin]
+        wide = [(best, worst) for best, worst in apart if reaches(value[best] - value[worst], margin)]
         same = _same(trace, wide, outputs)
         found = [pair for pair, equal in zip(wide, same, strict=True) if not equal]
         pairs += found[:pairs_per_prompt]

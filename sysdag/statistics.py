@@ -14,6 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 from sysdag.errors import DataError
 
 _MOST_DRAWN = 2**22  # indices that a bootstrap holds at once
+_ROUNDING = 1e-9  # part of decimal fractions that sums and differences may miss: 0.3 - 0.2 is below 0.1
 
 
 @dataclass(frozen=True)
@@ -184,8 +185,10 @@ def sign_test(differences: ArrayLike, clusters: ArrayLike | None = None) -> Pair
     Raises:
         DataError: see `cluster_bootstrap`.
     """
-    sums, _ = _by_cluster(numpy.asarray(differences, dtype=float), clusters)
-    return exact_test(int((sums > 0).sum()), int((sums < 0).sum()))
+    values = numpy.asarray(differences, dtype=float)
+    sums, _ = _by_cluster(values, clusters)
+    rounding = _ROUNDING * _by_cluster(abs(values), clusters)[0]
+    return exact_test(int((sums > rounding).sum()), int((sums < -rounding).sum()))
 
 
 def exact_test(first: int, second: int) -> PairedTest:
@@ -196,6 +199,11 @@ def exact_test(first: int, second: int) -> PairedTest:
         raise DataError(f"Numbers of pairs cannot be negative, got {first} and {second}.")
     p_value = float(binomtest(first, first + second).pvalue) if first + second else 1.0
     return PairedTest(first, second, p_value)
+
+
+def reaches(difference: ArrayLike, margin: float) -> NDArray:
+    """Whether differences of scores are at least a margin, elementwise; one that misses it by rounding alone is."""
+    return numpy.asarray(difference) >= margin * (1 - _ROUNDING)
 
 
 def _by_cluster(values: NDArray, clusters: ArrayLike | None) -> tuple[NDArray, NDArray]:

@@ -313,6 +313,9 @@ def test_margins_make_ties():
     matched = match(traces([1, 5, 3], list("abc")), traces([0, 1, 4], list("abc")))
     found = evaluate(ColumnScore("score"), matched, ["answer"], margin=2)
     assert [row["outcome"] for row in found.rows] == [0, 1, 0]
+    decimals = match(traces([0.3, 0.2, 0.3], list("abc")), traces([0.2, 0.3, 0.201], list("abc")))
+    found = evaluate(ColumnScore("score"), decimals, ["answer"], margin=0.1)
+    assert [row["outcome"] for row in found.rows] == [1, -1, 0]
     assert [row["outcome"] for row in evaluate(ColumnScore("score"), matched, ["answer"]).rows] == [1, 1, -1]
 
 

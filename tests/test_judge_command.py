@@ -257,6 +257,14 @@ def test_comparisons_are_distinct_and_balanced(count, most):
     assert all(one != other for one, other in pairs)
     if len(pairs) in (every, count):
         assert len(set(met.values())) <= 1
+    if most >= count / 2:
+        assert len(met) == count or count == 1
+
+
+def test_a_margin_of_a_decimal_fraction_is_reached():
+    trace = runs({"why": ["a", "b"], "how": ["c", "d"]})
+    judged = Judged([0.3, 0.2, 0.3, 0.201])
+    assert choose_pairs(trace, judged, ["answer"], margin=0.1).pairs == [(0, 1)]
 
 
 @given(st.lists(st.lists(st.one_of(st.none(), st.integers(0, 3)), min_size=1, max_size=6), min_size=1, max_size=4),

@@ -144,6 +144,11 @@ def test_the_sign_test_counts_each_prompt_once():
     assert (found.first, found.second, found.p_value) == (1, 1, 1.0)
 
 
+def test_differences_that_cancel_but_for_rounding_are_even():
+    found = sign_test([0.3, -0.1, -0.2, -0.3, 0.1, 0.2, 0.1], [0, 0, 0, 1, 1, 1, 2])
+    assert (found.first, found.second) == (1, 0)
+
+
 def test_exact_tests_hold_their_level():
     generator = numpy.random.default_rng(7)
     below = [exact_test(k, 40 - k).p_value < 0.05 for k in generator.binomial(40, 0.5, size=2000)]
