@@ -1,5 +1,6 @@
 import contextlib
 import json
+import math
 import socket
 import sqlite3
 import time
@@ -172,12 +173,17 @@ def test_labels_undo_and_summary(client, tmp_path):
 
 @pytest.mark.parametrize(
     "change",
-    [{"choice": "best"}, {"pair": "0"}, {"request": "short"}, {"annotator": ""}, {"more": 1}, {"annotator": "x" * 201}],
-)
+    [
+        {"choice": "best"}, {"pair": "0"}, {"pair": -1}, {"pair": 2**63}, {"pair": math.inf}, {"request": "short"},
+        {"annotator": ""}, {"annotator": "\ud800"}, {"annotator": "x" * 201}, {"more": 1}, {"\udfff": 1},
+    ],
+)  # fmt: skip
 def test_bodies_that_are_no_label(client, change):
     pair = post(client, "queue", annotator="Ann").json()["task"]["pair"]
     body = {"annotator": "Ann", "pair": pair, "choice": "left", "request": "request-1", **change}
-    assert post(client, "label", **body).status_code == 422
+    answer = client.post("/api/label", content=json.dumps(body), headers={"content-type": "application/json"})
+    assert answer.status_code == 422
+    assert answer.json()["error"].startswith("body: " if "\udfff" in change else f"body.{next(iter(change))}: ")
     assert client.get("/api/summary").json()["labelled"] == 0
 
 
@@ -244,8 +250,12 @@ def test_other_addresses_are_refused_unless_asked_for(tmp_path, host):
 
 
 def test_hosts_that_a_server_answers_to():
-    assert serve._hosts("127.0.0.1", 80) == {"127.0.0.1:80", "localhost:80", "[::1]:80"}
-    assert serve._hosts("Example.org", 80) == {"example.org:80"}
+    assert serve._hosts("127.0.0.1", 81) == {"127.0.0.1:81", "localhost:81", "[::1]:81"}
+    assert serve._hosts("Example.org", 81) == {"example.org:81"}
+    assert serve._hosts("Example.org", 80) == {"example.org:80", "example.org"}
+    access = Access(hosts=None)
+    assert access.cookie("[::1]") == access.cookie("localhost") == access.cookie("[::1]:80") == "sysdag_label_80"
+    assert access.cookie("[::1]:81") == "sysdag_label_81"
     assert serve._hosts("0.0.0.0", 80) is None
 
 

@@ -7,6 +7,7 @@ from importlib import resources
 from typing import Annotated, Any
 
 from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -15,7 +16,7 @@ from sysdag.labelling.guard import Access, Guard
 from sysdag.labelling.records import Choice, Queue, checked_name
 from sysdag.labelling.store import LabelStore
 from sysdag.labelling.summary import summarize
-from sysdag.labelling.view import comparison
+from sysdag.labelling.view import clean, comparison
 from sysdag.trace import Trace
 
 _PAGES = {
@@ -29,6 +30,7 @@ _PAGES = {
 
 Name = Annotated[str, Field(min_length=1, max_length=200)]
 RequestName = Annotated[str, Field(min_length=8, max_length=64)]
+Number = Annotated[int, Field(ge=0, lt=2**63)]  # what SQLite can hold
 
 
 class _Body(BaseModel):
@@ -37,13 +39,13 @@ class _Body(BaseModel):
 
 
 class _Label(_Body):
-    pair: int
+    pair: Number
     choice: Choice
     request: RequestName
 
 
 class _Undo(_Body):
-    label: int
+    label: Number
     request: RequestName
 
 
@@ -91,6 +93,12 @@ def create_app(store: LabelStore, trace: Trace, access: Access) -> FastAPI:
     @app.exception_handler(LabelError)
     async def refused(request: Request, error: LabelError) -> JSONResponse:
         return JSONResponse({"error": str(error)}, status_code=409)
+
+    @app.exception_handler(RequestValidationError)
+    async def not_understood(request: Request, error: RequestValidationError) -> JSONResponse:
+        # Without what was sent, which may have no UTF-8 form.
+        told = "; ".join(f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors())
+        return JSONResponse({"error": clean(told)}, status_code=422)
 
     @app.exception_handler(sqlite3.Error)
     async def not_saved(request: Request, error: sqlite3.Error) -> JSONResponse:

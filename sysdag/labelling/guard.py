@@ -9,6 +9,7 @@ HTML would not run either.
 
 from __future__ import annotations
 
+import re
 import secrets
 from collections.abc import Collection
 from dataclasses import dataclass, field
@@ -50,7 +51,8 @@ class Access:
 
     def cookie(self, host: str) -> str:
         """The cookie's name; browsers do not keep the cookies of a machine's ports apart."""
-        return f"sysdag_label_{host.rpartition(':')[2] if ':' in host else '80'}"
+        port = re.search(r":(\d+)$", host)
+        return f"sysdag_label_{port[1] if port else 80}"
 
 
 class Guard:

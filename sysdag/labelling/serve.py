@@ -118,7 +118,7 @@ def _hosts(host: str, port: int) -> set[str] | None:
     if host in _ALL_ADDRESSES:
         return None
     names = {_shown(host).lower()} | ({"127.0.0.1", "localhost", "[::1]"} if is_loopback(host) else set())
-    return {f"{name}:{port}" for name in names}
+    return {f"{name}:{port}" for name in names} | (names if port == 80 else set())  # which browsers leave out
 
 
 def _shown(host: str) -> str:
