@@ -293,6 +293,29 @@ def test_the_command_says_what_is_wrong(tmp_path):
     assert (found.exit_code, "is no name" in found.output) == (1, True)
 
 
+@pytest.mark.parametrize(
+    "option", [("--annotator", "Ann"), ("--port", "0"), ("--host", "localhost"), ("--allow-remote",), ("--no-browser",)]
+)
+@pytest.mark.parametrize("end", [("--summary",), ("--export", "pairs.jsonl")])
+def test_options_of_the_page_are_refused_where_it_does_not_open(tmp_path, option, end):
+    found = run(tmp_path / "runs.jsonl", *end, *option)
+    assert found.exit_code == 2
+    assert f"{option[0]} belongs to the page" in " ".join(found.output.replace("│", "").split())
+
+
+def test_an_export_does_not_replace_what_it_is_made_of(tmp_path):
+    traces, database = tmp_path / "runs.jsonl", tmp_path / "labels.sqlite.jsonl"
+    runs().save(traces)
+    with open_labels(runs(), database) as store:
+        store.label("Ann", store.queue("Ann").task.pair, "left", "request-1")
+    before = traces.read_bytes(), database.read_bytes()
+    for file in (traces, tmp_path / "." / traces.name, database):
+        found = run(traces, "--database", database, "--export", file)
+        assert (found.exit_code, "write to another one" in " ".join(found.output.replace("│", "").split())) == (2, True)
+    assert (traces.read_bytes(), database.read_bytes()) == before
+    assert run(traces, "--database", database, "--export", tmp_path / "pairs.jsonl").exit_code == 0
+
+
 def test_a_missing_extra_is_named(tmp_path, monkeypatch):
     import importlib.util
 

@@ -8,10 +8,14 @@ from typing import Annotated
 
 import typer
 
+from sysdag.commands.given import refuse
 from sysdag.errors import SysdagError
+
+_OF_THE_PAGE = ("annotator", "port", "host", "allow_remote", "no_browser")
 
 
 def label(
+    context: typer.Context,
     traces: Annotated[Path, typer.Argument(help="Runs that sysdag sample wrote: .jsonl or .parquet.")],
     database: Annotated[Path, typer.Option(help="Where labels are kept; gone on with where it exists.")] = Path(
         "labels.sqlite"
@@ -48,6 +52,10 @@ def label(
     preferences that --export writes are what sysdag train takes.
     """
     writes = export is not None or summary
+    if writes:
+        refuse(context, _OF_THE_PAGE, "belongs to the page, which --export and --summary do not open.")
+    if export is not None and export.resolve() in (traces.resolve(), database.resolve()):
+        raise typer.BadParameter(f"--export {export} is a file that this command reads; write to another one.")
     if writes and not database.exists():
         raise SysdagError(f"There is no database {database}; label something first, or give --database.")
     for package in () if writes else ("fastapi", "uvicorn"):
