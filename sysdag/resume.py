@@ -87,6 +87,9 @@ def _feed(digest: Any, value: Any) -> None:
     """Adds a value to a hash such that different values give different bytes."""
     if isinstance(value, Draw):
         _feed(digest, [value.value, dict(value.record)])
+    elif isinstance(value, (list, tuple)) and value and all(type(element) is int for element in value):
+        text = " ".join(map(str, value)).encode()  # token ids: one by one they would take most of the time
+        digest.update(b"#" + struct.pack("<Q", len(text)) + text)
     elif isinstance(value, (list, tuple)):
         digest.update(b"[" + struct.pack("<Q", len(value)))
         for element in value:

@@ -27,11 +27,12 @@ from sysdag import (
     run_files,
 )
 from sysdag.components import CausalLM
-from sysdag.data import encode_pairs
+from sysdag.data import PreferencePair, encode_pairs
 from sysdag.replay import accumulate_gradients
 from sysdag.resume import pairs_hash
 from sysdag.run_files import read_log, read_run
 from sysdag.serialization import system_to_dict
+from sysdag.trace import Draw
 
 
 def trainer_of(folder, *, system=None, train=None, evaluation=None, callbacks=None, candidates=None, **options):
@@ -93,6 +94,13 @@ def test_the_hash_of_the_data_is_that_of_its_content_in_order():
     again = encode_pairs(plan, rows(4), "direct")
     assert pairs_hash(pairs) == pairs_hash(again)
     assert len({pairs_hash(pairs), pairs_hash(pairs[::-1]), pairs_hash(pairs[:3])}) == 3
+
+
+def test_the_hash_of_the_data_tells_records_apart():
+    ids = ([1, 23], [12, 3], [123], [1, -23], [1], [True], [1.0], ["1"], [[1]], [], "1 23", [1, 23, None])
+    pairs = [PreferencePair({}, {"a": Draw("", {"token_ids": each})}, {}) for each in ids]
+    assert len({pairs_hash([pair]) for pair in pairs}) == len(ids)
+    assert pairs_hash([pairs[0]]) == pairs_hash([PreferencePair({}, {"a": Draw("", {"token_ids": (1, 23)})}, {})])
 
 
 def test_every_log_of_the_trainer_is_a_line(tmp_path):
