@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -227,8 +228,10 @@ class CheckpointTrainer(Trainer):
         return sum(tensor.numel() * tensor.element_size() for tensor in kept)
 
     def _save_arguments(self, folder: Path) -> None:
+        args = copy.copy(self.args)
+        args.hub_token = None  # the folder may be shown to others
         with atomic.replacing(folder) as temporary:
-            torch.save(self.args, temporary / "training_args.bin")
+            torch.save(args, temporary / "training_args.bin")
 
     def _resume(self, folder: Path) -> None:
         """Checks a checkpoint before anything is loaded from it; engine and candidates then go on from there."""

@@ -94,7 +94,7 @@ class TraceFile:
             raise DataError(
                 f"{path} exists. Resume it (--resume) to go on where it was cut off, or overwrite it (--overwrite)."
             )
-        if existing == "resume":
+        if existing == "resume" and self.path.stat().st_size:  # an empty one may have been cut off before all else
             self._compare()
             self._count()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sized
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from sysdag.config import SysDPOConfig
 from sysdag.data import PreferencePair, encode_pairs
 from sysdag.distributed import gathered
 from sysdag.engine import StepOutput, SystemModel
-from sysdag.errors import PlanError, TrainingError
+from sysdag.errors import DataError, PlanError, TrainingError
 from sysdag.graph import System
 from sysdag.references import ReferenceKeeper
 from sysdag.replay import accumulate_gradients
@@ -41,7 +41,7 @@ class SysDPOTrainer(CheckpointTrainer):
 
     Raises:
         PlanError: for options that the system cannot serve.
-        DataError: for a row that cannot be used.
+        DataError: for a row that cannot be used, or a `train_dataset` that is a dict of several or has no row.
     """
 
     args: SysDPOConfig
@@ -59,6 +59,7 @@ class SysDPOTrainer(CheckpointTrainer):
     ) -> None:
         if not isinstance(model, System):
             raise PlanError(f"SysDPOTrainer(model=...) takes a sysdag.System, got {type(model).__name__}.")
+        _check_train_dataset(train_dataset)
         self.system = model
         plan = model.compile()
         system_model = SystemModel(
@@ -256,6 +257,15 @@ class SysDPOTrainer(CheckpointTrainer):
         assert self.state.best_model_checkpoint is not None  # the Trainer calls this only where there is one
         with gathered(self._system_model, here=True, changed=True):
             load_weights(self.system, self.state.best_model_checkpoint)
+
+
+def _check_train_dataset(rows: Any) -> None:
+    if isinstance(rows, Mapping):
+        raise DataError(
+            f"train_dataset must be one dataset, got a dict of {sorted(map(str, rows))}; choose one of them."
+        )
+    if isinstance(rows, Sized) and not len(rows):
+        raise DataError("train_dataset has no rows, so there is nothing to train on.")
 
 
 def _disable_dropout(model: nn.Module) -> None:

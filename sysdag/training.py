@@ -19,7 +19,7 @@ from sysdag.train_options import TrainJob
 from sysdag.trainer import SysDPOTrainer
 from sysdag.validation import validate_rows
 
-_LAST = ("true", "last", "latest")
+_RESUMED = {"true": True, "last": True, "latest": True, "false": None}  # any other value is a checkpoint's folder
 
 
 class Interrupted(KeyboardInterrupt):
@@ -63,7 +63,7 @@ def train(job: TrainJob, say: Callable[[str], None] = print) -> SysDPOTrainer | 
     told(f"{_outlined(job)}\n{_trained(model)}")
     resumed = args.resume_from_checkpoint
     try:
-        trainer.train(resume_from_checkpoint=True if str(resumed).lower() in _LAST else resumed)
+        trainer.train(resume_from_checkpoint=_RESUMED.get(str(resumed).lower(), resumed))
     except KeyboardInterrupt as error:
         raise Interrupted(trainer.how_to_resume()) from error
     if eval_rows is not None and not _is_evaluated(trainer):

@@ -181,8 +181,11 @@ def test_resuming_does_not_run_what_is_there(whole, rows, tmp_path, monkeypatch)
 
 
 def test_resuming_what_is_not_there_begins(rows, tmp_path, whole):
-    again(rows, tmp_path / "new.jsonl", "--resume")
-    assert (tmp_path / "new.jsonl").read_bytes() == whole.read_bytes()
+    for name in ("new.jsonl", "empty.jsonl"):
+        if name == "empty.jsonl":  # killed after the file was made and before anything was written
+            (tmp_path / name).touch()
+        again(rows, tmp_path / name, "--resume")
+        assert (tmp_path / name).read_bytes() == whole.read_bytes()
 
 
 OTHER = Path(SYSTEMS).read_text()

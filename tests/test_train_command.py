@@ -178,7 +178,7 @@ def test_a_training_that_was_stopped_goes_on(place, monkeypatch):
         same(weights("out"), weights("whole"))
     assert [each["step"] for each in read_run("out")["resumed"]] == [2, 4]
     monkeypatch.setattr(SysDPOTrainer, "training_step", interrupted)
-    result = run(*command, *flags(**{**BASIC, "output_dir": "new"}), code=130)
+    result = run(*command, *flags(**{**BASIC, "output_dir": "new", "resume_from_checkpoint": "false"}), code=130)
     assert "There is no checkpoint in new yet" in result.stderr
 
 

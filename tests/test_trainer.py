@@ -3,7 +3,7 @@ import math
 
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 from peft import LoraConfig
 from tiny import char_tokenizer, llama
 from trained_systems import question, rows, two_llms
@@ -187,9 +187,11 @@ def test_early_stopping_keeps_the_best_checkpoint(tmp_path):
 @pytest.mark.parametrize("peft_config", [None, lora()])
 def test_a_trained_system_is_saved_in_folders_its_libraries_load(tmp_path, peft_config):
     system = two_llms(peft_config, tmp_path / "base")
-    trainer = SysDPOTrainer(system, config(tmp_path, max_steps=2), train_dataset=rows(8))
+    trainer = SysDPOTrainer(system, config(tmp_path, max_steps=2, hub_token="hf_secret"), train_dataset=rows(8))
     trainer.train()
     trainer.save_model(tmp_path / "saved")
+    assert not any(b"hf_secret" in file.read_bytes() for file in tmp_path.rglob("*") if file.is_file())
+    assert trainer.args.hub_token == "hf_secret"
     loaded = System.from_pretrained(tmp_path / "saved")
     inputs = {"question": ["a1", "b2", "c3"]}
     trace = system.compile().sample(inputs, seed=3)
@@ -285,6 +287,12 @@ def test_mistakes_in_the_configuration_are_named(tmp_path):
         SysDPOTrainer(
             two_llms(), config(tmp_path), train_dataset=[rows(1)[0], {"question": "a", "chosen": "b", "rejected": "c"}]
         )
+    for empty in ([], Dataset.from_list([])):
+        with pytest.raises(DataError, match="train_dataset has no rows"):
+            SysDPOTrainer(two_llms(), config(tmp_path), train_dataset=empty)
+    splits = DatasetDict(train=Dataset.from_list(rows(2)))
+    with pytest.raises(DataError, match=r"must be one dataset, got a dict of \['train'\]"):
+        SysDPOTrainer(two_llms(), config(tmp_path), train_dataset=splits)
 
 
 def test_a_checkpoint_of_another_system_is_refused(tmp_path):
