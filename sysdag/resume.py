@@ -88,8 +88,8 @@ def _feed(digest: Any, value: Any) -> None:
     if isinstance(value, Draw):
         _feed(digest, [value.value, dict(value.record)])
     elif isinstance(value, (list, tuple)) and value and all(type(element) is int for element in value):
-        text = " ".join(map(str, value)).encode()  # token ids: one by one they would take most of the time
-        digest.update(b"#" + struct.pack("<Q", len(text)) + text)
+        ids = " ".join(map(str, value)).encode()  # token ids: one by one they would take most of the time
+        digest.update(b"#" + struct.pack("<Q", len(ids)) + ids)
     elif isinstance(value, (list, tuple)):
         digest.update(b"[" + struct.pack("<Q", len(value)))
         for element in value:
