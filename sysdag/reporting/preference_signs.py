@@ -11,6 +11,8 @@ from sysdag.reporting.trends import LEAST, change, noise, peak
 
 BEYOND_NOISE = 4.0
 """A change counts from this many standard errors on: there are many looks at many series in a report."""
+BEYOND_LUCK = 3.0
+"""And the best of n values must be left by so many standard deviations more than its luck, sqrt(2 ln n) of them."""
 FALL = 1.0
 """nats that the mean log-probability of winners must fall: e times less likely is the least worth a word."""
 LOST_OF_GAINED = 0.1
@@ -55,9 +57,9 @@ def over_optimisation(history: History, facts: Facts) -> Diagnosis | None:
     """The evaluation was best at an earlier step, and is worse since by more than noise.
 
     For the loss, accuracies and margins of the evaluation: the mean of the last up to three values, all behind the
-    best, is worse than the best by more than `BEYOND_NOISE` standard deviations of a value (for accuracies at least
-    those of a share among as many pairs as the evaluation has), by `LOST_OF_GAINED` of what was gained before, and by
-    `LOST_OF_VALUE`.
+    best, is worse than the best by more than `BEYOND_LUCK` standard deviations of a value and what the best of as many
+    is ahead by chance alone (for accuracies at least those of a share among as many pairs as the evaluation has), by
+    `LOST_OF_GAINED` of what was gained before, and by `LOST_OF_VALUE`.
     """
     found = []
     for metric, higher in (("loss", False), ("rewards/accuracies", True), ("rewards/margins", True)):
@@ -71,7 +73,8 @@ def over_optimisation(history: History, facts: Facts) -> Diagnosis | None:
             if facts.evaluation_pairs:
                 binomial = math.sqrt(max(best.value * (1 - best.value), 1e-2) / facts.evaluation_pairs)
                 spread = max(spread, binomial / 2)  # the same pairs each time: most of their variance is shared
-        if best.lost > max(BEYOND_NOISE * spread, LOST_OF_GAINED * best.gained, LOST_OF_VALUE * scale):
+        chance = (BEYOND_LUCK + math.sqrt(2 * math.log(len(series)))) * spread
+        if best.lost > max(chance, LOST_OF_GAINED * best.gained, LOST_OF_VALUE * scale):
             found.append((metric, best))
     if not found:
         return None
