@@ -234,6 +234,37 @@ def test_before_and_after_stand_side_by_side(tmp_path):
     assert alone.count("not there") == 2
 
 
+def test_values_of_any_kind_are_shown(tmp_path):
+    """Dicts of arrays, and half of a surrogate pair, which JSON can hold and UTF-8 cannot."""
+    before = trace({"scores": numpy.arange(3)}, "half \ud83d", {"table": numpy.eye(2)})
+    after = trace({"scores": numpy.arange(1, 4)}, "half \ud83d", {"table": numpy.eye(2)})
+    write_run(tmp_path, traces={"before": before, "after": after})
+    written = write_report([read_run(tmp_path)], tmp_path / "report.html")
+    assert [step.changed for step in written.prompts[0].steps] == [False, True]
+    parsed = check_is_closed((tmp_path / "report.html").read_text(encoding="utf-8"))
+    assert "half ?" in parsed.text()
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected", "unexpected"),
+    [
+        ({"started": "2026-03-04T10:00:00"}, "2026-03-04T10:00:00", "took"),
+        ({"resumed": 3}, "took 1:02:03", "pauses"),
+        ({"resumed": [{"at": "noon", "step": 4}, 5]}, "took 1:02:03, with the pauses", "from step None"),
+    ],
+)
+def test_times_are_told_as_far_as_they_are_known(tmp_path, changes, expected, unexpected):
+    text = Parsed(rendered(write_run(tmp_path, run=record(**changes)))).text()
+    assert expected in text
+    assert unexpected not in text
+
+
+@pytest.mark.parametrize("value", [10**400, -1e301, 1.7e308])
+def test_numbers_too_large_to_calculate_with_are_not_finite(tmp_path, value):
+    lines = [{"step": step, "loss": value if step % 2 else 0.5} for step in range(1, 20)]
+    assert "loss at steps 1, 3, 5" in Parsed(rendered(write_run(tmp_path, lines))).text()
+
+
 def test_prompts_beyond_the_limit_are_counted(tmp_path):
     many = Trace({"question": [f"q{i}" for i in range(9)]}, {"answer": draws([f"reply {i}" for i in range(9)])})
     text = rendered(write_run(tmp_path, traces={"before": many, "after": many}), most=4)

@@ -15,6 +15,8 @@ _KEY = re.compile(
 _NODE = re.compile(r"nodes/(?P<node>.+)/rewards/(?:chosen|rejected|margins)")
 _COMPONENT = re.compile(r"nodes/(?P<component>.+)/grad_norm")
 
+_LARGEST = 1e300
+
 
 @dataclass(frozen=True)
 class Series:
@@ -75,8 +77,7 @@ class History:
                 # The Trainer's closing line has `train_loss`; another prefix beside `loss` is a metric of the user's.
                 if split == "train" or (split and is_update):
                     continue
-                number = math.nan if value is None or not math.isfinite(value) else float(value)
-                points.setdefault(split, {}).setdefault(found["metric"], {})[line["step"]] = number
+                points.setdefault(split, {}).setdefault(found["metric"], {})[line["step"]] = _number(value)
         splits = {split: {name: _series(own) for name, own in metrics.items()} for split, metrics in points.items()}
         return cls(splits.pop("", {}), splits)
 
@@ -110,6 +111,15 @@ class History:
     def _named(self, pattern: re.Pattern[str]) -> tuple[str, ...]:
         names = (key for split in (self.train, *self.evaluations.values()) for key in split)
         return tuple(sorted({found[1] for name in names if (found := pattern.fullmatch(name))}))
+
+
+def _number(value: float | None) -> float:
+    """nan for what is not finite, or so large that sums of it would not be."""
+    try:
+        number = math.nan if value is None else float(value)
+    except OverflowError:  # Python's integers, and JSON's, have no end
+        return math.nan
+    return number if abs(number) <= _LARGEST else math.nan
 
 
 def _series(points: Mapping[int, float]) -> Series:

@@ -72,7 +72,8 @@ def render(found: Page) -> str:
         "labels": list(dict.fromkeys(metric.label for each in found.runs for metric in each.metrics)),
         "nodes": list(dict.fromkeys(name for each in found.runs for name in each.order)),
     }
-    return environment.get_template("report.html.j2").render(context)
+    text = environment.get_template("report.html.j2").render(context)
+    return text.encode("utf-8", "replace").decode("utf-8")  # half of a surrogate pair, which JSON may hold, has no form
 
 
 def _asset(name: str) -> str:

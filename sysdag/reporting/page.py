@@ -71,9 +71,9 @@ class Findings:
         """How long it ran, as `h:mm:ss`; "" where that is not known."""
         try:
             started, finished = (datetime.fromisoformat(self.run.facts[key]) for key in ("started", "finished"))
+            return str(timedelta(seconds=round((finished - started).total_seconds())))
         except (KeyError, TypeError, ValueError):
             return ""
-        return str(timedelta(seconds=round((finished - started).total_seconds())))
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""

@@ -198,4 +198,6 @@ def _equal(one: Any, other: Any) -> bool:
         return type(one) is type(other) and numpy.array_equal(one, other)
     if isinstance(one, (list, tuple)) and isinstance(other, (list, tuple)):
         return len(one) == len(other) and all(map(_equal, one, other))
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
+        return one.keys() == other.keys() and all(_equal(value, other[key]) for key, value in one.items())
     return type(one) is type(other) and bool(one == other)
