@@ -6,6 +6,7 @@ wrong options end in exit code 2.
 
 from __future__ import annotations
 
+import errno
 from typing import Annotated, Any
 
 import typer
@@ -18,7 +19,7 @@ from sysdag.commands.label import label
 from sysdag.commands.plan import plan
 from sysdag.commands.report import report
 from sysdag.commands.sample import sample
-from sysdag.commands.train import SETTINGS, train
+from sysdag.commands.train import INTERRUPTED, SETTINGS, train
 from sysdag.commands.validate import validate
 from sysdag.errors import SysdagError
 
@@ -30,10 +31,19 @@ class Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except (SysdagError, OSError) as error:
-            if ctx.params["debug"]:
+            if ctx.params["debug"] or (isinstance(error, OSError) and error.errno == errno.EPIPE):  # typer ends quietly
                 raise
-            typer.echo(f"Error: {error}", err=True)
+            typer.echo(f"Error: {_told(error)}", err=True)
             raise typer.Exit(1) from error
+        except KeyboardInterrupt as error:
+            typer.echo(f"\nInterrupted. {error}".rstrip(), err=True)
+            raise typer.Exit(INTERRUPTED) from error
+
+
+def _told(error: Exception) -> str:
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{error.filename}: {error.strerror}."
+    return str(error)
 
 
 app = typer.Typer(

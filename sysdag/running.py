@@ -100,6 +100,7 @@ class LocalEngine:
     device: str | None = None
 
     def traces(self, plan: Plan, runs: Runs, first: int) -> Iterator[Trace]:
+        check_device(self.device)
         for names in plan.components:
             load(names[0], plan.system[names[0]].component, self.device)
         for number in range(first, runs.batches):
@@ -170,6 +171,25 @@ def with_node(plan: Plan, trace: Trace, name: str, sampler: Sampler) -> Trace:
         rows = row_names(trace)
         notes = getattr(error, "__notes__", [f"In node {name!r}, rows {rows[0]} to {rows[-1]}."])
         raise RunError(f"{type(error).__name__}: {error}. {' '.join(notes)}") from error
+
+
+def check_device(device: str | None) -> None:
+    """Refuses a device that is not here, before any weights load.
+
+    Raises:
+        RunError: naming it and what torch says.
+    """
+    import torch
+
+    if device is None or device == "auto":
+        return
+    try:
+        torch.empty(0, device=device)
+    except Exception as error:  # of several types, by kind of device
+        reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
+        raise RunError(
+            f"Device {device!r} cannot be used here ({reason}). Give 'auto', 'cpu', or a GPU that `sysdag env` lists."
+        ) from error
 
 
 def load(name: str, component: Component, device: str | None) -> None:

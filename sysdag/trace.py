@@ -190,7 +190,10 @@ class Trace:
                     )
                     cls.concatenate([traces[0], traces[-1]])
                 except Exception as error:  # whatever a damaged array or image raises, its line has to be named
-                    raise DataError(f"{path}, line {number}: not a run that Trace.to_jsonl wrote ({error}).") from error
+                    why = f"it has no {error}" if isinstance(error, KeyError) else error
+                    raise DataError(
+                        f"{path}, line {number}: not a run that `sysdag sample` or Trace.to_jsonl wrote ({why})."
+                    ) from error
         if not traces:
             raise DataError(f"{path} holds no runs.")
         return cls.concatenate(traces)

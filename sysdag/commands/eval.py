@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sysdag.commands import judge_options
+from sysdag.commands.files import check_output, naming
 from sysdag.commands.given import refuse
-from sysdag.errors import DataError, JudgeError
+from sysdag.errors import DataError, JudgeError, SysdagError
 
 if TYPE_CHECKING:
     from sysdag.evaluation import Matched
@@ -75,6 +76,9 @@ def evaluate(
     _check(context, system, data, against, traces)
     if output is not None and output.suffix != ".json":
         raise typer.BadParameter(f"--output {output}: its ending must be .json.")
+    check_output("--output", output, [] if data is None else [data])
+    if keep_traces is not None and keep_traces.is_file():
+        raise SysdagError(f"--keep-traces {keep_traces} is a file; name a folder.")
     judge = judge_options.chosen_judge(context, output, traces or [Path(data or "")])
 
     from sysdag.atomic import write_text
@@ -172,7 +176,9 @@ def _sampled(
                 f"{spec} has no node {missing[0]!r}, which is judged; its nodes are {list(each.order)}. Name nodes "
                 "that both systems have (--node)."
             )
-    given = held_out(plan, read_rows(data, split=split)[:limit], distinct=other is not None)
+    rows = read_rows(data, split=split)[:limit]
+    with naming(data):
+        given = held_out(plan, rows, distinct=other is not None)
     if other is None:
         second = chosen_runs(plan, given, runs=runs)
         if missing := [name for name in outputs if name not in second.cells]:

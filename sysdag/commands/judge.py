@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from sysdag.commands import judge_options
+from sysdag.commands.files import check_output
 from sysdag.commands.given import refuse
 from sysdag.errors import JudgeError
 
@@ -68,6 +69,8 @@ def judge(
             raise typer.BadParameter(f"{path} is a file of traces that is judged; write to another one.")
     if output is not None and scores is not None and output.resolve() == scores.resolve():
         raise typer.BadParameter(f"--output and --scores are both {output}; pairs and runs go to files of their own.")
+    check_output("--output", output)
+    check_output("--scores", scores)
     if output is None:
         refuse(context, ("pairs_per_prompt", "margin"), "is about pairs, and there is no --output for them.")
     if scores is None:

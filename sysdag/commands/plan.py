@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from sysdag.commands.files import check_output
 from sysdag.commands.given import refuse
 from sysdag.errors import SysdagError
 
@@ -121,6 +122,7 @@ def _check(context: typer.Context, wants_estimate: bool, output: Path | None) ->
         refuse(context, _OF_THE_ESTIMATE, "belongs to the estimate: add --estimate or --lengths.")
     if output is not None and output.suffix not in PICTURES + TEXTS:
         raise typer.BadParameter(f"--output {output}: its ending must be one of {' '.join(PICTURES + TEXTS)}.")
+    check_output("--output", output)
     if output is not None and output.suffix in PICTURES and importlib.util.find_spec("matplotlib") is None:
         raise SysdagError(f'--output {output}: a picture needs matplotlib: pip install "sysdag[report]".')
 

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from sysdag.commands.files import check_output
 from sysdag.errors import SysdagError
 
 
@@ -27,6 +28,9 @@ def report(
     It shows who earned the preference, the curves, runs before and after (of a training with log_traces), the
     configuration, and diagnoses. The file opens offline and asks for nothing else.
     """
+    if output is not None and output.suffix not in (".html", ".htm"):
+        raise typer.BadParameter(f"--output {output}: its ending must be .html.")
+    check_output("--output", output)
     absent = [package for package, module in (("jinja2", "jinja2"), ("pillow", "PIL")) if not _is_there(module)]
     if absent:
         raise SysdagError(f'A report needs {" and ".join(absent)}: pip install "sysdag[report]".')

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from sysdag.commands.files import check_output, naming
+
 if TYPE_CHECKING:
     from sysdag.running import Engine
 
@@ -56,6 +58,7 @@ def sample(
     if engine is EngineName.local and (actors or gpus_per_actor):
         raise typer.BadParameter("--actors and --gpus-per-actor belong to --engine ray.")
     sizes = dict(_size(given) for given in actors or ())
+    check_output("--output", output, [inputs])
 
     from tqdm import tqdm
 
@@ -67,7 +70,8 @@ def sample(
 
     plan = load_system(system).compile()
     rows = read_rows(inputs, split=split)[:limit]
-    columns, ignored = inputs_of(plan, rows)
+    with naming(inputs):
+        columns, ignored = inputs_of(plan, rows)
     if ignored:
         typer.echo(f"Columns that are no inputs of the system are ignored: {', '.join(ignored)}.", err=True)
     wanted = Runs(inputs=columns, runs=runs, seed=seed, batch_size=batch_size)
@@ -76,16 +80,21 @@ def sample(
         typer.echo(f"{output} is complete: {wanted.total} runs.", err=True)
         return
     first = file.batches
+    done = first * batch_size
     traces = run(
         plan, columns, runs=runs, seed=seed, batch_size=batch_size, first_batch=first,
         engine=_engine(engine, device, sizes, gpus_per_actor),
     )  # fmt: skip
-    with tqdm(
-        total=wanted.total, initial=first * batch_size, unit="run", file=sys.stderr, disable=not sys.stderr.isatty()
-    ) as bar:
-        for trace in traces:
-            file.append(trace)
-            bar.update(len(trace))
+    with tqdm(total=wanted.total, initial=done, unit="run", file=sys.stderr, disable=not sys.stderr.isatty()) as bar:
+        try:
+            for trace in traces:
+                file.append(trace)
+                bar.update(len(trace))
+                done += len(trace)
+        except KeyboardInterrupt as error:
+            raise KeyboardInterrupt(
+                f"{done} of {wanted.total} runs are in {output}; the same command with --resume goes on."
+            ) from error
     typer.echo(f"Wrote {wanted.total} runs to {output}.", err=True)
 
 

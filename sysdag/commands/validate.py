@@ -9,6 +9,8 @@ from typing import Annotated
 
 import typer
 
+from sysdag.commands.files import check_output
+
 
 class Objective(StrEnum):
     direct = "direct"
@@ -39,6 +41,7 @@ def validate(
     """
     if output is not None and output.suffix.lower() not in (".jsonl", ".parquet"):
         raise typer.BadParameter(f"--output {output}: its ending must be .jsonl or .parquet.")
+    check_output("--output", output, [data])
 
     from sysdag.loading import load_system
     from sysdag.pairs import write_pairs
@@ -51,7 +54,9 @@ def validate(
     found = read_all(data, split=split)
     report = validate_rows(plan, found.rows, objective.value, limit=limit, strict=strict, damaged=found.damaged)
     typer.echo(json.dumps(report.to_dict(), indent=2) if as_json else str(report))
-    if output is not None:
+    if output is not None and not report.kept:
+        typer.echo(f"{output} is not written: no row can be used.", err=True)
+    elif output is not None:
         kept = [found.rows[number] for number in report.kept]
         moves = any(row.folder is not None and row.folder.resolve() != output.parent.resolve() for row in kept)
         write_pairs(output, [with_whole_paths(plan, row) for row in kept] if moves else kept)
