@@ -1,30 +1,20 @@
 """A session of labelling in a real browser: Chromium without a window, against the server that the command starts."""
 
-import shutil
 import sqlite3
-from pathlib import Path
 
 import pytest
+from browser import chromium, needs_chromium
 from labelled_runs import Running
 from PIL import Image
+from selenium.common.exceptions import JavascriptException
+from selenium.webdriver.common.action_chains import ActionChains
+from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.support.wait import WebDriverWait
 
 from sysdag.trace import Draw, Trace
 
-webdriver = pytest.importorskip("selenium.webdriver")
-from selenium.common.exceptions import JavascriptException  # noqa: E402
-from selenium.webdriver.chrome.service import Service  # noqa: E402
-from selenium.webdriver.common.action_chains import ActionChains  # noqa: E402
-from selenium.webdriver.common.by import By  # noqa: E402
-from selenium.webdriver.common.keys import Keys  # noqa: E402
-from selenium.webdriver.support.wait import WebDriverWait  # noqa: E402
-
-CHROMIUM, DRIVER = Path("/usr/bin/chromium"), Path("/usr/bin/chromedriver")
-pytestmark = pytest.mark.skipif(not (CHROMIUM.exists() and DRIVER.exists()), reason=f"needs {CHROMIUM} and {DRIVER}")
-
-FLAGS = [
-    "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-    "--disable-background-networking", "--disable-component-update", "--disable-sync", "--window-size=1280,800",
-]  # fmt: skip
+pytestmark = needs_chromium
 PAYLOADS = [
     "<script>window.pwned = 1</script>",
     '"><img src=x onerror="window.pwned = 2">',
@@ -60,16 +50,8 @@ def hostile():
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory):
-    options = webdriver.ChromeOptions()
-    options.binary_location = str(CHROMIUM)
-    profile = tmp_path_factory.mktemp("profile")
-    for flag in (*FLAGS, f"--user-data-dir={profile}"):
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = webdriver.Chrome(options=options, service=Service(str(DRIVER)))
-    yield driver
-    driver.quit()
-    shutil.rmtree(profile, ignore_errors=True)
+    with chromium(tmp_path_factory.mktemp("profile"), height=800) as driver:
+        yield driver
 
 
 class Page:

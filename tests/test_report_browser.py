@@ -1,28 +1,19 @@
 """A report in a real browser: Chromium without a window, from a file, with everything that it asks for written down."""
 
 import json
-import shutil
-from pathlib import Path
 
 import pytest
+from browser import chromium, needs_chromium
 from report_runs import log, preference_line, record, system, write_run
+from selenium.webdriver.common.action_chains import ActionChains
+from selenium.webdriver.common.by import By
 
 from sysdag import Draw, Trace
 from sysdag.reporting.html import render
 from sysdag.reporting.page import page
 from sysdag.reporting.read import read_run
 
-webdriver = pytest.importorskip("selenium.webdriver")
-from selenium.webdriver.chrome.service import Service  # noqa: E402
-from selenium.webdriver.common.action_chains import ActionChains  # noqa: E402
-from selenium.webdriver.common.by import By  # noqa: E402
-
-CHROMIUM, DRIVER = Path("/usr/bin/chromium"), Path("/usr/bin/chromedriver")
-pytestmark = pytest.mark.skipif(not (CHROMIUM.exists() and DRIVER.exists()), reason=f"needs {CHROMIUM} and {DRIVER}")
-FLAGS = [
-    "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-    "--disable-background-networking", "--disable-component-update", "--disable-sync", "--window-size=1280,900",
-]  # fmt: skip
+pytestmark = needs_chromium
 PAYLOADS = [
     "<script>window.pwned = 1</script>", "</script><script>window.pwned = 2</script>",
     '"><img src=http://127.0.0.1:9/x onerror="window.pwned = 3">', "</style><svg onload=window.pwned=4>",
@@ -32,16 +23,8 @@ PAYLOADS = [
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory):
-    options = webdriver.ChromeOptions()
-    options.binary_location = str(CHROMIUM)
-    profile = tmp_path_factory.mktemp("profile")
-    for flag in (*FLAGS, f"--user-data-dir={profile}"):
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    driver = webdriver.Chrome(options=options, service=Service(str(DRIVER)))
-    yield driver
-    driver.quit()
-    shutil.rmtree(profile, ignore_errors=True)
+    with chromium(tmp_path_factory.mktemp("profile"), height=900, logs=("browser", "performance")) as driver:
+        yield driver
 
 
 def requests(browser):
