@@ -85,16 +85,19 @@ class TraceFile:
         self._runs = runs
         self._identity = identity(plan, runs)
         self._kept_bytes = 0
+        self._size = 0  # of the file, unless somebody else writes to it
         self._is_open = False
         if self.path.suffix != ".jsonl":
             raise DataError(f"{path}: traces are appended as JSON lines; give a file that ends in .jsonl.")
         if not self.path.exists():
             return
+        self._size = self.path.stat().st_size
         if existing == "refuse":
             raise DataError(
                 f"{path} exists. Resume it (--resume) to go on where it was cut off, or overwrite it (--overwrite)."
             )
-        if existing == "resume" and self.path.stat().st_size:  # an empty one may have been cut off before all else
+        was_begun = self._size or self.side_path.exists()  # if not, it was cut off before all else
+        if existing == "resume" and was_begun:
             self._compare()
             self._count()
 
@@ -102,24 +105,36 @@ class TraceFile:
         """Writes a batch behind what is there; what an interrupted run left of it is removed first.
 
         Raises:
-            DataError: naming the node whose value cannot be written without loss; nothing of the batch is written.
+            DataError: naming the node whose value cannot be written without loss; or if another process wrote to the
+                file. Nothing of the batch is written.
         """
         lines = [json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in trace.rows()]
         data = "".join(lines).encode("utf-8")
         if not self._is_open:
             self._begin()
         with self.path.open("ab") as file:
+            self._check_alone(file.tell())
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
+        self._size += len(data)
         self.batches += 1
 
     def _begin(self) -> None:
         with self.path.open("ab") as file:
+            self._check_alone(file.tell())
             file.truncate(self._kept_bytes)
         if not self._kept_bytes:
             write_text(self.side_path, json.dumps(self._identity, indent=2) + "\n")
+        self._size = self._kept_bytes
         self._is_open = True
+
+    def _check_alone(self, size: int) -> None:
+        if size != self._size:
+            raise DataError(
+                f"{self.path} has {size} bytes where {self._size} were left: another process writes to it. End one of "
+                "the two, and resume."
+            )
 
     def _compare(self) -> None:
         """Refuses to resume another run."""

@@ -274,6 +274,25 @@ def test_nothing_is_replaced_before_there_is_something_new(whole, tmp_path):
     assert whole.read_bytes() == old
 
 
+@pytest.mark.parametrize("existing", ["resume", "overwrite"])
+def test_of_two_that_write_one_file_one_ends(tmp_path, whole, existing):
+    path = tmp_path / "runs.jsonl"
+    wanted = Runs(inputs=INPUTS, runs=3, seed=7, batch_size=4)
+    traces = list(run(LOOPED, INPUTS, runs=3, seed=7, batch_size=4))
+    first = TraceFile(path, LOOPED, wanted)
+    first.append(traces[0])
+    second = TraceFile(path, LOOPED, wanted, existing=existing)
+    first.append(traces[1])
+    with pytest.raises(DataError, match="where [0-9]+ were left: another process"):
+        second.append(traces[second.batches])
+    third = TraceFile(path, LOOPED, wanted, existing="resume")
+    for trace in traces[third.batches :]:
+        third.append(trace)
+    with pytest.raises(DataError, match="another process writes to it"):
+        first.append(traces[2])
+    assert path.read_bytes() == whole.read_bytes()
+
+
 # Errors
 
 
