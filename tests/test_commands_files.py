@@ -46,7 +46,6 @@ COMMANDS = {
     "judge": (["judge", "runs.jsonl", "--by", "unasked.py:score"], "--output", ".jsonl"),
     "scores": (["judge", "runs.jsonl", "--by", "unasked.py:score"], "--scores", ".jsonl"),
     "eval": (["eval", SYSTEM, "rows.jsonl", "--against", SYSTEM, "--by", "unasked.py:score"], "--output", ".json"),
-    "report": (["report", "plain"], "--output", ".html"),
 }
 
 

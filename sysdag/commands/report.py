@@ -9,7 +9,6 @@ from typing import Annotated
 
 import typer
 
-from sysdag.commands.files import check_output
 from sysdag.errors import SysdagError
 
 
@@ -30,7 +29,6 @@ def report(
     """
     if output is not None and output.suffix not in (".html", ".htm"):
         raise typer.BadParameter(f"--output {output}: its ending must be .html.")
-    check_output("--output", output)
     absent = [package for package, module in (("jinja2", "jinja2"), ("pillow", "PIL")) if not _is_there(module)]
     if absent:
         raise SysdagError(f'A report needs {" and ".join(absent)}: pip install "sysdag[report]".')
