@@ -15,7 +15,7 @@ import numpy
 from sysdag.encoding import encode_value
 from sysdag.errors import DataError, JudgeError
 from sysdag.judges import ComparingJudge, Judge, ScoringJudge
-from sysdag.statistics import Interval, PairedTest, cluster_bootstrap, paired_bootstrap, reaches, sign_test, win_rate
+from sysdag.statistics import Interval, PairedTest, cluster_bootstrap, reaches, sign_test, win_rate
 from sysdag.trace import Trace
 from sysdag.verdicts import Consistency, Verdict, consistency
 
@@ -196,7 +196,7 @@ def evaluate(
         scores = Scores(
             cluster_bootstrap(pair[0], clusters, **options),
             cluster_bootstrap(pair[1], clusters, **options),
-            paired_bootstrap(pair[0], pair[1], clusters, **options),
+            cluster_bootstrap(pair[0] - pair[1], clusters, **options),
         )
         if threshold is not None:
             successes = _successes(pair, threshold, judge.lower_is_better, clusters, options)
@@ -229,7 +229,9 @@ def evaluate(
 
 
 def check_options(judge: Judge, *, threshold: float | None = None, margin: float = 0.0) -> None:
-    """Raises a JudgeError for an option that needs scores where the judge gives none."""
+    """Raises a JudgeError for an option out of range, or that needs scores where the judge gives none."""
+    if threshold is not None and not math.isfinite(threshold):
+        raise JudgeError(f"threshold (--threshold) must be a finite number, got {threshold}.")
     if not isinstance(judge, ScoringJudge):
         for name, given in (("threshold", threshold is not None), ("margin", margin != 0)):
             if given:

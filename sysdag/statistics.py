@@ -112,6 +112,8 @@ def cluster_bootstrap(
 ) -> Interval:
     """Mean of values, with the percentile interval of resampled clusters.
 
+    Of differences of paired scores it is the paired bootstrap: pairs stay together, and so do the pairs of a cluster.
+
     Args:
         values: (n,) floats.
         clusters: (n,) what each value belongs to; by default each to a cluster of its own.
@@ -136,28 +138,6 @@ def cluster_bootstrap(
         means[start : start + block] = sums[drawn].sum(1) / counts[drawn].sum(1)
     low, high = numpy.quantile(means, [tail, 1 - tail])
     return Interval(float(values.mean()), float(low), float(high))
-
-
-def paired_bootstrap(
-    first: ArrayLike,
-    second: ArrayLike,
-    clusters: ArrayLike | None = None,
-    *,
-    confidence: float = 0.95,
-    resamples: int = 10_000,
-    seed: int = 0,
-) -> Interval:
-    """Mean of first - second with a percentile interval; pairs stay together, and so do the pairs of a cluster.
-
-    Args:
-        first, second: (n,) scores of the same pairs.
-        clusters, confidence, resamples, seed: see `cluster_bootstrap`.
-
-    Raises:
-        DataError: see `cluster_bootstrap`.
-    """
-    one, other = _same_length(first, second)
-    return cluster_bootstrap(one - other, clusters, confidence=confidence, resamples=resamples, seed=seed)
 
 
 def mcnemar(first: ArrayLike, second: ArrayLike) -> PairedTest:

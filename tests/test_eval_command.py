@@ -116,7 +116,7 @@ def test_a_system_against_another(files):
     rate = statistics.win_rate(numpy.sign(one - other).astype(int))
     assert found["win_rate"] == vars(rate)
     assert found["test"] == found["successes"]["test"] == vars(statistics.mcnemar(one, other))
-    assert found["scores"]["difference"] == vars(statistics.paired_bootstrap(one, other, seed=3))
+    assert found["scores"]["difference"] == vars(statistics.cluster_bootstrap(one - other, seed=3))
     assert found["successes"]["first"]["estimate"] == one.mean()
     assert f"A                    {STRONG}\nB                    {WEAK}\ncomparisons          30 on 30 prompts" in text
     assert (
@@ -375,6 +375,7 @@ WRONG = [
     ([STRONG, "inputs.jsonl", "--by", f"{BY}:right"], 2, "Give SYSTEM, DATA and --against"),
     ([STRONG, "--against", WEAK, "--by", f"{BY}:right"], 2, "Give SYSTEM, DATA and --against"),
     (SAMPLED, 2, "--by"),
+    ([*SAMPLED, "--by", f"{BY}:right", "--threshold", "nan"], 1, "must be a finite number, got nan"),
     ([*SAMPLED, "--by", f"{BY}:right", "--output", "eval.csv"], 2, "its ending must be .json"),
     ([*SAMPLED, "--by", f"{BY}:right", "--runs", "0"], 2, "runs"),
     ([*SAMPLED, "--by", f"{BY}:right", "--confidence", "95"], 2, "confidence"),
