@@ -191,7 +191,7 @@ WRONG = [
     (["runs.jsonl", "--by", "by_length.py:length"], 2, "Name --output for preference pairs, --scores"),
     (["runs.jsonl", "--output", "p.jsonl"], 2, "--by"),
     (["runs.jsonl", "--by", "reward", "--output", "p.csv"], 2, "its ending must be .jsonl or .parquet"),
-    (["runs.jsonl", "--by", "reward", "--output", "runs.jsonl"], 2, "is a file of traces that is judged"),
+    (["runs.jsonl", "--by", "reward", "--output", "runs.jsonl"], 1, "is a file that this command reads"),
     (["runs.jsonl", "--by", "reward", "--output", "p.jsonl", "--model", "m"], 2, "--model belongs to an endpoint"),
     (["runs.jsonl", "--by", "http://127.0.0.1:9/v1", "--output", "p.jsonl"], 2, "needs --model"),
     (["runs.jsonl", "--by", "http://127.0.0.1:9/v1", "--model", "m", "--request", "[1]", "--output", "p.jsonl"], 2,

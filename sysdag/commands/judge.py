@@ -64,13 +64,10 @@ def judge(
     for option, path in (("--output", output), ("--scores", scores)):
         if path is not None and path.suffix not in (".jsonl", ".parquet"):
             raise typer.BadParameter(f"{option} {path}: its ending must be .jsonl or .parquet.")
-    for path in (output, scores):
-        if path is not None and any(path.resolve() == given.resolve() for given in traces):
-            raise typer.BadParameter(f"{path} is a file of traces that is judged; write to another one.")
     if output is not None and scores is not None and output.resolve() == scores.resolve():
         raise typer.BadParameter(f"--output and --scores are both {output}; pairs and runs go to files of their own.")
-    check_output("--output", output)
-    check_output("--scores", scores)
+    check_output("--output", output, traces)
+    check_output("--scores", scores, traces)
     if output is None:
         refuse(context, ("pairs_per_prompt", "margin"), "is about pairs, and there is no --output for them.")
     if scores is None:

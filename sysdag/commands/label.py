@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from sysdag.commands.files import check_output
 from sysdag.commands.given import refuse
 from sysdag.errors import SysdagError
 
@@ -54,8 +55,7 @@ def label(
     writes = export is not None or summary
     if writes:
         refuse(context, _OF_THE_PAGE, "belongs to the page, which --export and --summary do not open.")
-    if export is not None and export.resolve() in (traces.resolve(), database.resolve()):
-        raise typer.BadParameter(f"--export {export} is a file that this command reads; write to another one.")
+    check_output("--export", export, [traces, database])
     if writes and not database.exists():
         raise SysdagError(f"There is no database {database}; label something first, or give --database.")
     for package in () if writes else ("fastapi", "uvicorn"):
