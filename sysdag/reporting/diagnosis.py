@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from sysdag.reporting.history import EMPTY, History, Series
 from sysdag.reporting.read import Run
+from sysdag.reporting.trends import LEAST
 
 Level = Literal["problem", "warning", "note"]
 
@@ -80,6 +81,30 @@ class Facts:
         if node in self.frozen:
             return False
         return not history.components or len(self.gradient_norm(history, node)) > 0
+
+
+@dataclass(frozen=True)
+class End:
+    """The last `LEAST` values of a metric.
+
+    Attributes:
+        split: the words for where they come from.
+        mean: of the values.
+        begin, end: their first and their last step.
+    """
+
+    split: str
+    mean: float
+    begin: int
+    end: int
+
+
+def end_of(history: History, metric: str) -> End | None:
+    """The end of a metric, `observed`; None where neither split has enough values."""
+    split, series = observed(history, metric, LEAST)
+    if not len(series):
+        return None
+    return End(split, sum(series.values[-LEAST:]) / LEAST, series.steps[-LEAST], series.steps[-1])
 
 
 def observed(history: History, metric: str, least: int) -> tuple[str, Series]:

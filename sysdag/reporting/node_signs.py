@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sysdag.reporting.diagnosis import Diagnosis, Facts, observed
+from sysdag.reporting.diagnosis import Diagnosis, Facts, end_of, observed
 from sysdag.reporting.formats import number, percent
 from sysdag.reporting.history import EMPTY, History
 from sysdag.reporting.shares import last_shares
@@ -50,22 +50,20 @@ def low_coverage(history: History, facts: Facts) -> Diagnosis | None:
 
     Fires where the last values of `candidates/coverage` have a mean below `LOW_COVERAGE`.
     """
-    split, series = observed(history, "candidates/coverage", LEAST)
-    if not len(series):
-        return None
-    mean = sum(series.values[-LEAST:]) / LEAST
-    if mean >= LOW_COVERAGE:
+    found = end_of(history, "candidates/coverage")
+    if found is None or found.mean >= LOW_COVERAGE:
         return None
     return Diagnosis(
         "low_coverage",
         "note",
         "Candidates cover little of the latents' probability",
-        f"Between step {series.steps[-LEAST]} and step {series.steps[-1]} the candidates {split} hold "
-        f"{percent(mean) if mean >= 1e-3 else number(mean)} of it; the certificate's bounds are as loose.",
+        f"Between step {found.begin} and step {found.end} the candidates {found.split} hold "
+        f"{percent(found.mean) if found.mean >= 1e-3 else number(found.mean)} of it; the certificate's bounds are as "
+        "loose.",
         "Usual for long texts, and no hindrance to training by itself. More candidates, shorter latents, or a likelier "
         "search (a smaller diversity_penalty) raise it; importance sampling does not need it.",
-        series.steps[-LEAST],
-        series.steps[-1],
+        found.begin,
+        found.end,
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from sysdag.reporting.diagnosis import Diagnosis, Facts, observed
+from sysdag.reporting.diagnosis import Diagnosis, Facts, end_of, observed
 from sysdag.reporting.formats import number
 from sysdag.reporting.history import EMPTY, History
 from sysdag.reporting.trends import LEAST, change, noise, peak
@@ -129,23 +129,18 @@ def too_easy(history: History, facts: Facts) -> Diagnosis | None:
     Fires where the last values of `rewards/accuracies` have a mean of at least `EASY_ACCURACY` and those of
     `rewards/margins` of at least `EASY_MARGIN`.
     """
-    split, series = observed(history, "rewards/accuracies", LEAST)
-    accuracies = series.values[-LEAST:]
-    margins = observed(history, "rewards/margins", LEAST)[1].values[-LEAST:]
-    if not accuracies or not margins:
+    accuracy, margin = end_of(history, "rewards/accuracies"), end_of(history, "rewards/margins")
+    if accuracy is None or margin is None or accuracy.mean < EASY_ACCURACY or margin.mean < EASY_MARGIN:
         return None
-    accuracy, margin = sum(accuracies) / LEAST, sum(margins) / LEAST
-    if accuracy < EASY_ACCURACY or margin < EASY_MARGIN:
-        return None
-    begin, end = series.steps[-LEAST], series.steps[-1]
     return Diagnosis(
         "too_easy",
         "warning",
         "The preference is too easy",
-        f"Between step {begin} and step {end} the accuracy {split} is {number(accuracy)} and the mean margin "
-        f"{number(margin)}: nothing is left to learn from these pairs, and margins only grow.",
+        f"Between step {accuracy.begin} and step {accuracy.end} the accuracy {accuracy.split} is "
+        f"{number(accuracy.mean)} and the mean margin {number(margin.mean)}: nothing is left to learn from these pairs, and "
+        "margins only grow.",
         "Look for what gives winners away (length, format, an empty or truncated loser), and for pairs that are in "
         "training and evaluation alike. Make pairs that are closer, or stop earlier; a larger beta holds models back.",
-        begin,
-        end,
+        accuracy.begin,
+        accuracy.end,
     )
