@@ -171,13 +171,10 @@ class _Reading:
         given = self._outputs(row, side)
         if self.objective == "direct":
             given |= self._intermediates(row, side)
-        before = len(self.problems)
         for name in self.plan.observed(self.objective):
             if name not in given and side in row:
                 hint = f" Give it in {side}_intermediates." if name not in self.plan.system.outputs else ""
                 self._problem("missing", f"{side} has no value of node {name!r}, which {self.objective} needs.{hint}")
-        if len(self.problems) > before:
-            return {}
         cells = {name: self._cell(name, value, side) for name, value in given.items()}
         return {name: cell for name, cell in cells.items() if cell is not None}
 
@@ -196,7 +193,7 @@ class _Reading:
 
     def _intermediates(self, row: Mapping[str, Any], side: str) -> dict[str, Any]:
         column = f"{side}_intermediates"
-        given = row.get(column) or {}
+        given = {} if row.get(column) is None else row[column]
         if not isinstance(given, Mapping):
             self._problem("wrong type", f"{column} must be a dict by node, got {type(given).__name__}.")
             return {}

@@ -54,7 +54,7 @@ def _encode_draw(value: Any, name: str) -> Any:
 def _decode_draw(content: Any) -> Draw:
     record, value = content.get("record"), content.get("value")
     record = decode_json(json.loads(record) if isinstance(record, str) else record or {})
-    log_prob = decode_json(content.get("log_prob"))
+    log_prob = decode_json(content.get("log_prob"), {"__json__": _decode_text})
     if not isinstance(record, dict) or not (log_prob is None or type(log_prob) in (int, float)):
         raise TypeError("a draw has a value, a record (a dict) and a log_prob (a number or null)")
     return Draw(decode_json(value, {"__json__": _decode_text}), record, log_prob)

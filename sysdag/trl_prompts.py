@@ -27,7 +27,7 @@ def explicit_prompt(plan: Plan, row: Mapping[str, Any]) -> Mapping[str, Any]:
     if prompts and (_is_conversation(prompts[0]) or len(chosen) == len(rejected) == 1):
         return row
     shared = 0
-    while shared < min(len(chosen), len(rejected)) and chosen[shared] == rejected[shared]:
+    while shared < min(len(chosen), len(rejected)) and _are_equal(chosen[shared], rejected[shared]):
         shared += 1
     if not conversational and shared > 0 and chosen[shared - 1] == " ":
         shared -= 1  # the space belongs to the completion
@@ -46,3 +46,10 @@ def _is_conversation(value: Any) -> bool:
         and bool(value)
         and all(isinstance(message, Mapping) and {"role", "content"} <= message.keys() for message in value)
     )
+
+
+def _are_equal(first: Any, second: Any) -> bool:
+    try:
+        return bool(first == second)
+    except ValueError:  # a message's content is an array, whose comparison has no truth value
+        return False

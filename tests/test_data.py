@@ -1,6 +1,8 @@
+import copy
 import json
 
 import datasets
+import numpy
 import pytest
 from tiny import char_tokenizer, llama
 
@@ -262,6 +264,16 @@ def test_an_input_of_text_gets_the_rows_text_where_it_is_the_whole_prompt(prompt
         (pair,) = encode_pairs(plan, [{"prompt": prompt, **completions}], "direct")
         assert pair.inputs == {"question": expected}
         assert (pair.chosen["draft"].value, pair.rejected["draft"].value) == SIDES
+
+
+def test_arrays_where_texts_should_be_are_told():
+    messages = [{"role": "user", "content": numpy.zeros(2)}, {"role": "assistant", "content": "a"}]
+    with pytest.raises(DataError, match="Row 0: input 'question' is missing"):
+        encode_pairs(
+            System(X >> draft).compile(), [{"chosen": messages, "rejected": copy.deepcopy(messages)}], "direct"
+        )
+    with pytest.raises(DataError, match="Row 0: chosen_intermediates must be a dict by node, got ndarray"):
+        encode_pairs(PLAN, [{**ROW, "chosen_intermediates": numpy.zeros(2)}], "direct")
 
 
 @pytest.mark.parametrize(

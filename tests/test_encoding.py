@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as st_numpy
 from PIL import Image
 
-from sysdag.encoding import decode_value, encode_value
+from sysdag.encoding import decode_json, decode_value, encode_json, encode_value
 from sysdag.errors import DataError
 
 
@@ -43,6 +43,38 @@ def test_arrays_bit_for_bit(array):
         found = round_trip(scalar)
         assert type(found) is type(scalar)
         assert numpy.asarray(found).tobytes() == numpy.asarray(scalar).tobytes()
+
+
+@pytest.mark.parametrize("value", [2**2048, -(2**2048), 2**2048 - 1, 10**5000, [-(10**5000)]], ids=range(5))
+def test_integers_of_more_digits_than_python_reads(value):
+    assert round_trip(value) == value
+    assert decode_json(json.loads(json.dumps(encode_json(value, "node")))) == value
+
+
+def test_dicts_stand_for_themselves_in_plain_json():
+    value = {"a": {"b": (1, {"__tuple__": [2]})}, "c": {3: 4}, "__x__": 0}
+    data = encode_json(value, "node")
+    assert data["a"]["b"] == {"__tuple__": [1, {"__dict__": {"__tuple__": [2]}}]}
+    assert decode_json(json.loads(json.dumps(data))) == value
+    assert decode_json({"__other__": [1]}) == {"__other__": [1]}
+    with pytest.raises(ValueError, match="no known kind of value"):
+        decode_value({"__other__": [1]})
+
+
+@pytest.mark.parametrize("decode", [decode_value, decode_json])
+def test_what_can_be_written_can_be_read_and_what_is_deeper_neither(decode):
+    def nested(levels):
+        value = 0
+        for _ in range(levels // 2):
+            value = [(value,)]
+        return value
+
+    encode = encode_value if decode is decode_value else encode_json
+    assert decode(json.loads(json.dumps(encode(nested(64), "node")))) == nested(64)
+    with pytest.raises(DataError, match="'node': a value is nested more than 64 levels deep"):
+        encode(nested(66), "node")
+    with pytest.raises(ValueError, match="nested more than 64 levels deep"):
+        decode([[encode(nested(64), "node")]])
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "I;16", "I", "F", "CMYK", "YCbCr", "HSV", "LAB"])

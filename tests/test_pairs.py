@@ -105,6 +105,19 @@ def test_any_rows_come_back(ending, tmp_path_factory):
     assert os.listdir(path.parent) == [path.name]
 
 
+def test_a_dict_that_looks_like_an_image_is_no_image(tmp_path):
+    rows = [{"x": {"bytes": b"a", "path": "p"}}, {"x": {"path": "q"}}, {"x": {"bytes": b"b", "path": None}}]
+    write_pairs(tmp_path / "p.parquet", rows)
+    assert read_rows(tmp_path / "p.parquet") == rows
+
+
+@pytest.mark.parametrize("log_probs", [(0.0, 0), (None, -1), (float("nan"), None), (-1.5, None)], ids=str)
+def test_log_probs_of_several_types_come_back(log_probs, tmp_path):
+    rows = [{"x": Draw("a", {"n": 1}, log_prob)} for log_prob in log_probs]
+    write_pairs(tmp_path / "p.parquet", rows)
+    assert same(list(read_rows(tmp_path / "p.parquet")), rows)
+
+
 def test_a_line_can_be_read_by_people(tmp_path):
     write_pairs(
         tmp_path / "p.jsonl", [{"prompt": "größer", "chosen": Draw("a", {"token_ids": [1]}, -0.5), "rejected": None}]

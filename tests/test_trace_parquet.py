@@ -52,6 +52,17 @@ def test_columns_whose_names_collide_are_kept_apart(tmp_path):
     assert same(Trace.load(tmp_path / "t.parquet"), trace)
 
 
+@pytest.mark.parametrize(
+    "value", [2**63 - 1, -(2**63), 2**63, -(2**63) - 1, "\ud800", "a\0b", float("nan"), -0.0, b"\xff"], ids=ascii
+)
+def test_values_at_the_ends_of_arrows_types(value, tmp_path):
+    trace = Trace(
+        {"x": [value, None]}, {"a": [Draw(value), Draw(value)], "b": [(Draw(value),), ()]}, {"c": [value] * 2}
+    )
+    trace.save(tmp_path / "t.parquet")
+    assert same(Trace.load(tmp_path / "t.parquet"), trace)
+
+
 def test_a_trace_without_runs_keeps_its_names(tmp_path):
     empty = dataclasses.replace(TRACE.select([]))
     empty.save(tmp_path / "t.parquet")

@@ -127,12 +127,12 @@ def test_identical_is_told_by_all_that_is_observed():
 
 
 def test_all_problems_of_a_row_are_told_and_the_row_is_counted_once():
-    row = changed(chosen=4, rejected=5, chosen_intermediates={"route": "x", "facts": ""})
+    row = changed(chosen=4, rejected=5, chosen_intermediates={"route": "x"})
     report = validate_rows(QUESTIONS, [row, GOOD], "direct")
     assert [(problem.side, problem.node) for problem in report.problems] == [
-        ("chosen", "answer"), ("chosen", "route"), ("rejected", "answer"),
+        ("", ""), ("chosen", "answer"), ("chosen", "route"), ("rejected", "answer"),
     ]  # fmt: skip
-    assert report.counts == {"invalid value": 1}
+    assert report.counts == {"missing": 1, "invalid value": 1}
     assert (report.rows, report.errors, report.dropped, report.kept) == (2, 1, 0, (1,))
     assert not report.is_usable
 
