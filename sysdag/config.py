@@ -99,6 +99,9 @@ class SysDPOConfig(TrainingArguments):
             self.nodes = _nodes_from_json(self.nodes)
         if self.remove_unused_columns:
             raise PlanError("remove_unused_columns must be False: the columns are the system's inputs and nodes.")
+        for name, (served, why) in _SERVED.items():
+            if getattr(self, name) not in served:
+                raise PlanError(f"{name}={getattr(self, name)!r} has no use here: {why}.")
         if self.log_traces < 0:
             raise PlanError(f"log_traces must be 0 or more, got {self.log_traces}.")
         if self.ddp_find_unused_parameters is None:
@@ -147,6 +150,14 @@ class SysDPOConfig(TrainingArguments):
         return found
 
 
+# Values of options that TrainingArguments has and that would have no effect on a system, or another one.
+_SERVED: dict[str, tuple[tuple[Any, ...], str]] = {
+    "label_smoothing_factor": ((0.0,), "it is of a classifier's labels; label_smoothing is of preferences"),
+    "neftune_noise_alpha": ((None,), "policy and reference would score with different noise"),
+    "torch_empty_cache_steps": ((None,), "micro_batch_tokens bounds a step's memory"),
+    "train_sampling_strategy": (("random", "sequential"), "a pair has several values, and no one length"),
+    "use_liger_kernel": ((False,), "sysdag has kernels of its own, and uses them where they serve"),
+}
 _NODE_TYPES: dict[str, tuple[type, ...]] = {
     "beta": (float, int, type(None)),
     "scale": (float, int),

@@ -37,7 +37,7 @@ class SysDPOTrainer(CheckpointTrainer):
         args: the configuration.
         candidates: for `objective="sampling"`, how latent candidates are found.
         train_dataset, eval_dataset: preference rows (see `sysdag.data.encode_pairs`); `eval_dataset` may be a dict.
-        kwargs: what else `transformers.Trainer` takes: callbacks, optimizers, ...
+        kwargs: what else `transformers.Trainer` takes, as `optimizers`; what would have no effect is refused.
 
     Raises:
         PlanError: for options that the system cannot serve.
@@ -60,6 +60,9 @@ class SysDPOTrainer(CheckpointTrainer):
         if not isinstance(model, System):
             raise PlanError(f"SysDPOTrainer(model=...) takes a sysdag.System, got {type(model).__name__}.")
         _check_train_dataset(train_dataset)
+        for name in kwargs:
+            if name in _NOT_TAKEN:
+                raise PlanError(f"SysDPOTrainer takes no {name}: {_NOT_TAKEN[name]}.")
         self.system = model
         plan = model.compile()
         system_model = SystemModel(
@@ -288,4 +291,16 @@ def _check_reference(output: StepOutput) -> None:
             )
 
 
+# Arguments of transformers' or TRL's trainers that would have no effect.
+_NOT_TAKEN = {
+    "compute_loss_func": "loss_type and loss_weights of SysDPOConfig choose the loss",
+    "compute_metrics": "an evaluation has no predictions; its metrics are those of the preferences, and for others "
+    "there are callbacks (on_evaluate) and `sysdag eval`",
+    "data_collator": "pairs stay as they are, and micro-batches are put together by each component",
+    "model_init": "it is given the system",
+    "peft_config": "give it to the components, as in CausalLM(..., peft_config=...)",
+    "preprocess_logits_for_metrics": "an evaluation has no logits",
+    "processing_class": "each component has its own, as in CausalLM(..., tokenizer=...)",
+    "ref_model": "the reference is each component as it is before training; sync_ref_model moves it",
+}
 _ROUNDING = {torch.float32: 0.01, torch.float64: 0.0}

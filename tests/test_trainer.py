@@ -295,6 +295,36 @@ def test_mistakes_in_the_configuration_are_named(tmp_path):
         SysDPOTrainer(two_llms(), config(tmp_path), train_dataset=splits)
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        (
+            "label_smoothing_factor",
+            0.1,
+            "label_smoothing_factor=0.1 has no use here: .* label_smoothing is of preferences",
+        ),
+        ("neftune_noise_alpha", 5.0, "neftune_noise_alpha=5.0 has no use here"),
+        ("torch_empty_cache_steps", 2, "torch_empty_cache_steps=2 has no use here"),
+        ("train_sampling_strategy", "group_by_length", "train_sampling_strategy='group_by_length' has no use here"),
+        ("use_liger_kernel", True, "use_liger_kernel=True has no use here"),
+    ],
+)
+def test_options_that_would_have_no_effect_are_refused(tmp_path, name, value, message):
+    with pytest.raises(PlanError, match=message):
+        config(tmp_path, **{name: value})
+    config(tmp_path, train_sampling_strategy="sequential")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["compute_loss_func", "compute_metrics", "data_collator", "model_init", "peft_config",
+     "preprocess_logits_for_metrics", "processing_class", "ref_model"],
+)  # fmt: skip
+def test_arguments_that_would_have_no_effect_are_refused(tmp_path, name):
+    with pytest.raises(PlanError, match=f"^SysDPOTrainer takes no {name}: "):
+        SysDPOTrainer(two_llms(), config(tmp_path), train_dataset=rows(2), **{name: print})
+
+
 def test_a_checkpoint_of_another_system_is_refused(tmp_path):
     trainer = SysDPOTrainer(
         two_llms(), config(tmp_path, max_steps=1, save_strategy="steps", save_steps=1), train_dataset=rows(4)
