@@ -137,8 +137,8 @@ def too_easy(history: History, facts: Facts) -> Diagnosis | None:
         "warning",
         "The preference is too easy",
         f"Between step {accuracy.begin} and step {accuracy.end} the accuracy {accuracy.split} is "
-        f"{number(accuracy.mean)} and the mean margin {number(margin.mean)}: nothing is left to learn from these pairs, and "
-        "margins only grow.",
+        f"{number(accuracy.mean)} and the mean margin {number(margin.mean)}: nothing is left to learn from these "
+        "pairs, and margins only grow.",
         "Look for what gives winners away (length, format, an empty or truncated loser), and for pairs that are in "
         "training and evaluation alike. Make pairs that are closer, or stop earlier; a larger beta holds models back.",
         accuracy.begin,
