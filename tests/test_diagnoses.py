@@ -200,6 +200,34 @@ def test_a_loss_that_does_not_move():
     assert "loss_does_not_move" not in kinds(only_margins)
 
 
+def noisy(gain, steps, deviation, seed):
+    """A training whose loss falls and whose margin rises by `gain`, under the noise of small batches."""
+    generator = numpy.random.default_rng(seed)
+    part = numpy.linspace(0, 1, steps)
+    return updated(log(steps=steps), {
+        "loss": lambda s: 0.69 - gain / 2 * part[s - 1] + deviation * generator.normal(),
+        "rewards/margins": lambda s: gain * part[s - 1] + 2 * deviation * generator.normal(),
+    })  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("gain", "steps", "deviation", "least", "most"),
+    [(0, 200, 0.1, 30, 40), (0.6, 200, 0.1, 0, 0), (0.6, 20, 0.1, 0, 4)],
+)
+def test_a_loss_that_does_not_move_but_for_noise(gain, steps, deviation, least, most):
+    found = [kinds(noisy(gain, steps, deviation, seed)) for seed in range(40)]
+    assert least <= sum("loss_does_not_move" in each for each in found) <= most
+    assert not any("loss_rises" in each for each in found)
+
+
+def test_a_loss_that_rises():
+    found = kinds(updated(log(), {"loss": lambda s: 0.6931 + 0.01 * s}))["loss_rises"]
+    assert found.level == "problem"
+    assert "was 0.7581 around step 1 and is 1.238 around step 60" in found.evidence
+    assert "loss_rises" not in kinds(updated(log(), {"loss": lambda s: 0.6931 + 0.0001 * s}))
+    assert "loss_rises" not in kinds(updated(log(), {"loss": lambda s: 0.6931 + (s % 7) * 0.1}))
+
+
 @pytest.mark.parametrize(("accuracy", "margin", "fires"), [(1.0, 25, True), (1.0, 3, False), (0.9, 25, False)])
 def test_pairs_that_are_too_easy(accuracy, margin, fires):
     late = {"rewards/accuracies": lambda s: min(s / 30, accuracy), "rewards/margins": lambda s: s / 60 * margin}

@@ -10,13 +10,19 @@ from sysdag.reporting.node_signs import (
     one_node_carries_everything,
     responsibilities_collapse,
 )
-from sysdag.reporting.preference_signs import chosen_log_probs_fall, loss_does_not_move, over_optimisation, too_easy
+from sysdag.reporting.preference_signs import (
+    chosen_log_probs_fall,
+    loss_does_not_move,
+    loss_rises,
+    over_optimisation,
+    too_easy,
+)
 from sysdag.reporting.run_signs import gradient_spikes, not_finite, too_short
 
 _LEVELS = ("problem", "warning", "note")
 SIGNS = (
-    not_finite, loss_does_not_move, responsibilities_collapse, over_optimisation, chosen_log_probs_fall, too_easy,
-    gradient_spikes, one_node_carries_everything, low_coverage, too_short,
+    not_finite, loss_does_not_move, loss_rises, responsibilities_collapse, over_optimisation, chosen_log_probs_fall,
+    too_easy, gradient_spikes, one_node_carries_everything, low_coverage, too_short,
 )  # fmt: skip
 
 

@@ -7,7 +7,7 @@ import math
 from sysdag.reporting.diagnosis import Diagnosis, Facts, end_of, observed
 from sysdag.reporting.formats import number
 from sysdag.reporting.history import EMPTY, History
-from sysdag.reporting.trends import LEAST, change, noise, peak
+from sysdag.reporting.trends import LEAST, Change, change, noise, peak
 
 BEYOND_NOISE = 4.0
 """A change counts from this many standard errors on: there are many looks at many series in a report."""
@@ -20,7 +20,11 @@ LOST_OF_GAINED = 0.1
 LOST_OF_VALUE = 0.01
 """And the part of the best value itself, which counts where nothing was gained; for accuracies, points of 1."""
 STILL = 0.01
-"""A loss stands still if its change is less than this part of its first value."""
+"""A loss stands still if its change is less than this part of its first value,"""
+WITHIN_NOISE = 2.0
+"""or less than so many standard errors,"""
+STILL_WITHIN_NOISE = 0.1
+"""if that is no more than this: behind louder noise a real change may hide."""
 EASY_ACCURACY = 0.995
 EASY_MARGIN = 10.0
 """At this margin a pair's sigmoid loss is below 5e-5: nothing is left to learn from pairs like it."""
@@ -99,14 +103,13 @@ def over_optimisation(history: History, facts: Facts) -> Diagnosis | None:
 def loss_does_not_move(history: History, facts: Facts) -> Diagnosis | None:
     """The training loss ends where it began, and so do the margins.
 
-    Fires where the means of the loss's beginning and end differ by less than `STILL` of the first, and those of the
-    margin in training by less than `STILL` or by no more than `BEYOND_NOISE` standard errors.
+    Fires where the means of the loss's beginning and end differ by no more than `STILL` of the first, or than
+    `WITHIN_NOISE` standard errors and `STILL_WITHIN_NOISE` of the first; and those of the margin in training by no more
+    than as much of 1.
     """
     loss = change(history.train.get("loss", EMPTY).finite)
     margin = change(history.train.get("rewards/margins", EMPTY).finite)
-    if loss is None or abs(loss.difference) > STILL * abs(loss.first):
-        return None
-    if margin is not None and abs(margin.difference) > max(BEYOND_NOISE * margin.error, STILL):
+    if loss is None or _moves(loss, abs(loss.first)) or (margin is not None and _moves(margin, 1.0)):
         return None
     rate = facts.config.get("learning_rate")
     told = f" The learning rate is {number(rate)}." if isinstance(rate, (int, float)) else ""
@@ -118,6 +121,34 @@ def loss_does_not_move(history: History, facts: Facts) -> Diagnosis | None:
         f"step {loss.end}.{told}",
         "Raise the learning rate (LoRA adapters take about ten times that of full weights), train longer, and see in "
         "the gradient norms by node that something is trained.",
+        loss.begin,
+        loss.end,
+    )
+
+
+def _moves(series: Change, scale: float) -> bool:
+    still = max(STILL * scale, min(WITHIN_NOISE * series.error, STILL_WITHIN_NOISE * scale))
+    return abs(series.difference) > still
+
+
+def loss_rises(history: History, facts: Facts) -> Diagnosis | None:
+    """The training loss ends above where it began: steps lead away from the preference.
+
+    Fires where the mean of its end is above that of its beginning by more than `STILL` of that and `BEYOND_NOISE`
+    standard errors.
+    """
+    loss = change(history.train.get("loss", EMPTY).finite)
+    if loss is None or loss.difference <= max(STILL * abs(loss.first), BEYOND_NOISE * loss.error):
+        return None
+    return Diagnosis(
+        "loss_rises",
+        "problem",
+        "The loss rises",
+        f"The training loss was {number(loss.first, 4)} around step {loss.begin} and is {number(loss.last, 4)} around "
+        f"step {loss.end}.",
+        "Lower the learning rate, add warm-up, and clip gradients (max_grad_norm). If it rises from the first step on, "
+        "see that nothing changes between steps but the weights (dropout), and what the weights of a mixed loss_type "
+        "pull at.",
         loss.begin,
         loss.end,
     )
