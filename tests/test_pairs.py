@@ -1,5 +1,6 @@
 """Runs grouped by input, rows of preferences out of them, and files of such rows."""
 
+import errno
 import json
 import os
 
@@ -128,6 +129,22 @@ def test_a_line_can_be_read_by_people(tmp_path):
         "chosen": {"__draw__": {"value": "a", "record": {"__dict__": {"token_ids": [1]}}, "log_prob": -0.5}},
     }
     assert "größer" in line
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "parquet"])
+def test_a_disk_that_fails_leaves_the_old_file(ending, tmp_path, monkeypatch):
+    path = tmp_path / f"p.{ending}"
+    write_pairs(path, [{"chosen": "a"}])
+    old = path.read_bytes()
+
+    def fails(*paths):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fails)
+    with pytest.raises(OSError, match="No space left"):
+        write_pairs(path, [{"chosen": "b"}])
+    assert path.read_bytes() == old
+    assert os.listdir(tmp_path) == [path.name]
 
 
 def test_a_row_that_cannot_be_written_leaves_the_old_file(tmp_path):

@@ -282,7 +282,8 @@ def test_the_command_writes_what_can_be_used(data, tmp_path):
     validate(f"{SYSTEMS}:questions", data, "--output", "clean.txt", code=2)
 
 
-def test_paths_are_whole_in_another_folder(tmp_path):
+def test_paths_are_whole_in_another_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "images").mkdir()
     (tmp_path / "other").mkdir()
     (tmp_path / "images" / "a.png").write_bytes(png())
@@ -292,7 +293,7 @@ def test_paths_are_whole_in_another_folder(tmp_path):
     (tmp_path / "images" / "p.jsonl").write_text(json.dumps(row))
     for folder, start in (("images", ""), ("other", f"{tmp_path}/images/")):
         output = tmp_path / folder / "clean.jsonl"
-        validate(f"{SYSTEMS}:pictures", tmp_path / "images" / "p.jsonl", "--output", output)
+        validate(f"{SYSTEMS}:pictures", "images/p.jsonl", "--output", output)
         (found,) = read_rows(output)
         assert found == {**row, "chosen": [f"{start}a.png"], "rejected": [f"{start}b.png", f"{start}a.png"]}
         validate(f"{SYSTEMS}:pictures", output)
