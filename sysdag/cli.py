@@ -7,6 +7,8 @@ wrong options end in exit code 2.
 from __future__ import annotations
 
 import errno
+import os
+import sys
 from typing import Annotated, Any
 
 import typer
@@ -54,6 +56,8 @@ app = typer.Typer(
 @app.callback()
 def sysdag(debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False) -> None:
     """Compound AI systems as graphs, aligned jointly."""
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers and diffusers heed it, too
 
 
 app.command()(env)

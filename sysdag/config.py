@@ -6,6 +6,7 @@ import json
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+import torch
 from transformers import TrainingArguments
 
 from sysdag.errors import PlanError
@@ -108,6 +109,8 @@ class SysDPOConfig(TrainingArguments):
             self.ddp_find_unused_parameters = False  # what DDP sees depends on every trained parameter
         if self.ddp_broadcast_buffers is None:
             self.ddp_broadcast_buffers = False  # models hold constants in them, equal on all processes
+        if not torch.accelerator.is_available():
+            self.dataloader_pin_memory = False  # there is nothing to pin it for, of which torch would warn
         self.objective_options()
         self.engine_options()
         self.reference_options()

@@ -73,7 +73,10 @@ def read_settings(file: str | Path) -> list[Setting]:
     except (OSError, UnicodeDecodeError) as error:
         raise OptionError(f"The configuration file {file} cannot be read: {error}") from error
     except yaml.YAMLError as error:
-        raise OptionError(f"{file} is no YAML: {error}") from error
+        mark = getattr(error, "problem_mark", None)
+        place = "" if mark is None else f", line {mark.line + 1}"
+        what = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise OptionError(f"{file}{place}: not YAML: {what}.") from error
     if root is None:
         return []
     if not isinstance(root, yaml.MappingNode):

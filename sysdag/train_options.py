@@ -12,6 +12,7 @@ import types
 import typing
 from collections.abc import Sequence
 from dataclasses import Field, dataclass, fields
+from pathlib import Path
 from typing import Any, NoReturn
 
 from transformers import HfArgumentParser, TrainingArguments
@@ -143,6 +144,7 @@ def parse(arguments: Sequence[str]) -> TrainJob:
         candidates = _strategy(given, from_file.get("candidates"))
     except (ValueError, ImportError, TypeError) as error:  # PlanError is a ValueError, as TrainingArguments raises
         raise OptionError(str(error)) from error
+    _check(args, given.eval_dataset)
     if args.objective == "sampling" and candidates is None:
         candidates = DiverseBeamSearch()
     if args.objective == "direct" and candidates is not None:
@@ -151,6 +153,24 @@ def parse(arguments: Sequence[str]) -> TrainJob:
         system=given.system, dataset=given.dataset, eval_dataset=given.eval_dataset, split=given.split,
         eval_split=given.eval_split, strict=given.strict, dry_run=given.dry_run, candidates=candidates, args=args,
     )  # fmt: skip
+
+
+def _check(args: SysDPOConfig, eval_dataset: str | None) -> None:
+    """Refuses what the Trainer would fail on, or silently not train with, after the weights are loaded."""
+    for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+        if getattr(args, name) < 1:
+            raise OptionError(f"{name} must be 1 or more, got {getattr(args, name)}.")
+    if args.max_steps <= 0 and args.num_train_epochs <= 0:
+        raise OptionError(f"num_train_epochs must be above 0 where max_steps is not, got {args.num_train_epochs}.")
+    if args.learning_rate < 0:
+        raise OptionError(f"learning_rate must be 0 or more, got {args.learning_rate}.")
+    if args.eval_strategy != "no" and eval_dataset is None:
+        raise OptionError(
+            f"eval_strategy is '{getattr(args.eval_strategy, 'value', args.eval_strategy)}', but there is nothing to "
+            "evaluate on; give --eval-dataset, or leave --eval-strategy out."
+        )
+    if args.output_dir is not None and Path(args.output_dir).is_file():
+        raise OptionError(f"output_dir {args.output_dir} is a file; name a folder.")
 
 
 def _parsed(

@@ -57,7 +57,14 @@ def train(job: TrainJob, say: Callable[[str], None] = print) -> SysDPOTrainer | 
         return None
     if args.disable_tqdm is None or not sys.stderr.isatty():
         args.disable_tqdm = True
-    trainer = SysDPOTrainer(system, args, candidates=job.candidates, train_dataset=train_rows, eval_dataset=eval_rows)
+    try:
+        trainer = SysDPOTrainer(
+            system, args, candidates=job.candidates, train_dataset=train_rows, eval_dataset=eval_rows
+        )
+    except RuntimeError as error:
+        if "to be installed" not in str(error):  # as the Trainer's reporters say it
+            raise
+        raise OptionError(f"report_to: {error}") from error
     trainer.dataset_names = (job.dataset,)
     model: Any = trainer.model
     told(f"{_outlined(job)}\n{_trained(model)}")

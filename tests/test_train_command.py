@@ -137,6 +137,19 @@ def test_a_system_is_aligned_by_a_file_of_options_and_flags_win(place):
     assert list((place / "out" / "runs").rglob("events*"))
 
 
+def test_a_reporter_that_is_not_installed_is_told_without_a_traceback(place, monkeypatch):
+    monkeypatch.setattr("transformers.integrations.integration_utils.is_wandb_available", lambda: False)
+    result = run(f"{MODULE}.py:system", "pairs.jsonl", "--report-to", "wandb", "--output-dir", "out", code=2)
+    assert "\nError: report_to: WandbCallback requires wandb to be installed." in f"\n{result.stderr}"
+
+
+def test_a_training_on_the_cpu_says_nothing_on_standard_error(place):
+    Path("basic.yaml").write_text(yaml.safe_dump({**BASIC, "max_steps": 1, "report_to": "none"}))
+    command = [sys.executable, "-m", "sysdag.cli", "train", f"{MODULE}.py:system", "pairs.jsonl"]
+    done = subprocess.run([*command, "--config", "basic.yaml"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_the_command_trains_as_the_trainer_does(place):
     run(f"{MODULE}.py:system", "pairs.jsonl", *flags(**BASIC, beta=0.2, loss_type="ipo"))
     by_command = weights("out")
@@ -223,6 +236,12 @@ def test_rows_that_should_not_be_trained_on_are_dropped_and_told_or_refused(plac
         (["s:x", "d", "--candidates", "monte_carlo"], "candidates have no use with objective direct"),
         (["s:x", "d", "--eval_strategy", "steps", "--eval_steps", "2", "--load_best_model_at_end", "--save_steps", "3"],
          "a round multiple"),
+        (["s:x", "d", "--eval_strategy", "steps"], "eval_strategy is 'steps', but there is nothing to evaluate on; "
+         "give --eval-dataset"),
+        (["s:x", "d", "--per-device-train-batch-size", "0"], "per_device_train_batch_size must be 1 or more, got 0."),
+        (["s:x", "d", "--num-train-epochs", "-1"], "num_train_epochs must be above 0 where max_steps is not, got -1"),
+        (["s:x", "d", "--learning-rate", "-1"], "learning_rate must be 0 or more, got -1.0."),
+        (["s:x", "d", "--output-dir", __file__], "test_train_command.py is a file; name a folder."),
         (["--config", "nowhere.yaml"], "The configuration file nowhere.yaml cannot be read"),
     ],
 )  # fmt: skip
@@ -254,7 +273,7 @@ def test_wrong_options_end_in_one_message(arguments, message):
         ("objective: sampling\ncandidates: {strategy: monte_carlo, num_candidates: four}\n",
          "c.yaml, line 2: candidates: num_candidates of monte_carlo must be an integer, got 'four'."),
         ("- 1\n", "c.yaml must be a mapping of options to values, got a sequence."),
-        ("a: [\n", "c.yaml is no YAML"),
+        ("beta: 1\na: [\n", "c.yaml, line 3: not YAML: expected the node content, but found '<stream end>'."),
     ],
 )  # fmt: skip
 def test_a_mistake_in_the_file_is_shown_with_its_line(tmp_path, monkeypatch, text, message):
