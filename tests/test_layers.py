@@ -1,9 +1,9 @@
 """The architecture: imports point down, importing sysdag is cheap, and the folder `kernels/` hides nobody's package."""
 
 import ast
+import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -104,10 +104,16 @@ def test_importing_sysdag_is_fast_and_loads_no_heavy_library(tmp_path):
     code = f"import sys, sysdag; sysdag.System, sysdag.node; print([m for m in {heavy} if m in sys.modules])"
     times = []
     for _ in range(3):
-        start = time.perf_counter()
+        start = _seconds_of_children()
         assert run(code, tmp_path).strip() == "[]"
-        times.append(time.perf_counter() - start)
+        times.append(_seconds_of_children() - start)
     assert min(times) < 0.3
+
+
+def _seconds_of_children() -> float:
+    """Processor time of all processes that were waited for: what others do on the machine does not count."""
+    used = os.times()
+    return used.children_user + used.children_system
 
 
 def test_the_graph_and_its_files_need_no_torch():
