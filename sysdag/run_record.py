@@ -10,7 +10,6 @@ import itertools
 import json
 import logging
 import math
-import os
 import random
 import re
 from collections.abc import Iterator, Mapping
@@ -147,11 +146,9 @@ class RunRecord(TrainerCallback):
             generator = torch.Generator().manual_seed(self._args.seed)
             trace = sample(self._model.plan, inputs, generator=generator)
         file = self._trace_file(name)
-        unfinished = file.with_name(f".{file.name}")
         with self._writing():
             file.parent.mkdir(exist_ok=True)
-            trace.to_jsonl(unfinished)
-            os.replace(unfinished, file)
+            trace.to_jsonl(file)
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
