@@ -74,6 +74,8 @@ def test_log_probs_that_do_not_fall(chosen):
 def test_falling_log_probs_without_growing_margins_are_another_matter():
     lines = updated(log(), evaluation={"logps/chosen": lambda s: -20 - 0.5 * s, "rewards/margins": lambda s: 1.0})
     assert "chosen_log_probs_fall" not in kinds(lines)
+    noise_alone = {"logps/chosen": lambda s: -20 - 0.5 * s, "rewards/margins": lambda s: 1 + (s + 1) % 2}
+    assert "chosen_log_probs_fall" not in kinds(updated(log(), evaluation=noise_alone))
 
 
 @pytest.mark.parametrize(("size", "gap", "fires"), [(1.01, 0.001, True), (1.01, 0.2, False), (1.5, 0.001, False)])
@@ -247,8 +249,9 @@ def test_gradient_spikes(name):
 
 
 @pytest.mark.parametrize(
-    "norm", [lambda s: 100 / s, lambda s: 1 + 3 * (s % 2), lambda s: 90.0 if s == 2 else 1.0, lambda s: 1e-4 * 1.1**s],
-    ids=["falling", "noise", "at the start", "growing"],
+    "norm", [lambda s: 100 / s, lambda s: 1 + 3 * (s % 2), lambda s: 90.0 if s == 2 else 1.0, lambda s: 1e-4 * 1.1**s,
+     lambda s: 1.0 if s > 15 else 0.01],
+    ids=["falling", "noise", "at the start", "growing", "small in warm-up"],
 )  # fmt: skip
 def test_no_gradient_spikes(norm):
     assert "gradient_spikes" not in kinds(updated(log(), {"grad_norm": norm}))
