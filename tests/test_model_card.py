@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import types
+from pathlib import Path
 
 import huggingface_hub
 import pytest
@@ -17,6 +18,7 @@ from trained_systems import rows, two_llms
 
 from sysdag import DiverseBeamSearch, Input, SerializationError, SysDPOTrainer, System, node
 from sysdag.components import Categorical, CausalLM
+from sysdag.hub import local_folder
 from sysdag.model_card import MARK, _table, write_card
 from sysdag.run_files import read_log, read_run
 
@@ -262,3 +264,13 @@ def test_a_training_that_pushes_as_it_goes_sends_the_weights_of_its_checkpoints(
         assert len(read_log(hub.folder / "me" / "system")) == 2
     trainer.save_model()
     assert hub.uploads[-1] == ("me/system", "Model save", "")
+
+
+def test_a_folder_of_this_disk_is_no_repository(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **options: f"cache/{name}")
+    assert local_folder("out/aligned") == Path("cache/out/aligned")
+    Path("out/aligned").mkdir(parents=True)
+    assert local_folder("out/aligned") == Path("out/aligned")
+    with pytest.raises(SerializationError, match="revision='main' is of a repository on the Hub; out/aligned is none"):
+        local_folder("out/aligned", revision="main")
