@@ -14,6 +14,7 @@ from sysdag.loading import load_system
 from sysdag.plan import Plan
 from sysdag.readers import read_all
 from sysdag.run_files import LOG_FILE, RUN_FILE, TRACE_FOLDER
+from sysdag.running import load
 from sysdag.strategies import strategy_options
 from sysdag.train_options import TrainJob
 from sysdag.trainer import SysDPOTrainer
@@ -57,6 +58,8 @@ def train(job: TrainJob, say: Callable[[str], None] = print) -> SysDPOTrainer | 
         return None
     if args.disable_tqdm is None or not sys.stderr.isatty():
         args.disable_tqdm = True
+    for names in plan.components:
+        load(names[0], plan.system[names[0]].component, None)
     try:
         trainer = SysDPOTrainer(
             system, args, candidates=job.candidates, train_dataset=train_rows, eval_dataset=eval_rows

@@ -39,6 +39,19 @@ def test_a_file_with_one_system_needs_no_name(files):
     assert load_system("lone.py") is load_system("lone.py:system") is load_system(f"{files}/lone.py:system")
 
 
+@pytest.mark.parametrize("where", [".", "elsewhere"])
+def test_a_saved_system_finds_its_functions_beside_it_and_in_the_working_folder(files, monkeypatch, where):
+    (files / "elsewhere").mkdir()
+    (files / "kept.py").write_text(SYSTEM)
+    load_system("kept.py").save_pretrained("saved")
+    sys.modules.pop("kept")
+    sys.path.remove(str(files))
+    monkeypatch.chdir(where)
+    assert load_system(str(files / "saved")).compile().order == ("shout",)
+    refused(f"{files}/saved:system", f"{files}/saved is a saved system, which is one by itself; give {files}/saved "
+            "without :system.")  # fmt: skip
+
+
 def test_what_is_no_system(files):
     (files / "bare.py").write_text("x = 1\n")
     (files / "full.py").write_text(SYSTEM)

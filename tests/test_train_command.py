@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import fields
@@ -143,8 +144,19 @@ def test_a_reporter_that_is_not_installed_is_told_without_a_traceback(place, mon
     assert "\nError: report_to: WandbCallback requires wandb to be installed." in f"\n{result.stderr}"
 
 
+def test_a_model_that_cannot_be_loaded_is_told_with_its_node(place):
+    Path("refiner/model.safetensors").write_bytes(b"cut off")
+    result = run(f"{MODULE}.py:system", "pairs.jsonl", "--output-dir", "out", code=1)
+    assert re.search(r"^Error: Node 'answer': the model of CausalLM\(.*refiner.*cannot be loaded", result.stderr, re.M)
+    assert not Path("out").exists()
+
+
 def test_a_training_on_the_cpu_says_nothing_on_standard_error(place):
-    Path("basic.yaml").write_text(yaml.safe_dump({**BASIC, "max_steps": 1, "report_to": "none"}))
+    options = {name: value for name, value in BASIC.items() if name != "use_cpu"} | {
+        "max_steps": 1,
+        "report_to": "none",
+    }
+    Path("basic.yaml").write_text(yaml.safe_dump(options))
     command = [sys.executable, "-m", "sysdag.cli", "train", f"{MODULE}.py:system", "pairs.jsonl"]
     done = subprocess.run([*command, "--config", "basic.yaml"], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
