@@ -140,23 +140,10 @@ def cluster_bootstrap(
     return Interval(float(values.mean()), float(low), float(high))
 
 
-def mcnemar(first: ArrayLike, second: ArrayLike) -> PairedTest:
-    """McNemar's exact test: whether two systems succeed equally often on the same prompts.
-
-    Args:
-        first, second: (n,) whether each succeeded; one entry a prompt, since entries must be independent.
-
-    Raises:
-        DataError: for no entries, or columns of different lengths.
-    """
-    one, other = _same_length(first, second)
-    return exact_test(int(((one > 0) & (other <= 0)).sum()), int(((one <= 0) & (other > 0)).sum()))
-
-
 def sign_test(differences: ArrayLike, clusters: ArrayLike | None = None) -> PairedTest:
     """Exact test of whether more prompts are in favour of the first or of the second; even prompts do not count.
 
-    With one difference of successes (1, 0 or -1) a prompt this is McNemar's test.
+    With one difference of successes (1, 0 or -1) a prompt this is McNemar's exact test.
 
     Args:
         differences: (n,) first minus second, or 1, 0, -1 for a win, tie, loss.
@@ -199,13 +186,6 @@ def _by_cluster(values: NDArray, clusters: ArrayLike | None) -> tuple[NDArray, N
         raise DataError(f"There are {len(values)} values, and clusters of shape {labels.shape}.")
     _, index, counts = numpy.unique(labels, return_inverse=True, return_counts=True)
     return numpy.bincount(index, weights=values), counts
-
-
-def _same_length(first: ArrayLike, second: ArrayLike) -> tuple[NDArray, NDArray]:
-    one, other = numpy.asarray(first, dtype=float), numpy.asarray(second, dtype=float)
-    if one.shape != other.shape or not one.size:
-        raise DataError(f"Pairs need two columns of the same length, got shapes {one.shape} and {other.shape}.")
-    return one, other
 
 
 def _checked(confidence: float) -> float:

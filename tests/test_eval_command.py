@@ -115,7 +115,7 @@ def test_a_system_against_another(files):
     assert (found["wins"], found["ties"], found["losses"]) == (wins, ties, losses)
     rate = statistics.win_rate(numpy.sign(one - other).astype(int))
     assert found["win_rate"] == vars(rate)
-    assert found["test"] == found["successes"]["test"] == vars(statistics.mcnemar(one, other))
+    assert found["test"] == found["successes"]["test"] == vars(statistics.sign_test(one - other))
     assert found["scores"]["difference"] == vars(statistics.cluster_bootstrap(one - other, seed=3))
     assert found["successes"]["first"]["estimate"] == one.mean()
     assert f"A                    {STRONG}\nB                    {WEAK}\ncomparisons          30 on 30 prompts" in text

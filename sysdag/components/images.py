@@ -62,6 +62,8 @@ def _decode(value: Any, shape: tuple[int, int, int], element: int | None) -> Flo
         found = f"{image.width}x{image.height} mode {image.mode}"
         if not wrong:
             pixels = numpy.array(image.convert(_MODES[channels][0]), dtype=numpy.float32)
+    except FileNotFoundError as error:
+        raise DataError(f"expected a readable image, got {what}, which does not exist.", element=element) from error
     except Exception as error:  # the decoders of PIL raise a dozen types on damaged files
         raise DataError(
             f"expected a readable image, got {what} that PIL cannot decode ({type(error).__name__}: {error}).",
