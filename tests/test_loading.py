@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+from sysdag.components import CausalLM
 from sysdag.errors import LoadingError
 from sysdag.loading import load_function, load_system
 
@@ -72,6 +73,16 @@ def test_a_place_that_is_none(files):
     refused("rows.jsonl:system", f"rows.jsonl is no Python file, whose name ends in .py; give {expected}.")
     refused("folder", f"folder is no saved system: it has no system.json. Give {expected}.")
     refused("apart:system", "There is no module apart, but a file: give apart.py:system.")
+
+
+def test_a_model_folder_that_is_damaged_is_told_with_its_component(files):
+    (files / "damaged").mkdir()
+    (files / "damaged/config.json").write_text("{")
+    component = CausalLM("damaged", max_new_tokens=4)
+    with pytest.raises(OSError, match=r"^CausalLM\('damaged'\): its tokenizer cannot be loaded\. .*config"):
+        _ = component.tokenizer
+    with pytest.raises(OSError, match=r"^CausalLM\('damaged'\): its config cannot be loaded\. .*config"):
+        _ = component.config
 
 
 def test_a_module_that_raises_or_ends_is_named_with_its_line(files):

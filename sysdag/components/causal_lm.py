@@ -129,7 +129,10 @@ class CausalLM(Component):
             if isinstance(self._tokenizer_source, (str, Path)):
                 from transformers import AutoTokenizer
 
-                self._tokenizer = AutoTokenizer.from_pretrained(self._tokenizer_source)
+                try:
+                    self._tokenizer = AutoTokenizer.from_pretrained(self._tokenizer_source)
+                except OSError as error:
+                    raise OSError(f"{self!r}: its tokenizer cannot be loaded. {error}") from error
             else:
                 self._tokenizer = self._tokenizer_source
             if self._tokenizer.eos_token_id is None:
@@ -145,7 +148,10 @@ class CausalLM(Component):
             if isinstance(self._source, (str, Path)):
                 from transformers import AutoConfig
 
-                self._config = AutoConfig.from_pretrained(self._source)
+                try:
+                    self._config = AutoConfig.from_pretrained(self._source)
+                except OSError as error:
+                    raise OSError(f"{self!r}: its config cannot be loaded. {error}") from error
             else:
                 self._config = self._source.config
         return self._config if self._model is None else self._model.config
