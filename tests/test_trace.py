@@ -174,7 +174,9 @@ CORRUPTED = {
 def test_corrupted_lines_are_named(kind, tmp_path):
     path = tmp_path / "trace.jsonl"
     path.write_text("\n".join([GOOD, CORRUPTED[kind], GOOD]) + "\n")
-    with pytest.raises(DataError, match=re.escape(f"{path}, line 2: not a run that `sysdag sample` or Trace.to_jsonl wrote (")):
+    with pytest.raises(
+        DataError, match=re.escape(f"{path}, line 2: not a run that `sysdag sample` or Trace.to_jsonl wrote (")
+    ):
         Trace.from_jsonl(path)
 
 
