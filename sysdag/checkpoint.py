@@ -116,6 +116,21 @@ class CheckpointTrainer(Trainer):
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """As in `transformers.Trainer`: makes the repository that `push_to_hub` goes to.
+
+        Raises:
+            TrainingError: if the Hub does not make it, before anything is trained.
+        """
+        try:
+            super().init_hf_repo(token, private)
+        except Exception as error:  # what the client's HTTP library raises has no base in common with the Hub's errors
+            name = self.args.hub_model_id or Path(self.args.output_dir).absolute().name
+            raise TrainingError(
+                f"The Hub did not make the repository {name!r}, which push_to_hub needs: {atomic.first_line(error)}. "
+                "Check the connection and `hf auth login`."
+            ) from error
+
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if not self.is_fsdp_enabled:
             super()._save_optimizer_and_scheduler(output_dir)

@@ -96,6 +96,8 @@ class SysDPOTrainer(CheckpointTrainer):
             raise PlanError(
                 "DeepSpeed scales losses of fp16 inside its backward, which parts of a loss bypass; use bf16."
             )
+        if args.fp16 and args.device.type == "cpu":
+            raise PlanError("fp16=True has no effect on a CPU; use bf16=True there.")
         super().__init__(
             model=system_model,
             args=args,

@@ -58,6 +58,8 @@ def train(job: TrainJob, say: Callable[[str], None] = print) -> SysDPOTrainer | 
         return None
     if args.disable_tqdm is None or not sys.stderr.isatty():
         args.disable_tqdm = True
+    if (Path(args.output_dir or "trainer_output") / RUN_FILE).is_file() and not args.resume_from_checkpoint:
+        told(f"{args.output_dir} holds an earlier training: its record and its system will be replaced.")
     for names in plan.components:
         load(names[0], plan.system[names[0]].component, None)
     try:

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from test_trainer import config, lora
 from trained_systems import rows, two_llms
 
-from sysdag import DiverseBeamSearch, Input, SerializationError, SysDPOTrainer, System, node
+from sysdag import DiverseBeamSearch, Input, SerializationError, SysDPOTrainer, System, TrainingError, node
 from sysdag.components import Categorical, CausalLM
 from sysdag.hub import local_folder
 from sysdag.model_card import MARK, _table, write_card
@@ -226,6 +226,16 @@ def test_a_system_goes_to_the_hub_and_comes_back(tmp_path, hub):
         System.from_pretrained(tmp_path, revision="main")
     with pytest.raises(SerializationError, match=r"nothing/system.json does not exist; expected a folder"):
         System.from_pretrained(tmp_path / "nothing")
+
+
+def test_a_hub_that_makes_no_repository_is_told_before_training(tmp_path, monkeypatch):
+    def create_repo(self, *args, **options):
+        raise ConnectionError("no route to the Hub\nmore")
+
+    monkeypatch.setattr(HfApi, "create_repo", create_repo)
+    expected = r"The Hub did not make the repository 'out', which push_to_hub needs: no route to the Hub\. Check"
+    with pytest.raises(TrainingError, match=expected):
+        trained(tmp_path / "out", push_to_hub=True)
 
 
 def test_the_trainer_pushes_a_system_that_loads_and_none_of_its_checkpoints(tmp_path, hub):

@@ -101,6 +101,13 @@ def same(one, other, tolerance=0.0):
         )
 
 
+def test_a_training_says_that_it_replaces_an_earlier_one(place):
+    given = [f"{MODULE}.py:system", "pairs.jsonl", *flags(**BASIC | {"max_steps": 1})]
+    told = "out holds an earlier training: its record and its system will be replaced."
+    assert told not in run(*given).stdout
+    assert told in run(*given).stdout
+
+
 def test_a_system_is_aligned_by_a_file_of_options_and_flags_win(place):
     options = BASIC | {
         "system": f"{MODULE}.py:system", "dataset": "pairs.jsonl", "eval_dataset": "held_out.jsonl", "beta": 0.1,

@@ -276,6 +276,11 @@ def test_a_dataset_of_the_datasets_library_is_taken(tmp_path):
     assert log_of(trainer, "loss") == pytest.approx([math.log(2)], abs=1e-4)
 
 
+def test_fp16_is_refused_where_it_would_be_passed_over(tmp_path):
+    with pytest.raises(PlanError, match="fp16=True has no effect on a CPU; use bf16=True"):
+        SysDPOTrainer(two_llms(), config(tmp_path, fp16=True), train_dataset=rows(2))
+
+
 def test_mistakes_in_the_configuration_are_named(tmp_path):
     with pytest.raises(PlanError, match="'answer' has the unknown option 'lr'"):
         config(tmp_path, nodes={"answer": {"lr": 1.0}})

@@ -24,11 +24,14 @@ def evaluate(
     context: typer.Context,
     by: judge_options.By,
     system: Annotated[
-        str | None, typer.Argument(help="SYSTEM.py:name, package.module:name, or a saved system's folder.")
+        str | None,
+        typer.Argument(metavar="SYSTEM", help="SYSTEM.py:name, package.module:name, or a saved system's folder."),
     ] = None,
     data: Annotated[
         str | None,
-        typer.Argument(help="Held-out rows: inputs or preferences, in a file, a datasets folder, or on the Hub."),
+        typer.Argument(
+            metavar="DATA", help="Held-out rows: inputs or preferences, in a file, a datasets folder, or on the Hub."
+        ),
     ] = None,
     against: Annotated[
         str | None,

@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 
 def judge(
     context: typer.Context,
-    traces: Annotated[list[Path], typer.Argument(help="Traces that sysdag sample wrote, .jsonl or .parquet.")],
+    traces: Annotated[
+        list[Path], typer.Argument(metavar="TRACES", help="Traces that sysdag sample wrote, .jsonl or .parquet.")
+    ],
     by: judge_options.By,
     output: Annotated[
         Path | None, typer.Option(help="The file of preference pairs to write, ending in .jsonl or .parquet.")

@@ -17,7 +17,9 @@ _OF_THE_PAGE = ("annotator", "port", "host", "allow_remote", "no_browser")
 
 def label(
     context: typer.Context,
-    traces: Annotated[Path, typer.Argument(help="Runs that sysdag sample wrote: .jsonl or .parquet.")],
+    traces: Annotated[
+        Path, typer.Argument(metavar="TRACES", help="Runs that sysdag sample wrote: .jsonl or .parquet.")
+    ],
     database: Annotated[Path, typer.Option(help="Where labels are kept; gone on with where it exists.")] = Path(
         "labels.sqlite"
     ),

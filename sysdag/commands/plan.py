@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from sysdag.commands.arguments import SystemArgument
 from sysdag.commands.files import check_output
 from sysdag.commands.given import refuse
 from sysdag.errors import SysdagError
@@ -44,7 +45,7 @@ class Device(StrEnum):
 
 def plan(
     context: typer.Context,
-    system: Annotated[str, typer.Argument(help="SYSTEM.py:name, package.module:name, or a saved system's folder.")],
+    system: SystemArgument,
     mermaid: Annotated[bool, typer.Option("--mermaid", help="Print a Mermaid flowchart.")] = False,
     dot: Annotated[bool, typer.Option("--dot", help="Print Graphviz DOT.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from sysdag.commands.arguments import SystemArgument
 from sysdag.commands.files import check_output, naming
 
 if TYPE_CHECKING:
@@ -22,12 +23,13 @@ class EngineName(StrEnum):
 
 def sample(
     context: typer.Context,
-    system: Annotated[str, typer.Argument(help="SYSTEM.py:name, package.module:name, or a saved system's folder.")],
+    system: SystemArgument,
     inputs: Annotated[
         str,
         typer.Argument(
+            metavar="INPUTS",
             help="Rows with the inputs' names as columns (or `prompt`, for a system with one input): JSON lines, JSON, "
-            "CSV, Parquet, a datasets folder, or a dataset on the Hub."
+            "CSV, Parquet, a datasets folder, or a dataset on the Hub.",
         ),
     ],
     output: Annotated[Path, typer.Option(help="The file of traces to write, ending in .jsonl.")],

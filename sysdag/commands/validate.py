@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from sysdag.commands.arguments import SystemArgument
 from sysdag.commands.files import check_output
 
 
@@ -18,12 +19,13 @@ class Objective(StrEnum):
 
 
 def validate(
-    system: Annotated[str, typer.Argument(help="SYSTEM.py:name, package.module:name, or a saved system's folder.")],
+    system: SystemArgument,
     data: Annotated[
         str,
         typer.Argument(
+            metavar="DATA",
             help="Preference rows: a .jsonl, .json, .csv or .parquet file, a folder that the library datasets saved, "
-            "or a name on the Hub."
+            "or a name on the Hub.",
         ),
     ],
     objective: Annotated[Objective, typer.Option(help="What the rows are for.")] = Objective.direct,
