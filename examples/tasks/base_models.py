@@ -148,9 +148,7 @@ def train_diffusion_model(
     scheduler.save_pretrained(folder / "scheduler")
 
 
-def fit(
-    parameters: Iterable[nn.Parameter], loss: Callable[[], torch.Tensor], steps: int, learning_rate: float
-) -> None:
+def fit(parameters: Iterable[nn.Parameter], loss: Callable[[], torch.Tensor], steps: int, learning_rate: float) -> None:
     parameters = list(parameters)
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps, pct_start=0.1)
