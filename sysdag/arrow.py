@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from sysdag.encoding import is_text
 from sysdag.errors import DataError
 
 _INT64 = range(-(2**63), 2**63)
@@ -35,7 +36,7 @@ def plain_type(values: Iterable[Any]) -> Any:
     given = [value for value in values if value is not None]
     kinds = {type(value) for value in given}
     if kinds == {str}:
-        return pyarrow.large_string() if all(map(_is_text, given)) else None
+        return pyarrow.large_string() if all(map(is_text, given)) else None
     if kinds == {int}:
         return pyarrow.int64() if all(value in _INT64 for value in given) else None
     simple: dict[type, Any] = {
@@ -86,14 +87,6 @@ def text_column(texts: Sequence[str | None]) -> Any:
     import pyarrow
 
     return pyarrow.array(texts, pyarrow.large_string())
-
-
-def _is_text(value: str) -> bool:
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _first_line(error: BaseException) -> str:

@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sysdag.encoding import encode_value
+from sysdag.encoding import encode_value, is_text
 from sysdag.errors import DataError, shown
 from sysdag.plan import Objective, Plan
 from sysdag.readers import rows_of
@@ -264,7 +264,7 @@ def read_inputs(plan: Plan, row: Mapping[str, Any]) -> tuple[dict[str, Any], lis
 def _is_unicode(value: Any) -> bool:
     """Whether all text in a value can be written down; JSON may hold half of a surrogate pair."""
     if isinstance(value, str):
-        return value.isascii() or not any("\ud800" <= character <= "\udfff" for character in value)
+        return is_text(value)
     if isinstance(value, Mapping):
         return all(_is_unicode(key) and _is_unicode(element) for key, element in value.items())
     return not isinstance(value, (list, tuple)) or all(map(_is_unicode, value))

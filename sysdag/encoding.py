@@ -64,7 +64,7 @@ def _encode(value: Any, name: str, plain: bool, other: Callable[[Any, str], Any]
     if kind is float:
         return value if math.isfinite(value) else {"__float__": repr(value)}
     if kind is str:
-        return value if _is_text(value) else {"__utf8__": _text(value.encode("utf-8", "surrogatepass"))}
+        return value if is_text(value) else {"__utf8__": _text(value.encode("utf-8", "surrogatepass"))}
     if kind is bytes:
         return {"__bytes__": _text(value)}
     if kind in (list, tuple, dict):
@@ -78,7 +78,7 @@ def _encode(value: Any, name: str, plain: bool, other: Callable[[Any, str], Any]
             return [inner(element) for element in value]
         if kind is tuple:
             return {"__tuple__": [inner(element) for element in value]}
-        if all(type(key) is str and _is_text(key) for key in value):
+        if all(type(key) is str and is_text(key) for key in value):
             members = {key: inner(element) for key, element in value.items()}
             return members if plain and not _names_a_kind(members) else {"__dict__": members}
         return {"__items__": [[inner(part) for part in item] for item in value.items()]}
@@ -149,7 +149,8 @@ def _decoded(kind: str, content: Any, decode: Callable[[Any], Any]) -> Any:
     return _LEAVES[kind](content)
 
 
-def _is_text(value: str) -> bool:
+def is_text(value: str) -> bool:
+    """Whether a string can be written down as UTF-8; one with half of a surrogate pair cannot."""
     try:
         value.encode("utf-8")
     except UnicodeEncodeError:
