@@ -98,6 +98,48 @@ def test_messages_without_a_template_name_the_fix(lm):
     assert error.value.element == 1
 
 
+def counted(tokenizer, monkeypatch):
+    """The prompts that the tokenizer is asked for."""
+    asked, encode = [], type(tokenizer).__call__
+    monkeypatch.setattr(
+        type(tokenizer), "__call__", lambda self, text, **o: asked.append(text) or encode(self, text, **o)
+    )
+    return asked
+
+
+def test_a_prompt_is_tokenised_once_and_its_ids_are_the_callers_own(monkeypatch):
+    lm = CausalLM(llama(), char_tokenizer())
+    asked = counted(lm.tokenizer, monkeypatch)
+    first = lm.prompt_ids(["ab", "ba", "ab"])
+    first[0].append(0)
+    assert lm.prompt_ids(["ba", "ab"]) == [first[1], first[2]]
+    assert asked == ["ab", "ba"]
+
+
+def test_only_the_latest_prompts_are_remembered(monkeypatch):
+    monkeypatch.setattr("sysdag.components.prompts.REMEMBERED", 2)
+    lm = CausalLM(llama(), char_tokenizer())
+    asked = counted(lm.tokenizer, monkeypatch)
+    lm.prompt_ids(["a", "b", "a", "ab", "a", "b"])  # "b", the one longest unused, is forgotten for "ab"
+    assert asked == ["a", "b", "ab", "b"]
+
+
+def test_prompts_are_tokenised_anew_when_the_template_or_the_vocabulary_changes():
+    chat = CausalLM(llama(), char_tokenizer(chat=True))
+    prompt = [{"role": "user", "content": "hi"}]
+    before, plain = chat.prompt_ids([prompt, "ab"])
+    chat.tokenizer.chat_template = "{{ messages[0]['content'] }}!"
+    assert chat.prompt_ids([prompt]) == chat.prompt_ids(["hi!"]) != [before]
+    chat.tokenizer.add_tokens(["ab"])
+    assert chat.prompt_ids(["ab"]) == [[len(chat.tokenizer) - 1]] != [plain]
+
+
+def test_messages_that_only_the_template_can_read_are_still_prompts():
+    chat = CausalLM(llama(), char_tokenizer(chat=True))
+    message = {"role": "user", "content": "hi", "image": object()}
+    assert chat.prompt_ids([[message], [message]]) == chat.prompt_ids(["user: hi\nassistant: "]) * 2
+
+
 @pytest.mark.parametrize("bad", [3, None, [], ["x"], ""])
 def test_a_prompt_that_is_none_is_a_data_error(lm, bad):
     with pytest.raises(DataError, match="prompt") as error:

@@ -18,6 +18,7 @@ from sysdag.beam import diverse_beam_search
 from sysdag.component import Component, check_max_tokens, named_source
 from sysdag.components import adapter, footprint
 from sysdag.components.prefix_scorer import PrefixScorer
+from sysdag.components.prompts import PromptEncoder
 from sysdag.decoding import left_pad, sample_tokens
 from sysdag.errors import DataError, PlanError, SerializationError, shown
 from sysdag.trace import Draw
@@ -100,6 +101,7 @@ class CausalLM(Component):
         self._tokenizer: Any = None
         self._warned: set[str] = set()
         self._scorer: PrefixScorer | None = None
+        self._prompt_encoder: PromptEncoder | None = None
         self._max_length = max_length
         self._max_new_tokens = max_new_tokens
         self.temperature = temperature
@@ -239,36 +241,15 @@ class CausalLM(Component):
             raise PlanError(
                 f"{self!r}: max_new_tokens={self.max_new_tokens} leaves no room in {self.max_length} positions."
             )
+        if self._prompt_encoder is None:
+            self._prompt_encoder = PromptEncoder(repr(self), self.tokenizer)
         rows = []
-        for element, prompt in enumerate(prompts):
-            ids = self._encode_prompt(prompt, element)
+        for ids in self._prompt_encoder(prompts):
             if room is not None and len(ids) > room:
                 self._warn_once("prompt", f"a prompt of {len(ids)} tokens was cut to its last {room} (max_length)")
                 ids = ids[-room:]
             rows.append(ids)
         return rows
-
-    def _encode_prompt(self, prompt: Any, element: int) -> list[int]:
-        if isinstance(prompt, str):
-            ids = list(self.tokenizer(prompt)["input_ids"])
-        elif isinstance(prompt, list) and prompt and all(isinstance(message, dict) for message in prompt):
-            if self.tokenizer.chat_template is None:
-                raise DataError(
-                    f"{self!r}: the prompt is a list of chat messages, but the tokenizer has no chat template. Return "
-                    "a string, or set tokenizer.chat_template.",
-                    element=element,
-                )
-            ids = list(self.tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False))
-        else:
-            raise DataError(
-                f"{self!r}: a prompt must be a string or a list of chat messages, got {shown(prompt, 200)}.",
-                element=element,
-            )
-        if not ids:
-            raise DataError(
-                f"{self!r}: the prompt {prompt!r} has no tokens; a model needs at least one.", element=element
-            )
-        return ids
 
     def _warn_once(self, kind: str, message: str) -> None:
         if kind not in self._warned:
