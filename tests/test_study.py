@@ -15,9 +15,9 @@ from bench.study import cells, letters, run_table, task
 from bench.study.cells import Cell, CellError, results, run_cells
 from bench.study.compare import RATES, TUNING_SEED, Comparison, Variant, best_rates, rows
 from bench.study.loops import first_wrong, mended
-from bench.study.pictures import in_order, preference_score
 from bench.study.tables import TABLES
 from bench.study.worlds import DigitWorld, ShapeWorld
+from examples.tasks.ordered_digits import in_order, preference_score
 from examples.tasks.sorted_letters import solve
 from sysdag.components.images import to_pil
 
@@ -120,10 +120,10 @@ def test_the_measuring_judge_of_digits_is_not_the_annotator():
     assert not shared
 
 
-def test_the_picture_rules():
-    assert in_order([1.0, 2.0, 4.0], True) == 1
-    assert in_order([1.0, 2.0, 4.0], False) == 0
-    assert in_order([1.0, 1.4, 4.0], True) == 0
+def test_the_picture_rules_hold_for_levels_between_the_whole_ones():
+    assert in_order([1.0, 2.0, 4.0], True)
+    assert not in_order([1.0, 2.0, 4.0], False)
+    assert not in_order([1.0, 1.4, 4.0], True)
     assert preference_score([0, 4, 8], True, 8) == 1.0
     assert preference_score([0, 1, 8], True, 8) == pytest.approx(1 - 6 / 8)
     assert preference_score([8, 1, 4], True, 8) == -0.5

@@ -2,7 +2,7 @@
 
 Every table is made of cells (one method on one seed) that are kept in the cache; what is there is not computed again,
 so a study that is stopped goes on where it was. Results go to bench/results/study, one CSV a table and one for its
-learning curves; docs/study.md is written from them.
+learning curves; docs/study.md and its figures are written from them.
 """
 
 from __future__ import annotations
@@ -15,9 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from bench.measure import RESULTS
-from bench.study.cells import results, run_cells
+from bench.study import document
+from bench.study.cells import machines, results, run_cells
 from bench.study.compare import Comparison, best_rates, curves, rows
 from bench.study.tables import TABLES
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "study.md"
 
 
 def main(given: Sequence[str]) -> None:
@@ -26,12 +29,16 @@ def main(given: Sequence[str]) -> None:
     parser.add_argument("--quick", action="store_true", help="everything tiny, two seeds: shows that it runs")
     parser.add_argument("--cache", type=Path, default=Path(".study-cache"), help="where finished cells are kept")
     parser.add_argument("--results", type=Path, help="default bench/results/study; with --quick CACHE/quick")
+    parser.add_argument(
+        "--document-only", action="store_true", help="compute nothing, write the document from the CSVs"
+    )
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes, one thread each")
     options = parser.parse_args(given)
     size = "quick" if options.quick else "full"
     folder = options.results or (options.cache / "quick" if options.quick else RESULTS / "study")
-    for name in options.tables:
+    for name in () if options.document_only else options.tables:
         run_table(TABLES[name], size, options.cache, folder, options.workers)
+    document.write(folder, folder / "study.md" if options.quick else PAGE)
 
 
 def run_table(table: Comparison, size: str, cache: Path, folder: Path, workers: int) -> None:
@@ -42,7 +49,8 @@ def run_table(table: Comparison, size: str, cache: Path, folder: Path, workers: 
     cells = table.cells(size, rates)
     run_cells(list(cells.values()), cache, workers=workers, title=f"{table.name}: seeds")
     found = dict(zip(cells, results(list(cells.values()), cache), strict=True))
-    write(folder / f"{table.name}.csv", rows(table, found, rates))
+    machine = machines(list(cells.values()), cache)
+    write(folder / f"{table.name}.csv", [row | {"machine": machine} for row in rows(table, found, rates)])
     if steps := curves(table, found):
         write(folder / f"{table.name}-curves.csv", steps)
 

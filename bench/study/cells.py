@@ -18,6 +18,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from bench.measure import described, machine
+
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
@@ -88,6 +90,12 @@ def results(cells: Sequence[Cell], cache: Path) -> list[Any]:
     return [json.loads(_file(cache, cell).read_text())["result"] for cell in cells]
 
 
+def machines(cells: Sequence[Cell], cache: Path) -> str:
+    """What they ran on, in words; several, if it was not the same for all."""
+    found = [json.loads(_file(cache, cell).read_text())["machine"] for cell in cells]
+    return "; ".join(dict.fromkeys(found))
+
+
 def _file(cache: Path, cell: Cell) -> Path:
     return cache / "results" / f"{cell.key}.json"
 
@@ -115,7 +123,10 @@ def _compute(cell: Cell, cache: Path) -> str | None:
     except Exception:  # noqa: BLE001 - told by the parent, with the others' results kept
         return traceback.format_exc()
     file = _file(cache, cell)
-    kept = {"function": cell.function, "options": dict(cell.options), "seconds": time.perf_counter() - started}
+    kept = {
+        "function": cell.function, "options": dict(cell.options), "seconds": time.perf_counter() - started,
+        "machine": described(machine(), "cpu"),
+    }  # fmt: skip
     unfinished = file.with_suffix(f".{os.getpid()}")
     unfinished.write_text(json.dumps(kept | {"result": result}, indent=1, allow_nan=False) + "\n")
     unfinished.rename(file)

@@ -59,12 +59,14 @@ class Comparison:
     seeds: int
 
     def tuning_cells(self, size: str) -> dict[tuple[str, float], Cell]:
-        """By row and learning rate's factor."""
+        """By row and learning rate's factor; none for a quick look, which takes every rate as it is."""
+        if size != "full":
+            return {}
         return {
             (variant.name, rate): self._cell(variant.tuning, TUNING_SEED, size, rate)
             for variant in self.variants
             if variant.trains
-            for rate in self._rates(size)
+            for rate in RATES
         }
 
     def cells(self, size: str, rates: Mapping[str, float]) -> dict[tuple[str, int], Cell]:
@@ -74,9 +76,6 @@ class Comparison:
             for variant in self.variants
             for seed in range(self.seeds if size == "full" else 2)
         }
-
-    def _rates(self, size: str) -> Sequence[float]:
-        return RATES if size == "full" else RATES[1:2]
 
     def _cell(self, options: Mapping[str, Any], seed: int, size: str, rate: float | None) -> Cell:
         trained = {} if rate is None else {"rate": rate}
@@ -109,14 +108,10 @@ def rows(
                 "method": variant.name, "metric": metric, "seeds": len(seeds),
                 "prompts": len(results[variant.name, seeds[0]]["heldout"][metric]),
                 "mean": ours.mean(), "low": low, "high": high,
+                **{f"seed {seed}": value for seed, value in zip(seeds, ours, strict=True)},
             }  # fmt: skip
             if variant.name != comparison.reference:
-                difference = ours - theirs
-                low, high = interval(difference)
-                row |= {
-                    "difference": difference.mean(), "difference_low": low, "difference_high": high,
-                    "p": float(stats.ttest_rel(ours, theirs).pvalue) if difference.any() else 1.0,
-                }  # fmt: skip
+                row |= paired(ours, theirs)
             curves = [results[variant.name, seed]["curves"] for seed in seeds]
             row |= {"rate": rates.get(variant.name, "")}
             if curves[0]:
@@ -147,6 +142,14 @@ def _margins(curves: Sequence[Sequence[Mapping[str, Any]]]) -> dict[str, float]:
     return {name: float(numpy.mean([log[name] for log in last])) for name in names}
 
 
+def paired(ours: numpy.ndarray, theirs: numpy.ndarray) -> dict[str, float]:
+    """Mean difference over seeds, its 95 % t interval, and the p value of a paired t test."""
+    difference = ours - theirs
+    low, high = interval(difference)
+    p = float(stats.ttest_rel(ours, theirs).pvalue) if difference.any() else 1.0
+    return {"difference": float(difference.mean()), "difference_low": low, "difference_high": high, "p": p}
+
+
 def interval(values: numpy.ndarray) -> tuple[float, float]:
     """95 % t interval of the mean."""
     if len(values) < 2:
@@ -156,10 +159,14 @@ def interval(values: numpy.ndarray) -> tuple[float, float]:
 
 
 def curves(comparison: Comparison, results: Mapping[tuple[str, int], Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Validation scores by step, one row for each variant, part of its training, seed and step."""
-    return [
-        {"method": name, "part": part, "seed": seed, "step": step, "validation": value}
-        for (name, seed), result in results.items()
-        for part, curve in enumerate(result["curves"])
-        for step, value in zip(curve["steps"], curve["validation"], strict=True)
-    ]
+    """One row for each variant, part of its training, seed and step: the validation score, and the trainer's metrics
+    as means over the steps since the row before."""
+    found = []
+    for (name, seed), result in results.items():
+        for part, curve in enumerate(result["curves"]):
+            logs = {log["step"]: log for log in curve["logs"]}
+            found += [
+                {"method": name, "part": part, "seed": seed, "step": step, "validation": value, **logs.get(step, {})}
+                for step, value in zip(curve["steps"], curve["validation"], strict=True)
+            ]
+    return found

@@ -16,16 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy
-import torch
-from diffusers import DDIMScheduler, UNet2DConditionModel
 from peft import LoraConfig
-from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModel
 
+from bench.study import task
 from bench.study.training import Curve, ranked_pairs, runs, shared, train
 from bench.study.worlds import WORLDS, World
 from examples import digits_in_order
-from examples.tasks.base_models import fit, train_language_model, word_tokenizer
+from examples.tasks.base_models import train_diffusion_model, train_language_model, word_tokenizer
 from examples.tasks.ordered_digits import (
     ADJECTIVES,
     ASCENDING,
@@ -34,7 +31,9 @@ from examples.tasks.ordered_digits import (
     PLACES,
     SEPARATOR,
     VERBS,
+    in_order,
     is_ascending,
+    preference_score,
 )
 from sysdag import Input, System, Trace, node
 from sysdag.components import CausalLM, Diffusion
@@ -51,28 +50,36 @@ PARTS = {"only the LLM": ["text"], "only the diffusion model": ["image"], "joint
 
 
 @dataclass(frozen=True, kw_only=True)
-class Size:
-    """How much of everything: base training, prompts, optimizer steps, runs of a training prompt, pairs of them."""
+class Size(task.Size):
+    """How much of everything; `base_steps` are the captioner's, `batch` the pairs of an optimizer step."""
 
-    caption_steps: int = 1000
-    diffusion_steps: int = 600
-    training: int = 240
-    validation: int = 80
-    heldout: int = 200
-    steps: int = 120
-    every: int = 12
-    runs: int = 6
-    pairs: int = 2
-    denoising_steps: int = 10
+    diffusion_steps: int
+    denoising_steps: int
+    batch: int = 32
+    heldout_runs: int = 2
 
 
+QUICK = Size(
+    base_steps=60, diffusion_steps=30, training=12, validation=4, heldout=6, steps=2, every=1, runs=4,
+    denoising_steps=2,
+)  # fmt: skip
 SIZES = {
-    "full": Size(),
-    "quick": Size(
-        caption_steps=60, diffusion_steps=30, training=12, validation=4, heldout=6, steps=2, every=1, runs=4,
-        denoising_steps=2,
+    ("digits", "full"): Size(
+        base_steps=1000, diffusion_steps=600, validation=80, steps=120, every=12, denoising_steps=10
     ),
-}  # fmt: skip
+    ("shapes", "full"): Size(
+        base_steps=1000,
+        diffusion_steps=1000,
+        validation=60,
+        steps=64,
+        every=16,
+        denoising_steps=6,
+        batch=16,
+        heldout_runs=1,
+    ),
+    ("digits", "quick"): QUICK,
+    ("shapes", "quick"): QUICK,
+}
 caption = Input("caption")
 
 
@@ -122,63 +129,10 @@ def train_captioner(folder: Path, world: World, seed: int, steps: int) -> None:
     train_language_model(folder, word_tokenizer(words, max_length=64), demonstrate, seed=seed, steps=steps)
 
 
-def train_painter(folder: Path, world: World, seed: int, steps: int, batch_size: int = 96) -> None:
-    """A small UNet with its text encoder, from the world's captioned pictures."""
-    torch.manual_seed(seed)
-    rng = random.Random(f"painter-{seed}")
-    words = list(world.words)
-    tokenizer = word_tokenizer(words, max_length=4, end_captions=True)
-    encoder = CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=1,
-            num_attention_heads=2, max_position_embeddings=tokenizer.model_max_length, projection_dim=32,
-            pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
-            bos_token_id=tokenizer.eos_token_id,
-        )
-    ).train()  # fmt: skip
-    channels, side, _ = world.shape
-    blocks = 1 if side == 8 else 3  # the deepest works on 4x4
-    unet = UNet2DConditionModel(
-        sample_size=side, in_channels=channels, out_channels=channels, layers_per_block=1, norm_num_groups=8,
-        block_out_channels=(24, 48) if side == 8 else (16, 32, 48, 48),
-        down_block_types=("DownBlock2D",) * blocks + ("CrossAttnDownBlock2D",),
-        up_block_types=("CrossAttnUpBlock2D",) + ("UpBlock2D",) * blocks,
-        cross_attention_dim=32, attention_head_dim=2,
-    ).train()  # fmt: skip
-    scheduler = DDIMScheduler(
-        num_train_timesteps=1000, beta_schedule="squaredcos_cap_v2", timestep_spacing="trailing",
-        prediction_type="v_prediction",
-    )  # fmt: skip
-
-    def loss() -> torch.Tensor:
-        captions = [rng.choice(words) for _ in range(batch_size)]
-        ids = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt")["input_ids"]
-        clean = torch.stack([world.illustration(word, rng) for word in captions])
-        noise, times = torch.randn_like(clean), torch.randint(1000, (batch_size,))
-        predicted = unet(scheduler.add_noise(clean, noise, times), times, encoder(ids).last_hidden_state).sample
-        return nn.functional.mse_loss(predicted, scheduler.get_velocity(clean, noise, times))
-
-    fit([*unet.parameters(), *encoder.parameters()], loss, steps, learning_rate=2e-3)
-    for part, module in {"unet": unet.eval(), "text_encoder": encoder.eval()}.items():
-        module.save_pretrained(folder / part)
-    tokenizer.save_pretrained(folder / "tokenizer")
-    scheduler.save_pretrained(folder / "scheduler")
-
-
-def in_order(levels: Sequence[float], ascending: bool) -> float:
-    """1 for exactly three pictures, each at least half a level beyond the one before."""
-    steps = numpy.diff(levels) * (1 if ascending else -1)
-    return float(len(levels) == ASKED and (steps > 0.5).all())
-
-
-def preference_score(levels: Sequence[float], ascending: bool, span: int) -> float:
-    """From -1 to 1: in order, 1 less the unevenness of the two gaps; out of order at most -0.5; else -1."""
-    if len(levels) != ASKED:
-        return -1.0
-    first, second = numpy.diff(levels) * (1 if ascending else -1)
-    if first > 0.5 and second > 0.5:
-        return 1.0 - abs(first - second) / span
-    return -0.5 if first > 0.5 or second > 0.5 else -1.0
+def train_painter(folder: Path, world: World, seed: int, steps: int) -> None:
+    train_diffusion_model(
+        folder, list(world.words), world.illustration, channels=world.channels, seed=seed, steps=steps, batch_size=96
+    )
 
 
 @dataclass(frozen=True)
@@ -227,7 +181,7 @@ class Setting:
                 ),
             }  # fmt: skip
         writer = CausalLM(
-            self._folder("captioner", train_captioner, self.size.caption_steps), max_new_tokens=8,
+            self._folder("captioner", train_captioner, self.size.base_steps), max_new_tokens=8,
             peft_config=adapters.get("text"),
         )  # fmt: skip
         painter = Diffusion(
@@ -251,7 +205,7 @@ class Setting:
         ascending = [is_ascending(one) for one in trace["prompt"]]
         seen = list(zip(self.levels(trace, annotator), ascending, strict=True))
         return {
-            "order consistency": numpy.array([in_order(*run) for run in seen]),
+            "order consistency": numpy.array([float(in_order(*run)) for run in seen]),
             "preference score": numpy.array([preference_score(*run, self.world.levels - 1) for run in seen]),
         }
 
@@ -272,7 +226,8 @@ class Setting:
             runs(self.system(), {"prompt": self.prompts["training"]}, self.size.runs, self.seed).to_jsonl(file)
 
         size = self.size
-        name = f"{self.world_name}-{VERSION}-runs-{self.seed}-{size.diffusion_steps}-{size.training}-{size.runs}.jsonl"
+        steps = f"{size.base_steps}-{size.diffusion_steps}-{size.denoising_steps}"
+        name = f"{self.world_name}-{VERSION}-runs-{self.seed}-{steps}-{size.training}-{size.runs}.jsonl"
         return Trace.from_jsonl(shared(self.cache, name, build))
 
     def rows(
@@ -303,15 +258,16 @@ class Setting:
         return float(self.scores(trace, annotator=True)["preference score"].mean())
 
     def measured(self, system: System, best_of: int = 1) -> dict[str, Any]:
-        """Two runs of every held-out prompt, each the annotator's favourite of `best_of`; figures by prompt."""
-        trace = runs(system, {"prompt": self.prompts["heldout"]}, 2 * best_of, 23)
+        """A few runs of every held-out prompt, each the annotator's favourite of `best_of`; figures by prompt."""
+        times = self.size.heldout_runs
+        trace = runs(system, {"prompt": self.prompts["heldout"]}, times * best_of, 23)
         if best_of > 1:
             liked = self.scores(trace, annotator=True)["preference score"].reshape(-1, best_of)
             trace = trace.select((liked.argmax(1) + best_of * numpy.arange(len(liked))).tolist())
         found = self.scores(trace, annotator=False)
         found["captions in order"] = (self.meant(trace["text"], trace["prompt"]) > 0).astype(float)
         found["three images"] = numpy.array([float(len(images) == ASKED) for images in trace["image"]])
-        return {name: values.reshape(-1, 2).mean(1).tolist() for name, values in found.items()}
+        return {name: values.reshape(-1, times).mean(1).tolist() for name, values in found.items()}
 
 
 def align(cache: Path, *, world: str, method: str, seed: int, size: str, rate: float = 1.0) -> dict[str, Any]:
@@ -322,7 +278,7 @@ def align(cache: Path, *, world: str, method: str, seed: int, size: str, rate: f
         method: one of `METHODS`.
         rate: factor on the learning rates; chosen by validation, with equal effort for every method.
     """
-    setting = Setting(cache, world, seed, SIZES[size])
+    setting = Setting(cache, world, seed, SIZES[world, size])
     if method in UNTRAINED:
         style, best_of = UNTRAINED[method]
         return {"heldout": setting.measured(setting.system(style), best_of), "curves": []}
@@ -330,9 +286,8 @@ def align(cache: Path, *, world: str, method: str, seed: int, size: str, rate: f
     system = setting.system(lora=lora)
 
     def direct(trained: Sequence[str], share: float = 1.0) -> Curve:
-        steps = max(1, round(setting.size.steps * share))
         return train(
-            system, setting.pairs, options=options(trained, rate * (4.0 if lora else 1.0), steps),
+            system, setting.pairs, options=options(setting.size, trained, rate * (4.0 if lora else 1.0), share),
             validate=setting.validate, seed=seed, every=setting.size.every,
         )  # fmt: skip
 
@@ -345,11 +300,14 @@ def align(cache: Path, *, world: str, method: str, seed: int, size: str, rate: f
     return {"heldout": setting.measured(system), "curves": [curve.summary() for curve in curves]}
 
 
-def options(trained: Sequence[str], rate: float, steps: int, nodes: Sequence[str] = NODES) -> dict[str, Any]:
-    """Of `SysDPOConfig`: what trains, and how fast."""
+def options(
+    size: Size, trained: Sequence[str], rate: float, share: float = 1.0, nodes: Sequence[str] = NODES
+) -> dict[str, Any]:
+    """Of `SysDPOConfig`: what trains, how fast, and for which share of the size's steps."""
     own = {"text": {"learning_rate": 5e-4 * rate}, "image": {"beta": 20.0, "learning_rate": 2.5e-4 * rate}}
     return {
-        "objective": "direct", "beta": 0.3, "max_steps": steps,
+        "objective": "direct", "beta": 0.3, "max_steps": max(1, round(size.steps * share)),
+        "per_device_train_batch_size": size.batch,
         "nodes": {name: own[name] | {"trainable": name in trained} for name in nodes},
     }  # fmt: skip
 
@@ -390,6 +348,6 @@ def separate(setting: Setting, system: System, rate: float) -> list[Curve]:
     ]
     curves = []
     for part, rows, validate in ((writer, texts, written), (painter, images, painted)):
-        chosen = options(part.outputs, rate, setting.size.steps, part.outputs)
+        chosen = options(setting.size, part.outputs, rate, nodes=part.outputs)
         curves.append(train(part, rows, options=chosen, validate=validate, seed=seed, every=setting.size.every))
     return curves

@@ -26,11 +26,11 @@ class World(ABC):
 
     Attributes:
         words: for each word the kind of attribute and the level it means, by kind, level and dialect.
-        shape: of a picture, (channels, height, width).
+        channels: of the UNet that learns to draw them, by resolution.
     """
 
     words: dict[str, tuple[str, int]]
-    shape: tuple[int, int, int]
+    channels: tuple[int, ...]
 
     def __init__(self, seed: int) -> None:
         self.seed = seed
@@ -89,7 +89,7 @@ class DigitWorld(World):
     """scikit-learn's hand-written digits, 8x8. The annotator and the measuring judge are fitted on different ones."""
 
     words = {word: ("digits", digit) for word, digit in ordered_digits.DIGIT_OF.items()}  # noqa: RUF012
-    shape = (1, 8, 8)
+    channels = (24, 48)
 
     @cached_property
     def _digits(self) -> Digits:
@@ -99,12 +99,8 @@ class DigitWorld(World):
     def _judges(self) -> dict[bool, Judge]:
         return {True: Judge(*self._digits.judged), False: Judge(*self._digits.audited)}
 
-    @cached_property
-    def _of_level(self) -> list[numpy.ndarray]:
-        return [numpy.flatnonzero(self._digits.drawn[1] == digit) for digit in range(10)]
-
     def draw(self, kind: str, level: int, rng: random.Random) -> Tensor:
-        return torch.from_numpy(self._digits.drawn[0][int(rng.choice(self._of_level[level]))])[None]
+        return torch.from_numpy(self._digits.draw(level, rng))[None]
 
     def seen(self, kinds: Sequence[str], images: Sequence[Any], annotator: bool) -> numpy.ndarray:
         return numpy.array(self._judges[annotator].read([images])[0], dtype=float)
@@ -127,7 +123,7 @@ class ShapeWorld(World):
         for level in range(9)
         for dialect in dialects
     }
-    shape = (3, 32, 32)
+    channels = (8, 16, 32, 64)
     _RADIUS, _VALUE, _HUE = (3.0, 13.0), (0.3, 1.0), (0.0, 0.75)
 
     def draw(self, kind: str, level: int, rng: random.Random) -> Tensor:

@@ -6,15 +6,11 @@ import random
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-import numpy
 import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-from examples.tasks import ordered_digits
-from examples.tasks.ordered_digits import Digits, Illustrator
 
 IGNORED = -100
 PAD, END, UNKNOWN = "<pad>", "</s>", "<unk>"
@@ -98,15 +94,25 @@ def _demonstrations(
 
 
 def train_diffusion_model(
-    folder: Path, digits: Digits, illustrator: Illustrator, *, seed: int, steps: int, batch_size: int = 128
+    folder: Path,
+    words: Sequence[str],
+    illustrate: Callable[[str, random.Random], torch.Tensor],
+    *,
+    channels: Sequence[int],
+    seed: int,
+    steps: int,
+    batch_size: int = 128,
 ) -> None:
-    """Trains a small UNet and its text encoder on captioned digits and saves them as a diffusers pipeline's folders.
+    """Trains a small UNet and its text encoder on captioned pictures and saves them as a diffusers pipeline's folders.
 
-    The caption is all that the model is told of an image.
+    Args:
+        words: the captions, one word each; the caption is all that the model is told of a picture.
+        illustrate: draws a picture (C, side, side) in [-1, 1] under a word.
+        channels: of the UNet's blocks, one resolution each; the deepest one looks at the caption.
     """
     torch.manual_seed(seed)
     rng = random.Random(f"captions-{seed}")
-    tokenizer = word_tokenizer(list(ordered_digits.DIGIT_OF), max_length=4, end_captions=True)
+    tokenizer = word_tokenizer(words, max_length=4, end_captions=True)
     encoder = CLIPTextModel(
         CLIPTextConfig(
             vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=1,
@@ -115,10 +121,13 @@ def train_diffusion_model(
             bos_token_id=tokenizer.eos_token_id,
         )
     ).train()  # fmt: skip
+    depth, side, _ = illustrate(words[0], random.Random(0)).shape
+    plain = len(channels) - 1
     unet = UNet2DConditionModel(
-        sample_size=8, in_channels=1, out_channels=1, block_out_channels=(24, 48), layers_per_block=1,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=32, attention_head_dim=2, norm_num_groups=8,
+        sample_size=side, in_channels=depth, out_channels=depth, block_out_channels=tuple(channels),
+        layers_per_block=1, norm_num_groups=8, cross_attention_dim=32, attention_head_dim=2,
+        down_block_types=("DownBlock2D",) * plain + ("CrossAttnDownBlock2D",),
+        up_block_types=("CrossAttnUpBlock2D",) + ("UpBlock2D",) * plain,
     ).train()  # fmt: skip
     scheduler = DDIMScheduler(
         num_train_timesteps=1000,
@@ -126,16 +135,11 @@ def train_diffusion_model(
         timestep_spacing="trailing",
         prediction_type="v_prediction",
     )
-    images, labels = digits.drawn
-    pictures = torch.from_numpy(images)[:, None]
-    with_label = [numpy.flatnonzero(labels == digit) for digit in range(10)]
-    words = list(ordered_digits.DIGIT_OF)
 
     def loss() -> torch.Tensor:
         captions = [rng.choice(words) for _ in range(batch_size)]
-        rows = [int(rng.choice(with_label[illustrator.depict(word, rng)])) for word in captions]
         ids = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt")["input_ids"]
-        clean = pictures[rows]
+        clean = torch.stack([illustrate(word, rng) for word in captions])
         noise = torch.randn_like(clean)
         times = torch.randint(scheduler.config.num_train_timesteps, (batch_size,))
         predicted = unet(scheduler.add_noise(clean, noise, times), times, encoder(ids).last_hidden_state).sample

@@ -5,6 +5,8 @@ from __future__ import annotations
 import random
 from pathlib import Path
 
+import torch
+
 from examples import digits_in_order, draft_and_refine
 from examples.tasks import ordered_digits, sorted_letters
 from examples.tasks.base_models import letter_tokenizer, train_diffusion_model, train_language_model, word_tokenizer
@@ -25,7 +27,13 @@ def captioner(folder: Path, *, seed: int, steps: int) -> None:
 
 def illustrator(folder: Path, *, seed: int, steps: int) -> None:
     """The diffusion model of `examples.digits_in_order`."""
-    train_diffusion_model(folder, Digits.load(seed), Illustrator.make(seed), seed=seed, steps=steps)
+    digits, muddled = Digits.load(seed), Illustrator.make(seed)
+
+    def illustrate(word: str, rng: random.Random) -> torch.Tensor:
+        return torch.from_numpy(digits.draw(muddled.depict(word, rng), rng))[None]
+
+    words = list(ordered_digits.DIGIT_OF)
+    train_diffusion_model(folder, words, illustrate, channels=(24, 48), seed=seed, steps=steps)
 
 
 def drafter(folder: Path, *, seed: int, steps: int) -> None:

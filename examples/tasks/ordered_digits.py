@@ -6,6 +6,7 @@ import itertools
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy
@@ -113,6 +114,14 @@ class Digits:
         parts = (slice(0, half), slice(half, rest), slice(rest, None))
         return cls(*((images[part], labels[part]) for part in parts))
 
+    @cached_property
+    def _with_label(self) -> list[numpy.ndarray]:
+        return [numpy.flatnonzero(self.drawn[1] == digit) for digit in range(10)]
+
+    def draw(self, digit: int, rng: random.Random) -> numpy.ndarray:
+        """One of the images that the diffusion model learns from: (8, 8)."""
+        return self.drawn[0][int(rng.choice(self._with_label[digit]))]
+
 
 class Judge:
     """Reads digits off images, and says how well three of them follow a prompt."""
@@ -134,22 +143,22 @@ def pixels(image: Any) -> numpy.ndarray:
     return numpy.asarray(image, dtype=numpy.float32).reshape(-1) / 127.5 - 1.0
 
 
-def in_order(digits: Sequence[int], ascending: bool) -> bool:
-    """Order consistency: exactly three digits, strictly in the asked order."""
-    steps = _steps(digits, ascending)
-    return len(digits) == ASKED and all(step > 0 for step in steps)
+def in_order(levels: Sequence[float], ascending: bool) -> bool:
+    """Order consistency: exactly three levels, each at least half a level beyond the one before in the asked order."""
+    steps = _steps(levels, ascending)
+    return len(levels) == ASKED and all(step > 0.5 for step in steps)
 
 
-def preference_score(digits: Sequence[int], ascending: bool) -> float:
-    """From -1 to 1. In order: 1 less the unevenness of the two gaps (0 to 7/9); out of order: at most -0.5; anything
-    but three digits: -1."""
-    if len(digits) != ASKED:
+def preference_score(levels: Sequence[float], ascending: bool, span: float = 9.0) -> float:
+    """From -1 to 1. In order: 1 less the unevenness of the two gaps as a part of `span`, the distance from the lowest
+    level to the highest; out of order: at most -0.5; anything but three levels: -1."""
+    if len(levels) != ASKED:
         return -1.0
-    first, second = _steps(digits, ascending)
-    if first > 0 and second > 0:
-        return 1.0 - abs(first - second) / 9.0
-    return -0.5 if first > 0 or second > 0 else -1.0
+    first, second = _steps(levels, ascending)
+    if first > 0.5 and second > 0.5:
+        return 1.0 - abs(first - second) / span
+    return -0.5 if first > 0.5 or second > 0.5 else -1.0
 
 
-def _steps(digits: Sequence[int], ascending: bool) -> list[int]:
-    return [(later - earlier) * (1 if ascending else -1) for earlier, later in itertools.pairwise(digits)]
+def _steps(levels: Sequence[float], ascending: bool) -> list[float]:
+    return [(later - earlier) * (1 if ascending else -1) for earlier, later in itertools.pairwise(levels)]

@@ -1,0 +1,151 @@
+"""Writes the study's document and its figures from the CSVs.
+
+The text is in study.md beside this file; what is measured stands there as `{{...}}` and is filled in from the CSVs:
+
+    {{table NAME | metric, metric | extra column, ... | method}}   a table; differences to the last-named method
+    {{mean NAME | method | metric}}                                "83.3 ± 2.1"
+    {{difference NAME | method | other | metric}}                  "+3.6 [0.4, 6.8], p = 0.031"
+    {{claim NAME | method | other | metric}}                       "held", "open" or "the reverse": is `method` better?
+    {{share NAME | method | node}}                                 a node's part of the margin, in percent
+    {{figure NAME}}                                                the figure of that name
+    {{machine}}                                                    what the cells ran on
+"""
+
+from __future__ import annotations
+
+import csv
+import re
+from collections.abc import Callable, Mapping
+from functools import cached_property
+from pathlib import Path
+
+from bench.study import figures
+from bench.study.compare import RATES
+from bench.study.tables import TABLES
+from bench.study.written import NOT_MEASURED, Table, estimate, p_value, scale_of, signed
+
+TEMPLATE = Path(__file__).with_name("study.md")
+SUFFIX = "-curves"
+ESTIMATES = {
+    "draft-refine": ("exact", "win against chosen"),
+    "candidates": ("exact", "quality"),
+    "pictures-digits": ("order consistency", "preference score"),
+    "pictures-shapes": ("order consistency", "preference score"),
+}
+LEARNING = {
+    "draft-refine": {
+        "system": ["joint", "direct", "only draft", "only answer", "stage by stage"],
+        "each model by itself": ["separate"],
+    },
+    "pictures-digits": {
+        "LLM and diffusion model": ["joint", "joint, LoRA", "only the LLM", "only the diffusion model"],
+    },
+}
+SWEEPS = {"misled-drafts": ("exact", "draft exact"), "noise": ("exact", "quality")}
+
+
+class Results:
+    """The tables that are there.
+
+    Args:
+        folder: of the CSVs.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    @cached_property
+    def tables(self) -> dict[str, Table]:
+        return {path.stem: Table(path) for path in sorted(self.folder.glob("*.csv")) if not path.stem.endswith(SUFFIX)}
+
+    def curves(self, name: str) -> list[dict[str, str]]:
+        with (self.folder / f"{name}{SUFFIX}.csv").open() as file:
+            return list(csv.DictReader(file))
+
+    def draw(self, folder: Path) -> None:
+        """Every figure whose tables are there."""
+        for name, metrics in ESTIMATES.items():
+            if name in self.tables:
+                figures.estimates(folder / f"{name}.svg", self.tables[name], metrics)
+        for name, panels in LEARNING.items():
+            if name in self.tables:
+                figures.learning(folder / f"{name}{SUFFIX}.svg", self.curves(name), panels)
+        for name, metrics in SWEEPS.items():
+            if name in self.tables:
+                figures.sweep(folder / f"{name}.svg", self.tables[name], metrics)
+        loops = {int(name[-1]): table for name, table in self.tables.items() if name.startswith("critic-loop-")}
+        if loops:
+            figures.rounds(folder / "critic-loop.svg", dict(sorted(loops.items())), "exact")
+
+    def table(self, name: str, metrics: str, extras: str = "", against: str = "") -> str:
+        return self.tables[name].markdown(split(metrics), split(extras), against)
+
+    def mean(self, name: str, method: str, metric: str) -> str:
+        return estimate(self.tables[name][method, metric], metric)
+
+    def difference(self, name: str, method: str, other: str, metric: str) -> str:
+        found, scale = self.tables[name].difference(method, other, metric), scale_of(metric)
+        digits = 1 if scale == 100 else 3
+        low, high = (signed(found[f"difference_{end}"] * scale, digits, plus=False) for end in ("low", "high"))
+        return f"{signed(found['difference'] * scale, digits)} [{low}, {high}], {p_value(found['p'])}"
+
+    def claim(self, name: str, method: str, other: str, metric: str) -> str:
+        """Whether the 95 % interval of the difference leaves a doubt about its sign."""
+        found = self.tables[name].difference(method, other, metric)
+        return "held" if found["difference_low"] > 0 else "the reverse" if found["difference_high"] < 0 else "open"
+
+    def share(self, name: str, method: str, node: str) -> str:
+        row = next(row for (found, _), row in self.tables[name].found.items() if found == method)
+        margins = {key.split("/")[1]: value for key, value in row.items() if key.startswith("nodes/")}
+        return f"{100 * margins[node] / sum(margins.values()):.0f}"
+
+    def machine(self) -> str:
+        found = {row["machine"] for table in self.tables.values() for row in table.found.values()}
+        return "; ".join(sorted(found))
+
+    def figure(self, name: str) -> str:
+        return f"![{name}](images/study/{name}.svg)"
+
+    def rates(self) -> str:
+        return f"{len(RATES)} learning rates, a factor of {round(RATES[1] / RATES[0])} apart"
+
+
+def split(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def written(results: Results, template: str) -> str:
+    """The template with every placeholder filled in; "not measured yet" where its table is not there."""
+
+    def filled(match: re.Match[str]) -> str:
+        what, _, rest = match[1].strip().partition(" ")
+        arguments = [part.strip() for part in rest.split("|")] if rest else []
+        known: Mapping[str, Callable[..., str]] = {
+            name: getattr(results, name)
+            for name in ("table", "mean", "difference", "claim", "share", "figure", "machine", "rates")
+        }
+        if what not in known:
+            raise ValueError(f"{TEMPLATE.name}: {match[0]} is none of {', '.join(known)}")
+        if what not in ("figure", "machine", "rates") and arguments[0] not in results.tables:
+            if arguments[0] not in TABLES:
+                raise ValueError(f"{TEMPLATE.name}: {match[0]} names no table; there are {', '.join(TABLES)}")
+            return NOT_MEASURED
+        try:
+            return known[what](*arguments)
+        except KeyError as error:
+            raise ValueError(f"{TEMPLATE.name}: {match[0]} names {error}, which is not in the table") from error
+
+    return re.sub(r"\{\{(.+?)\}\}", filled, template)
+
+
+def write(folder: Path, page: Path) -> None:
+    """The page, and its figures in images/study beside it.
+
+    Args:
+        folder: of the CSVs.
+        page: the file to write.
+    """
+    results = Results(folder)
+    results.draw(page.parent / "images" / "study")
+    page.write_text(written(results, TEMPLATE.read_text()))
+    print(f"wrote {page}", flush=True)

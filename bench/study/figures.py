@@ -1,0 +1,128 @@
+"""Figures of the study, drawn from its CSVs as vector graphics: estimates with intervals, learning curves, sweeps."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy
+
+from bench.study.compare import interval
+from bench.study.written import Table
+
+WIDTH = 7.0  # inches: a page's text width
+
+
+def draw(path: Path, paint: Callable[..., None], rows: int = 1, columns: int = 1, height: float = 3.0, **grid: Any):
+    """Opens a figure of panels, has them painted, and writes it; equal figures give equal files."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    style = {"svg.hashsalt": "sysdag", "font.size": 8, "axes.spines.top": False, "axes.spines.right": False}
+    with matplotlib.rc_context(style):
+        figure, panels = pyplot.subplots(rows, columns, figsize=(WIDTH, height), squeeze=False, **grid)
+        paint(panels.ravel())
+        figure.tight_layout()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, metadata={"Date": None})
+        pyplot.close(figure)
+
+
+def estimates(path: Path, table: Table, metrics: Sequence[str]) -> None:
+    """Mean and 95 % interval of every method, one panel a metric, with the seeds as dots."""
+
+    def paint(panels) -> None:
+        for panel, metric in zip(panels, metrics, strict=True):
+            for place, method in enumerate(table.methods):
+                row, seeds = table[method, metric], table.seeds(method, metric)
+                panel.plot(seeds, [place] * len(seeds), ".", color="0.7", zorder=1)
+                panel.plot([row["low"], row["high"]], [place, place], "-", color="C0")
+                panel.plot(row["mean"], place, "o", color="C0")
+            panel.set_xlabel(metric)
+            panel.grid(axis="x", alpha=0.3)
+        panels[0].set_yticks(range(len(table.methods)), table.methods)
+        panels[0].invert_yaxis()
+
+    draw(path, paint, 1, len(metrics), 0.8 + 0.19 * len(table.methods), sharey=True)
+
+
+def learning(path: Path, curves: Sequence[Mapping[str, str]], panels: Mapping[str, Sequence[str]]) -> None:
+    """Validation score by optimizer step, mean over seeds with its 95 % interval, and a mark where the mean is best.
+
+    Args:
+        curves: rows of a `-curves.csv`.
+        panels: title to methods; what several trainings one after the other make is drawn as one line.
+    """
+
+    def paint(axes) -> None:
+        for panel, (title, methods) in zip(axes, panels.items(), strict=True):
+            for colour, method in enumerate(methods):
+                steps, values = by_step([row for row in curves if row["method"] == method])
+                means, bounds = values.mean(0), numpy.array([interval(column) for column in values.T])
+                panel.plot(steps, means, color=f"C{colour}", label=method)
+                panel.fill_between(steps, bounds[:, 0], bounds[:, 1], color=f"C{colour}", alpha=0.15, linewidth=0)
+                panel.plot(steps[means.argmax()], means.max(), "v", color=f"C{colour}")
+            panel.set_title(title)
+            panel.set_xlabel("optimizer step")
+            panel.grid(alpha=0.3)
+            panel.legend(frameon=False)
+        axes[0].set_ylabel("validation score")
+
+    draw(path, paint, 1, len(panels), 3.0)
+
+
+def by_step(rows: Sequence[Mapping[str, str]]) -> tuple[numpy.ndarray, numpy.ndarray]:
+    """Steps, and scores (seeds, steps); a training's second part goes on where the first ended."""
+    steps: dict[int, list[float]] = {}
+    ends: dict[tuple[str, int], int] = {}
+    for row in rows:
+        part, seed, step = int(row["part"]), row["seed"], int(row["step"])
+        if part and step == 0:
+            continue
+        at = step + ends.get((seed, part - 1), 0)
+        ends[seed, part] = max(at, ends.get((seed, part), 0))
+        steps.setdefault(at, []).append(float(row["validation"]))
+    return numpy.array(list(steps)), numpy.array(list(steps.values())).T
+
+
+def sweep(path: Path, table: Table, metrics: Sequence[str]) -> None:
+    """Metrics against the percentage that ends each method's name ("joint, DPO, 25% misled"), one line a method."""
+    found: dict[str, list[tuple[int, str]]] = {}
+    for method in table.methods:
+        name, value, what = re.fullmatch(r"(.+), (\d+)% (\w+)", method).groups()
+        found.setdefault(name, []).append((int(value), method))
+
+    def paint(panels) -> None:
+        for panel, metric in zip(panels, metrics, strict=True):
+            for name, points in found.items():
+                of_line = [table[method, metric] for _, method in points]
+                bars = [[row["mean"] - row["low"] for row in of_line], [row["high"] - row["mean"] for row in of_line]]
+                values = [value for value, _ in points]
+                panel.errorbar(values, [row["mean"] for row in of_line], bars, marker="o", capsize=2, label=name)
+            panel.set_xlabel(f"% {what}")
+            panel.set_ylabel(metric)
+            panel.grid(alpha=0.3)
+        panels[0].legend(frameon=False)
+
+    draw(path, paint, 1, len(metrics), 3.0)
+
+
+def rounds(path: Path, tables: Mapping[int, Table], metric: str) -> None:
+    """A metric against the number of rounds of a loop, one line a method."""
+
+    def paint(panels) -> None:
+        for method in next(iter(tables.values())).methods:
+            of_line = [table[method, metric] for table in tables.values()]
+            bars = [[row["mean"] - row["low"] for row in of_line], [row["high"] - row["mean"] for row in of_line]]
+            panels[0].errorbar(list(tables), [r["mean"] for r in of_line], bars, marker="o", capsize=2, label=method)
+        panels[0].set_xticks(list(tables))
+        panels[0].set_xlabel("rounds")
+        panels[0].set_ylabel(metric)
+        panels[0].grid(alpha=0.3)
+        panels[0].legend(frameon=False)
+
+    draw(path, paint, 1, 1, 3.0)
