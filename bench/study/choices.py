@@ -20,8 +20,6 @@ from typing import Any, ClassVar
 import numpy
 
 from bench.study import task
-from bench.study.training import shared
-from examples.tasks.base_models import letter_tokenizer, train_language_model
 from examples.tasks.sorted_letters import LETTERS, random_question, solve, swap_neighbours
 from sysdag import Exhaustive, Input, System, Trace, node
 from sysdag.components import Categorical, CausalLM
@@ -91,14 +89,8 @@ class Choice(task.Task):
         return f"{self.choosing}-{VERSION}"
 
     def system(self) -> System:
-        def build(folder: Path) -> None:
-            tokenizer = letter_tokenizer(LETTERS + "-,:", max_length=64)
-            train_language_model(folder, tokenizer, self.demonstration, seed=self.seed, steps=self.size.base_steps)
-
-        folder = shared(self.cache, f"{self.name}-answer-{self.seed}-{self.size.base_steps}", build)
-        return self.outline.with_components(
-            {self.choosing: self.component(), "answer": CausalLM(folder, max_new_tokens=8)}
-        )
+        models = self.models(self.name, LETTERS + "-,:", {"answer": self.demonstration})
+        return self.outline.with_components({self.choosing: self.component(), **models})
 
     def qualities(self, trace: Trace) -> numpy.ndarray:
         """The share of letters that stand where they belong; 0 for a text of another length."""

@@ -10,15 +10,13 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import numpy
 
 from bench.study import task
-from bench.study.training import shared
-from examples.tasks.base_models import letter_tokenizer, train_language_model
 from examples.tasks.sorted_letters import LETTERS, solve, swap_neighbours
 from sysdag import Input, MonteCarlo, System, Trace, node
 from sysdag.components import Categorical, CausalLM
@@ -107,22 +105,8 @@ class Diamond(task.Task):
         return {part: [next(asked_once) for _ in range(count)] for part, count in wanted.items()}
 
     def system(self) -> System:
-        tokenizer = letter_tokenizer(LETTERS + ",:", max_length=64)
-
-        def build(name: str):
-            return lambda folder: train_language_model(
-                folder, tokenizer, lambda rng: demonstration(name, rng), seed=self.seed + MODELS.index(name),
-                steps=self.size.base_steps,
-            )  # fmt: skip
-
-        components = {
-            name: CausalLM(
-                shared(self.cache, f"{self.name}-{name}-{self.seed}-{self.size.base_steps}", build(name)),
-                max_new_tokens=8,
-            )
-            for name in MODELS
-        }
-        return OUTLINE.with_components({"split": Categorical(SPLITS, 1), **components})
+        models = self.models(self.name, LETTERS + ",:", {name: partial(demonstration, name) for name in MODELS})
+        return OUTLINE.with_components({"split": Categorical(SPLITS, 1), **models})
 
     def qualities(self, trace: Trace) -> numpy.ndarray:
         """The share of letters that stand where they belong; 0 for a text of another length."""

@@ -10,15 +10,14 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import numpy
 
 from bench.study import task
-from bench.study.training import Curve, runs, shared, train
-from examples.tasks.base_models import letter_tokenizer, train_language_model
+from bench.study.training import Curve, runs, train
 from examples.tasks.sorted_letters import LENGTH, LETTERS, random_question, solve, swap_neighbours
 from sysdag import DiverseBeamSearch, ImportanceSampling, Input, MonteCarlo, System, Trace, node
 from sysdag.components import CausalLM
@@ -75,28 +74,14 @@ def demonstrated_answer(question: str, draft: str, careful: bool, rng: random.Ra
     return solve(question) if rng.random() < (0.4 if careful else 0.3) else draft
 
 
-def base_models(cache: Path, seed: int, steps: int, damaged: str = "") -> dict[str, Path]:
-    """Folders of drafter and refiner, one of which may be damaged."""
-
-    def build(name: str):
-        def demonstrate(rng: random.Random) -> tuple[str, str]:
-            asked, careful = random_question(rng), rng.random() < 0.5
-            written = demonstrated_draft(asked, careful, rng, damaged == "draft" == name)
-            prompt = ("!" if careful else "") + asked
-            if name == "draft":
-                return f"{prompt}:", written
-            return f"{prompt},{written}:", demonstrated_answer(asked, written, careful, rng, damaged == name)
-
-        def train_one(folder: Path) -> None:
-            tokenizer = letter_tokenizer(LETTERS + "!,:", max_length=64)
-            train_language_model(folder, tokenizer, demonstrate, seed=seed + NODES.index(name), steps=steps)
-
-        return train_one
-
-    return {
-        name: shared(cache, f"letters-{VERSION}-{name}{'-damaged' * (damaged == name)}-{seed}-{steps}", build(name))
-        for name in NODES
-    }
+def demonstration(name: str, damaged: str, rng: random.Random) -> tuple[str, str]:
+    """What the base model of a node learns from, the drafts in a refiner's demonstrations as the drafter's are."""
+    asked, careful = random_question(rng), rng.random() < 0.5
+    written = demonstrated_draft(asked, careful, rng, damaged == "draft" == name)
+    prompt = ("!" if careful else "") + asked
+    if name == "draft":
+        return f"{prompt}:", written
+    return f"{prompt},{written}:", demonstrated_answer(asked, written, careful, rng, damaged == name)
 
 
 def quality(question: str, text: str) -> float:
@@ -133,8 +118,10 @@ class Letters(task.Task):
         return f"letters-{VERSION}{self.damaged}"
 
     def system(self, outline: System = OUTLINE) -> System:
-        folders = base_models(self.cache, self.seed, self.size.base_steps, self.damaged)
-        return outline.with_components({name: CausalLM(folders[name], max_new_tokens=8) for name in NODES})
+        folders = {name: name + "-damaged" * (name == self.damaged) for name in NODES}
+        demonstrations = {folders[name]: partial(demonstration, name, self.damaged) for name in NODES}
+        models = self.models(f"letters-{VERSION}", LETTERS + "!,:", demonstrations)
+        return outline.with_components({name: models[folders[name]] for name in NODES})
 
     def qualities(self, trace: Trace) -> numpy.ndarray:
         return qualities(trace, "answer")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,6 @@ import numpy
 
 from bench.study import task
 from bench.study.letters import demonstrated_draft, qualities
-from bench.study.training import shared
-from examples.tasks.base_models import letter_tokenizer, train_language_model
 from examples.tasks.sorted_letters import LENGTH, LETTERS, random_question, solve
 from sysdag import Input, MonteCarlo, System, Trace, loop, node
 from sysdag.components import CausalLM
@@ -91,21 +90,10 @@ class CriticLoop(task.Task):
         return f"loop-{VERSION}-{self.rounds}"
 
     def system(self) -> System:
-        tokenizer = letter_tokenizer(LETTERS + "01234=?,:", max_length=64)
-
-        def build(name: str):
-            return lambda folder: train_language_model(
-                folder, tokenizer, lambda rng: demonstration(name, rng), seed=self.seed + NODES.index(name),
-                steps=self.size.base_steps,
-            )  # fmt: skip
-
-        folders = {
-            name: shared(self.cache, f"loop-{VERSION}-{name}-{self.seed}-{self.size.base_steps}", build(name))
-            for name in NODES
-        }
-        components = {name: CausalLM(folders[name], max_new_tokens=8) for name in NODES}
+        demonstrations = {name: partial(demonstration, name) for name in NODES}
+        models = self.models(f"loop-{VERSION}", LETTERS + "01234=?,:", demonstrations)
         made = outline(self.rounds)
-        return made.with_components({n.name: components[n.base_name] for n in made.nodes})
+        return made.with_components({n.name: models[n.base_name] for n in made.nodes})
 
     def qualities(self, trace: Trace) -> numpy.ndarray:
         return qualities(trace, list(trace.cells)[-1])

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import random
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,9 +13,11 @@ from typing import Any
 import numpy
 
 from bench.study.training import Curve, ranked_pairs, runs, shared, train
+from examples.tasks.base_models import letter_tokenizer, train_language_model
 from examples.tasks.sorted_letters import split_questions
 from sysdag import System, Trace
 from sysdag.candidates import CandidateStrategy
+from sysdag.components import CausalLM
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +63,27 @@ class Task(ABC):
     @abstractmethod
     def qualities(self, trace: Trace) -> numpy.ndarray:
         """The exact rule, in [0, 1]: one number a run."""
+
+    def models(
+        self, prefix: str, letters: str, demonstrations: Mapping[str, Callable[[random.Random], tuple[str, str]]]
+    ) -> dict[str, CausalLM]:
+        """Base models of single letters by name, each trained once from fresh (prompt, completion) demonstrations.
+
+        Args:
+            prefix: of their folders; says everything that they depend on but name, seed and size.
+        """
+        tokenizer, steps = letter_tokenizer(letters, max_length=64), self.size.base_steps
+
+        def built(name: str, seed: int) -> Path:
+            def build(folder: Path) -> None:
+                train_language_model(folder, tokenizer, demonstrations[name], seed=seed, steps=steps)
+
+            return shared(self.cache, f"{prefix}-{name}-{self.seed}-{steps}", build)
+
+        return {
+            name: CausalLM(built(name, self.seed + place), max_new_tokens=8)
+            for place, name in enumerate(demonstrations)
+        }
 
     @cached_property
     def prompts(self) -> dict[str, list[str]]:
