@@ -55,7 +55,7 @@ class Size(task.Size):
 
     diffusion_steps: int
     denoising_steps: int
-    batch: int = 32
+    batch: int = 16
     heldout_runs: int = 2
 
 
@@ -65,17 +65,10 @@ QUICK = Size(
 )  # fmt: skip
 SIZES = {
     ("digits", "full"): Size(
-        base_steps=1000, diffusion_steps=600, validation=80, steps=120, every=12, denoising_steps=10
+        base_steps=1000, diffusion_steps=600, validation=80, steps=96, every=16, denoising_steps=8
     ),
     ("shapes", "full"): Size(
-        base_steps=1000,
-        diffusion_steps=1000,
-        validation=60,
-        steps=64,
-        every=16,
-        denoising_steps=6,
-        batch=16,
-        heldout_runs=1,
+        base_steps=1000, diffusion_steps=500, validation=60, steps=64, every=16, denoising_steps=6, heldout_runs=1
     ),
     ("digits", "quick"): QUICK,
     ("shapes", "quick"): QUICK,
@@ -131,7 +124,7 @@ def train_captioner(folder: Path, world: World, seed: int, steps: int) -> None:
 
 def train_painter(folder: Path, world: World, seed: int, steps: int) -> None:
     train_diffusion_model(
-        folder, list(world.words), world.illustration, channels=world.channels, seed=seed, steps=steps, batch_size=96
+        folder, list(world.words), world.illustration, channels=world.channels, seed=seed, steps=steps, batch_size=64
     )
 
 
