@@ -20,15 +20,25 @@ triton_ops = sorted(path.stem for path in (ROOT / "kernels").glob("*.py"))
 cuda_sources = sorted((ROOT / "csrc").glob("*.cu"))
 
 
+@pytest.fixture(scope="module")
+def compiled(request):
+    """What became of the ops and GPUs that are tested in this run, by one process."""
+    tests = [item.callspec.params for item in request.session.items if "compiled" in getattr(item, "fixturenames", ())]
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, str(Path(__file__).with_name("aot_compile.py"))]
+    command += [f"{test['op']}:{test['arch']}" for test in tests]
+    run = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
+    assert run.returncode == 0, run.stderr[-4000:]
+    return json.loads(run.stdout)
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 @pytest.mark.parametrize("arch", SHARED_LIMIT)
 @pytest.mark.parametrize("op", triton_ops)
-def test_triton_kernels_compile(op, arch):
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, str(Path(__file__).with_name("aot_compile.py")), op, str(arch)]
-    run = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
-    assert run.returncode == 0, run.stderr[-4000:]
-    kernels = json.loads(run.stdout)
+def test_triton_kernels_compile(compiled, op, arch):
+    kernels = compiled[f"{op}:{arch}"]
+    assert isinstance(kernels, list), kernels[-4000:]
     assert kernels, f"kernels/{op}.py lists no AOT cases"
     for kernel in kernels:
         assert kernel["stack"] == 0, kernel
