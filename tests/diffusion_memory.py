@@ -1,4 +1,4 @@
-"""Memory that a step of diffusion models takes, measured; for a process of its own: python diffusion_memory.py CASE."""
+"""A step of a diffusion model whose memory can be measured, in a process of its own, and estimated."""
 
 import sys
 from pathlib import Path
@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench import measure
 
-PAIRS = 8
+PAIRS = 4  # two micro-batches
 TOKENS = 4 * 32 * 32
 CASES = {
     "full": {},
@@ -80,8 +80,3 @@ def estimated(case):
     return build(**options).estimate(
         {}, pairs=PAIRS, engine=engine, micro_batch_tokens=TOKENS, gradient_checkpointing=checkpointing, device="cpu"
     )
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    print(measured(sys.argv[1]))

@@ -1,12 +1,14 @@
 """Estimates of memory against what was measured, and against the parameters themselves."""
 
 import importlib.util
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import diffusion_memory
+import peak_memory
 import pytest
 import torch
 from peft import LoraConfig
@@ -27,18 +29,31 @@ ROOT = Path(__file__).resolve().parent.parent
 LENGTHS = {"node0": (256, 64), "node1": (320, 64, 256)}
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads the high-water mark of resident memory as Linux keeps it")
-@pytest.mark.parametrize("name", ["sysdag", "one pass"])
-@pytest.mark.parametrize("lora", [True, False])
-def test_the_estimate_of_a_step_is_within_15_percent_of_the_measured_peak(lora, name):
-    case = step_systems.Case("two LLMs", candidates=4, lora=lora)
-    measured = step.peak_mib(case, name, "cpu")
+measures = pytest.mark.skipif(
+    sys.platform != "linux", reason="reads the high-water mark of resident memory as Linux keeps it"
+)
+
+
+@pytest.fixture(scope="module")
+def measured():
+    """The peak of each of `peak_memory.STEPS` in bytes."""
+    environment = os.environ | peak_memory.ENVIRONMENT
+    ended = subprocess.run([sys.executable, peak_memory.__file__], stdout=subprocess.PIPE, text=True, env=environment)
+    assert ended.returncode == 0
+    return json.loads(ended.stdout.splitlines()[-1])
+
+
+@measures
+@pytest.mark.slow
+@pytest.mark.parametrize("key", peak_memory.LLMS)
+def test_the_estimate_of_a_step_is_within_15_percent_of_the_measured_peak(measured, key):
+    case, name = peak_memory.LLMS[key]
     plan = step_systems.build(case)[0].compile()
     found = plan.estimate(
         LENGTHS, objective="sampling", num_candidates=4, engine=step.NAMES[name],
         micro_batch_tokens=step_systems.TOKENS, device="cpu",
     )  # fmt: skip
-    assert found.step / 2**20 == pytest.approx(measured, rel=0.15)
+    assert found.step == pytest.approx(measured[key], rel=0.15)
 
 
 @pytest.mark.parametrize("adapter", [False, True])
@@ -95,13 +110,10 @@ def test_the_table_names_every_node():
     assert torch.get_default_device() == torch.device("cpu")
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads the high-water mark of resident memory as Linux keeps it")
+@measures
 @pytest.mark.parametrize("case", diffusion_memory.CASES)
-def test_a_diffusion_models_estimate_is_within_15_percent_of_the_measured_peak(case):
-    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-    command = [sys.executable, diffusion_memory.__file__, case]
-    ended = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
-    assert diffusion_memory.estimated(case).step == pytest.approx(float(ended.stdout.split()[-1]), rel=0.15)
+def test_a_diffusion_models_estimate_is_within_15_percent_of_the_measured_peak(measured, case):
+    assert diffusion_memory.estimated(case).step == pytest.approx(measured[f"diffusion, {case}"], rel=0.15)
 
 
 @pytest.mark.parametrize("adapter", [False, True])
