@@ -1,9 +1,8 @@
-"""One process of a training, alone or started by torchrun: python distributed_worker.py train|shard FOLDER JSON.
+"""One process of a training, alone or as one of two.
 
-JSON: what `train` or `shard` takes. Rank 0 leaves FOLDER/result.pt: losses, final weights, what every rank scored.
+Of two, rank 0 leaves FOLDER/result.pt: losses, final weights, what every rank scored.
 """
 
-import json
 import os
 import sys
 from pathlib import Path
@@ -138,20 +137,21 @@ def weights_of(model):
     }
 
 
-def main(how, folder, options):
-    losses, weights, seen = {"train": train, "shard": shard}[how](folder, **json.loads(options))
-    every = [seen]
-    if torch.distributed.is_initialized():
-        every = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(every, seen)
-    if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
+def one_of_two(rank, port, how, folder, options):
+    """What a process does that torchrun starts as one of two; what it prints goes to a file."""
+    os.environ |= {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "test",
+    }  # fmt: skip
+    with open(f"{folder}/printed-{rank}", "w") as file:
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
+    losses, weights, seen = {"train": train, "shard": shard}[how](folder, **options)
+    every = [None] * 2
+    torch.distributed.all_gather_object(every, seen)
+    if rank == 0:
         torch.save({"losses": losses, "weights": weights, "seen": every}, Path(folder) / "result.pt")
-    if torch.distributed.is_initialized():
-        torch.distributed.barrier()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(0)  # gloo's threads now and then abort a process that ends in the ordinary way
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
+    torch.distributed.barrier()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # gloo's threads now and then abort a process that ends in the ordinary way

@@ -2,9 +2,12 @@
 
 import importlib.util
 import json
+import multiprocessing
 import os
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import distributed_worker
@@ -24,12 +27,37 @@ from sysdag.serialization import load_weights
 WORKER = Path(distributed_worker.__file__)
 
 
-def run_two(folder, how, options):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone",
-               str(WORKER), how, str(folder), json.dumps(options)]  # fmt: skip
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
-    assert ended.returncode == 0, ended.stderr[-4000:]
+@pytest.fixture(scope="module")
+def processes():
+    """Starts processes with torch and transformers already imported, which takes longer than what they then do."""
+    context = multiprocessing.get_context("forkserver")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # where the server looks for what it imports at first
+        patch.setenv("OMP_NUM_THREADS", "1")
+        context.set_forkserver_preload(["distributed_worker"])
+        yield context
+
+
+def run_two(processes, folder, how, options):
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    two = [
+        processes.Process(target=distributed_worker.one_of_two, args=(rank, port, how, str(folder), options))
+        for rank in range(2)
+    ]
+    for process in two:
+        process.start()
+    ends = time.monotonic() + 120
+    while any(process.exitcode is None for process in two) and time.monotonic() < ends:
+        if any(process.exitcode for process in two):
+            break  # the other would wait for it
+        two[0].join(0.1)
+        two[1].join(0.1)
+    for process in two:
+        process.kill()
+        process.join()
+    printed = "".join((folder / f"printed-{rank}").read_text()[-4000:] for rank in range(2))
+    assert [process.exitcode for process in two] == [0, 0], printed
     return torch.load(folder / "result.pt")
 
 
@@ -74,13 +102,13 @@ zero = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason=
         "zero2-accumulation",
     ],
 )
-def test_two_processes_give_the_run_of_one(tmp_path, how, options):
+def test_two_processes_give_the_run_of_one(processes, tmp_path, how, options):
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
     threads = torch.get_num_threads()
     losses, weights, seen = getattr(distributed_worker, how)(str(tmp_path / "one"), batch=4, **options)
     torch.set_num_threads(threads)
-    two = run_two(tmp_path / "two", how, {"batch": 2, **options})
+    two = run_two(processes, tmp_path / "two", how, {"batch": 2, **options})
     torch.testing.assert_close(torch.tensor(two["losses"]), torch.tensor(losses), rtol=1e-4, atol=1e-5)
     assert losses[-1] < losses[0]
     assert two["weights"].keys() == weights.keys()
@@ -103,10 +131,10 @@ def test_two_processes_give_the_run_of_one(tmp_path, how, options):
     ],
     ids=["fsdp2-full", "fsdp2-lora-sharded-state", "zero2"],
 )
-def test_a_sharded_run_goes_on_from_its_checkpoint_and_saves_what_one_process_loads(tmp_path, options):
+def test_a_sharded_run_goes_on_from_its_checkpoint_and_saves_what_one_process_loads(processes, tmp_path, options):
     options = {"batch": 2, "optim": "adamw_torch", "tokens": 40, **options}
-    whole = run_two(tmp_path, "train", options)["weights"]
-    resumed = run_two(tmp_path, "train", {**options, "resume": True})["weights"]
+    whole = run_two(processes, tmp_path, "train", options)["weights"]
+    resumed = run_two(processes, tmp_path, "train", {**options, "resume": True})["weights"]
     assert all(torch.equal(resumed[name], tensor) for name, tensor in whole.items())
     for folder in ("checkpoint-4", "aligned"):
         system = distributed_worker.build(tmp_path, options.get("lora", False))

@@ -28,6 +28,7 @@ import pytest
 pytest.importorskip("peft")
 pytest.importorskip("datasets")
 
+from tiny import shorten_completions
 from typer.testing import CliRunner
 
 import sysdag
@@ -169,6 +170,7 @@ def stand_ins(tmp_path_factory) -> Path:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_what_a_page_shows_runs(page, stand_ins, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    shorten_completions(monkeypatch)
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])  # commands add to it
     for organisation in stand_ins.iterdir():
         (tmp_path / organisation.name).symlink_to(organisation)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny import shorten_completions
 
 pytest.importorskip("peft")
 
@@ -28,6 +29,7 @@ def example(request, tmp_path_factory):
     """The example's module and the outcome of running its file, in a folder of its own."""
     folder, file = tmp_path_factory.mktemp(request.param), FOLDER / f"{request.param}.py"
     with pytest.MonkeyPatch.context() as patch:
+        shorten_completions(patch)
         patch.syspath_prepend(FOLDER)
         patch.chdir(folder)
         patch.setattr(sys, "argv", [str(file), "--offline", "--output", str(folder / "out")])

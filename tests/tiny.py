@@ -4,6 +4,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from sysdag.components import CausalLM
+
 ALPHABET = "abcdefghijklmnopqrstuvwxyz0123456789 .,:?\n"
 CHAT_TEMPLATE = (
     "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
@@ -50,3 +52,12 @@ def llama(seed: int = 0, vocab_size: int | None = None, *, peaked: float = 3.0, 
                     parameter.normal_(0, 0.25)
             model.lm_head.weight.mul_(peaked)
     return model.eval()
+
+
+def shorten_completions(patch) -> None:
+    """Has every CausalLM end a completion after 12 tokens: models with random weights mean nothing by more of them.
+
+    What a component says and saves of `max_new_tokens` remains as it was given.
+    """
+    given = CausalLM.max_new_tokens.fget
+    patch.setattr(CausalLM, "max_new_tokens", property(lambda self: min(12, given(self))))

@@ -16,7 +16,7 @@ from __future__ import annotations
 import csv
 import re
 from collections.abc import Callable, Mapping
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 from bench.study import figures
@@ -62,20 +62,23 @@ class Results:
         with (self.folder / f"{name}{SUFFIX}.csv").open() as file:
             return list(csv.DictReader(file))
 
+    @cached_property
+    def figures(self) -> dict[str, Callable[[Path], None]]:
+        """What draws each figure whose tables are there."""
+        there, found = self.tables, {}
+        for name in ESTIMATES.keys() & there.keys():
+            found[name] = partial(figures.estimates, table=there[name], metrics=ESTIMATES[name])
+        for name in LEARNING.keys() & there.keys():
+            found[name + SUFFIX] = partial(figures.learning, curves=self.curves(name), panels=LEARNING[name])
+        for name in SWEEPS.keys() & there.keys():
+            found[name] = partial(figures.sweep, table=there[name], metrics=SWEEPS[name])
+        if loops := {int(name[-1]): there[name] for name in sorted(there) if name.startswith("critic-loop-")}:
+            found["critic-loop"] = partial(figures.rounds, tables=loops, metric="exact")
+        return found
+
     def draw(self, folder: Path) -> None:
-        """Every figure whose tables are there."""
-        for name, metrics in ESTIMATES.items():
-            if name in self.tables:
-                figures.estimates(folder / f"{name}.svg", self.tables[name], metrics)
-        for name, panels in LEARNING.items():
-            if name in self.tables:
-                figures.learning(folder / f"{name}{SUFFIX}.svg", self.curves(name), panels)
-        for name, metrics in SWEEPS.items():
-            if name in self.tables:
-                figures.sweep(folder / f"{name}.svg", self.tables[name], metrics)
-        loops = {int(name[-1]): table for name, table in self.tables.items() if name.startswith("critic-loop-")}
-        if loops:
-            figures.rounds(folder / "critic-loop.svg", dict(sorted(loops.items())), "exact")
+        for name, paint in self.figures.items():
+            paint(folder / f"{name}.svg")
 
     def table(self, name: str, metrics: str, extras: str = "", against: str = "") -> str:
         return self.tables[name].markdown(split(metrics), split(extras), against)
@@ -104,7 +107,7 @@ class Results:
         return "; ".join(sorted(found))
 
     def figure(self, name: str) -> str:
-        return f"![{name}](images/study/{name}.svg)"
+        return f"![{name}](images/study/{name}.svg)" if name in self.figures else NOT_MEASURED
 
     def rates(self) -> str:
         return f"{len(RATES)} learning rates, a factor of {round(RATES[1] / RATES[0])} apart"

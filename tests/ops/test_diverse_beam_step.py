@@ -1,7 +1,9 @@
 import os
 import subprocess
 import sys
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -17,7 +19,7 @@ needs_cpp = pytest.mark.skipif(
 )
 
 
-def problem(B=2, G=3, K=2, V=300, seed=0, offset=0.0, dtype=torch.float32):
+def problem(B=2, G=3, K=2, V=120, seed=0, offset=0.0, dtype=torch.float32):
     generator = torch.Generator().manual_seed(seed)
     logits = (offset + 3 * torch.randn(B, G, K, V, generator=generator)).to(dtype)
     scores = -2 * torch.rand(B, G, K, generator=generator)
@@ -46,14 +48,24 @@ def assert_by_hand(served, logits, scores, penalty, M, eos=(), done=None, pad=0)
     ids = torch.tensor(eos) if len(eos) else None
     eager = diverse_beam_step_reference(logits, scores, penalty, M, ids, done, pad)
     moved = [None if t is None else t.to(served.device) for t in (ids, done)]
-    found = diverse_beam_step(
-        logits.to(served.device), scores.to(served.device), penalty, num_candidates=M, eos_token_ids=moved[0],
-        done=moved[1], pad_token_id=pad,
-    )  # fmt: skip
+    with short_blocks(logits.shape[-1]) if served.interpreted else nullcontext():
+        found = diverse_beam_step(
+            logits.to(served.device), scores.to(served.device), penalty, num_candidates=M, eos_token_ids=moved[0],
+            done=moved[1], pad_token_id=pad,
+        )  # fmt: skip
     assert torch.equal(found[0].cpu(), truth[0])
     assert torch.equal(found[1].cpu(), truth[1])
     assert found[2].dtype == torch.float32
     assert_as_good_as_torch(found[2].cpu(), eager[2], truth[2], "scores")
+
+
+@contextmanager
+def short_blocks(V):
+    """Triton's interpreter sorts all of a block, which need not be longer than a row. A row of several is as it is."""
+    from sysdag.kernels import diverse_beam_step as kernel
+
+    with mock.patch.object(kernel, "BLOCK", min(kernel.BLOCK, max(64, 1 << (V - 1).bit_length()))):
+        yield
 
 
 @pytest.mark.parametrize("penalty", [0.0, 0.7, 25.0])

@@ -1,0 +1,119 @@
+"""The study's document says what its CSVs say."""
+
+import csv
+
+import numpy
+import pytest
+
+pytest.importorskip("matplotlib")
+
+from scipy import stats
+
+from bench.measure import RESULTS
+from bench.study import PAGE, document, figures, write
+from bench.study.compare import Comparison, Variant, curves, rows
+from bench.study.document import Results, written
+from bench.study.written import Table
+
+JOINT, SEPARATE = [0.85, 0.9, 0.83], [0.8, 0.82, 0.81]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """`draft-refine` with two methods on three seeds, as the study writes it."""
+    table = Comparison(
+        name="draft-refine", function="letters:align", metrics=["exact", "quality"], reference="joint", seeds=3,
+        variants=[Variant(name=name, options={}) for name in ("joint", "separate")],
+    )  # fmt: skip
+    found = {}
+    for name, values in {"joint": JOINT, "separate": SEPARATE}.items():
+        for seed, value in enumerate(values):
+            logs = [{"step": 8, "nodes/draft/rewards/margins": 3.0, "nodes/answer/rewards/margins": 1.0}]
+            curve = {"steps": [0, 8], "validation": [0.5, value], "logs": logs, "seconds": 10.0, "best_step": 8}
+            parts = 2 if name == "separate" else 1
+            found[name, seed] = {"heldout": {"exact": [value], "quality": [value]}, "curves": [curve] * parts}
+    write(tmp_path / "draft-refine.csv", [row | {"machine": "a machine"} for row in rows(table, found, {"joint": 3.0})])
+    write(tmp_path / "draft-refine-curves.csv", curves(table, found))
+    return tmp_path
+
+
+def test_figures_in_the_text_are_those_of_the_table(folder):
+    results = Results(folder)
+    low, high = stats.t.interval(0.95, 2, numpy.mean(JOINT) * 100, stats.sem(JOINT) * 100)
+    assert written(results, "{{mean draft-refine | joint | exact}}") == f"86.0 ± {(high - low) / 2:.1f}"
+    difference = (numpy.array(JOINT) - SEPARATE) * 100
+    low, high = stats.t.interval(0.95, 2, difference.mean(), stats.sem(difference))
+    p = stats.ttest_rel(JOINT, SEPARATE).pvalue
+    minus = "\N{MINUS SIGN}"
+    assert written(results, "{{difference draft-refine | separate | joint | exact}}") == (
+        f"{minus}5.0 [{-high:.1f}, {-low:.1f}], p = {p:.2f}".replace("[-", f"[{minus}").replace(" -", f" {minus}")
+    )
+    assert written(results, "{{share draft-refine | joint | draft}} %, {{machine}}") == "75 %, a machine"
+
+
+def test_a_claim_holds_only_where_the_interval_leaves_no_doubt(folder):
+    results = Results(folder)
+    rows = results.tables["draft-refine"].found
+    for ours, verdict in (([0.9, 0.91, 0.92], "held"), ([0.7, 0.72, 0.7], "the reverse"), ([0.9, 0.7, 0.8], "open")):
+        rows["joint", "exact"].update({f"seed {seed}": value for seed, value in enumerate(ours)})
+        assert written(results, "{{claim draft-refine | joint | separate | exact}}") == verdict
+
+
+def test_a_table_shows_every_method_with_what_is_asked(folder):
+    lines = (
+        Table(folder / "draft-refine.csv").markdown(["exact", "quality"], ["best_step", "rate"], "joint").split("\n")
+    )
+    assert lines[0] == "|  | exact, % | quality | exact against joint | best step | rate |"
+    assert [line.split(" | ")[0] for line in lines[2:]] == ["| joint", "| separate"]
+    assert lines[2].endswith("|  | 8 | 3 |")
+    assert lines[3].endswith("| \N{MINUS SIGN}5.0 (p = 0.10) | 16 |  |")
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("{{median draft-refine | joint | exact}}", "is none of table, mean"),
+        ("{{mean drafts | joint | exact}}", "names no table"),
+        ("{{mean draft-refine | jiont | exact}}", "jiont.*not in the table"),
+    ],
+)
+def test_a_placeholder_that_means_nothing_is_an_error(folder, text, problem):
+    with pytest.raises(ValueError, match=problem):
+        written(Results(folder), text)
+
+
+def test_what_was_not_measured_is_said_to_be_so(folder):
+    assert written(Results(folder), "{{mean noise | DPO, 0% flipped | exact}}") == document.NOT_MEASURED
+
+
+def test_a_second_part_of_a_training_goes_on_where_the_first_ended():
+    parts = {"0": {0: 0.1, 8: 0.2}, "1": {0: 0.2, 8: 0.4, 16: 0.3}}
+    curve = [
+        {"part": part, "seed": seed, "step": str(step), "validation": str(value + int(seed))}
+        for seed in "01"
+        for part, values in parts.items()
+        for step, value in values.items()
+    ]
+    steps, values = figures.by_step(curve)
+    assert steps.tolist() == [0, 8, 16, 24]
+    assert values == pytest.approx(numpy.array([[0.1, 0.2, 0.4, 0.3], [1.1, 1.2, 1.4, 1.3]]))
+
+
+def test_every_figure_is_drawn_alike_from_the_same_tables(folder, tmp_path, monkeypatch):
+    monkeypatch.setitem(document.LEARNING, "draft-refine", {"both": ["joint", "separate"]})
+    monkeypatch.setitem(document.ESTIMATES, "draft-refine", ("exact", "quality"))
+    names = {"draft-refine.svg", "draft-refine-curves.svg"}
+    for where in ("one", "two"):
+        Results(folder).draw(tmp_path / where)
+        assert {path.name for path in (tmp_path / where).iterdir()} == names
+    for name in names:
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+        assert b"separate" in (tmp_path / "one" / name).read_bytes()
+
+
+def test_the_page_is_what_its_csvs_and_its_text_say():
+    results = Results(RESULTS / "study")
+    assert PAGE.read_text() == written(results, document.TEMPLATE.read_text()), "python -m bench study --document-only"
+    for name in results.tables:
+        with (RESULTS / "study" / f"{name}.csv").open() as file:
+            assert {row["seeds"] for row in csv.DictReader(file)} <= {"3", "5"}
