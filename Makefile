@@ -3,7 +3,7 @@ PYTHON ?= python3
 SEED ?= 0
 BIN := .venv/bin
 
-.PHONY: demo test build bench lint docs clean
+.PHONY: demo test build bench study lint docs clean
 
 demo: .venv/ready
 	$(BIN)/python -m examples.demo --seed $(SEED) --output demo-output
@@ -20,6 +20,10 @@ bench: build
 	$(BIN)/python -m bench op --csv $(if $(PEER_PYTHON),--peer-python $(PEER_PYTHON))
 	$(BIN)/python -m bench plots
 	$(BIN)/python -m bench tables
+
+# The paper's experiments on small systems: hours on 2 cores, goes on where it was stopped. QUICK=1: everything tiny.
+study: .venv/ready
+	$(BIN)/python -m bench study $(if $(QUICK),--quick)
 
 lint: .venv/ready
 	$(BIN)/ruff check .

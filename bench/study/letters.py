@@ -191,6 +191,7 @@ def align(
     strategy: str = "dbs",
     candidates: Mapping[str, Any] = CANDIDATES,
     options: Mapping[str, Any] | None = None,
+    factors: Mapping[str, float] | None = None,
     damaged: str = "",
     misled: float = 0.0,
     flipped: float = 0.0,
@@ -202,6 +203,7 @@ def align(
         rate: factor on the learning rates; chosen by validation, with equal effort for every method.
         strategy, candidates: of Sampling.
         options: more of `SysDPOConfig`.
+        factors: on the learning rates of single nodes.
         damaged, misled, flipped: see `Letters`.
     """
     setting = Letters(cache, seed, task.SIZES[size], damaged, misled, flipped)
@@ -216,7 +218,8 @@ def align(
     drawn = STRATEGIES[strategy](**candidates)
     curves = [
         setting.train(
-            system, trained, rate=rate, objective=objective, candidates=drawn, share=share, **(options or {})
+            system, trained, rate=rate, objective=objective, candidates=drawn, share=share, factors=factors,
+            **(options or {}),
         )
         for trained, share in stages
     ]  # fmt: skip

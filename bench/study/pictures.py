@@ -38,7 +38,7 @@ from examples.tasks.ordered_digits import (
 from sysdag import Input, System, Trace, node
 from sysdag.components import CausalLM, Diffusion
 
-VERSION = 1
+VERSION = 2
 NODES = ("text", "image")
 CAREFUL = "please"
 METHODS = (

@@ -72,6 +72,13 @@ NOISE = [
     for loss, options in LOSSES.items()
     for rate in (0.0, 0.1, 0.2, 0.3)
 ]
+REFINER = [
+    Variant(name="joint", options=JOINT),
+    sampling("joint, refiner at a third of its rate", factors={"answer": 1 / 3}),
+    sampling("joint, refiner at a tenth of its rate", factors={"answer": 0.1}),
+    sampling("joint, with SFT on the chosen", options={"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.2]}),
+    Variant(name="only draft", options={"method": "only draft"}),
+]
 CREDIT = [
     Variant(
         name=f"{method}, {damaged or 'nothing'} damaged",
@@ -96,6 +103,9 @@ def _comparisons() -> list[Comparison]:
         Comparison(
             name="draft-refine", function="letters:align", metrics=LETTERS, reference="joint", seeds=5,
             variants=methods(letters.METHODS, list(letters.UNTRAINED)),
+        ),
+        Comparison(
+            name="refiner", function="letters:align", metrics=LETTERS, reference="joint", seeds=5, variants=REFINER
         ),
         Comparison(
             name="candidates", function="letters:align", metrics=LETTERS, reference="joint", seeds=3,

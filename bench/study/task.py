@@ -150,6 +150,7 @@ class Task(ABC):
         candidates: CandidateStrategy | None = None,
         share: float = 1.0,
         deployed: System | None = None,
+        factors: Mapping[str, float] | None = None,
         **options: Any,
     ) -> Curve:
         """Aligns the named nodes (base names, for the visits of a loop) from `pairs`; the others stay as they are.
@@ -157,12 +158,13 @@ class Task(ABC):
         Args:
             rate: factor on the learning rate, 5e-4.
             share: of the size's steps.
+            factors: on top of `rate`, by node.
             deployed: what is validated, where it is not the system that trains but shares its components.
             options: more of `SysDPOConfig`.
         """
         chosen = {
             "objective": objective, "beta": 0.5, "max_steps": max(1, round(self.size.steps * share)),
-            "nodes": nodes(system, trained, rate),
+            "nodes": nodes(system, trained, rate, factors),
         } | options  # fmt: skip
         return train(
             system, self.pairs, options=chosen, candidates=candidates if objective == "sampling" else None,
@@ -174,7 +176,9 @@ class Task(ABC):
         return {"heldout": self.measured(system), "curves": [curve.summary() for curve in trained]}
 
 
-def nodes(system: System, trained: Sequence[str], rate: float) -> dict[str, Mapping[str, Any]]:
+def nodes(
+    system: System, trained: Sequence[str], rate: float, factors: Mapping[str, float] | None = None
+) -> dict[str, Mapping[str, Any]]:
     """Options by node: what trains, and how fast."""
-    names = dict.fromkeys(node.base_name for node in system.nodes if node.is_random)
-    return {name: {"learning_rate": 5e-4 * rate, "trainable": name in trained} for name in names}
+    names, own = dict.fromkeys(node.base_name for node in system.nodes if node.is_random), factors or {}
+    return {name: {"learning_rate": 5e-4 * rate * own.get(name, 1.0), "trainable": name in trained} for name in names}
