@@ -101,8 +101,8 @@ def test_a_large_common_offset(backend, offset):
 
 
 def test_rows_that_begin_and_end_with_impossible_tokens(backend):
-    logits, scores = problem(1, 2, 2, 5000, seed=11)
-    logits[0, 0, 0, :2100], logits[0, 1, 1, 1100:] = -torch.inf, -torch.inf
+    logits, scores = problem(1, 2, 1, 5000, seed=11)
+    logits[0, 0, 0, :2100], logits[0, 1, 0, 1100:] = -torch.inf, -torch.inf
     assert_by_hand(backend, logits, scores, 0.7, 4)
 
 
@@ -152,7 +152,7 @@ def test_rows_of_several_stretches(backend, monkeypatch):
 def test_other_dtypes_are_computed_in_fp32(backend, dtype):
     if backend.name == "triton" and (dtype == torch.float64 or dtype not in backend.dtypes):
         pytest.skip("not for this backend")
-    logits, scores = problem(2, 3, 2, 1300, seed=4, dtype=dtype)
+    logits, scores = problem(1, 3, 2, 1300, seed=4, dtype=dtype)
     assert dtype == torch.float64 or (logits == logits.roll(1, -1)).any()  # halves repeat values
     found = diverse_beam_step(logits.to(backend.device), scores.to(backend.device), 0.7)
     expected = diverse_beam_step_reference(logits.float(), scores, 0.7, 4)
