@@ -1,5 +1,9 @@
 import os
 
+# Of this process and of those that tests start, before any of them counts the cores: two workers, a thread each.
+os.environ |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+
+import pytest
 import torch
 from hypothesis import settings
 from jaxtyping import install_import_hook
@@ -14,3 +18,19 @@ _TENSOR_MODULES = [
     *(f"components.{n}" for n in ("forward_process", "reverse_process", "images")),
 ]  # fmt: skip
 install_import_hook([f"sysdag.{name}" for name in _TENSOR_MODULES], "beartype.beartype")
+
+# Files that take longest, the longest first. A worker takes whole files (--dist loadfile), so that fixtures of a module
+# are made once; what is long must not begin when everything else is over.
+_LONGEST = [
+    "ops/test_aot.py", "test_estimate.py", "ops/test_diverse_beam_step.py", "test_distributed.py",
+    "ops/test_linear_logprob.py", "test_train_command.py", "test_demo.py", "ops/test_linear_logprob_fused.py",
+    "ops/test_diffusion_error.py", "ops/test_preference_loss.py", "test_acceleration.py", "test_ray.py",
+    "test_faults.py", "test_docs.py", "test_diffusion.py", "test_study.py", "test_malformed_files.py", "test_beam.py",
+    "test_examples.py", "test_labelling_browser.py",
+]  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    folder = os.path.dirname(__file__)
+    place = {os.path.join(folder, *name.split("/")): order for order, name in enumerate(_LONGEST)}
+    items.sort(key=lambda item: place.get(str(item.path), len(place)))

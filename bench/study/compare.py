@@ -14,6 +14,7 @@ from bench.study.cells import Cell
 
 RATES = (1 / 3, 1.0, 3.0)
 TUNING_SEED = 100  # its prompts and models are in no table
+BEST_STEP = "best step"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,31 +95,37 @@ def rows(
     comparison: Comparison, results: Mapping[tuple[str, int], Mapping[str, Any]], rates: Mapping[str, float]
 ) -> list[dict[str, Any]]:
     """One row for each variant and metric: mean over seeds, 95 % t interval over seeds, and the difference to the
-    reference with the interval and p value of a paired t test over seeds."""
+    reference with the interval and p value of a paired t test over seeds. `BEST_STEP` is one more metric of those that
+    train: the step that validation chose, summed over the parts of a training."""
     seeds = sorted({seed for _, seed in results})
+
+    def by_seed(name: str, metric: str) -> numpy.ndarray | None:
+        of_seed = [results[name, seed] for seed in seeds]
+        if metric != BEST_STEP:
+            return numpy.array([numpy.mean(one["heldout"][metric]) for one in of_seed])
+        if not of_seed[0]["curves"]:
+            return None
+        return numpy.array([sum(curve["best_step"] for curve in one["curves"]) for one in of_seed], dtype=float)
+
     found = []
     for variant in comparison.variants:
-        for metric in comparison.metrics:
-            ours, theirs = (
-                numpy.array([numpy.mean(results[name, seed]["heldout"][metric]) for seed in seeds])
-                for name in (variant.name, comparison.reference)
-            )
+        curves = [results[variant.name, seed]["curves"] for seed in seeds]
+        for metric in (*comparison.metrics, BEST_STEP):
+            ours, theirs = by_seed(variant.name, metric), by_seed(comparison.reference, metric)
+            if ours is None:
+                continue
             low, high = interval(ours)
             row = {
                 "method": variant.name, "metric": metric, "seeds": len(seeds),
-                "prompts": len(results[variant.name, seeds[0]]["heldout"][metric]),
+                "prompts": len(results[variant.name, seeds[0]]["heldout"][comparison.metrics[0]]),
                 "mean": ours.mean(), "low": low, "high": high,
                 **{f"seed {seed}": value for seed, value in zip(seeds, ours, strict=True)},
             }  # fmt: skip
-            if variant.name != comparison.reference:
+            if variant.name != comparison.reference and theirs is not None:
                 row |= paired(ours, theirs)
-            curves = [results[variant.name, seed]["curves"] for seed in seeds]
             row |= {"rate": rates.get(variant.name, "")}
             if curves[0]:
-                row |= {
-                    "best_step": numpy.mean([sum(curve["best_step"] for curve in one) for one in curves]),
-                    "seconds": numpy.mean([sum(curve["seconds"] for curve in one) for one in curves]),
-                }
+                row |= {"seconds": numpy.mean([sum(curve["seconds"] for curve in one) for one in curves])}
                 row |= _candidate_means(curves) | _margins(curves)
             found.append(row)
     return found

@@ -22,7 +22,7 @@ from pathlib import Path
 from bench.study import figures
 from bench.study.compare import RATES
 from bench.study.tables import TABLES
-from bench.study.written import NOT_MEASURED, Table, estimate, p_value, scale_of, signed
+from bench.study.written import NOT_MEASURED, Table, digits_of, p_value, scale_of, signed
 
 TEMPLATE = Path(__file__).with_name("study.md")
 SUFFIX = "-curves"
@@ -84,11 +84,11 @@ class Results:
         return self.tables[name].markdown(split(metrics), split(extras), against)
 
     def mean(self, name: str, method: str, metric: str) -> str:
-        return estimate(self.tables[name][method, metric], metric)
+        return self.tables[name].estimate(method, metric)
 
     def difference(self, name: str, method: str, other: str, metric: str) -> str:
         found, scale = self.tables[name].difference(method, other, metric), scale_of(metric)
-        digits = 1 if scale == 100 else 3
+        digits = digits_of(metric)
         low, high = (signed(found[f"difference_{end}"] * scale, digits, plus=False) for end in ("low", "high"))
         return f"{signed(found['difference'] * scale, digits)} [{low}, {high}], {p_value(found['p'])}"
 

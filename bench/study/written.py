@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import csv
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy
 
-from bench.study.compare import paired
+from bench.study.compare import BEST_STEP, paired
 
 NOT_MEASURED = "*not measured yet*"
 PERCENTAGES = frozenset(
@@ -20,7 +19,6 @@ PERCENTAGES = frozenset(
     }
 )  # fmt: skip
 EXTRAS = {
-    "best_step": ("best step", ".0f"),
     "seconds": ("training, s", ".0f"),
     "rate": ("rate", ".2g"),
     "effective_sample_size": ("ESS", ".2f"),
@@ -61,7 +59,8 @@ class Table:
         head += [EXTRAS[name][0] for name in extras]
         lines = [head, ["---", *["---:"] * (len(head) - 1)]]
         for method in self.methods:
-            cells = [method, *(estimate(self[method, metric], metric) for metric in metrics)]
+            known = [metric if (method, metric) in self.found else "" for metric in metrics]
+            cells = [method, *(metric and self.estimate(method, metric) for metric in known)]
             if against:
                 cells.append("" if method == against else self.change(method, against, metrics[0]))
             row = self[method, metrics[0]]
@@ -69,11 +68,16 @@ class Table:
             lines.append(cells)
         return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
+    def estimate(self, method: str, metric: str) -> str:
+        """Mean and half the width of its interval."""
+        row, scale, digits = self[method, metric], scale_of(metric), digits_of(metric)
+        mean, half = row["mean"] * scale, (row["high"] - row["low"]) / 2 * scale
+        return f"{signed(mean, digits, plus=False)} ± {half:.{digits}f}"
+
     def change(self, method: str, other: str, metric: str) -> str:
         """The difference in words: "+3.6 (p = 0.012)"."""
         found, scale = self.difference(method, other, metric), scale_of(metric)
-        digits = 1 if scale == 100 else 3
-        return f"{signed(found['difference'] * scale, digits)} ({p_value(found['p'])})"
+        return f"{signed(found['difference'] * scale, digits_of(metric))} ({p_value(found['p'])})"
 
 
 def number(text: str) -> Any:
@@ -87,11 +91,8 @@ def scale_of(metric: str) -> int:
     return 100 if metric in PERCENTAGES else 1
 
 
-def estimate(row: dict[str, Any], metric: str) -> str:
-    """Mean and half the interval's width."""
-    scale, digits = scale_of(metric), 1 if metric in PERCENTAGES else 3
-    mean, half = row["mean"] * scale, (row["high"] - row["low"]) / 2 * scale
-    return f"{signed(mean, digits, plus=False)} ± {half:.{digits}f}" if not math.isnan(half) else f"{mean:.{digits}f}"
+def digits_of(metric: str) -> int:
+    return 0 if metric == BEST_STEP else 1 if metric in PERCENTAGES else 3
 
 
 def signed(value: float, digits: int, plus: bool = True) -> str:
