@@ -144,7 +144,8 @@ def test_strided_and_mixed_tensors(backend):
 
 
 def test_the_same_bits_twice_and_on_any_number_of_threads(backend):
-    eps, policy, reference, grad = problem((3, 5, 77777), device=backend.device)
+    shape = (2, 1, 40000) if backend.interpreted else (3, 5, 77777)
+    eps, policy, reference, grad = problem(shape, device=backend.device)
     first = result_and_gradient(diffusion_error, eps, policy, reference, grad)
     torch.set_num_threads(2)
     try:
