@@ -100,7 +100,7 @@ def test_a_second_part_of_a_training_goes_on_where_the_first_ended():
 
 
 def test_every_figure_is_drawn_alike_from_the_same_tables(folder, tmp_path, monkeypatch):
-    monkeypatch.setitem(document.LEARNING, "draft-refine", {"both": ["joint", "separate"]})
+    monkeypatch.setitem(document.LEARNING, "draft-refine", {"both": document.of_methods("joint", "separate")})
     monkeypatch.setitem(document.ESTIMATES, "draft-refine", ("exact", "quality"))
     names = {"draft-refine.svg", "draft-refine-curves.svg"}
     for where in ("one", "two"):

@@ -32,14 +32,23 @@ ESTIMATES = {
     "pictures-digits": ("order consistency", "preference score"),
     "pictures-shapes": ("order consistency", "preference score"),
 }
+
+
+def of_methods(*names: str) -> dict[str, dict[str, str]]:
+    return {name: {"method": name} for name in names}
+
+
 LEARNING = {
     "draft-refine": {
-        "system": ["joint", "direct", "only draft", "only answer", "stage by stage"],
-        "each model by itself": ["separate"],
+        "the system": of_methods("joint", "direct", "only draft", "only answer", "stage by stage"),
+        "separate: each model by itself": {
+            part: {"method": "separate", "part": str(place)} for place, part in enumerate(("draft", "answer"))
+        },
     },
     "pictures-digits": {
-        "LLM and diffusion model": ["joint", "joint, LoRA", "only the LLM", "only the diffusion model"],
+        "the system": of_methods("joint", "joint, LoRA", "only the LLM", "only the diffusion model", "stage by stage"),
     },
+    "refiner": {"the system": of_methods(*(variant.name for variant in TABLES["refiner"].variants))},
 }
 SWEEPS = {"misled-drafts": ("exact", "draft exact"), "noise": ("exact", "quality")}
 

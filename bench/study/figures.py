@@ -50,20 +50,23 @@ def estimates(path: Path, table: Table, metrics: Sequence[str]) -> None:
     draw(path, paint, 1, len(metrics), 0.8 + 0.19 * len(table.methods), sharey=True)
 
 
-def learning(path: Path, curves: Sequence[Mapping[str, str]], panels: Mapping[str, Sequence[str]]) -> None:
+def learning(
+    path: Path, curves: Sequence[Mapping[str, str]], panels: Mapping[str, Mapping[str, Mapping[str, str]]]
+) -> None:
     """Validation score by optimizer step, mean over seeds with its 95 % interval, and a mark where the mean is best.
 
     Args:
         curves: rows of a `-curves.csv`.
-        panels: title to methods; what several trainings one after the other make is drawn as one line.
+        panels: by title and line, what the line's rows have in common; several trainings one after the other are one
+            line.
     """
 
     def paint(axes) -> None:
-        for panel, (title, methods) in zip(axes, panels.items(), strict=True):
-            for colour, method in enumerate(methods):
-                steps, values = by_step([row for row in curves if row["method"] == method])
+        for panel, (title, drawn) in zip(axes, panels.items(), strict=True):
+            for colour, (label, common) in enumerate(drawn.items()):
+                steps, values = by_step([row for row in curves if common.items() <= row.items()])
                 means, bounds = values.mean(0), numpy.array([interval(column) for column in values.T])
-                panel.plot(steps, means, color=f"C{colour}", label=method)
+                panel.plot(steps, means, color=f"C{colour}", label=label)
                 panel.fill_between(steps, bounds[:, 0], bounds[:, 1], color=f"C{colour}", alpha=0.15, linewidth=0)
                 panel.plot(steps[means.argmax()], means.max(), "v", color=f"C{colour}")
             panel.set_title(title)
@@ -81,9 +84,10 @@ def by_step(rows: Sequence[Mapping[str, str]]) -> tuple[numpy.ndarray, numpy.nda
     ends: dict[tuple[str, int], int] = {}
     for row in rows:
         part, seed, step = int(row["part"]), row["seed"], int(row["step"])
-        if part and step == 0:
+        before = ends.get((seed, part - 1), 0)
+        if before and step == 0:
             continue
-        at = step + ends.get((seed, part - 1), 0)
+        at = step + before
         ends[seed, part] = max(at, ends.get((seed, part), 0))
         steps.setdefault(at, []).append(float(row["validation"]))
     return numpy.array(list(steps)), numpy.array(list(steps.values())).T
