@@ -13,7 +13,9 @@ from bench.measure import RESULTS
 from bench.study import PAGE, document, figures, write
 from bench.study.compare import Comparison, Variant, curves, rows
 from bench.study.document import Results, written
+from bench.study.tables import LOSSES, TABLES
 from bench.study.written import Table
+from bench.tables import README
 
 JOINT, SEPARATE = [0.85, 0.9, 0.83], [0.8, 0.82, 0.81]
 
@@ -111,9 +113,34 @@ def test_every_figure_is_drawn_alike_from_the_same_tables(folder, tmp_path, monk
         assert b"separate" in (tmp_path / "one" / name).read_bytes()
 
 
+def test_sweeps_and_loops_are_drawn_from_their_tables(folder, tmp_path):
+    """The names of the study's own rows, with figures that do not matter here."""
+    some = (folder / "draft-refine.csv").read_text().split("\n")
+    for name in ("noise", "misled-drafts", "critic-loop-1", "critic-loop-2"):
+        lines = [
+            line.replace("joint", f'"{variant.name}"')
+            for variant in TABLES[name].variants
+            for line in some
+            if line.startswith("joint,")
+        ]
+        lines += [line.replace(",quality,", ",draft exact,") for line in lines]
+        (folder / f"{name}.csv").write_text("\n".join([some[0], *lines]) + "\n")
+    results = Results(folder)
+    for name in ("draft-refine", "draft-refine-curves"):
+        results.figures.pop(name)
+    results.draw(tmp_path / "drawn")
+    drawn = {path.stem: path.read_text() for path in (tmp_path / "drawn").iterdir()}
+    assert drawn.keys() == {"noise", "misled-drafts", "critic-loop"}
+    assert all(f"<!-- {loss} -->" in drawn["noise"] for loss in LOSSES)
+    assert all(f"<!-- {method}, robust -->" in drawn["misled-drafts"] for method in ("joint", "direct"))
+    assert all(f"<!-- {method} -->" in drawn["critic-loop"] for method in ("before", "naive", "unrolled"))
+
+
 def test_the_page_is_what_its_csvs_and_its_text_say():
     results = Results(RESULTS / "study")
     assert PAGE.read_text() == written(results, document.TEMPLATE.read_text()), "python -m bench study --document-only"
+    readme = README.read_text()
+    assert document.in_readme(readme, RESULTS / "study") == readme
     for name in results.tables:
         with (RESULTS / "study" / f"{name}.csv").open() as file:
             assert {row["seeds"] for row in csv.DictReader(file)} <= {"3", "5"}

@@ -19,6 +19,7 @@ from bench.study import document
 from bench.study.cells import machines, results, run_cells
 from bench.study.compare import Comparison, best_rates, curves, rows
 from bench.study.tables import TABLES
+from bench.tables import README
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "study.md"
 
@@ -39,6 +40,8 @@ def main(given: Sequence[str]) -> None:
     for name in () if options.document_only else options.tables:
         run_table(TABLES[name], size, options.cache, folder, options.workers)
     document.write(folder, folder / "study.md" if options.quick else PAGE)
+    if not options.quick:
+        README.write_text(document.in_readme(README.read_text(), folder))
 
 
 def run_table(table: Comparison, size: str, cache: Path, folder: Path, workers: int) -> None:

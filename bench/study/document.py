@@ -1,6 +1,7 @@
 """Writes the study's document and its figures from the CSVs.
 
-The text is in study.md beside this file; what is measured stands there as `{{...}}` and is filled in from the CSVs:
+The text is in study.md beside this file, and that of README.md's table in readme.md; what is measured stands there as
+`{{...}}` and is filled in from the CSVs:
 
     {{table NAME | metric, metric | extra column, ... | method}}   a table; differences to the last-named method
     {{mean NAME | method | metric}}                                "83.3 ± 2.1"
@@ -23,8 +24,10 @@ from bench.study import figures
 from bench.study.compare import RATES
 from bench.study.tables import TABLES
 from bench.study.written import NOT_MEASURED, Table, digits_of, p_value, scale_of, signed
+from bench.tables import replaced
 
 TEMPLATE = Path(__file__).with_name("study.md")
+SUMMARY = Path(__file__).with_name("readme.md")
 SUFFIX = "-curves"
 ESTIMATES = {
     "draft-refine": ("exact", "win against chosen"),
@@ -161,3 +164,8 @@ def write(folder: Path, page: Path) -> None:
     results.draw(page.parent / "images" / "study")
     page.write_text(written(results, TEMPLATE.read_text()))
     print(f"wrote {page}", flush=True)
+
+
+def in_readme(text: str, folder: Path) -> str:
+    """The text of README.md with its table of the study written anew."""
+    return replaced(text, written(Results(folder), SUMMARY.read_text()), "study")

@@ -95,21 +95,17 @@ def by_step(rows: Sequence[Mapping[str, str]]) -> tuple[numpy.ndarray, numpy.nda
 
 def sweep(path: Path, table: Table, metrics: Sequence[str]) -> None:
     """Metrics against the percentage that ends each method's name ("joint, DPO, 25% misled"), one line a method."""
-    found: dict[str, list[tuple[int, str]]] = {}
+    found: dict[str, dict[int, str]] = {}
     for method in table.methods:
         name, value, what = re.fullmatch(r"(.+), (\d+)% (\w+)", method).groups()
-        found.setdefault(name, []).append((int(value), method))
+        found.setdefault(name, {})[int(value)] = method
 
     def paint(panels) -> None:
         for panel, metric in zip(panels, metrics, strict=True):
             for name, points in found.items():
-                of_line = [table[method, metric] for _, method in points]
-                bars = [[row["mean"] - row["low"] for row in of_line], [row["high"] - row["mean"] for row in of_line]]
-                values = [value for value, _ in points]
-                panel.errorbar(values, [row["mean"] for row in of_line], bars, marker="o", capsize=2, label=name)
+                with_bars(panel, list(points), [table[method, metric] for method in points.values()], name)
             panel.set_xlabel(f"% {what}")
             panel.set_ylabel(metric)
-            panel.grid(alpha=0.3)
         panels[0].legend(frameon=False)
 
     draw(path, paint, 1, len(metrics), 3.0)
@@ -119,14 +115,20 @@ def rounds(path: Path, tables: Mapping[int, Table], metric: str) -> None:
     """A metric against the number of rounds of a loop, one line a method."""
 
     def paint(panels) -> None:
+        (panel,) = panels
         for method in next(iter(tables.values())).methods:
-            of_line = [table[method, metric] for table in tables.values()]
-            bars = [[row["mean"] - row["low"] for row in of_line], [row["high"] - row["mean"] for row in of_line]]
-            panels[0].errorbar(list(tables), [r["mean"] for r in of_line], bars, marker="o", capsize=2, label=method)
-        panels[0].set_xticks(list(tables))
-        panels[0].set_xlabel("rounds")
-        panels[0].set_ylabel(metric)
-        panels[0].grid(alpha=0.3)
-        panels[0].legend(frameon=False)
+            with_bars(panel, list(tables), [table[method, metric] for table in tables.values()], method)
+        panel.set_xticks(list(tables))
+        panel.set_xlabel("rounds")
+        panel.set_ylabel(metric)
+        panel.legend(frameon=False)
 
     draw(path, paint, 1, 1, 3.0)
+
+
+def with_bars(panel: Any, at: Sequence[float], rows: Sequence[Mapping[str, Any]], label: str) -> None:
+    """A line of means with their intervals."""
+    means = numpy.array([row["mean"] for row in rows])
+    bars = [means - [row["low"] for row in rows], [row["high"] for row in rows] - means]
+    panel.errorbar(at, means, bars, marker="o", capsize=2, label=label)
+    panel.grid(alpha=0.3)
