@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import multiprocessing
+import multiprocessing.forkserver
 import os
 import socket
 import subprocess
@@ -34,8 +35,11 @@ def processes():
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # where the server looks for what it imports at first
         patch.setenv("OMP_NUM_THREADS", "1")
+        # A Python process has one such server, and another test's may run with what that test needs.
+        multiprocessing.forkserver._forkserver._stop()
         context.set_forkserver_preload(["distributed_worker"])
         yield context
+        multiprocessing.forkserver._forkserver._stop()
 
 
 def run_two(processes, folder, how, options):
