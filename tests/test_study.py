@@ -1,6 +1,7 @@
 """The study in miniature: what its cells keep, how its tables are made of them, and one table from end to end."""
 
 import csv
+import dataclasses
 import json
 import random
 
@@ -11,7 +12,7 @@ pytest.importorskip("sklearn")
 
 from scipy import stats
 
-from bench.study import cells, letters, run_table, task
+from bench.study import cells, letters, pictures, run_table, task
 from bench.study.cells import Cell, CellError, results, run_cells
 from bench.study.compare import RATES, TUNING_SEED, Comparison, Variant, best_rates, rows
 from bench.study.loops import first_wrong, mended
@@ -139,6 +140,31 @@ def test_a_critic_and_a_rewriter_that_do_as_they_should_sort_anything():
             text = mended(asked, text, first_wrong(asked, text))
         assert text == solve(asked)
         assert first_wrong(asked, text) == "="
+
+
+TINY = {"base_steps": 6, "training": 6, "validation": 2, "heldout": 3, "steps": 2, "every": 1, "runs": 4}
+CELLS = {
+    "pictures:align": ({"world": "shapes", "method": "separate"}, "three images", 2),
+    "loops:align": ({"rounds": 2, "method": "naive"}, "exact", 1),
+    "choices:align": ({"system": "router", "method": "joint"}, "right choice", 1),
+    "diamond:align": ({"method": "direct"}, "exact", 1),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("function", CELLS)
+def test_every_system_is_trained_and_measured(function, tmp_path, monkeypatch):
+    options, metric, trainings = CELLS[function]
+    monkeypatch.setitem(task.SIZES, "quick", task.Size(**TINY))
+    small = dataclasses.replace(pictures.QUICK, **TINY | {"base_steps": 80}, diffusion_steps=6)
+    monkeypatch.setitem(pictures.SIZES, ("shapes", "quick"), small)
+    cell = Cell(function=function, options={**options, "seed": 0, "size": "quick"})
+    run_cells([cell], tmp_path, workers=1, title=function)
+    (found,) = results([cell], tmp_path)
+    assert all(len(values) == TINY["heldout"] for values in found["heldout"].values())
+    assert all(0 <= value <= 1 for value in found["heldout"][metric])
+    assert [curve["steps"] for curve in found["curves"]] == [[0, 1, 2]] * trainings
+    assert all(len(curve["logs"]) == 2 for curve in found["curves"])
 
 
 @pytest.mark.slow

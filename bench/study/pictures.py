@@ -17,12 +17,13 @@ from typing import Any
 
 import numpy
 from peft import LoraConfig
+from torch import Tensor
 
 from bench.study import task
 from bench.study.training import Curve, ranked_pairs, runs, shared, train
 from bench.study.worlds import WORLDS, World
 from examples import digits_in_order
-from examples.tasks.base_models import train_diffusion_model, train_language_model, word_tokenizer
+from examples.tasks.base_models import train_autoencoder, train_diffusion_model, train_language_model, word_tokenizer
 from examples.tasks.ordered_digits import (
     ADJECTIVES,
     ASCENDING,
@@ -55,20 +56,21 @@ class Size(task.Size):
 
     diffusion_steps: int
     denoising_steps: int
+    eye_steps: int = 400
     batch: int = 16
     heldout_runs: int = 2
 
 
 QUICK = Size(
     base_steps=60, diffusion_steps=30, training=12, validation=4, heldout=6, steps=2, every=1, runs=4,
-    denoising_steps=2,
+    denoising_steps=2, eye_steps=20,
 )  # fmt: skip
 SIZES = {
     ("digits", "full"): Size(
         base_steps=1000, diffusion_steps=600, validation=80, steps=96, every=16, denoising_steps=8
     ),
     ("shapes", "full"): Size(
-        base_steps=1000, diffusion_steps=500, validation=60, steps=64, every=16, denoising_steps=6, heldout_runs=1
+        base_steps=1000, diffusion_steps=1200, validation=80, steps=96, every=16, denoising_steps=8
     ),
     ("digits", "quick"): QUICK,
     ("shapes", "quick"): QUICK,
@@ -122,10 +124,14 @@ def train_captioner(folder: Path, world: World, seed: int, steps: int) -> None:
     train_language_model(folder, word_tokenizer(words, max_length=64), demonstrate, seed=seed, steps=steps)
 
 
-def train_painter(folder: Path, world: World, seed: int, steps: int) -> None:
-    train_diffusion_model(
-        folder, list(world.words), world.illustration, channels=world.channels, seed=seed, steps=steps, batch_size=64
-    )
+def train_eye(folder: Path, world: World, seed: int, steps: int) -> None:
+    """The autoencoder of a world that is painted in latents."""
+    words = list(world.words)
+
+    def draw(rng: random.Random) -> Tensor:
+        return world.illustration(rng.choice(words), rng)
+
+    train_autoencoder(folder, draw, channels=world.autoencoder, seed=seed, steps=steps)
 
 
 @dataclass(frozen=True)
@@ -156,12 +162,19 @@ class Setting:
             )
         }
 
-    def _folder(self, name: str, build: Callable[..., None], steps: int) -> Path:
+    def _folder(self, name: str, build: Callable[[Path, World, int, int], None], steps: int) -> Path:
         return shared(
             self.cache,
             f"{self.world_name}-{VERSION}-{name}-{self.seed}-{steps}",
             lambda folder: build(folder, self.world, self.seed, steps),
         )
+
+    def _train_painter(self, folder: Path, world: World, seed: int, steps: int) -> None:
+        eye = self._folder("eye", train_eye, self.size.eye_steps) if world.autoencoder else None
+        train_diffusion_model(
+            folder, list(world.words), world.illustration, channels=world.channels, seed=seed, steps=steps,
+            batch_size=64, autoencoder=eye,
+        )  # fmt: skip
 
     def system(self, style: str = "", lora: bool = False) -> System:
         """On base models of its own."""
@@ -178,7 +191,7 @@ class Setting:
             peft_config=adapters.get("text"),
         )  # fmt: skip
         painter = Diffusion(
-            self._folder("painter", train_painter, self.size.diffusion_steps), convention="diffusion-dpo",
+            self._folder("painter", self._train_painter, self.size.diffusion_steps), convention="diffusion-dpo",
             num_inference_steps=self.size.denoising_steps, train_text_encoder=not lora,
             peft_config=adapters.get("image"),
         )  # fmt: skip

@@ -27,10 +27,12 @@ class World(ABC):
     Attributes:
         words: for each word the kind of attribute and the level it means, by kind, level and dialect.
         channels: of the UNet that learns to draw them, by resolution.
+        autoencoder: channels of the autoencoder whose latents the UNet works on; empty where it works on pixels.
     """
 
     words: dict[str, tuple[str, int]]
-    channels: tuple[int, ...]
+    channels: tuple[int, ...] = (24, 48)
+    autoencoder: tuple[int, ...] = ()
 
     def __init__(self, seed: int) -> None:
         self.seed = seed
@@ -89,7 +91,6 @@ class DigitWorld(World):
     """scikit-learn's hand-written digits, 8x8. The annotator and the measuring judge are fitted on different ones."""
 
     words = {word: ("digits", digit) for word, digit in ordered_digits.DIGIT_OF.items()}  # noqa: RUF012
-    channels = (24, 48)
 
     @cached_property
     def _digits(self) -> Digits:
@@ -123,7 +124,7 @@ class ShapeWorld(World):
         for level in range(9)
         for dialect in dialects
     }
-    channels = (8, 16, 32, 64)
+    autoencoder = (8, 16, 32)
     _RADIUS, _VALUE, _HUE = (3.0, 13.0), (0.3, 1.0), (0.0, 0.75)
 
     def draw(self, kind: str, level: int, rng: random.Random) -> Tensor:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
-from diffusers import DDIMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -93,6 +93,37 @@ def _demonstrations(
     return ids, labels
 
 
+def train_autoencoder(
+    folder: Path, draw: Callable[[random.Random], torch.Tensor], *, channels: Sequence[int], seed: int, steps: int
+) -> None:
+    """Trains a small autoencoder on pictures and saves it; its latents have 4 channels, half the side for each of
+    `channels` but the first, and one standard deviation."""
+    torch.manual_seed(seed)
+    rng = random.Random(f"pictures-{seed}")
+    depth, side, _ = draw(random.Random(0)).shape
+    model = AutoencoderKL(
+        in_channels=depth, out_channels=depth, latent_channels=4, sample_size=side, block_out_channels=tuple(channels),
+        layers_per_block=1, norm_num_groups=8, mid_block_add_attention=False,
+        down_block_types=("DownEncoderBlock2D",) * len(channels), up_block_types=("UpDecoderBlock2D",) * len(channels),
+    ).train()  # fmt: skip
+
+    def pictures() -> torch.Tensor:
+        return torch.stack([draw(rng) for _ in range(64)])
+
+    def loss() -> torch.Tensor:
+        clean = pictures()
+        latents = model.encode(clean).latent_dist
+        drawn = model.decode(latents.sample()).sample
+        return nn.functional.mse_loss(drawn, clean) + 1e-4 * latents.kl().mean() / latents.mean[0].numel()
+
+    fit(model.parameters(), loss, steps, learning_rate=3e-3)
+    model.eval()
+    with torch.no_grad():
+        spread = model.encode(pictures()).latent_dist.mean.std()
+    model.register_to_config(scaling_factor=1 / float(spread))
+    model.save_pretrained(folder)
+
+
 def train_diffusion_model(
     folder: Path,
     words: Sequence[str],
@@ -102,6 +133,7 @@ def train_diffusion_model(
     seed: int,
     steps: int,
     batch_size: int = 128,
+    autoencoder: Path | None = None,
 ) -> None:
     """Trains a small UNet and its text encoder on captioned pictures and saves them as a diffusers pipeline's folders.
 
@@ -109,6 +141,7 @@ def train_diffusion_model(
         words: the captions, one word each; the caption is all that the model is told of a picture.
         illustrate: draws a picture (C, side, side) in [-1, 1] under a word.
         channels: of the UNet's blocks, one resolution each; the deepest one looks at the caption.
+        autoencoder: folder of the one whose latents the UNet works on; without one it works on pixels.
     """
     torch.manual_seed(seed)
     rng = random.Random(f"captions-{seed}")
@@ -121,7 +154,15 @@ def train_diffusion_model(
             bos_token_id=tokenizer.eos_token_id,
         )
     ).train()  # fmt: skip
-    depth, side, _ = illustrate(words[0], random.Random(0)).shape
+    vae = None if autoencoder is None else AutoencoderKL.from_pretrained(autoencoder)
+
+    def encoded(pictures: torch.Tensor) -> torch.Tensor:
+        if vae is None:
+            return pictures
+        with torch.no_grad():
+            return vae.encode(pictures).latent_dist.mean * vae.config.scaling_factor
+
+    _, depth, side, _ = encoded(illustrate(words[0], random.Random(0))[None]).shape
     plain = len(channels) - 1
     unet = UNet2DConditionModel(
         sample_size=side, in_channels=depth, out_channels=depth, block_out_channels=tuple(channels),
@@ -139,7 +180,7 @@ def train_diffusion_model(
     def loss() -> torch.Tensor:
         captions = [rng.choice(words) for _ in range(batch_size)]
         ids = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt")["input_ids"]
-        clean = torch.stack([illustrate(word, rng) for word in captions])
+        clean = encoded(torch.stack([illustrate(word, rng) for word in captions]))
         noise = torch.randn_like(clean)
         times = torch.randint(scheduler.config.num_train_timesteps, (batch_size,))
         predicted = unet(scheduler.add_noise(clean, noise, times), times, encoder(ids).last_hidden_state).sample
@@ -148,6 +189,8 @@ def train_diffusion_model(
     fit([*unet.parameters(), *encoder.parameters()], loss, steps, learning_rate=2e-3)
     unet.eval().save_pretrained(folder / "unet")
     encoder.eval().save_pretrained(folder / "text_encoder")
+    if vae is not None:
+        vae.save_pretrained(folder / "vae")
     tokenizer.save_pretrained(folder / "tokenizer")
     scheduler.save_pretrained(folder / "scheduler")
 
