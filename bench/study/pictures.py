@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -276,15 +276,19 @@ class Setting:
         return {name: values.reshape(-1, times).mean(1).tolist() for name, values in found.items()}
 
 
-def align(cache: Path, *, world: str, method: str, seed: int, size: str, rate: float = 1.0) -> dict[str, Any]:
+def align(
+    cache: Path, *, world: str, method: str, seed: int, size: str, rate: float = 1.0, times_pairs: int = 1
+) -> dict[str, Any]:
     """One method on one seed: held-out figures by prompt at the step that validation chose.
 
     Args:
         world: one of `bench.study.worlds.WORLDS`.
         method: one of `METHODS`.
         rate: factor on the learning rates; chosen by validation, with equal effort for every method.
+        times_pairs: factor on the pairs of an optimizer step.
     """
-    setting = Setting(cache, world, seed, SIZES[world, size])
+    usual = SIZES[world, size]
+    setting = Setting(cache, world, seed, replace(usual, batch=usual.batch * times_pairs))
     if method in UNTRAINED:
         style, best_of = UNTRAINED[method]
         return {"heldout": setting.measured(setting.system(style), best_of), "curves": []}

@@ -33,6 +33,13 @@ def searched(k: int, penalty: float) -> Mapping[str, Any]:
     return {"num_candidates": k, "diversity_penalty": penalty}
 
 
+PAIRS = [
+    Variant(name=name, options={"world": "digits", "method": name}) for name in ("only the LLM", "separate", "joint")
+]
+PAIRS += [
+    Variant(name=f"{one.name}, twice the pairs a step", options={**one.options, "times_pairs": 2}, tuned_as=one.options)
+    for one in PAIRS
+]
 CANDIDATES = [
     Variant(name="joint", options=JOINT),
     *(
@@ -99,6 +106,9 @@ def _comparisons() -> list[Comparison]:
         Comparison(
             name="pictures-shapes", function="pictures:align", metrics=PICTURES, reference="joint", seeds=3,
             variants=methods(pictures.METHODS, list(pictures.UNTRAINED), world="shapes"),
+        ),
+        Comparison(
+            name="pairs", function="pictures:align", metrics=PICTURES, reference="joint", seeds=5, variants=PAIRS
         ),
         Comparison(
             name="draft-refine", function="letters:align", metrics=LETTERS, reference="joint", seeds=5,
