@@ -34,7 +34,7 @@ class Size:
     pairs: int = 2
 
 
-SIZES = {"full": Size(), "quick": Size(base_steps=60, training=16, validation=6, heldout=8, steps=4, every=2, runs=4)}
+SIZES = {"full": Size(), "quick": Size(base_steps=60, training=16, validation=6, heldout=8, steps=2, every=1, runs=4)}
 
 
 @dataclass(frozen=True)
