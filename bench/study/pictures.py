@@ -70,7 +70,7 @@ SIZES = {
         base_steps=1000, diffusion_steps=600, validation=80, steps=96, every=16, denoising_steps=8
     ),
     ("shapes", "full"): Size(
-        base_steps=1000, diffusion_steps=1200, validation=80, steps=96, every=16, denoising_steps=8
+        base_steps=1000, diffusion_steps=800, validation=80, steps=96, every=16, denoising_steps=8
     ),
     ("digits", "quick"): QUICK,
     ("shapes", "quick"): QUICK,

@@ -175,6 +175,7 @@ def train_diffusion_model(
         beta_schedule="squaredcos_cap_v2",
         timestep_spacing="trailing",
         prediction_type="v_prediction",
+        clip_sample=vae is None,  # pixels lie in [-1, 1], latents anywhere
     )
 
     def loss() -> torch.Tensor:
