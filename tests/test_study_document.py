@@ -31,7 +31,7 @@ def folder(tmp_path):
     for name, values in {"joint": JOINT, "separate": SEPARATE}.items():
         for seed, value in enumerate(values):
             logs = [{"step": 8, "nodes/draft/rewards/margins": 3.0, "nodes/answer/rewards/margins": 1.0}]
-            curve = {"steps": [0, 8], "validation": [0.5, value], "logs": logs, "seconds": 10.0, "best_step": 8}
+            curve = {"steps": [0, 8], "validation": [0.5, value], "logs": logs, "cpu_seconds": 10.0, "best_step": 8}
             parts = 2 if name == "separate" else 1
             found[name, seed] = {"heldout": {"exact": [value], "quality": [value]}, "curves": [curve] * parts}
     write(tmp_path / "draft-refine.csv", [row | {"machine": "a machine"} for row in rows(table, found, {"joint": 3.0})])
@@ -64,10 +64,11 @@ def test_a_claim_holds_only_where_the_interval_leaves_no_doubt(folder):
 def test_a_table_shows_every_method_with_what_is_asked(folder):
     table = Table(folder / "draft-refine.csv")
     table.found.pop(("joint", "best step"))
-    lines = table.markdown(["exact", "best step"], ["seconds", "rate"], "joint").split("\n")
-    assert lines[0] == "|  | exact, % | best step | exact against joint | training, s | rate |"
+    lines = table.markdown(["exact", "best step"], ["cpu_seconds", "rate"], "joint").split("\n")
+    assert lines[0] == "|  | exact, % | best step | exact against joint | training, CPU s | rate |"
     assert [line.split(" | ")[0] for line in lines[2:]] == ["| joint", "| separate"]
     assert lines[2].endswith("|  |  | 10 | 3 |")
+    assert "coverage" not in table.markdown(["exact"], ["coverage"])
     assert lines[3].endswith("| 16 ± 0 | \N{MINUS SIGN}5.0 (p = 0.10) | 20 |  |")
 
 

@@ -125,7 +125,7 @@ def rows(
                 row |= paired(ours, theirs)
             row |= {"rate": rates.get(variant.name, "")}
             if curves[0]:
-                row |= {"seconds": numpy.mean([sum(curve["seconds"] for curve in one) for one in curves])}
+                row |= {"cpu_seconds": numpy.mean([sum(curve["cpu_seconds"] for curve in one) for one in curves])}
                 row |= _candidate_means(curves) | _margins(curves)
             found.append(row)
     return found

@@ -32,13 +32,13 @@ class Curve:
     Attributes:
         steps, validation: the validation score before the first step and after every few.
         logs: means of the trainer's metrics over the same stretches, without the first.
-        seconds: of training alone.
+        cpu_seconds: of training alone, with one thread; unlike a clock's they do not depend on what else runs.
     """
 
     steps: list[int]
     validation: list[float]
     logs: list[dict[str, float]]
-    seconds: float
+    cpu_seconds: float
 
     @property
     def best(self) -> int:
@@ -47,7 +47,7 @@ class Curve:
 
     def summary(self) -> dict[str, Any]:
         return {
-            "steps": self.steps, "validation": self.validation, "logs": self.logs, "seconds": self.seconds,
+            "steps": self.steps, "validation": self.validation, "logs": self.logs, "cpu_seconds": self.cpu_seconds,
             "best_step": self.steps[self.best],
         }  # fmt: skip
 
@@ -61,7 +61,7 @@ class _Validation(TrainerCallback):
         self.values: list[float] = []
         self.logs: list[dict[str, float]] = []
         self.kept: list[torch.Tensor] = []
-        self.seconds = 0.0
+        self.cpu_seconds = 0.0
         self.resumed = 0.0
 
     def parameters(self) -> list[torch.Tensor]:
@@ -77,13 +77,13 @@ class _Validation(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
         self.note(0)
-        self.resumed = time.perf_counter()
+        self.resumed = time.process_time()
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
         if state.global_step % self.every == 0 or state.global_step == state.max_steps:
-            self.seconds += time.perf_counter() - self.resumed
+            self.cpu_seconds += time.process_time() - self.resumed
             self.note(state.global_step)
-            self.resumed = time.perf_counter()
+            self.resumed = time.process_time()
 
     def on_log(self, args, state, control, logs=None, **kwargs) -> None:
         if "loss" in logs:
@@ -135,7 +135,7 @@ def train(
         trainer.train()
     if keep_best:
         callback.restore()
-    return Curve(steps=callback.steps, validation=callback.values, logs=callback.logs, seconds=callback.seconds)
+    return Curve(steps=callback.steps, validation=callback.values, logs=callback.logs, cpu_seconds=callback.cpu_seconds)
 
 
 def runs(system: System, inputs: Mapping[str, Sequence[Any]], times: int, seed: int) -> Trace:

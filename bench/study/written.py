@@ -19,7 +19,7 @@ PERCENTAGES = frozenset(
     }
 )  # fmt: skip
 EXTRAS = {
-    "seconds": ("training, s", ".0f"),
+    "cpu_seconds": ("training, CPU s", ".0f"),
     "rate": ("rate", ".2g"),
     "effective_sample_size": ("ESS", ".2f"),
     "distinct_2": ("distinct-2", ".3f"),
@@ -53,7 +53,9 @@ class Table:
         return paired(self.seeds(method, metric), self.seeds(other, metric))
 
     def markdown(self, metrics: Sequence[str], extras: Sequence[str] = (), against: str = "") -> str:
-        """Means with half the width of their 95 % intervals; with `against`, the first metric's difference to it."""
+        """Means with half the width of their 95 % intervals; with `against`, the first metric's difference to it.
+        Extra columns that no row has are left out."""
+        extras = [name for name in extras if any(name in row for row in self.found.values())]
         head = ["", *(f"{metric}, %" if metric in PERCENTAGES else metric for metric in metrics)]
         head += [f"{metrics[0]} against {against}"] if against else []
         head += [EXTRAS[name][0] for name in extras]
