@@ -41,6 +41,9 @@ def of_methods(*names: str) -> dict[str, dict[str, str]]:
     return {name: {"method": name} for name in names}
 
 
+PICTURES = {
+    "the system": of_methods("joint", "joint, LoRA", "only the LLM", "only the diffusion model", "stage by stage")
+}
 LEARNING = {
     "draft-refine": {
         "the system": of_methods("joint", "direct", "only draft", "only answer", "stage by stage"),
@@ -48,10 +51,12 @@ LEARNING = {
             part: {"method": "separate", "part": str(place)} for place, part in enumerate(("draft", "answer"))
         },
     },
-    "pictures-digits": {
-        "the system": of_methods("joint", "joint, LoRA", "only the LLM", "only the diffusion model", "stage by stage"),
+    "pictures-digits": PICTURES,
+    "pictures-shapes": PICTURES,
+    **{
+        name: {"the system": of_methods(*(v.name for v in TABLES[name].variants if v.name != "separate"))}
+        for name in ("refiner", "captioner")
     },
-    "refiner": {"the system": of_methods(*(variant.name for variant in TABLES["refiner"].variants))},
 }
 SWEEPS = {"misled-drafts": ("exact", "draft exact"), "noise": ("exact", "quality")}
 

@@ -277,7 +277,15 @@ class Setting:
 
 
 def align(
-    cache: Path, *, world: str, method: str, seed: int, size: str, rate: float = 1.0, times_pairs: int = 1
+    cache: Path,
+    *,
+    world: str,
+    method: str,
+    seed: int,
+    size: str,
+    rate: float = 1.0,
+    times_pairs: int = 1,
+    factors: Mapping[str, float] | None = None,
 ) -> dict[str, Any]:
     """One method on one seed: held-out figures by prompt at the step that validation chose.
 
@@ -286,6 +294,7 @@ def align(
         method: one of `METHODS`.
         rate: factor on the learning rates; chosen by validation, with equal effort for every method.
         times_pairs: factor on the pairs of an optimizer step.
+        factors: on the learning rates of single nodes.
     """
     usual = SIZES[world, size]
     setting = Setting(cache, world, seed, replace(usual, batch=usual.batch * times_pairs))
@@ -297,7 +306,8 @@ def align(
 
     def direct(trained: Sequence[str], share: float = 1.0) -> Curve:
         return train(
-            system, setting.pairs, options=options(setting.size, trained, rate * (4.0 if lora else 1.0), share),
+            system, setting.pairs,
+            options=options(setting.size, trained, rate * (4.0 if lora else 1.0), share, factors=factors),
             validate=setting.validate, seed=seed, every=setting.size.every,
         )  # fmt: skip
 
@@ -311,14 +321,23 @@ def align(
 
 
 def options(
-    size: Size, trained: Sequence[str], rate: float, share: float = 1.0, nodes: Sequence[str] = NODES
+    size: Size,
+    trained: Sequence[str],
+    rate: float,
+    share: float = 1.0,
+    nodes: Sequence[str] = NODES,
+    factors: Mapping[str, float] | None = None,
 ) -> dict[str, Any]:
     """Of `SysDPOConfig`: what trains, how fast, and for which share of the size's steps."""
-    own = {"text": {"learning_rate": 5e-4 * rate}, "image": {"beta": 20.0, "learning_rate": 2.5e-4 * rate}}
+    own = factors or {}
+    rates = {name: usual * rate * own.get(name, 1.0) for name, usual in {"text": 5e-4, "image": 2.5e-4}.items()}
+    betas = {"image": {"beta": 20.0}}
     return {
         "objective": "direct", "beta": 0.3, "max_steps": max(1, round(size.steps * share)),
         "per_device_train_batch_size": size.batch,
-        "nodes": {name: own[name] | {"trainable": name in trained} for name in nodes},
+        "nodes": {
+            name: {"learning_rate": rates[name], "trainable": name in trained} | betas.get(name, {}) for name in nodes
+        },
     }  # fmt: skip
 
 

@@ -33,12 +33,18 @@ def searched(k: int, penalty: float) -> Mapping[str, Any]:
     return {"num_candidates": k, "diversity_penalty": penalty}
 
 
-PAIRS = [
-    Variant(name=name, options={"world": "digits", "method": name}) for name in ("only the LLM", "separate", "joint")
-]
-PAIRS += [
-    Variant(name=f"{one.name}, twice the pairs a step", options={**one.options, "times_pairs": 2}, tuned_as=one.options)
-    for one in PAIRS
+DIGITS = {"world": "digits", "method": "joint"}
+CAPTIONER = [
+    Variant(name="joint", options=DIGITS),
+    *(
+        Variant(name=f"joint, {name}", options=DIGITS | options, tuned_as=DIGITS)
+        for name, options in {
+            "captioner at a third of its rate": {"factors": {"text": 1 / 3}},
+            "captioner at a tenth of its rate": {"factors": {"text": 0.1}},
+            "twice the pairs a step": {"times_pairs": 2},
+        }.items()
+    ),
+    Variant(name="separate", options={"world": "digits", "method": "separate"}),
 ]
 CANDIDATES = [
     Variant(name="joint", options=JOINT),
@@ -108,7 +114,8 @@ def _comparisons() -> list[Comparison]:
             variants=methods(pictures.METHODS, list(pictures.UNTRAINED), world="shapes"),
         ),
         Comparison(
-            name="pairs", function="pictures:align", metrics=PICTURES, reference="joint", seeds=5, variants=PAIRS
+            name="captioner", function="pictures:align", metrics=PICTURES, reference="joint", seeds=5,
+            variants=CAPTIONER,
         ),
         Comparison(
             name="draft-refine", function="letters:align", metrics=LETTERS, reference="joint", seeds=5,
