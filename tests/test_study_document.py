@@ -24,13 +24,15 @@ JOINT, SEPARATE = [0.85, 0.9, 0.83], [0.8, 0.82, 0.81]
 def folder(tmp_path):
     """`draft-refine` with two methods on three seeds, as the study writes it."""
     table = Comparison(
-        name="draft-refine", function="letters:align", metrics=["exact", "quality"], reference="joint", seeds=3,
+        name="draft-refine", function="letters:align", metrics=["exact", "quality", "draft share"], reference="joint",
+        seeds=3,
         variants=[Variant(name=name, options={}) for name in ("joint", "separate")],
     )  # fmt: skip
     found = {}
     for name, values in {"joint": JOINT, "separate": SEPARATE}.items():
         for seed, value in enumerate(values):
-            logs = [{"step": 8, "nodes/draft/rewards/margins": 3.0, "nodes/answer/rewards/margins": 1.0}]
+            margins = {"nodes/draft/rewards/margins": (4.0, 2.0), "nodes/answer/rewards/margins": (1.5, 0.5)}
+            logs = [{"step": step} | {k: of[i] for k, of in margins.items()} for i, step in enumerate((4, 8))]
             curve = {"steps": [0, 8], "validation": [0.5, value], "logs": logs, "cpu_seconds": 10.0, "best_step": 8}
             parts = 2 if name == "separate" else 1
             found[name, seed] = {"heldout": {"exact": [value], "quality": [value]}, "curves": [curve] * parts}
@@ -50,7 +52,7 @@ def test_figures_in_the_text_are_those_of_the_table(folder):
     assert written(results, "{{difference draft-refine | separate | joint | exact}}") == (
         f"{minus}5.0 [{-high:.1f}, {-low:.1f}], p = {p:.2f}".replace("[-", f"[{minus}").replace(" -", f" {minus}")
     )
-    assert written(results, "{{share draft-refine | joint | draft}} %, {{machine}}") == "75 %, a machine"
+    assert written(results, "{{mean draft-refine | joint | draft share}} %, {{machine}}") == "75.0 ± 0.0 %, a machine"
 
 
 def test_a_claim_holds_only_where_the_interval_leaves_no_doubt(folder):

@@ -15,6 +15,7 @@ from bench.study.cells import Cell
 RATES = (1 / 3, 1.0, 3.0)
 TUNING_SEED = 100  # its prompts and models are in no table
 BEST_STEP = "best step"
+SHARE = " share"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +48,7 @@ class Comparison:
         name: of the table.
         function: the task's cell function.
         variants: the rows; those that train are tuned over `RATES` on `TUNING_SEED` by the validation score.
-        metrics: names in the cells' `heldout`, in the table's order.
+        metrics: names in the cells' `heldout`, in the table's order; "NODE share" is that node's part of the margin.
         reference: the row that others are tested against.
         seeds: how many.
     """
@@ -101,6 +102,8 @@ def rows(
 
     def by_seed(name: str, metric: str) -> numpy.ndarray | None:
         of_seed = [results[name, seed] for seed in seeds]
+        if metric.endswith(SHARE):
+            return numpy.array([share(one["curves"][-1], metric.removesuffix(SHARE)) for one in of_seed])
         if metric != BEST_STEP:
             return numpy.array([numpy.mean(one["heldout"][metric]) for one in of_seed])
         if not of_seed[0]["curves"]:
@@ -126,7 +129,7 @@ def rows(
             row |= {"rate": rates.get(variant.name, "")}
             if curves[0]:
                 row |= {"cpu_seconds": numpy.mean([sum(curve["cpu_seconds"] for curve in one) for one in curves])}
-                row |= _candidate_means(curves) | _margins(curves)
+                row |= _candidate_means(curves)
             found.append(row)
     return found
 
@@ -142,11 +145,14 @@ def _candidate_means(curves: Sequence[Sequence[Mapping[str, Any]]]) -> dict[str,
     }
 
 
-def _margins(curves: Sequence[Sequence[Mapping[str, Any]]]) -> dict[str, float]:
-    """Each node's part of the margin at the last log of the last training, over seeds."""
-    last = [one[-1]["logs"][-1] for one in curves if one[-1]["logs"]]
-    names = [name for name in (last[0] if last else ()) if name.startswith("nodes/") and name.endswith("/margins")]
-    return {name: float(numpy.mean([log[name] for log in last])) for name in names}
+def share(curve: Mapping[str, Any], node: str) -> float:
+    """A node's part of the margin, over the whole training."""
+    parts = {
+        name.split("/")[1]: numpy.mean([log[name] for log in curve["logs"]])
+        for name in curve["logs"][0]
+        if name.startswith("nodes/") and name.endswith("/margins")
+    }
+    return float(parts[node] / sum(parts.values()))
 
 
 def paired(ours: numpy.ndarray, theirs: numpy.ndarray) -> dict[str, float]:

@@ -7,7 +7,6 @@ The text is in study.md beside this file, and that of README.md's table in readm
     {{mean NAME | method | metric}}                                "83.3 ± 2.1"
     {{difference NAME | method | other | metric}}                  "+3.6 [0.4, 6.8], p = 0.031"
     {{claim NAME | method | other | metric}}                       "held", "open" or "the reverse": is `method` better?
-    {{share NAME | method | node}}                                 a node's part of the margin, in percent
     {{figure NAME}}                                                the figure of that name
     {{machine}}                                                    what the cells ran on
 """
@@ -114,11 +113,6 @@ class Results:
         found = self.tables[name].difference(method, other, metric)
         return "held" if found["difference_low"] > 0 else "the reverse" if found["difference_high"] < 0 else "open"
 
-    def share(self, name: str, method: str, node: str) -> str:
-        row = next(row for (found, _), row in self.tables[name].found.items() if found == method)
-        margins = {key.split("/")[1]: value for key, value in row.items() if key.startswith("nodes/")}
-        return f"{100 * margins[node] / sum(margins.values()):.0f}"
-
     def machine(self) -> str:
         found = {row["machine"] for table in self.tables.values() for row in table.found.values()}
         return "; ".join(sorted(found))
@@ -142,7 +136,7 @@ def written(results: Results, template: str) -> str:
         arguments = [part.strip() for part in rest.split("|")] if rest else []
         known: Mapping[str, Callable[..., str]] = {
             name: getattr(results, name)
-            for name in ("table", "mean", "difference", "claim", "share", "figure", "machine", "rates")
+            for name in ("table", "mean", "difference", "claim", "figure", "machine", "rates")
         }
         if what not in known:
             raise ValueError(f"{TEMPLATE.name}: {match[0]} is none of {', '.join(known)}")

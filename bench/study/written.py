@@ -15,7 +15,7 @@ NOT_MEASURED = "*not measured yet*"
 PERCENTAGES = frozenset(
     {
         "exact", "draft exact", "win against chosen", "win against prompted", "order consistency", "captions in order",
-        "three images", "right choice",
+        "three images", "right choice", "draft share",
     }
 )  # fmt: skip
 EXTRAS = {
