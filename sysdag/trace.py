@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from sysdag.atomic import replacing_file
-from sysdag.encoding import decode_json, decode_value, encode_json, encode_value
+from sysdag.encoding import decode_json, decode_value, encode_json, encode_value, is_text
 from sysdag.errors import DataError
 
 
@@ -181,6 +181,7 @@ class Trace:
             for number, line in enumerate(file, start=1):
                 try:
                     row = json.loads(line.decode("utf-8"))
+                    _check_names([*row["inputs"], *row["nodes"], *row.get("columns", {})])
                     traces.append(
                         cls(
                             {name: [decode_value(value)] for name, value in row["inputs"].items()},
@@ -224,7 +225,15 @@ def decode_cell(data: Any) -> Cell:
     return _decode_draw(data)
 
 
+def _check_names(names: Iterable[str]) -> None:
+    """JSON may hold half of a surrogate pair, which could not be written down again."""
+    for name in names:
+        if not is_text(name):
+            raise ValueError(f"the name {name!r} is no text")
+
+
 def _decode_draw(data: Any) -> Draw:
+    _check_names(data["record"])
     record = {key: decode_value(value) for key, value in data["record"].items()}
     log_prob = decode_value(data["log_prob"])
     if log_prob is not None and not isinstance(log_prob, (int, float)):

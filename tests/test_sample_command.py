@@ -147,15 +147,16 @@ def test_a_file_cut_anywhere_becomes_that_of_one_go(whole, rows, tmp_path, data)
     assert cut.read_bytes() == expected
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks a process to be killed")
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="kills a process")
 def test_a_killed_run_goes_on_where_it_was(tmp_path, rows, monkeypatch):
     options = [f"{SYSTEMS}:sleepy", rows, "--runs", 6, "--batch-size", 3, "--output"]
     killed, expected = tmp_path / "killed.jsonl", tmp_path / "expected.jsonl"
-    process = multiprocessing.get_context("fork").Process(target=sample, args=(*options, killed))
+    process = multiprocessing.get_context("spawn").Process(target=sample, args=(*options, killed))
     process.start()
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while not killed.exists() or len(killed.read_bytes().splitlines()) < 6:
         assert time.monotonic() < deadline
+        assert process.is_alive()
         time.sleep(0.005)
     os.kill(process.pid, signal.SIGKILL)
     process.join()

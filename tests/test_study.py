@@ -179,7 +179,8 @@ def test_a_table_from_end_to_end(tmp_path, monkeypatch):
     run_table(table, "quick", tmp_path / "cache", tmp_path, workers=1)
     with (tmp_path / "mini.csv").open() as file:
         found = {(row["method"], row["metric"]): row for row in csv.DictReader(file)}
-    assert found.keys() == {(name, metric) for name in names for metric in table.metrics}
+    steps = {(name, "best step") for name in names if name != "before"}
+    assert found.keys() == {(name, metric) for name in names for metric in table.metrics} | steps
     with (tmp_path / "mini-curves.csv").open() as file:
         curves = list(csv.DictReader(file))
     assert {(row["method"], row["part"]) for row in curves} == {("joint", "0"), ("separate", "0"), ("separate", "1")}

@@ -244,3 +244,14 @@ def test_deep_values_are_refused_before_they_are_written(tmp_path):
     for ending in ("jsonl", "parquet"):
         with pytest.raises(DataError, match="'x': a value is nested more than 64 levels deep"):
             Trace({"x": [value]}, {}).save(tmp_path / f"trace.{ending}")
+
+
+@pytest.mark.parametrize("place", ["inputs", "nodes", "columns", "record"])
+def test_a_name_that_is_no_text_is_told_with_its_line(place, tmp_path):
+    draw = {"value": "v", "record": {"token_ids": [1]}, "log_prob": None}
+    row = {"inputs": {"x": "a"}, "nodes": {"y": draw}, "columns": {"score": 1.0}}
+    (draw["record"] if place == "record" else row[place])["\ud800"] = draw if place == "nodes" else 1
+    path = tmp_path / "runs.jsonl"
+    path.write_text(json.dumps(row) + "\n")
+    with pytest.raises(DataError, match=r"runs.jsonl, line 1: .*the name '\\ud800' is no text"):
+        Trace.from_jsonl(path)
