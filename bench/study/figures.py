@@ -15,7 +15,7 @@ from bench.study.written import Table
 WIDTH = 7.0  # inches: a page's text width
 
 
-def draw(path: Path, paint: Callable[..., None], rows: int = 1, columns: int = 1, height: float = 3.0, **grid: Any):
+def draw(path: Path, paint: Callable[..., None], columns: int = 1, height: float = 3.0, **grid: Any):
     """Opens a figure of panels, has them painted, and writes it; equal figures give equal files."""
     import matplotlib
 
@@ -24,7 +24,7 @@ def draw(path: Path, paint: Callable[..., None], rows: int = 1, columns: int = 1
 
     style = {"svg.hashsalt": "sysdag", "font.size": 8, "axes.spines.top": False, "axes.spines.right": False}
     with matplotlib.rc_context(style):
-        figure, panels = pyplot.subplots(rows, columns, figsize=(WIDTH, height), squeeze=False, **grid)
+        figure, panels = pyplot.subplots(1, columns, figsize=(WIDTH, height), squeeze=False, **grid)
         paint(panels.ravel())
         figure.tight_layout()
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -47,7 +47,7 @@ def estimates(path: Path, table: Table, metrics: Sequence[str]) -> None:
         panels[0].set_yticks(range(len(table.methods)), table.methods)
         panels[0].invert_yaxis()
 
-    draw(path, paint, 1, len(metrics), 0.8 + 0.19 * len(table.methods), sharey=True)
+    draw(path, paint, len(metrics), 0.8 + 0.19 * len(table.methods), sharey=True)
 
 
 def learning(
@@ -75,7 +75,7 @@ def learning(
             panel.legend(frameon=False)
         axes[0].set_ylabel("validation score")
 
-    draw(path, paint, 1, len(panels), 3.0)
+    draw(path, paint, len(panels))
 
 
 def by_step(rows: Sequence[Mapping[str, str]]) -> tuple[numpy.ndarray, numpy.ndarray]:
@@ -108,7 +108,7 @@ def sweep(path: Path, table: Table, metrics: Sequence[str]) -> None:
             panel.set_ylabel(metric)
         panels[0].legend(frameon=False)
 
-    draw(path, paint, 1, len(metrics), 3.0)
+    draw(path, paint, len(metrics))
 
 
 def rounds(path: Path, tables: Mapping[int, Table], metric: str) -> None:
@@ -123,7 +123,7 @@ def rounds(path: Path, tables: Mapping[int, Table], metric: str) -> None:
         panel.set_ylabel(metric)
         panel.legend(frameon=False)
 
-    draw(path, paint, 1, 1, 3.0)
+    draw(path, paint)
 
 
 def with_bars(panel: Any, at: Sequence[float], rows: Sequence[Mapping[str, Any]], label: str) -> None:

@@ -165,13 +165,6 @@ class Letters(task.Task):
         asked = {"question": self.prompts["heldout"]}
         return self.qualities(runs(self.system(CAREFUL), asked, 2, 29))
 
-    def measured(self, system: System, best_of: int = 1) -> dict[str, list[float]]:
-        """As in `Task`; each run is the annotator's favourite of `best_of`."""
-        trace = runs(system, {"question": self.prompts["heldout"]}, 2 * best_of, 23)
-        liked = self.annotated(trace).reshape(-1, best_of)
-        trace = trace.select((liked.argmax(1) + best_of * numpy.arange(len(liked))).tolist())
-        return {name: values.reshape(-1, 2).mean(1).tolist() for name, values in self.figures(trace).items()}
-
     def figures(self, trace: Trace) -> dict[str, numpy.ndarray]:
         found = self.qualities(trace)
         return super().figures(trace) | {

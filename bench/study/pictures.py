@@ -20,7 +20,7 @@ from peft import LoraConfig
 from torch import Tensor
 
 from bench.study import task
-from bench.study.training import Curve, ranked_pairs, runs, shared, train
+from bench.study.training import Curve, favourites, ranked_pairs, runs, shared, train
 from bench.study.worlds import WORLDS, World
 from examples import digits_in_order
 from examples.tasks.base_models import train_autoencoder, train_diffusion_model, train_language_model, word_tokenizer
@@ -268,8 +268,7 @@ class Setting:
         times = self.size.heldout_runs
         trace = runs(system, {"prompt": self.prompts["heldout"]}, times * best_of, 23)
         if best_of > 1:
-            liked = self.scores(trace, annotator=True)["preference score"].reshape(-1, best_of)
-            trace = trace.select((liked.argmax(1) + best_of * numpy.arange(len(liked))).tolist())
+            trace = favourites(trace, self.scores(trace, annotator=True)["preference score"], best_of)
         found = self.scores(trace, annotator=False)
         found["captions in order"] = (self.meant(trace["text"], trace["prompt"]) > 0).astype(float)
         found["three images"] = numpy.array([float(len(images) == ASKED) for images in trace["image"]])

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy
 
-from bench.study.training import Curve, ranked_pairs, runs, shared, train
+from bench.study.training import Curve, favourites, ranked_pairs, runs, shared, train
 from examples.tasks.base_models import letter_tokenizer, train_language_model
 from examples.tasks.sorted_letters import split_questions
 from sysdag import System, Trace
@@ -131,9 +131,10 @@ class Task(ABC):
         """Mean quality on the validation prompts, two runs each."""
         return float(self.qualities(runs(system, {"question": self.prompts["validation"]}, 2, 17)).mean())
 
-    def measured(self, system: System) -> dict[str, list[float]]:
-        """Figures of two runs of every held-out prompt, by prompt."""
-        trace = runs(system, {"question": self.prompts["heldout"]}, 2, 23)
+    def measured(self, system: System, best_of: int = 1) -> dict[str, list[float]]:
+        """Figures of two runs of every held-out prompt, each the annotator's favourite of `best_of`, by prompt."""
+        trace = runs(system, {"question": self.prompts["heldout"]}, 2 * best_of, 23)
+        trace = favourites(trace, self.annotated(trace), best_of)
         return {name: values.reshape(-1, 2).mean(1).tolist() for name, values in self.figures(trace).items()}
 
     def figures(self, trace: Trace) -> dict[str, numpy.ndarray]:

@@ -143,6 +143,12 @@ def runs(system: System, inputs: Mapping[str, Sequence[Any]], times: int, seed: 
     return system.compile().sample(repeat(inputs, times), seed=seed)
 
 
+def favourites(trace: Trace, scores: numpy.ndarray, of: int) -> Trace:
+    """Of every `of` runs, which stand one after the other, the one with the best score."""
+    by_group = scores.reshape(-1, of)
+    return trace.select((by_group.argmax(1) + of * numpy.arange(len(by_group))).tolist())
+
+
 def shared(cache: Path, name: str, build: Callable[[Path], None]) -> Path:
     """A file or folder that several cells need, built once by whichever of them comes first."""
     place = cache / "shared" / name
