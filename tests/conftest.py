@@ -30,6 +30,16 @@ _LONGEST = [
 ]  # fmt: skip
 
 
+@pytest.fixture(autouse=True)
+def _same_folder_afterwards():
+    """A test that changes the working folder for those after it fails itself."""
+    folder = os.getcwd()
+    yield
+    found = os.getcwd()
+    os.chdir(folder)
+    assert found == folder, f"the test left the working folder at {found}"
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     folder = os.path.dirname(__file__)
     place = {os.path.join(folder, *name.split("/")): order for order, name in enumerate(_LONGEST)}

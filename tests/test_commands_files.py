@@ -142,12 +142,11 @@ def test_an_interrupted_sample_says_how_to_go_on(folder, monkeypatch):
         yield from list(batches(self, plan, runs, first))[:2]
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(LocalEngine, "traces", interrupted)
     command = ["sample", SYSTEM, "inputs.jsonl", "--output", "cut.jsonl", "--runs", "3", "--batch-size", "2"]
     told = "\nInterrupted. 4 of 6 runs are in cut.jsonl; the same command with --resume goes on.\n"
-    assert run(*command) == (130, told)
-    monkeypatch.undo()
-    os.chdir(folder)
+    with monkeypatch.context() as patch:
+        patch.setattr(LocalEngine, "traces", interrupted)
+        assert run(*command) == (130, told)
     assert run(*command, "--resume") == (0, "Wrote 6 runs to cut.jsonl.\n")
     prompts = [json.loads(line)["columns"]["prompt"] for line in Path("cut.jsonl").read_text().splitlines()]
     assert prompts == [0, 0, 0, 1, 1, 1]

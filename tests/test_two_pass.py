@@ -284,8 +284,7 @@ def test_measured_bytes_are_those_of_the_graph():
 
 
 LIMITED = """
-import resource, sys, torch
-sys.path.insert(0, "tests")
+import resource, torch
 torch.set_num_threads(1)
 from test_two_pass import *
 from test_engine import nudge
@@ -314,7 +313,8 @@ print(free, model.budget.max_tokens)
 @pytest.mark.skipif(sys.platform != "linux", reason="limits the process's address space as Linux does")
 def test_memory_that_really_runs_out():
     returned = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}  # freed memory is no reserve
-    ended = subprocess.run([sys.executable, "-c", LIMITED], env=os.environ | returned, capture_output=True, text=True)
+    command, tests = [sys.executable, "-c", LIMITED], os.path.dirname(__file__)  # -c imports from where it runs
+    ended = subprocess.run(command, cwd=tests, env=os.environ | returned, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr[-3000:]
     free, tight = map(int, ended.stdout.split())
     assert tight < free
