@@ -37,7 +37,9 @@ docs: .venv/ready
 clean:
 	rm -rf .venv demo-output .demo-cache build site *.egg-info
 
-# Modules are compiled when they are first imported, which most never are: that halves the installation's time.
+# Modules are compiled when they are first imported, which most never are: that halves the installation's time. What was
+# compiled must be kept: the tests start many processes, and compiling transformers takes longer than importing it.
+unexport PYTHONDONTWRITEBYTECODE
 .venv/ready: pyproject.toml setup.py constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable ".[dev]"

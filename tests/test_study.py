@@ -12,7 +12,7 @@ pytest.importorskip("sklearn")
 
 from scipy import stats
 
-from bench.study import cells, letters, pictures, run_table, task
+from bench.study import cells, illustrated, letters, run_table, task
 from bench.study.cells import Cell, CellError, results, run_cells
 from bench.study.compare import RATES, TUNING_SEED, Comparison, Variant, best_rates, rows
 from bench.study.loops import first_wrong, mended
@@ -156,8 +156,8 @@ CELLS = {
 def test_every_system_is_trained_and_measured(function, tmp_path, monkeypatch):
     options, metric, trainings = CELLS[function]
     monkeypatch.setitem(task.SIZES, "quick", task.Size(**TINY))
-    small = dataclasses.replace(pictures.QUICK, **TINY | {"base_steps": 80}, diffusion_steps=6)
-    monkeypatch.setitem(pictures.SIZES, ("shapes", "quick"), small)
+    small = dataclasses.replace(illustrated.QUICK, **TINY | {"base_steps": 80}, diffusion_steps=6)
+    monkeypatch.setitem(illustrated.SIZES, ("shapes", "quick"), small)
     cell = Cell(function=function, options={**options, "seed": 0, "size": "quick"})
     run_cells([cell], tmp_path, workers=1, title=function)
     (found,) = results([cell], tmp_path)

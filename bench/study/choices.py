@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import random
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -170,7 +170,17 @@ class Retriever(Choice):
 SYSTEMS = {"router": Router, "retriever": Retriever}
 
 
-def align(cache: Path, *, system: str, method: str, seed: int, size: str, rate: float = 1.0) -> dict[str, Any]:
+def align(
+    cache: Path,
+    *,
+    system: str,
+    method: str,
+    seed: int,
+    size: str,
+    rate: float = 1.0,
+    factors: Mapping[str, float] | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
     """One method on one seed; see `letters.align`. The latent choice is summed over all its values."""
     setting = SYSTEMS[system](cache, seed, task.SIZES[size])
     made = setting.system()
@@ -179,10 +189,10 @@ def align(cache: Path, *, system: str, method: str, seed: int, size: str, rate: 
     trained: Sequence[str] = {"only the choice": [setting.choosing], "only the LLM": ["answer"]}.get(
         method, [setting.choosing, "answer"]
     )
-    options = task.nodes(made, trained, rate)
-    options[setting.choosing] = {**options[setting.choosing], "learning_rate": 0.05 * rate}  # starts from nothing
+    nodes = task.nodes(made, trained, rate, factors)
+    nodes[setting.choosing] = {**nodes[setting.choosing], "learning_rate": 0.05 * rate}  # starts from nothing
     curve = setting.train(
         made, trained, rate=rate, objective="direct" if method == "direct" else "sampling", candidates=Exhaustive(),
-        nodes=options,
+        nodes=nodes, **(options or {}),
     )  # fmt: skip
     return setting.outcome(made, [curve])

@@ -85,12 +85,26 @@ NOISE = [
     for loss, options in LOSSES.items()
     for rate in (0.0, 0.1, 0.2, 0.3)
 ]
+SFT = {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.2]}
 REFINER = [
     Variant(name="joint", options=JOINT),
     sampling("joint, refiner at a third of its rate", factors={"answer": 1 / 3}),
     sampling("joint, refiner at a tenth of its rate", factors={"answer": 0.1}),
-    sampling("joint, with SFT on the chosen", options={"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.2]}),
+    sampling("joint, with SFT on the chosen", options=SFT),
     Variant(name="only draft", options={"method": "only draft"}),
+]
+RETRIEVED = {"system": "retriever", "method": "joint"}
+READER = [
+    Variant(name="joint", options=RETRIEVED),
+    *(
+        Variant(name=f"joint, {name}", options=RETRIEVED | options, tuned_as=RETRIEVED)
+        for name, options in {
+            "reader at a tenth of its rate": {"factors": {"answer": 0.1}},
+            "reader at a hundredth of its rate": {"factors": {"answer": 0.01}},
+            "with SFT on the chosen": {"options": SFT},
+        }.items()
+    ),
+    Variant(name="only the choice", options=RETRIEVED | {"method": "only the choice"}),
 ]
 CREDIT = [
     Variant(
@@ -145,6 +159,10 @@ def _comparisons() -> list[Comparison]:
                 variants=methods(choices.METHODS, ["before"], system=system),
             )
             for system in choices.SYSTEMS
+        ),
+        Comparison(
+            name="reader", function="choices:align", metrics=(*SORTED, "right choice"), reference="joint", seeds=3,
+            variants=READER,
         ),
         Comparison(
             name="diamond", function="diamond:align", metrics=SORTED, reference="joint", seeds=3,
