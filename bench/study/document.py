@@ -22,7 +22,7 @@ from pathlib import Path
 from bench.study import figures
 from bench.study.compare import RATES
 from bench.study.tables import TABLES
-from bench.study.written import NOT_MEASURED, Table, digits_of, p_value, scale_of, signed
+from bench.study.written import NOT_MEASURED, Table
 from bench.tables import replaced
 
 TEMPLATE = Path(__file__).with_name("study.md")
@@ -103,10 +103,7 @@ class Results:
         return self.tables[name].estimate(method, metric)
 
     def difference(self, name: str, method: str, other: str, metric: str) -> str:
-        found, scale = self.tables[name].difference(method, other, metric), scale_of(metric)
-        digits = digits_of(metric)
-        low, high = (signed(found[f"difference_{end}"] * scale, digits, plus=False) for end in ("low", "high"))
-        return f"{signed(found['difference'] * scale, digits)} [{low}, {high}], {p_value(found['p'])}"
+        return self.tables[name].change(method, other, metric, interval=True)
 
     def claim(self, name: str, method: str, other: str, metric: str) -> str:
         """Whether the 95 % interval of the difference leaves a doubt about its sign."""

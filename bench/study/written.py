@@ -76,10 +76,14 @@ class Table:
         mean, half = row["mean"] * scale, (row["high"] - row["low"]) / 2 * scale
         return f"{signed(mean, digits, plus=False)} ± {half:.{digits}f}"
 
-    def change(self, method: str, other: str, metric: str) -> str:
-        """The difference in words: "+3.6 (p = 0.012)"."""
-        found, scale = self.difference(method, other, metric), scale_of(metric)
-        return f"{signed(found['difference'] * scale, digits_of(metric))} ({p_value(found['p'])})"
+    def change(self, method: str, other: str, metric: str, interval: bool = False) -> str:
+        """The difference in words: "+3.6 (p = 0.012)", or with its interval "+3.6 [0.4, 6.8], p = 0.012"."""
+        found, scale, digits = self.difference(method, other, metric), scale_of(metric), digits_of(metric)
+        value, p = signed(found["difference"] * scale, digits), p_value(found["p"])
+        if not interval:
+            return f"{value} ({p})"
+        low, high = (signed(found[f"difference_{end}"] * scale, digits, plus=False) for end in ("low", "high"))
+        return f"{value} [{low}, {high}], {p}"
 
 
 def number(text: str) -> Any:
