@@ -139,6 +139,20 @@ def test_sweeps_and_loops_are_drawn_from_their_tables(folder, tmp_path):
     assert all(f"<!-- {method} -->" in drawn["critic-loop"] for method in ("before", "naive", "unrolled"))
 
 
+def test_outcomes_are_drawn_against_what_was_logged(folder, tmp_path):
+    """Points of the methods that logged it; their rank correlation, by hand for four."""
+    coverage = {"joint": 0.9, "Monte Carlo, k = 2": 0.5, "Monte Carlo, k = 4": 0.7, "Monte Carlo, k = 8": 0.6}
+    exact = {"joint": 0.8, "Monte Carlo, k = 2": 0.6, "Monte Carlo, k = 4": 0.9, "Monte Carlo, k = 8": 0.7}
+    lines = ["method,metric,mean,low,high,seed 0,seed 1,coverage", "direct,exact,0.1,0,0.2,0,0.2,"]
+    lines += [f'"{name}",exact,{value},0,1,0,1,{coverage[name]}' for name, value in exact.items()]
+    (folder / "candidates.csv").write_text("\n".join(lines) + "\n")
+    results = Results(folder)
+    assert written(results, "{{correlation candidates | coverage | exact}}") == "+0.80 over 4 rows"
+    results.figures["candidates-coverage"](tmp_path / "drawn.svg")
+    drawn = (tmp_path / "drawn.svg").read_text()
+    assert [drawn.count(f"<!-- {text} -->") for text in ("Monte Carlo", "joint", "direct")] == [1, 1, 0]
+
+
 def test_the_page_is_what_its_csvs_and_its_text_say():
     results = Results(RESULTS / "study")
     assert PAGE.read_text() == written(results, document.TEMPLATE.read_text()), "python -m bench study --document-only"

@@ -6,6 +6,7 @@ The text is in study.md beside this file, and that of README.md's table in readm
     {{table NAME | metric, metric | extra column, ... | method}}   a table; differences to the last-named method
     {{mean NAME | method | metric}}                                "83.3 ± 2.1"
     {{difference NAME | method | other | metric}}                  "+3.6 [0.4, 6.8], p = 0.031"
+    {{correlation NAME | extra column | metric}}                   "+0.87 over 17 rows"
     {{claim NAME | method | other | metric}}                       "held", "open" or "the reverse": is `method` better?
     {{figure NAME}}                                                the figure of that name
     {{machine}}                                                    what the cells ran on
@@ -88,6 +89,10 @@ class Results:
             found[name + SUFFIX] = partial(figures.learning, curves=self.curves(name), panels=LEARNING[name])
         for name in SWEEPS.keys() & there.keys():
             found[name] = partial(figures.sweep, table=there[name], metrics=SWEEPS[name])
+        if "candidates" in there:
+            found["candidates-coverage"] = partial(
+                figures.against, table=there["candidates"], extra="coverage", metric="exact"
+            )
         if loops := {int(name[-1]): there[name] for name in sorted(there) if name.startswith("critic-loop-")}:
             found["critic-loop"] = partial(figures.rounds, tables=loops, metric="exact")
         return found
@@ -104,6 +109,9 @@ class Results:
 
     def difference(self, name: str, method: str, other: str, metric: str) -> str:
         return self.tables[name].change(method, other, metric, interval=True)
+
+    def correlation(self, name: str, extra: str, metric: str) -> str:
+        return self.tables[name].correlation(extra, metric)
 
     def claim(self, name: str, method: str, other: str, metric: str) -> str:
         """Whether the 95 % interval of the difference leaves a doubt about its sign."""
@@ -133,7 +141,7 @@ def written(results: Results, template: str) -> str:
         arguments = [part.strip() for part in rest.split("|")] if rest else []
         known: Mapping[str, Callable[..., str]] = {
             name: getattr(results, name)
-            for name in ("table", "mean", "difference", "claim", "figure", "machine", "rates")
+            for name in ("table", "mean", "difference", "correlation", "claim", "figure", "machine", "rates")
         }
         if what not in known:
             raise ValueError(f"{TEMPLATE.name}: {match[0]} is none of {', '.join(known)}")

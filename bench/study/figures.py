@@ -111,6 +111,32 @@ def sweep(path: Path, table: Table, metrics: Sequence[str]) -> None:
     draw(path, paint, len(metrics))
 
 
+def against(path: Path, table: Table, extra: str, metric: str) -> None:
+    """A metric against what a training logged, a point a method; methods that differ in k alone are joined, and their
+    points say it."""
+    found: dict[str, list[str]] = {}
+    for method in table.methods_with(extra, metric):
+        found.setdefault(re.sub(r", k = \d+", "", method), []).append(method)
+
+    def paint(panels) -> None:
+        (panel,) = panels
+        for place, (name, methods) in enumerate(found.items()):
+            rows = [table[method, metric] for method in methods]
+            panel.plot(
+                [row[extra] for row in rows], [row["mean"] for row in rows], color=f"C{place}", label=name,
+                marker="os^vD*P"[place % 7], linewidth=0.7,
+            )  # fmt: skip
+            for method, row in zip(methods, rows, strict=True):
+                if k := re.search(r"k = (\d+)", method):
+                    panel.annotate(k[1], (row[extra], row["mean"]), (3, -8), textcoords="offset points", fontsize=6)
+        panel.set_xlabel(extra)
+        panel.set_ylabel(metric)
+        panel.grid(alpha=0.3)
+        panel.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+
+    draw(path, paint)
+
+
 def rounds(path: Path, tables: Mapping[int, Table], metric: str) -> None:
     """A metric against the number of rounds of a loop, one line a method."""
 
