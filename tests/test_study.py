@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import itertools
 import json
 import random
 
@@ -12,7 +13,7 @@ pytest.importorskip("sklearn")
 
 from scipy import stats
 
-from bench.study import cells, illustrated, letters, run_table, task
+from bench.study import cells, choices, diamond, illustrated, letters, loops, run_table, task
 from bench.study.cells import Cell, CellError, results, run_cells
 from bench.study.compare import RATES, TUNING_SEED, Comparison, Variant, best_rates, rows
 from bench.study.loops import first_wrong, mended
@@ -20,6 +21,7 @@ from bench.study.tables import TABLES
 from bench.study.worlds import DigitWorld, ShapeWorld
 from examples.tasks.ordered_digits import in_order, preference_score
 from examples.tasks.sorted_letters import solve
+from sysdag.components import Tabular
 from sysdag.components.images import to_pil
 
 
@@ -63,8 +65,10 @@ def test_tuning_takes_the_best_validation_score_of_every_row_alike():
     for name in {name for name, _ in tuned}:
         assert sorted(rate for other, rate in tuned if other == name) == sorted(RATES)
     found = {("a", 1.0): [[0.1, 0.4]], ("a", 3.0): [[0.1, 0.3]], ("b", 1.0): [[0.2], [0.5]], ("b", 3.0): [[0.4], [0.4]]}
+    found |= {("c", rate): found["b", rate] for rate in (1.0, 3.0)}
+    variants = [Variant(name=name, options={}, staged=name == "c") for name in "abc"]
     as_results = {key: {"curves": [{"validation": v} for v in values]} for key, values in found.items()}
-    assert best_rates(as_results) == {"a": 1.0, "b": 3.0}
+    assert best_rates(variants, as_results) == {"a": 1.0, "b": 3.0, "c": 1.0}
 
 
 def test_rows_are_means_over_seeds_with_paired_tests():
@@ -95,12 +99,33 @@ def test_every_table_has_its_reference_and_enough_seeds():
         assert len(set(keys)) == len(keys), f"{table.name}: two rows are the same cell"
 
 
-def test_prompts_are_disjoint_and_held_out_ones_enough(tmp_path):
-    prompts = letters.Letters(tmp_path, 0, task.SIZES["full"]).prompts
-    assert len(prompts["heldout"]) >= 200
-    solved = {part: {solve(asked) for asked in asked_of} for part, asked_of in prompts.items()}
-    assert not solved["training"] & solved["heldout"]
-    assert not solved["validation"] & solved["heldout"]
+@pytest.mark.parametrize("made", [letters.Letters, loops.CriticLoop, diamond.Diamond, choices.Retriever])
+@pytest.mark.parametrize("seed", [0, 1, TUNING_SEED])
+def test_prompts_are_disjoint_and_as_many_as_the_page_says(made, seed, tmp_path):
+    """Disjoint as sets of letters: two orders of the same letters are one question to a model that counts them."""
+    size = task.SIZES["full"]
+    prompts = made(tmp_path, seed, size).prompts
+    counts = {"training": size.training, "validation": size.validation, "heldout": size.heldout}
+    assert {part: len(asked) for part, asked in prompts.items()} == counts
+    assert size.heldout >= 200
+    assert len({"".join(sorted(one)) for asked in prompts.values() for one in asked}) == sum(counts.values())
+
+
+def test_every_key_is_meant_for_one_note(tmp_path):
+    setting = choices.Retriever(tmp_path, 0, task.SIZES["full"])
+    for key in itertools.chain.from_iterable(setting.prompts.values()):
+        assert len(setting.holding(key)) == 1
+        assert len(set(key) & set(setting.right(key))) == 3 == len(set(key)) - 1
+    with pytest.raises(ValueError, match="seed 0: notes of 661 keys, 941 are needed"):
+        _ = choices.Retriever(tmp_path, 0, task.Size(training=641)).prompts
+
+
+def test_a_choice_takes_larger_steps_than_a_language_model(tmp_path, monkeypatch):
+    monkeypatch.setattr(choices.Router, "models", lambda *_: {"answer": Tabular({"a": {"y": 1.0}})})
+    made = choices.Router(tmp_path, 0, task.SIZES["quick"]).system()
+    found = task.nodes(made, ["answer"], 3.0, {"route": 2.0})
+    assert found["route"] == {"learning_rate": pytest.approx(0.3), "trainable": False}
+    assert found["answer"] == {"learning_rate": pytest.approx(1.5e-3), "trainable": True}
 
 
 @pytest.mark.parametrize("kind", ["size", "brightness", "hue"])

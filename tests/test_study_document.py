@@ -139,18 +139,27 @@ def test_sweeps_and_loops_are_drawn_from_their_tables(folder, tmp_path):
     assert all(f"<!-- {method} -->" in drawn["critic-loop"] for method in ("before", "naive", "unrolled"))
 
 
-def test_outcomes_are_drawn_against_what_was_logged(folder, tmp_path):
-    """Points of the methods that logged it; their rank correlation, by hand for four."""
+def test_outcomes_are_drawn_against_what_was_logged_first(folder, tmp_path):
+    """Points of the methods that logged it, one of two that are equal; their rank correlation, by hand for four."""
     coverage = {"joint": 0.9, "Monte Carlo, k = 2": 0.5, "Monte Carlo, k = 4": 0.7, "Monte Carlo, k = 8": 0.6}
     exact = {"joint": 0.8, "Monte Carlo, k = 2": 0.6, "Monte Carlo, k = 4": 0.9, "Monte Carlo, k = 8": 0.7}
-    lines = ["method,metric,mean,low,high,seed 0,seed 1,coverage", "direct,exact,0.1,0,0.2,0,0.2,"]
-    lines += [f'"{name}",exact,{value},0,1,0,1,{coverage[name]}' for name, value in exact.items()]
+    for values in (coverage, exact):
+        values["again"] = values["joint"]
+    lines = ["method,metric,mean,low,high,seed 0,seed 1", "direct,exact,0.1,0,0.2,0,0.2"]
+    lines += [f'"{name}",exact,{value},0,1,0,1' for name, value in exact.items()]
     (folder / "candidates.csv").write_text("\n".join(lines) + "\n")
+    lines = ["method,part,seed,step,validation,candidates/coverage"]
+    for seed, more in enumerate((-0.1, 0.1)):
+        lines += [f"direct,0,{seed},8,0.1,"]
+        for name, value in coverage.items():
+            lines += [f'"{name}",0,{seed},0,0.1,', f'"{name}",0,{seed},8,0.1,{value + more}']
+            lines += [f'"{name}",0,{seed},16,0.1,{1 - value}']
+    (folder / "candidates-curves.csv").write_text("\n".join(lines) + "\n")
     results = Results(folder)
-    assert written(results, "{{correlation candidates | coverage | exact}}") == "+0.80 over 4 rows"
+    assert written(results, "{{correlation candidates | candidates/coverage | exact}}") == "+0.80 over 4 rows"
     results.figures["candidates-coverage"](tmp_path / "drawn.svg")
     drawn = (tmp_path / "drawn.svg").read_text()
-    assert [drawn.count(f"<!-- {text} -->") for text in ("Monte Carlo", "joint", "direct")] == [1, 1, 0]
+    assert [drawn.count(f"<!-- {text} -->") for text in ("Monte Carlo", "again", "direct")] == [1, 1, 0]
 
 
 def test_the_page_is_what_its_csvs_and_its_text_say():

@@ -48,7 +48,7 @@ def run_table(table: Comparison, size: str, cache: Path, folder: Path, workers: 
     """Tunes, measures, and writes NAME.csv and NAME-curves.csv."""
     tuning = table.tuning_cells(size)
     run_cells(list(tuning.values()), cache, workers=workers, title=f"{table.name}: tuning")
-    rates = best_rates(dict(zip(tuning, results(list(tuning.values()), cache), strict=True)))
+    rates = best_rates(table.variants, dict(zip(tuning, results(list(tuning.values()), cache), strict=True)))
     cells = table.cells(size, rates)
     run_cells(list(cells.values()), cache, workers=workers, title=f"{table.name}: seeds")
     found = dict(zip(cells, results(list(cells.values()), cache), strict=True))

@@ -2,8 +2,8 @@
 
 `router`: a question asks for its letters in order or in reverse; a router picks one of two specialists, each of which
 was taught one of the tasks well and the other badly. The specialists share a model and are told apart by a tag.
-`retriever`: a question names a key; a retriever picks one of eight notes, of which one holds the answer; a reader
-answers from the question and the note.
+`retriever`: a question is a key; a retriever picks one of eight notes, of which one is the answer; a reader answers
+from the question and the note.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import random
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,10 +24,10 @@ from examples.tasks.sorted_letters import LETTERS, random_question, solve, swap_
 from sysdag import Exhaustive, Input, System, Trace, node
 from sysdag.components import Categorical, CausalLM
 
-VERSION = 1
+VERSION = 2
 METHODS = ("before", "only the choice", "only the LLM", "joint", "direct")
 SPECIALISTS = ("up", "down")
-NOTES = tuple("".join(random.Random(f"note-{place}").sample(LETTERS, 5)) for place in range(8))
+NOTES, KNOWN = 8, 3  # how many notes there are, how many letters of the right one a key has
 question = Input("question")
 
 
@@ -42,7 +42,7 @@ def specialist(question, route):
     return f"{route[0]}{question}:"
 
 
-@node(Categorical(NOTES, len(LETTERS)))
+@node(Categorical(("unset", "either"), len(LETTERS)))
 def retrieve(question):
     """Which letters the question has."""
     return [float(letter in question) for letter in LETTERS]
@@ -136,34 +136,58 @@ class Router(Choice):
 
 
 class Retriever(Choice):
-    """A question is three letters that only one note has together; the answer is that note."""
+    """A key is three letters of a note and one letter that the note has not, in any order; no two keys are made of the
+    same letters, and no other note has three of them. Every seed has notes of its own."""
 
     choosing, outline = "retrieve", RETRIEVED
 
     @cached_property
+    def notes(self) -> list[str]:
+        """Any two have at most `KNOWN` - 1 letters in common."""
+        rng, found = random.Random(f"notes-{self.seed}"), list[str]()
+        while len(found) < NOTES:
+            note = "".join(rng.sample(LETTERS, 5))
+            if all(len(set(note) & set(other)) < KNOWN for other in found):
+                found.append(note)
+        return found
+
+    def holding(self, key: Collection[str]) -> list[str]:
+        """The notes that the key may be meant for."""
+        return [note for note in self.notes if len(set(note) & set(key)) >= KNOWN]
+
+    @cached_property
     def prompts(self) -> dict[str, list[str]]:
-        keys = ["".join(letters) for note in NOTES for letters in itertools.permutations(note, 3)]
-        keys = [key for key in dict.fromkeys(keys) if sum(set(key) <= set(note) for note in NOTES) == 1]
-        random.Random(f"keys-{self.seed}").shuffle(keys)
-        heldout, validation = self.size.heldout, self.size.validation
-        return {
-            "heldout": keys[:heldout],
-            "validation": keys[heldout : heldout + validation],
-            "training": keys[heldout + validation :][: self.size.training],
-        }
+        keys = sorted({
+            "".join(sorted((*known, other)))
+            for note in self.notes
+            for known in itertools.combinations(note, KNOWN)
+            for other in set(LETTERS) - set(note)
+        })  # fmt: skip
+        rng = random.Random(f"keys-{self.seed}")
+        asked = ["".join(rng.sample(key, len(key))) for key in keys if len(self.holding(key)) == 1]
+        rng.shuffle(asked)
+        sizes = {"heldout": self.size.heldout, "validation": self.size.validation, "training": self.size.training}
+        ends = itertools.accumulate(sizes.values())
+        found = {part: asked[end - count : end] for (part, count), end in zip(sizes.items(), ends, strict=True)}
+        if len(found["training"]) < self.size.training:
+            raise ValueError(
+                f"seed {self.seed}: the notes give only {len(asked)} keys, {sum(sizes.values())} are needed"
+            )
+        return found
 
     def component(self) -> Categorical:
-        return Categorical(NOTES, len(LETTERS))
+        return Categorical(tuple(self.notes), len(LETTERS))
 
     def right(self, asked: str) -> str:
-        return next(note for note in NOTES if set(asked) <= set(note))
+        (note,) = self.holding(asked)
+        return note
 
     best = right
 
     def demonstration(self, rng: random.Random) -> tuple[str, str]:
         """The note in 6 of 10 cases, whatever was asked; otherwise with two letters exchanged."""
-        note = "".join(rng.sample(LETTERS, 5)) if rng.random() < 0.5 else rng.choice(NOTES)
-        asked = "".join(rng.sample(LETTERS, 3))
+        note = "".join(rng.sample(LETTERS, 5)) if rng.random() < 0.5 else rng.choice(self.notes)
+        asked = "".join(rng.sample(LETTERS, KNOWN + 1))
         return reader.function(asked, note), note if rng.random() < 0.6 else swap_neighbours(note, rng)
 
 
@@ -189,10 +213,8 @@ def align(
     trained: Sequence[str] = {"only the choice": [setting.choosing], "only the LLM": ["answer"]}.get(
         method, [setting.choosing, "answer"]
     )
-    nodes = task.nodes(made, trained, rate, factors)
-    nodes[setting.choosing] = {**nodes[setting.choosing], "learning_rate": 0.05 * rate}  # starts from nothing
     curve = setting.train(
         made, trained, rate=rate, objective="direct" if method == "direct" else "sampling", candidates=Exhaustive(),
-        nodes=nodes, **(options or {}),
+        factors=factors, **(options or {}),
     )  # fmt: skip
     return setting.outcome(made, [curve])

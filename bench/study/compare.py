@@ -13,7 +13,7 @@ from scipy import stats
 from bench.study.cells import Cell
 
 RATES = (1 / 3, 1.0, 3.0)
-TUNING_SEED = 100  # its prompts and models are in no table
+TUNING_SEED = 100  # its models and preferences are in no table
 BEST_STEP = "best step"
 SHARE = " share"
 
@@ -28,12 +28,15 @@ class Variant:
         tuned_as: options whose tuned learning rate this variant takes, where it is not tuned by itself (an ablation of
             another method); None where it is.
         trains: False for what has no learning rate.
+        staged: True where each part of the training goes on from the one before, so that the last one's score is the
+            system's; otherwise the parts stand side by side, and their scores are added.
     """
 
     name: str
     options: Mapping[str, Any]
     tuned_as: Mapping[str, Any] | None = None
     trains: bool = True
+    staged: bool = False
 
     @property
     def tuning(self) -> Mapping[str, Any]:
@@ -84,11 +87,13 @@ class Comparison:
         return Cell(function=self.function, options={**options, **trained, "seed": seed, "size": size})
 
 
-def best_rates(tuned: Mapping[tuple[str, float], Mapping[str, Any]]) -> dict[str, float]:
-    """For each row the factor with the best validation score, summed over the trainings it consists of."""
+def best_rates(variants: Sequence[Variant], tuned: Mapping[tuple[str, float], Mapping[str, Any]]) -> dict[str, float]:
+    """For each row the factor with the best validation score."""
     scores: dict[str, dict[float, float]] = {}
+    staged = {variant.name for variant in variants if variant.staged}
     for (name, rate), result in tuned.items():
-        scores.setdefault(name, {})[rate] = sum(max(curve["validation"]) for curve in result["curves"])
+        parts = result["curves"][-1:] if name in staged else result["curves"]
+        scores.setdefault(name, {})[rate] = sum(max(curve["validation"]) for curve in parts)
     return {name: max(by_rate, key=by_rate.__getitem__) for name, by_rate in scores.items()}
 
 

@@ -1,8 +1,8 @@
 """A diamond of five models: a plan is drawn up, two workers sort a half each, a third merges them, a fourth polishes.
 
 `split` decides how the six letters of a question are divided (in the middle, or by alternating); `left` and `right`
-sort what they are given; `merge` puts the halves together; `polish` reads the question and the merged text and mends
-it.
+sort what they are given, better after the second; `merge` puts the halves together; `polish` reads the question and the
+merged text and mends it.
 """
 
 from __future__ import annotations
@@ -21,28 +21,28 @@ from examples.tasks.sorted_letters import LETTERS, solve, swap_neighbours
 from sysdag import Input, MonteCarlo, System, Trace, node
 from sysdag.components import Categorical, CausalLM
 
-VERSION = 1
+VERSION = 2
 LENGTH = 6
-SPLITS = ("middle", "alternate")
+SPLITS = {"middle": 0.4, "alternate": 0.8}  # how often the workers are right
 MODELS = ("left", "right", "merge", "polish")
 NODES = ("split", *MODELS)
 METHODS = ("before", "only polish", "joint", "direct")
 question = Input("question")
 
 
-@node(Categorical(SPLITS, 1))
+@node(Categorical(tuple(SPLITS), 1))
 def split(question):
     return [1.0]
 
 
 @node(CausalLM("unset"))
 def left(question, split):
-    return f"{halves(question, split)[0]}:"
+    return f"{split[0].upper()}{halves(question, split)[0]}:"
 
 
 @node(CausalLM("unset"))
 def right(question, split):
-    return f"{halves(question, split)[1]}:"
+    return f"{split[0].upper()}{halves(question, split)[1]}:"
 
 
 @node(CausalLM("unset"))
@@ -71,14 +71,15 @@ def spoiled(text: str, rng: random.Random, good: float) -> str:
 
 
 def demonstration(name: str, rng: random.Random) -> tuple[str, str]:
-    """What the base models learn from: workers right in 6 of 10 cases, a merger in 7, a polisher that mends in 3."""
+    """What the base models learn from: workers right as `SPLITS` says, a merger in 7 of 10 cases, a polisher that mends
+    in 3."""
     asked = "".join(rng.sample(LETTERS, LENGTH))
-    how = rng.choice(SPLITS)
+    how = rng.choice(tuple(SPLITS))
     parts = [solve(half) for half in halves(asked, how)]
+    written = [spoiled(part, rng, SPLITS[how]) for part in parts]
     if name in ("left", "right"):
-        place = ("left", "right").index(name)
-        return f"{halves(asked, how)[place]}:", spoiled(parts[place], rng, 0.6)
-    written = [spoiled(part, rng, 0.6) for part in parts]
+        worker, place = (left, 0) if name == "left" else (right, 1)
+        return worker.function(asked, how), written[place]
     if name == "merge":
         return f"{written[0]},{written[1]}:", spoiled(solve(asked), rng, 0.7)
     merged = spoiled(solve(asked), rng, 0.5)
@@ -105,8 +106,8 @@ class Diamond(task.Task):
         return {part: [next(asked_once) for _ in range(count)] for part, count in wanted.items()}
 
     def system(self) -> System:
-        models = self.models(self.name, LETTERS + ",:", {name: partial(demonstration, name) for name in MODELS})
-        return OUTLINE.with_components({"split": Categorical(SPLITS, 1), **models})
+        models = self.models(self.name, LETTERS + "MA,:", {name: partial(demonstration, name) for name in MODELS})
+        return OUTLINE.with_components({"split": Categorical(tuple(SPLITS), 1), **models})
 
     def qualities(self, trace: Trace) -> numpy.ndarray:
         """The share of letters that stand where they belong; 0 for a text of another length."""
@@ -115,6 +116,11 @@ class Diamond(task.Task):
             same = sum(a == b for a, b in zip(solve(asked), text, strict=False))
             found.append(same / LENGTH if len(text) == LENGTH else 0.0)
         return numpy.array(found)
+
+    def figures(self, trace: Trace) -> dict[str, numpy.ndarray]:
+        return super().figures(trace) | {
+            "right choice": numpy.array([float(how == "alternate") for how in trace["split"]])
+        }
 
 
 def align(cache: Path, *, method: str, seed: int, size: str, rate: float = 1.0) -> dict[str, Any]:

@@ -6,7 +6,7 @@ The text is in study.md beside this file, and that of README.md's table in readm
     {{table NAME | metric, metric | extra column, ... | method}}   a table; differences to the last-named method
     {{mean NAME | method | metric}}                                "83.3 ± 2.1"
     {{difference NAME | method | other | metric}}                  "+3.6 [0.4, 6.8], p = 0.031"
-    {{correlation NAME | extra column | metric}}                   "+0.87 over 17 rows"
+    {{correlation NAME | column of the curves | metric}}           "+0.85 over 16 rows": of the first steps and the end
     {{claim NAME | method | other | metric}}                       "held", "open" or "the reverse": is `method` better?
     {{figure NAME}}                                                the figure of that name
     {{machine}}                                                    what the cells ran on
@@ -20,10 +20,13 @@ from collections.abc import Callable, Mapping
 from functools import cached_property, partial
 from pathlib import Path
 
+import numpy
+from scipy import stats
+
 from bench.study import figures
 from bench.study.compare import RATES
 from bench.study.tables import TABLES
-from bench.study.written import NOT_MEASURED, Table
+from bench.study.written import NOT_MEASURED, Table, signed
 from bench.tables import replaced
 
 TEMPLATE = Path(__file__).with_name("study.md")
@@ -90,8 +93,9 @@ class Results:
         for name in SWEEPS.keys() & there.keys():
             found[name] = partial(figures.sweep, table=there[name], metrics=SWEEPS[name])
         if "candidates" in there:
+            points = self.early("candidates", "candidates/coverage", "exact")
             found["candidates-coverage"] = partial(
-                figures.against, table=there["candidates"], extra="coverage", metric="exact"
+                figures.against, points=points, labels=("coverage in the first steps", "exact")
             )
         if loops := {int(name[-1]): there[name] for name in sorted(there) if name.startswith("critic-loop-")}:
             found["critic-loop"] = partial(figures.rounds, tables=loops, metric="exact")
@@ -110,8 +114,21 @@ class Results:
     def difference(self, name: str, method: str, other: str, metric: str) -> str:
         return self.tables[name].change(method, other, metric, interval=True)
 
-    def correlation(self, name: str, extra: str, metric: str) -> str:
-        return self.tables[name].correlation(extra, metric)
+    def early(self, name: str, log: str, metric: str) -> dict[str, tuple[float, float]]:
+        """By method, what its training logged until the first validation (mean over seeds), and how it ended; without
+        importance sampling, which logs no coverage, and one of two methods that agree in both."""
+        table, logged = self.tables[name], dict[str, list[float]]()
+        first = min(int(row["step"]) for row in self.curves(name) if row["step"] != "0")
+        for row in self.curves(name):
+            if int(row["step"]) == first and row["candidates/coverage"]:
+                logged.setdefault(row["method"], []).append(float(row[log]))
+        points = {method: (float(numpy.mean(logged[method])), table[method, metric]["mean"]) for method in logged}
+        return {method: point for point, method in {point: method for method, point in points.items()}.items()}
+
+    def correlation(self, name: str, log: str, metric: str) -> str:
+        """Spearman's, over the methods of `early`."""
+        logged, ended = zip(*self.early(name, log, metric).values(), strict=True)
+        return f"{signed(float(stats.spearmanr(logged, ended).statistic), 2)} over {len(logged)} rows"
 
     def claim(self, name: str, method: str, other: str, metric: str) -> str:
         """Whether the 95 % interval of the difference leaves a doubt about its sign."""

@@ -111,26 +111,22 @@ def sweep(path: Path, table: Table, metrics: Sequence[str]) -> None:
     draw(path, paint, len(metrics))
 
 
-def against(path: Path, table: Table, extra: str, metric: str) -> None:
-    """A metric against what a training logged, a point a method; methods that differ in k alone are joined, and their
-    points say it."""
+def against(path: Path, points: Mapping[str, tuple[float, float]], labels: tuple[str, str]) -> None:
+    """A point a method; methods that differ in k alone are joined, and their points say it."""
     found: dict[str, list[str]] = {}
-    for method in table.methods_with(extra, metric):
+    for method in points:
         found.setdefault(re.sub(r", k = \d+", "", method), []).append(method)
 
     def paint(panels) -> None:
         (panel,) = panels
         for place, (name, methods) in enumerate(found.items()):
-            rows = [table[method, metric] for method in methods]
-            panel.plot(
-                [row[extra] for row in rows], [row["mean"] for row in rows], color=f"C{place}", label=name,
-                marker="os^vD*P"[place % 7], linewidth=0.7,
-            )  # fmt: skip
-            for method, row in zip(methods, rows, strict=True):
+            x, y = zip(*(points[method] for method in methods), strict=True)
+            panel.plot(x, y, color=f"C{place}", label=name, marker="os^vD*P"[place % 7], linewidth=0.7)
+            for method in methods:
                 if k := re.search(r"k = (\d+)", method):
-                    panel.annotate(k[1], (row[extra], row["mean"]), (3, -8), textcoords="offset points", fontsize=6)
-        panel.set_xlabel(extra)
-        panel.set_ylabel(metric)
+                    panel.annotate(k[1], points[method], (3, -8), textcoords="offset points", fontsize=6)
+        panel.set_xlabel(labels[0])
+        panel.set_ylabel(labels[1])
         panel.grid(alpha=0.3)
         panel.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
 

@@ -23,7 +23,7 @@ from sysdag.components import CausalLM
 
 VERSION = 1
 NODES = ("draft", "critic", "rewrite")
-METHODS = ("before", "naive", "unrolled")
+METHODS = ("before", "naive", "unrolled", "unrolled, direct")
 FINE = "="
 question = Input("question")
 
@@ -99,7 +99,9 @@ class CriticLoop(task.Task):
         return qualities(trace, list(trace.cells)[-1])
 
 
-def align(cache: Path, *, method: str, rounds: int, seed: int, size: str, rate: float = 1.0) -> dict[str, Any]:
+def align(
+    cache: Path, *, method: str, rounds: int, seed: int, size: str, rate: float = 1.0, candidates: int = 4
+) -> dict[str, Any]:
     """One method on one seed, deployed with `rounds` rounds; see `letters.align`."""
     setting = CriticLoop(cache, seed, task.SIZES[size], rounds)
     system = setting.system()
@@ -110,6 +112,7 @@ def align(cache: Path, *, method: str, rounds: int, seed: int, size: str, rate: 
         once = outline(1)
         trained = once.with_components({n.name: system[n.name].component for n in once.nodes})
     curve = setting.train(
-        trained, NODES, rate=rate, objective="sampling", candidates=MonteCarlo(num_candidates=4), deployed=system
-    )
+        trained, NODES, rate=rate, objective="direct" if method == "unrolled, direct" else "sampling",
+        candidates=MonteCarlo(num_candidates=candidates), deployed=system,
+    )  # fmt: skip
     return setting.outcome(system, [curve])

@@ -22,7 +22,10 @@ LOSSES = {
 
 
 def methods(names: Sequence[str], untrained: Sequence[str], **options: Any) -> list[Variant]:
-    return [Variant(name=n, options={"method": n, **options}, trains=n not in untrained) for n in names]
+    return [
+        Variant(name=n, options={"method": n, **options}, trains=n not in untrained, staged=n == "stage by stage")
+        for n in names
+    ]
 
 
 def sampling(name: str, **options: Any) -> Variant:
@@ -93,7 +96,22 @@ REFINER = [
     sampling("joint, with SFT on the chosen", options=SFT),
     Variant(name="only draft", options={"method": "only draft"}),
 ]
+UNROLLED = {"method": "unrolled", "rounds": 3}
+MORE = [Variant(name="unrolled, 16 candidates", options=UNROLLED | {"candidates": 16}, tuned_as=UNROLLED)]
 RETRIEVED = {"system": "retriever", "method": "joint"}
+ROUTED = {"system": "router", "method": "joint"}
+CHOOSER = [
+    Variant(name="joint", options=ROUTED),
+    *(
+        Variant(name=f"joint, {name}", options=ROUTED | {"factors": factors}, tuned_as=ROUTED)
+        for name, factors in {
+            "choice at nine times its rate": {"route": 9.0},
+            "specialists at a tenth of their rate": {"answer": 0.1},
+            "both": {"route": 9.0, "answer": 0.1},
+        }.items()
+    ),
+    Variant(name="only the choice", options=ROUTED | {"method": "only the choice"}),
+]
 READER = [
     Variant(name="joint", options=RETRIEVED),
     *(
@@ -145,7 +163,7 @@ def _comparisons() -> list[Comparison]:
         *(
             Comparison(
                 name=f"critic-loop-{rounds}", function="loops:align", metrics=SORTED, reference="unrolled", seeds=3,
-                variants=methods(loops.METHODS, ["before"], rounds=rounds),
+                variants=methods(loops.METHODS, ["before"], rounds=rounds) + (MORE if rounds == 3 else []),
             )
             for rounds in (1, 2, 3, 4)
         ),
@@ -161,11 +179,15 @@ def _comparisons() -> list[Comparison]:
             for system in choices.SYSTEMS
         ),
         Comparison(
+            name="chooser", function="choices:align", metrics=(*SORTED, "right choice"), reference="joint", seeds=3,
+            variants=CHOOSER,
+        ),
+        Comparison(
             name="reader", function="choices:align", metrics=(*SORTED, "right choice"), reference="joint", seeds=3,
             variants=READER,
         ),
         Comparison(
-            name="diamond", function="diamond:align", metrics=SORTED, reference="joint", seeds=3,
+            name="diamond", function="diamond:align", metrics=(*SORTED, "right choice"), reference="joint", seeds=3,
             variants=methods(diamond.METHODS, ["before"]),
         ),
         Comparison(

@@ -17,7 +17,7 @@ from examples.tasks.base_models import letter_tokenizer, train_language_model
 from examples.tasks.sorted_letters import split_questions
 from sysdag import System, Trace
 from sysdag.candidates import CandidateStrategy
-from sysdag.components import CausalLM
+from sysdag.components import Categorical, CausalLM
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,7 +157,7 @@ class Task(ABC):
         """Aligns the named nodes (base names, for the visits of a loop) from `pairs`; the others stay as they are.
 
         Args:
-            rate: factor on the learning rate, 5e-4.
+            rate: factor on the learning rates, see `nodes`.
             share: of the size's steps.
             factors: on top of `rate`, by node.
             deployed: what is validated, where it is not the system that trains but shares its components.
@@ -180,6 +180,10 @@ class Task(ABC):
 def nodes(
     system: System, trained: Sequence[str], rate: float, factors: Mapping[str, float] | None = None
 ) -> dict[str, Mapping[str, Any]]:
-    """Options by node: what trains, and how fast."""
-    names, own = dict.fromkeys(node.base_name for node in system.nodes if node.is_random), factors or {}
-    return {name: {"learning_rate": 5e-4 * rate * own.get(name, 1.0), "trainable": name in trained} for name in names}
+    """Options by node: what trains, and how fast. A choice, whose weights start from nothing, takes larger steps."""
+    own = factors or {}
+    found = {node.base_name: node for node in system.nodes if node.is_random}
+    usual = {name: 0.05 if isinstance(node.component, Categorical) else 5e-4 for name, node in found.items()}
+    return {
+        name: {"learning_rate": usual[name] * rate * own.get(name, 1.0), "trainable": name in trained} for name in found
+    }

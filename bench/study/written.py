@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy
-from scipy import stats
 
 from bench.study.compare import BEST_STEP, paired
 
@@ -52,16 +51,6 @@ class Table:
     def difference(self, method: str, other: str, metric: str) -> dict[str, float]:
         """See `paired`."""
         return paired(self.seeds(method, metric), self.seeds(other, metric))
-
-    def methods_with(self, extra: str, metric: str) -> list[str]:
-        """The methods whose training logged it."""
-        return [method for method in self.methods if extra in self.found.get((method, metric), {})]
-
-    def correlation(self, extra: str, metric: str) -> str:
-        """Spearman's rank correlation over those methods, in words."""
-        rows = [self[method, metric] for method in self.methods_with(extra, metric)]
-        found = stats.spearmanr([row[extra] for row in rows], [row["mean"] for row in rows]).statistic
-        return f"{signed(float(found), 2)} over {len(rows)} rows"
 
     def markdown(self, metrics: Sequence[str], extras: Sequence[str] = (), against: str = "") -> str:
         """Means with half the width of their 95 % intervals; with `against`, the first metric's difference to it.
