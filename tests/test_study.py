@@ -116,7 +116,7 @@ def test_every_key_is_meant_for_one_note(tmp_path):
     for key in itertools.chain.from_iterable(setting.prompts.values()):
         assert len(setting.holding(key)) == 1
         assert len(set(key) & set(setting.right(key))) == 3 == len(set(key)) - 1
-    with pytest.raises(ValueError, match="seed 0: notes of 661 keys, 941 are needed"):
+    with pytest.raises(ValueError, match="seed 0: the notes give only 661 keys, 941 are needed"):
         _ = choices.Retriever(tmp_path, 0, task.Size(training=641)).prompts
 
 
