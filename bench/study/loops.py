@@ -23,7 +23,7 @@ from sysdag.components import CausalLM
 
 VERSION = 1
 NODES = ("draft", "critic", "rewrite")
-METHODS = ("before", "naive", "unrolled", "unrolled, direct")
+METHODS = ("before", "naive", "unrolled")
 FINE = "="
 question = Input("question")
 

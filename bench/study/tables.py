@@ -97,7 +97,10 @@ REFINER = [
     Variant(name="only draft", options={"method": "only draft"}),
 ]
 UNROLLED = {"method": "unrolled", "rounds": 3}
-MORE = [Variant(name="unrolled, 16 candidates", options=UNROLLED | {"candidates": 16}, tuned_as=UNROLLED)]
+OF_THREE_ROUNDS = [
+    *methods((*loops.METHODS, "unrolled, direct"), ["before"], rounds=3),
+    Variant(name="unrolled, 16 candidates", options=UNROLLED | {"candidates": 16}, tuned_as=UNROLLED),
+]
 RETRIEVED = {"system": "retriever", "method": "joint"}
 ROUTED = {"system": "router", "method": "joint"}
 CHOOSER = [
@@ -163,7 +166,7 @@ def _comparisons() -> list[Comparison]:
         *(
             Comparison(
                 name=f"critic-loop-{rounds}", function="loops:align", metrics=SORTED, reference="unrolled", seeds=3,
-                variants=methods(loops.METHODS, ["before"], rounds=rounds) + (MORE if rounds == 3 else []),
+                variants=OF_THREE_ROUNDS if rounds == 3 else methods(loops.METHODS, ["before"], rounds=rounds),
             )
             for rounds in (1, 2, 3, 4)
         ),
