@@ -94,7 +94,8 @@ def by_step(rows: Sequence[Mapping[str, str]]) -> tuple[numpy.ndarray, numpy.nda
 
 
 def sweep(path: Path, table: Table, metrics: Sequence[str]) -> None:
-    """Metrics against the percentage that ends each method's name ("joint, DPO, 25% misled"), one line a method."""
+    """Metrics against the percentage that ends each method's name ("joint, DPO, 25% misled"), one line a method,
+    each a little beside the one before."""
     found: dict[str, dict[int, str]] = {}
     for method in table.methods:
         name, value, what = re.fullmatch(r"(.+), (\d+)% (\w+)", method).groups()
@@ -102,8 +103,9 @@ def sweep(path: Path, table: Table, metrics: Sequence[str]) -> None:
 
     def paint(panels) -> None:
         for panel, metric in zip(panels, metrics, strict=True):
-            for name, points in found.items():
-                with_bars(panel, list(points), [table[method, metric] for method in points.values()], name)
+            for place, (name, points) in enumerate(found.items()):
+                beside = [value + 0.6 * (place - (len(found) - 1) / 2) for value in points]
+                with_bars(panel, beside, [table[method, metric] for method in points.values()], name)
             panel.set_xlabel(f"% {what}")
             panel.set_ylabel(metric)
         panels[0].legend(frameon=False)
