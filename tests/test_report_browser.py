@@ -28,13 +28,14 @@ def browser(tmp_path_factory):
 
 
 def requests(browser):
-    """What was asked for since the last call and not held back, but the contents of `data:` addresses."""
+    """What was asked for since the last call and not held back, but the contents of `data:` addresses, and the browser's
+    first page of its own, which may still be loading (`chrome:`, which no other page is let near)."""
     messages = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
     failed = [m["params"] for m in messages if m["method"] == "Network.loadingFailed"]
     held = {params["requestId"] for params in failed if params.get("blockedReason") == "csp"}
     sent = [m["params"] for m in messages if m["method"] == "Network.requestWillBeSent"]
     urls = [params["request"]["url"] for params in sent if params["requestId"] not in held]
-    return [url for url in urls if not url.startswith("data:")]
+    return [url for url in urls if not url.startswith(("data:", "chrome:"))]
 
 
 def open_report(browser, folder, change=lambda text: text):
