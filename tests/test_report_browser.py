@@ -28,8 +28,8 @@ def browser(tmp_path_factory):
 
 
 def requests(browser):
-    """What was asked for since the last call and not held back, but the contents of `data:` addresses, and the browser's
-    first page of its own, which may still be loading (`chrome:`, which no other page is let near)."""
+    """What was asked for since the last call and not held back, but the contents of `data:` addresses, and what belongs
+    to the browser's own first page, which may still be loading (`chrome:`; no other page gets at that)."""
     messages = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
     failed = [m["params"] for m in messages if m["method"] == "Network.loadingFailed"]
     held = {params["requestId"] for params in failed if params.get("blockedReason") == "csp"}
