@@ -3,6 +3,9 @@ PYTHON ?= python3
 SEED ?= 0
 BIN := .venv/bin
 
+# What was compiled is kept: the tests start many processes, and compiling transformers takes longer than importing it.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo test build bench study lint docs clean
 
 demo: .venv/ready
@@ -37,9 +40,7 @@ docs: .venv/ready
 clean:
 	rm -rf .venv demo-output .demo-cache build site *.egg-info
 
-# Modules are compiled when they are first imported, which most never are: that halves the installation's time. What was
-# compiled must be kept: the tests start many processes, and compiling transformers takes longer than importing it.
-unexport PYTHONDONTWRITEBYTECODE
+# Modules are compiled when they are first imported, which most never are: that halves the installation's time.
 .venv/ready: pyproject.toml setup.py constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable ".[dev]"

@@ -93,13 +93,8 @@ class Choice(task.Task):
         return self.outline.with_components({self.choosing: self.component(), **models})
 
     def qualities(self, trace: Trace) -> numpy.ndarray:
-        """The share of letters that stand where they belong; 0 for a text of another length."""
-        found = []
-        for asked, text in zip(trace["question"], trace["answer"], strict=True):
-            right = self.right(asked)
-            same = sum(a == b for a, b in zip(right, text, strict=False))
-            found.append(same / len(right) if len(text) == len(right) else 0.0)
-        return numpy.array(found)
+        asked = zip(trace["question"], trace["answer"], strict=True)
+        return numpy.array([task.matching(self.right(one), text) for one, text in asked])
 
     def figures(self, trace: Trace) -> dict[str, numpy.ndarray]:
         picked = zip(trace["question"], trace[self.choosing], strict=True)
@@ -166,14 +161,9 @@ class Retriever(Choice):
         rng = random.Random(f"keys-{self.seed}")
         asked = ["".join(rng.sample(key, len(key))) for key in keys if len(self.holding(key)) == 1]
         rng.shuffle(asked)
-        sizes = {"heldout": self.size.heldout, "validation": self.size.validation, "training": self.size.training}
-        ends = itertools.accumulate(sizes.values())
-        found = {part: asked[end - count : end] for (part, count), end in zip(sizes.items(), ends, strict=True)}
-        if len(found["training"]) < self.size.training:
-            raise ValueError(
-                f"seed {self.seed}: the notes give only {len(asked)} keys, {sum(sizes.values())} are needed"
-            )
-        return found
+        if len(asked) < self.size.prompts:
+            raise ValueError(f"seed {self.seed}: the notes give only {len(asked)} keys, {self.size.prompts} are needed")
+        return self.size.divided(asked, ("heldout", "validation", "training"))
 
     def component(self) -> Categorical:
         return Categorical(tuple(self.notes), len(LETTERS))

@@ -96,26 +96,19 @@ class Diamond(task.Task):
 
     @cached_property
     def prompts(self) -> dict[str, list[str]]:
-        rng, size = random.Random(f"diamond-{self.seed}"), self.size
-        wanted = {"training": size.training, "validation": size.validation, "heldout": size.heldout}
-        found: dict[str, str] = {}
-        while len(found) < sum(wanted.values()):
+        rng, found = random.Random(f"diamond-{self.seed}"), dict[str, str]()
+        while len(found) < self.size.prompts:
             asked = "".join(rng.sample(LETTERS, LENGTH))
             found.setdefault(solve(asked), asked)
-        asked_once = iter(found.values())
-        return {part: [next(asked_once) for _ in range(count)] for part, count in wanted.items()}
+        return self.size.divided(found.values())
 
     def system(self) -> System:
         models = self.models(self.name, LETTERS + "MA,:", {name: partial(demonstration, name) for name in MODELS})
         return OUTLINE.with_components({"split": Categorical(tuple(SPLITS), 1), **models})
 
     def qualities(self, trace: Trace) -> numpy.ndarray:
-        """The share of letters that stand where they belong; 0 for a text of another length."""
-        found = []
-        for asked, text in zip(trace["question"], trace["polish"], strict=True):
-            same = sum(a == b for a, b in zip(solve(asked), text, strict=False))
-            found.append(same / LENGTH if len(text) == LENGTH else 0.0)
-        return numpy.array(found)
+        asked = zip(trace["question"], trace["polish"], strict=True)
+        return numpy.array([task.matching(solve(one), text) for one, text in asked])
 
     def figures(self, trace: Trace) -> dict[str, numpy.ndarray]:
         return super().figures(trace) | {

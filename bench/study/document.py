@@ -117,13 +117,14 @@ class Results:
     def early(self, name: str, log: str, metric: str) -> dict[str, tuple[float, float]]:
         """By method, what its training logged until the first validation (mean over seeds), and how it ended; without
         importance sampling, which logs no coverage, and one of two methods that agree in both."""
-        table, logged = self.tables[name], dict[str, list[float]]()
-        first = min(int(row["step"]) for row in self.curves(name) if row["step"] != "0")
-        for row in self.curves(name):
+        rows, logged = self.curves(name), dict[str, list[float]]()
+        first = min(int(row["step"]) for row in rows if row["step"] != "0")
+        for row in rows:
             if int(row["step"]) == first and row["candidates/coverage"]:
                 logged.setdefault(row["method"], []).append(float(row[log]))
-        points = {method: (float(numpy.mean(logged[method])), table[method, metric]["mean"]) for method in logged}
-        return {method: point for point, method in {point: method for method, point in points.items()}.items()}
+        table = self.tables[name]
+        by_point = {(float(numpy.mean(logged[one])), table[one, metric]["mean"]): one for one in logged}
+        return {method: point for point, method in by_point.items()}
 
     def correlation(self, name: str, log: str, metric: str) -> str:
         """Spearman's, over the methods of `early`."""

@@ -142,17 +142,8 @@ class Setting:
     @cached_property
     def prompts(self) -> dict[str, list[str]]:
         """Disjoint prompts to train on, to choose by, and to measure on."""
-        size = self.size
-        drawn = random.Random(f"prompts-{self.seed}").sample(
-            prompts(self.world), size.training + size.validation + size.heldout
-        )
-        ends = itertools.accumulate((size.training, size.validation, size.heldout))
-        return {
-            part: drawn[end - count : end]
-            for part, end, count in zip(
-                ("training", "validation", "heldout"), ends, (size.training, size.validation, size.heldout), strict=True
-            )
-        }
+        drawn = random.Random(f"prompts-{self.seed}").sample(prompts(self.world), self.size.prompts)
+        return self.size.divided(drawn)
 
     def _folder(self, name: str, build: Callable[[Path, World, int, int], None], steps: int) -> Path:
         return shared(

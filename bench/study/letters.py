@@ -18,7 +18,7 @@ import numpy
 
 from bench.study import task
 from bench.study.training import Curve, runs, train
-from examples.tasks.sorted_letters import LENGTH, LETTERS, random_question, solve, swap_neighbours
+from examples.tasks.sorted_letters import LETTERS, random_question, solve, swap_neighbours
 from sysdag import DiverseBeamSearch, ImportanceSampling, Input, MonteCarlo, System, Trace, node
 from sysdag.components import CausalLM
 from sysdag.execute import sample
@@ -84,14 +84,10 @@ def demonstration(name: str, damaged: str, rng: random.Random) -> tuple[str, str
     return f"{prompt},{written}:", demonstrated_answer(asked, written, careful, rng, damaged == name)
 
 
-def quality(question: str, text: str) -> float:
-    """The share of letters that stand where they belong; 0 for a text of another length."""
-    right = solve(question)
-    return sum(a == b for a, b in zip(right, text, strict=True)) / LENGTH if len(text) == LENGTH else 0.0
-
-
 def qualities(trace: Trace, name: str) -> numpy.ndarray:
-    return numpy.array([quality(*run) for run in zip(trace["question"], trace[name], strict=True)])
+    return numpy.array(
+        [task.matching(solve(asked), text) for asked, text in zip(trace["question"], trace[name], strict=True)]
+    )
 
 
 def wins(ours: numpy.ndarray, theirs: numpy.ndarray) -> numpy.ndarray:

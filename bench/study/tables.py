@@ -32,20 +32,27 @@ def sampling(name: str, **options: Any) -> Variant:
     return Variant(name=name, options=JOINT | options, tuned_as=JOINT)
 
 
+def joint_and(joint: Mapping[str, Any], changes: Mapping[str, Mapping[str, Any]]) -> list[Variant]:
+    """The joint row, and with it each change by itself at the joint row's learning rate."""
+    changed = [
+        Variant(name=f"joint, {name}", options={**joint, **change}, tuned_as=joint) for name, change in changes.items()
+    ]
+    return [Variant(name="joint", options=joint), *changed]
+
+
 def searched(k: int, penalty: float) -> Mapping[str, Any]:
     return {"num_candidates": k, "diversity_penalty": penalty}
 
 
 DIGITS = {"world": "digits", "method": "joint"}
 CAPTIONER = [
-    Variant(name="joint", options=DIGITS),
-    *(
-        Variant(name=f"joint, {name}", options=DIGITS | options, tuned_as=DIGITS)
-        for name, options in {
+    *joint_and(
+        DIGITS,
+        {
             "captioner at a third of its rate": {"factors": {"text": 1 / 3}},
             "captioner at a tenth of its rate": {"factors": {"text": 0.1}},
             "twice the pairs a step": {"times_pairs": 2},
-        }.items()
+        },
     ),
     Variant(name="separate", options={"world": "digits", "method": "separate"}),
 ]
@@ -90,10 +97,14 @@ NOISE = [
 ]
 SFT = {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.2]}
 REFINER = [
-    Variant(name="joint", options=JOINT),
-    sampling("joint, refiner at a third of its rate", factors={"answer": 1 / 3}),
-    sampling("joint, refiner at a tenth of its rate", factors={"answer": 0.1}),
-    sampling("joint, with SFT on the chosen", options=SFT),
+    *joint_and(
+        JOINT,
+        {
+            "refiner at a third of its rate": {"factors": {"answer": 1 / 3}},
+            "refiner at a tenth of its rate": {"factors": {"answer": 0.1}},
+            "with SFT on the chosen": {"options": SFT},
+        },
+    ),
     Variant(name="only draft", options={"method": "only draft"}),
 ]
 UNROLLED = {"method": "unrolled", "rounds": 3}
@@ -104,26 +115,24 @@ OF_THREE_ROUNDS = [
 RETRIEVED = {"system": "retriever", "method": "joint"}
 ROUTED = {"system": "router", "method": "joint"}
 CHOOSER = [
-    Variant(name="joint", options=ROUTED),
-    *(
-        Variant(name=f"joint, {name}", options=ROUTED | {"factors": factors}, tuned_as=ROUTED)
-        for name, factors in {
-            "choice at nine times its rate": {"route": 9.0},
-            "specialists at a tenth of their rate": {"answer": 0.1},
-            "both": {"route": 9.0, "answer": 0.1},
-        }.items()
+    *joint_and(
+        ROUTED,
+        {
+            "choice at nine times its rate": {"factors": {"route": 9.0}},
+            "specialists at a tenth of their rate": {"factors": {"answer": 0.1}},
+            "both": {"factors": {"route": 9.0, "answer": 0.1}},
+        },
     ),
     Variant(name="only the choice", options=ROUTED | {"method": "only the choice"}),
 ]
 READER = [
-    Variant(name="joint", options=RETRIEVED),
-    *(
-        Variant(name=f"joint, {name}", options=RETRIEVED | options, tuned_as=RETRIEVED)
-        for name, options in {
+    *joint_and(
+        RETRIEVED,
+        {
             "reader at a tenth of its rate": {"factors": {"answer": 0.1}},
             "reader at a hundredth of its rate": {"factors": {"answer": 0.01}},
             "with SFT on the chosen": {"options": SFT},
-        }.items()
+        },
     ),
     Variant(name="only the choice", options=RETRIEVED | {"method": "only the choice"}),
 ]

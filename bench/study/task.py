@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -32,6 +33,18 @@ class Size:
     every: int = 8
     runs: int = 6
     pairs: int = 2
+
+    @property
+    def prompts(self) -> int:
+        """Of all parts together."""
+        return self.training + self.validation + self.heldout
+
+    def divided(
+        self, prompts: Iterable[str], order: Sequence[str] = ("training", "validation", "heldout")
+    ) -> dict[str, list[str]]:
+        """The prompts by part, taken in this order: to train on, to choose by, to measure on."""
+        rest = iter(prompts)
+        return {part: list(itertools.islice(rest, getattr(self, part))) for part in order}
 
 
 SIZES = {"full": Size(), "quick": Size(base_steps=60, training=16, validation=6, heldout=8, steps=2, every=1, runs=4)}
@@ -90,7 +103,7 @@ class Task(ABC):
         """Disjoint prompts to train on, to choose by, and to measure on."""
         size = self.size
         training, rest = split_questions(self.seed, size.training, size.validation + size.heldout)
-        return {"training": training, "validation": rest[: size.validation], "heldout": rest[size.validation :]}
+        return size.divided([*training, *rest])
 
     def annotated(self, trace: Trace, error: float = 0.15) -> numpy.ndarray:
         """What the annotator thinks of each run: its quality, and an error with this standard deviation."""
@@ -175,6 +188,11 @@ class Task(ABC):
     def outcome(self, system: System, trained: Sequence[Curve]) -> dict[str, Any]:
         """What a cell keeps."""
         return {"heldout": self.measured(system), "curves": [curve.summary() for curve in trained]}
+
+
+def matching(right: str, text: str) -> float:
+    """The share of letters that stand where they belong; 0 for a text of another length."""
+    return sum(a == b for a, b in zip(right, text, strict=True)) / len(right) if len(text) == len(right) else 0.0
 
 
 def nodes(
