@@ -18,11 +18,12 @@ BLOCK, CHUNK = 1024, 8192
 
 @triton.jit
 def forward_kernel(
-    eps, policy, reference, mask, parts, size, HAS_REFERENCE: tl.constexpr, HAS_MASK: tl.constexpr,
+    eps, policy, reference, mask, parts, size, chunks, HAS_REFERENCE: tl.constexpr, HAS_MASK: tl.constexpr,
     BLOCK: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    start = tl.program_id(0).to(tl.int64) * size
-    first = tl.program_id(1) * CHUNK
+    program = tl.program_id(0).to(tl.int64)  # of samples * chunks: a grid's other axes end at 65535
+    start = program // chunks * size
+    first = program % chunks * CHUNK
     kind: tl.constexpr = parts.dtype.element_ty
     total = tl.zeros((BLOCK,), kind)
     for step in range(0, CHUNK, BLOCK):
@@ -39,13 +40,14 @@ def forward_kernel(
             weight = tl.load(mask + start + element, mask=inside, other=0.0).to(kind)
             value = tl.where(weight == 0.0, 0.0, value * weight)  # what is masked may be nan
         total += value
-    tl.store(parts + tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1), tl.sum(total, 0))
+    tl.store(parts + program, tl.sum(total, 0))
 
 
 @triton.jit
-def backward_kernel(grad, eps, policy, mask, out, size, HAS_MASK: tl.constexpr, BLOCK: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    element = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+def backward_kernel(grad, eps, policy, mask, out, size, blocks, HAS_MASK: tl.constexpr, BLOCK: tl.constexpr):
+    program = tl.program_id(0).to(tl.int64)
+    row = program // blocks
+    element = program % blocks * BLOCK + tl.arange(0, BLOCK)
     inside = element < size
     at = row * size + element
     kind: tl.constexpr = grad.dtype.element_ty
@@ -67,9 +69,11 @@ def forward(eps: Tensor, policy: Tensor, reference: Tensor | None, mask: Tensor 
     parts = policy.new_empty(samples, chunks, dtype=dtype)
     if samples and size:
         given = (reference is not None, mask is not None)
-        arguments = (eps, policy, eps if reference is None else reference, eps if mask is None else mask, parts, size)
+        others = (eps if reference is None else reference, eps if mask is None else mask)
         with torch.cuda.device_of(eps):  # Triton launches on the current device
-            forward_kernel[(samples, chunks)](*arguments, *given, BLOCK=BLOCK, CHUNK=CHUNK, num_warps=4)
+            forward_kernel[(samples * chunks,)](
+                eps, policy, *others, parts, size, chunks, *given, BLOCK=BLOCK, CHUNK=CHUNK, num_warps=4
+            )
     return parts.sum(1)
 
 
@@ -78,10 +82,12 @@ def backward(grad: Tensor, eps: Tensor, policy: Tensor, mask: Tensor | None) -> 
     samples, size = eps.shape
     out = torch.empty_like(policy)
     if samples and size:
-        grid = (samples, triton.cdiv(size, BLOCK))
+        blocks = triton.cdiv(size, BLOCK)
         weights = eps if mask is None else mask
         with torch.cuda.device_of(eps):
-            backward_kernel[grid](grad, eps, policy, weights, out, size, mask is not None, BLOCK=BLOCK, num_warps=4)
+            backward_kernel[(samples * blocks,)](
+                grad, eps, policy, weights, out, size, blocks, mask is not None, BLOCK=BLOCK, num_warps=4
+            )
     return out
 
 
@@ -91,9 +97,9 @@ def aot_cases(arch: int) -> list[tuple]:
     for kind, wide in (("bf16", "fp32"), ("fp16", "fp32"), ("fp32", "fp32"), ("fp64", "fp64")):
         x, a = f"*{kind}:16", f"*{wide}:16"
         for has_reference, has_mask in ((True, False), (False, True)):
-            data = {"eps": a, "policy": x, "reference": x, "mask": a, "parts": a, "size": "i32"}
+            data = {"eps": a, "policy": x, "reference": x, "mask": a, "parts": a, "size": "i32", "chunks": "i32"}
             options = {"HAS_REFERENCE": has_reference, "HAS_MASK": has_mask, "BLOCK": BLOCK, "CHUNK": CHUNK}
             cases.append((forward_kernel, {**data, **options}, {"num_warps": 4}))
-            data = {"grad": a, "eps": a, "policy": x, "mask": a, "out": x, "size": "i32"}
+            data = {"grad": a, "eps": a, "policy": x, "mask": a, "out": x, "size": "i32", "blocks": "i32"}
             cases.append((backward_kernel, {**data, "HAS_MASK": has_mask, "BLOCK": BLOCK}, {"num_warps": 4}))
     return cases

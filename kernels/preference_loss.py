@@ -22,6 +22,21 @@ BLOCK = 128  # candidates of a segment at a time; few have more than 32
 
 
 @triton.jit
+def _exp(x):
+    """exp(x) for x <= 0 to the last digits; the GPU's own rounds x log2(e), which costs digits where x is large.
+
+    x = n log(2) + r with an integer n (Cody and Waite: log(2) in two parts), so |r| <= log(2) / 2.
+    """
+    if x.dtype == tl.float64:
+        return tl.exp(x)
+    x = tl.where(x < -104.0, -104.0, x)  # below, exp(x) is 0 in fp32
+    n = tl.floor(x * 1.4426950408889634 + 0.5)
+    r = tl.fma(n, tl.full((), -0.693359375, tl.float32), x)
+    r = tl.fma(n, tl.full((), 2.12194440e-4, tl.float32), r)
+    return tl.exp2(n) * tl.exp(r)
+
+
+@triton.jit
 def _maximum_and_sum(values, begin, end, BLOCK: tl.constexpr):
     """max v (0 where there is none above -inf) and sum exp(v - max v)."""
     lanes = tl.arange(0, BLOCK)
@@ -31,7 +46,7 @@ def _maximum_and_sum(values, begin, end, BLOCK: tl.constexpr):
         v = tl.load(values + start + lanes, mask=start + lanes < end, other=-float("inf"))
         higher = tl.maximum(top, tl.max(v, 0))
         shift = tl.where(higher == -float("inf"), 0.0, higher)
-        total = total * tl.exp(top - shift) + tl.sum(tl.exp(v - shift), 0)
+        total = total * _exp(top - shift) + tl.sum(_exp(v - shift), 0)
         top = higher
     return tl.where(top == -float("inf"), 0.0, top), total
 
@@ -41,7 +56,7 @@ def _write_coefficients(logps, coefficients, begin, end, top, scale, BLOCK: tl.c
     lanes = tl.arange(0, BLOCK)
     for start in range(begin, end, BLOCK):
         inside = start + lanes < end
-        weight = tl.exp(tl.load(logps + start + lanes, mask=inside, other=-float("inf")) - top)
+        weight = _exp(tl.load(logps + start + lanes, mask=inside, other=-float("inf")) - top)
         tl.store(coefficients + start + lanes, tl.where(weight == 0.0, 0.0, weight * scale), mask=inside)
 
 
@@ -82,7 +97,7 @@ def forward_kernel(
             loss = tl.where(m >= 1.0, 0.0, 1.0 - m)
             slope = tl.where(m >= 1.0, 0.0, -1.0).to(dtype)
         else:
-            small = tl.exp(-tl.abs(m))
+            small = _exp(-tl.abs(m))
             rest = _log1p(small)
             wrong = rest + tl.where(m < 0.0, -m, 0.0)  # -log sigmoid(m)
             flipped = tl.where(e == 0.0, 0.0, e * (rest + tl.where(m > 0.0, m, 0.0)))  # -e log sigmoid(-m)
