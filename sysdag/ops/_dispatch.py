@@ -129,6 +129,12 @@ def why_absent(backend: Backend) -> str | None:
 
 
 @functools.cache
+def extension_raises() -> bool:
+    """Whether an error inside the extension reaches Python; with torch 2.11 it ends the process (2.12: not tried)."""
+    return tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)
+
+
+@functools.cache
 def extension_loaded() -> bool:
     """Loads `sysdag/_C*.so` if it is there; says once in the log if it is there and does not load."""
     folder = Path(__file__).resolve().parent.parent

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sysdag.ops._dispatch import IMPLEMENTATIONS, Backend, resolve
+from sysdag.ops._dispatch import IMPLEMENTATIONS, Backend, extension_raises, resolve
 
 LossType = Literal["sigmoid", "ipo", "hinge", "robust"]
 LOSS_TYPES = ("sigmoid", "ipo", "hinge", "robust")  # kernels get the position
@@ -71,7 +71,7 @@ def preference_loss(
         _check_shapes(logps, ref_logps, offsets, lengths)
         return _op(logps, ref_logps, offsets, lengths, beta, loss_index, label_smoothing)
     backend = resolve("preference_loss", logps.device, IMPLEMENTATIONS["preference_loss"])
-    if backend == "cpp":
+    if backend == "cpp" and extension_raises():
         try:
             return _PreferenceLoss.apply(logps, ref_logps, offsets, lengths, beta, loss_index, label_smoothing, backend)
         except RuntimeError:  # the extension looks first, at no cost; this says what is wrong
@@ -79,6 +79,8 @@ def preference_loss(
             _check_offsets(offsets, len(logps))
             raise
     _check_shapes(logps, ref_logps, offsets, lengths)
+    if backend == "cpp":
+        _check_offsets(offsets, len(logps))
     if backend == "reference":
         return preference_loss_reference(
             logps, ref_logps, offsets, beta, loss_type=loss_type, label_smoothing=label_smoothing, lengths=lengths

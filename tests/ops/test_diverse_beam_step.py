@@ -280,6 +280,7 @@ def test_a_score_that_is_nan_comes_first_and_one_that_is_impossible_last(backend
 
 
 @needs_cpp
+@pytest.mark.skipif(not _dispatch.extension_raises(), reason="this torch ends the process instead")
 def test_the_extension_reads_nothing_past_its_arguments():
     logits, scores = problem(2, 2, 2, 60)
     op = torch.ops.sysdag_C.diverse_beam_step.default
