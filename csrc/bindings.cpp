@@ -31,7 +31,7 @@ STABLE_TORCH_LIBRARY(sysdag_C, m) {
       "Tensor labels, Tensor(b!) top, Tensor(c!) total, Tensor(d!) chosen, Tensor(e!) acc) -> ()");
   m.def(
       "linear_logprob_slope(Tensor z, float scale, Tensor? bias, float softcap, int start, Tensor offsets, "
-      "Tensor labels, Tensor top, Tensor log_total, Tensor chosen, Tensor grads, Tensor row_grads, Tensor(a!) out) "
+      "Tensor labels, Tensor top, Tensor total, Tensor chosen, Tensor grads, Tensor row_grads, Tensor(a!) out) "
       "-> ()");
   m.def(
       "linear_logprob_combine(Tensor unit, Tensor weight, Tensor offsets, Tensor labels, Tensor coefficients, "

@@ -3,7 +3,7 @@
 //     x = cap(scale z + b),   cap(u) = c tanh(u / c),   slope(x) = dx/du = 1 - (x / c)^2.
 //   stats: top <- max(top, max x), total <- total rescaled + sum exp(x - top), chosen[m] <- x at label m
 //   unit:  the same, and z <- exp(x - top) slope(x), 0 at the row's labels, acc <- acc rescaled to the new top
-//   slope: out <- dloss/du = -G p slope(x), (g_m - G p) slope(x) at label m, with p = exp(x - top - log_total)
+//   slope: out <- dloss/du = -G p slope(x), (g_m - G p) slope(x) at label m, with p = exp(x - top) / total
 // The labels of row r are labels[offsets[r] : offsets[r + 1]]. A row fits in L1 or L2, so that it is read once from farther away.
 #include "common.h"
 
@@ -217,20 +217,20 @@ SYSDAG_INLINE void slope_rows(const Tile<T>& tile, const Slope<T>& slope, std::i
       logits_row(x, out, tile.columns, tile.head);
       x = out;
     }
-    const T top = tile.top[row], log_total = tile.total[row], g = -slope.row_grads[row];
+    const T top = tile.top[row], g = -slope.row_grads[row] / tile.total[row];
     if (cap == T(0)) {
-      for (std::int64_t i = 0; i < tile.columns; ++i) out[i] = g * exponential(x[i] - top - log_total);
+      for (std::int64_t i = 0; i < tile.columns; ++i) out[i] = g * exponential(x[i] - top);
     } else {
       for (std::int64_t i = 0; i < tile.columns; ++i) {
         const T t = x[i] * inverse;
-        out[i] = g * exponential(x[i] - top - log_total) * (T(1) - t * t);
+        out[i] = g * exponential(x[i] - top) * (T(1) - t * t);
       }
     }
     for (std::int64_t m = tile.offsets[row]; m < tile.offsets[row + 1]; ++m) {
       const std::int64_t column = tile.labels[m] - tile.start;
       const T t = cap == T(0) ? T(0) : tile.chosen[m] * inverse;
       if (column >= 0 && column < tile.columns) {
-        out[column] = (slope.grads[m] + g * exponential(tile.chosen[m] - top - log_total)) * (T(1) - t * t);
+        out[column] = (slope.grads[m] + g * exponential(tile.chosen[m] - top)) * (T(1) - t * t);
       }
     }
   }
@@ -322,9 +322,9 @@ void linear_logprob_unit(Tensor z, double scale, std::optional<Tensor> bias, dou
 }
 
 void linear_logprob_slope(Tensor z, double scale, std::optional<Tensor> bias, double softcap, std::int64_t start,
-                          Tensor offsets, Tensor labels, Tensor top, Tensor log_total, Tensor chosen, Tensor grads,
+                          Tensor offsets, Tensor labels, Tensor top, Tensor total, Tensor chosen, Tensor grads,
                           Tensor row_grads, Tensor out) {
-  const Call call{z, scale, bias, softcap, start, offsets, labels, top, log_total, chosen};
+  const Call call{z, scale, bias, softcap, start, offsets, labels, top, total, chosen};
   const auto run = [&](auto zero) {
     using T = decltype(zero);
     const Tile<T> tile = call.tile<T>();

@@ -7,7 +7,7 @@ c the softcap, for one program a row:
 
     stats:  top' = max(top, max x);  total' = total exp(top - top') + sum exp(x - top')
     unit:   the same;  out = exp(x - top') slope(x), 0 at the row's labels;  acc *= exp(top - top')
-    slope:  out = -G p slope(x), (g - G p) slope(x) at a label;  p = exp(x - top - log_total)
+    slope:  out = -G p slope(x), (g - G p) slope(x) at a label;  p = exp(x - top) / total
     combine: out = -G unit + sum_m coefficient_m W[label_m]
 
 tanh(u) = 1 - 2 / (exp(2u) + 1) away from 0 and an odd polynomial (Cephes) near 0, where that would cancel. Every value
@@ -102,6 +102,16 @@ def stats_kernel(
 
 
 @triton.jit
+def _store_unit(x, base, out, at, inside, CAP: tl.constexpr):
+    """Writes exp(x - base) slope(x) and returns the sum of exp(x - base)."""
+    e = tl.exp(x - base)
+    total = tl.sum(e, 0)
+    e = tl.where(inside, e * _slope(tl.where(inside, x, 0.0), CAP), 0.0) if CAP != 0.0 else e
+    tl.store(out + at, e.to(out.dtype.element_ty), mask=inside)
+    return total
+
+
+@triton.jit
 def unit_kernel(
     z, bias, offsets, labels, top, total, chosen, acc, out, columns, start, width,
     SCALE: tl.constexpr, CAP: tl.constexpr, BIAS: tl.constexpr, BLOCK: tl.constexpr,
@@ -109,20 +119,19 @@ def unit_kernel(
     row = tl.program_id(0).to(tl.int64)
     _take_labels(z, bias, offsets, labels, chosen, row, columns, start, SCALE, CAP, BIAS)
     before = tl.load(top + row)
-    now = before
-    for offset in range(0, columns, BLOCK):
-        _at, _inside, x = _row(z, bias, row, columns, offset, SCALE, CAP, BIAS, BLOCK)
-        now = tl.maximum(now, tl.max(x, 0))
+    at, inside, x = _row(z, bias, row, columns, 0, SCALE, CAP, BIAS, BLOCK)  # is kept: few blocks are read again
+    now = tl.maximum(before, tl.max(x, 0))
+    for offset in range(BLOCK, columns, BLOCK):
+        _at, _inside, others = _row(z, bias, row, columns, offset, SCALE, CAP, BIAS, BLOCK)
+        now = tl.maximum(now, tl.max(others, 0))
     base = tl.where(now == -float("inf"), 0.0, now)
     rescale = tl.exp(before - base)
     sum_exp = tl.load(total + row) * rescale
     tl.debug_barrier()  # all have read the labels' logits and statistics: z may be overwritten
-    for offset in range(0, columns, BLOCK):
+    sum_exp += _store_unit(x, base, out, row * columns + at, inside, CAP)
+    for offset in range(BLOCK, columns, BLOCK):
         at, inside, x = _row(z, bias, row, columns, offset, SCALE, CAP, BIAS, BLOCK)
-        e = tl.exp(x - base)
-        sum_exp += tl.sum(e, 0)
-        e = tl.where(inside, e * _slope(tl.where(inside, x, 0.0), CAP), 0.0) if CAP != 0.0 else e
-        tl.store(out + row * columns + at, e.to(out.dtype.element_ty), mask=inside)
+        sum_exp += _store_unit(x, base, out, row * columns + at, inside, CAP)
     tl.debug_barrier()  # the zeros come after the row
     for m in range(tl.load(offsets + row), tl.load(offsets + row + 1)):
         column = tl.load(labels + m) - start
@@ -130,23 +139,24 @@ def unit_kernel(
             tl.store(out + row * columns + column, tl.zeros((), out.dtype.element_ty))
     tl.store(top + row, now)
     tl.store(total + row, sum_exp)
-    for offset in range(0, width, BLOCK):
-        at = offset + tl.arange(0, BLOCK)
-        inside = at < width
-        value = tl.load(acc + row * width + at, mask=inside, other=0.0)
-        tl.store(acc + row * width + at, value * rescale, mask=inside)
+    if rescale != 1.0:  # the maximum rises in few tiles
+        for offset in range(0, width, BLOCK):
+            at = offset + tl.arange(0, BLOCK)
+            inside = at < width
+            value = tl.load(acc + row * width + at, mask=inside, other=0.0)
+            tl.store(acc + row * width + at, value * rescale, mask=inside)
 
 
 @triton.jit
 def slope_kernel(
-    z, bias, offsets, labels, top, log_total, chosen, grads, row_grads, out, columns, start,
+    z, bias, offsets, labels, top, total, chosen, grads, row_grads, out, columns, start,
     SCALE: tl.constexpr, CAP: tl.constexpr, BIAS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    largest, log_sum, g = tl.load(top + row), tl.load(log_total + row), tl.load(row_grads + row)
+    largest, g = tl.load(top + row), tl.load(row_grads + row) / tl.load(total + row)
     for offset in range(0, columns, BLOCK):
         at, inside, x = _row(z, bias, row, columns, offset, SCALE, CAP, BIAS, BLOCK)
-        dz = -g * tl.exp(x - largest - log_sum)
+        dz = -g * tl.exp(x - largest)
         dz = dz * _slope(tl.where(inside, x, 0.0), CAP) if CAP != 0.0 else dz
         tl.store(out + row * columns + at, dz.to(out.dtype.element_ty), mask=inside)
     tl.debug_barrier()  # the labels come after the row
@@ -154,7 +164,7 @@ def slope_kernel(
         column = tl.load(labels + m) - start
         if (column >= 0) & (column < columns):
             x = tl.load(chosen + m)
-            dz = tl.load(grads + m) - g * tl.exp(x - largest - log_sum)
+            dz = tl.load(grads + m) - g * tl.exp(x - largest)
             dz = dz * _slope(x, CAP) if CAP != 0.0 else dz
             tl.store(out + row * columns + column, dz.to(out.dtype.element_ty))
 
@@ -176,7 +186,7 @@ _WARPS = 8
 
 def _block(wide: bool) -> int:
     """Columns a program takes at a time: what its registers hold without spilling."""
-    return 512 if wide else 1024
+    return 512 if wide else 4096
 
 
 def _of(tile: Tile) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -201,12 +211,10 @@ def unit(tile: Tile, top: Tensor, total: Tensor, chosen: Tensor, acc: Tensor, ou
 
 
 def slope(
-    tile: Tile, top: Tensor, log_total: Tensor, chosen: Tensor, grads: Tensor, row_grads: Tensor, out: Tensor
+    tile: Tile, top: Tensor, total: Tensor, chosen: Tensor, grads: Tensor, row_grads: Tensor, out: Tensor
 ) -> None:
     rows, columns = tile.z.shape
-    slope_kernel[(rows,)](
-        *_of(tile), top, log_total, chosen, grads, row_grads, out, columns, tile.start, **_options(tile)
-    )
+    slope_kernel[(rows,)](*_of(tile), top, total, chosen, grads, row_grads, out, columns, tile.start, **_options(tile))
 
 
 def combine(
@@ -232,7 +240,7 @@ def aot_cases(arch: int) -> list[tuple[Any, dict[str, Any], dict[str, int]]]:
         sizes = {"columns": "i32", "start": "i32"}
         out = {"out": f"*{half}:16"}
         state = dict.fromkeys(("top", "total", "chosen"), f"*{wide}")
-        solved = dict.fromkeys(("top", "log_total", "chosen", "grads", "row_grads"), f"*{wide}")
+        solved = dict.fromkeys(("top", "total", "chosen", "grads", "row_grads"), f"*{wide}")
         warps = {"num_warps": _WARPS}
         cases.append((stats_kernel, {**head, **state, **sizes, **options}, warps))
         cases.append((unit_kernel, {**head, **state, "acc": full, **out, **sizes, "width": "i32", **options}, warps))

@@ -22,7 +22,7 @@ from sysdag.memory import SavedBytes
 if TYPE_CHECKING:
     from peft import PeftConfig
 
-_TILE = {"cpu": 8 << 20, "cuda": 32 << 20}  # of logits, in `linear_logprob`
+_TILE = {"cpu": 8 << 20, "cuda": 192 << 20}  # of logits, in `linear_logprob`; on a GPU with what they are folded into
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +35,7 @@ class Footprint:
         reference: of a reference beside it; 0 where that is the adapter switched off.
         graph: what the graph of one micro-batch saves for its backward.
         working: what a step needs beside it for a while: of a language model's head a tile of logits and its weight's
-            gradient in fp32; of a diffusion model what one layer's backward takes.
+            gradient; of a diffusion model what one layer's backward takes.
     """
 
     weights: int
@@ -96,7 +96,7 @@ def of_causal_lm(
             trained=sum(map(bytes_of, trained)),
             reference=weights if trained and peft_config is None else 0,
             graph=saved.total,
-            working=_TILE[device] + (4 * head.numel() if head.requires_grad else 0),
+            working=_TILE[device] + (bytes_of(head) if head.requires_grad else 0),
         )
 
 

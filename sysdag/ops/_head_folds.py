@@ -58,8 +58,8 @@ class Folds(NamedTuple):
     stats(tile, top, total, chosen): updates the three in place.
     unit(tile, top, total, chosen, acc, out): the same; out (R, C) <- exp(x - top) slope(x), with 0 at the rows' labels,
         and `acc` (R, H) is rescaled to the new top.
-    slope(tile, top, log_total, chosen, grads, row_grads, out): out <- -G p slope(x), and (g_m - G p) slope(x) at label
-        m, with p = exp(x - top - log_total). Equal labels of a row have the same g: the sum of theirs.
+    slope(tile, top, total, chosen, grads, row_grads, out): out <- -G p slope(x), and (g_m - G p) slope(x) at label m,
+        with p = exp(x - top) / total. Equal labels of a row have the same g: the sum of theirs.
     combine(unit, weight, targets, coefficients, row_grads, out): out <- -G unit + sum_m coefficient_m weight[label_m].
 
     `out` of unit and slope has the dtype of the next product's operands; where that is z's, it may be z.
@@ -102,14 +102,14 @@ def torch_unit(tile: Tile, top: Tensor, total: Tensor, chosen: Tensor, acc: Tens
 
 
 def torch_slope(
-    tile: Tile, top: Tensor, log_total: Tensor, chosen: Tensor, grads: Tensor, row_grads: Tensor, out: Tensor
+    tile: Tile, top: Tensor, total: Tensor, chosen: Tensor, grads: Tensor, row_grads: Tensor, out: Tensor
 ) -> None:
     x = tile.logits()
-    dz = (x - top[:, None] - log_total[:, None]).exp_().mul_(-row_grads[:, None])
+    dz = (x - top[:, None]).exp_().mul_((-row_grads / total)[:, None])
     if tile.softcap:
         dz *= tile.slope(x)
     places, rows, columns = tile.found()
-    p = (chosen[places] - top[rows] - log_total[rows]).exp()
+    p = (chosen[places] - top[rows]).exp() / total[rows]
     dz[rows, columns] = (grads[places] - row_grads[rows] * p) * tile.slope(chosen[places])
     out.copy_(dz)
 
@@ -140,9 +140,9 @@ def cpp_unit(tile: Tile, top: Tensor, total: Tensor, chosen: Tensor, acc: Tensor
 
 
 def cpp_slope(
-    tile: Tile, top: Tensor, log_total: Tensor, chosen: Tensor, grads: Tensor, row_grads: Tensor, out: Tensor
+    tile: Tile, top: Tensor, total: Tensor, chosen: Tensor, grads: Tensor, row_grads: Tensor, out: Tensor
 ) -> None:
-    torch.ops.sysdag_C.linear_logprob_slope(*_cpp_tile(tile), top, log_total, chosen, grads, row_grads, out)
+    torch.ops.sysdag_C.linear_logprob_slope(*_cpp_tile(tile), top, total, chosen, grads, row_grads, out)
 
 
 def cpp_combine(

@@ -29,29 +29,61 @@ class Grouped(NamedTuple):
     targets: Labels
     places: Tensor  # (L,) of the labels, among the M that were given
     first: Tensor  # (L,) whether a label is the first of its row's equal ones
+    of_label: Tensor  # (L,) the place of a label's row among the R
 
 
-def group(rows: Tensor, labels: Tensor, ignore_index: int, num_rows: int, vocabulary: int) -> Grouped:
-    """Groups labels by row and leaves out those that are ignored.
+class Layout(NamedTuple):
+    """A `Grouped` in tensors whose sizes depend on those of the arguments alone, for a backward."""
+
+    places: Tensor  # its tensors one after the other, filled up to capacity rows and M labels
+    counts: Tensor  # R and L, on the CPU
+
+    def grouped(self, capacity: int, num_labels: int) -> Grouped:
+        R, L = self.counts.tolist()
+        sizes = [capacity, capacity + 1, *[num_labels] * 4]
+        rows, offsets, labels, places, first, of_label = self.places.split(sizes)
+        return Grouped(rows[:R], Labels(offsets[: R + 1], labels[:L]), places[:L], first[:L].bool(), of_label[:L])
+
+    @staticmethod
+    def size(capacity: int, num_labels: int) -> int:
+        return 2 * capacity + 1 + 4 * num_labels
+
+
+def layout(rows: Tensor, labels: Tensor, ignore_index: int, num_rows: int, vocabulary: int) -> Layout:
+    """Groups labels by row and leaves out those that are ignored. On a GPU the host waits for it once.
 
     Raises:
         ValueError: for a row or label out of range.
     """
-    places = (labels != ignore_index).nonzero()[:, 0]
-    rows, labels = rows[places].long(), labels[places].long()
-    if len(places):
-        for what, values, end in (("rows", rows, num_rows), ("labels", labels, vocabulary)):
-            low, high = torch.stack([values.min(), values.max()]).tolist()
+    capacity, count = min(num_rows, len(labels)), len(labels)
+    if count == 0:
+        return Layout(rows.new_zeros(Layout.size(0, 0), dtype=torch.int64), torch.zeros(2, dtype=torch.int64))
+    ignored, rows, labels = labels == ignore_index, rows.long(), labels.long()
+    keys, places = (rows * vocabulary + labels).masked_fill(ignored, num_rows * vocabulary).sort()
+    row_of = torch.div(keys, vocabulary, rounding_mode="floor")
+    first, begins = torch.ones_like(keys, dtype=torch.bool), torch.ones_like(keys, dtype=torch.bool)
+    first[1:], begins[1:] = keys[1:] != keys[:-1], row_of[1:] != row_of[:-1]
+    of_label = begins.cumsum(0) - 1
+    offsets = torch.searchsorted(of_label, torch.arange(capacity + 1, device=keys.device))
+    ends = [*rows.masked_fill(ignored, 0).aminmax(), *labels.masked_fill(ignored, 0).aminmax()]
+    counts = torch.stack([(begins & (row_of < num_rows)).sum(), count - ignored.sum(), *ends]).cpu()
+    if counts[1] > 0:
+        for what, at, end in (("rows", 2, num_rows), ("labels", 4, vocabulary)):
+            low, high = counts[at : at + 2].tolist()
             if low < 0 or high >= end:
                 wrong = low if low < 0 else high
                 raise ValueError(f"linear_logprob: {what} must be in [0, {end}), got {wrong}.")
-    keys, order = (rows * vocabulary + labels).sort()
-    rows, labels = rows[order], labels[order]
-    distinct, counts = rows.unique_consecutive(return_counts=True)
-    first = torch.ones_like(keys, dtype=torch.bool)
-    first[1:] = keys[1:] != keys[:-1]
-    offsets = F.pad(counts.cumsum(0), (1, 0))
-    return Grouped(distinct, Labels(offsets, labels), places[order], first)
+    distinct = row_of[offsets[:-1].clamp(max=count - 1)]
+    parts = [distinct, offsets, keys - row_of * vocabulary, places, first.long(), of_label]
+    return Layout(torch.cat(parts), counts[:2].clone())
+
+
+def sums_of_equals(values: Tensor, first: Tensor) -> Tensor:
+    """(L,) for each label the sum over its row's equal ones, in a fixed order and without atomics."""
+    run = first.cumsum(0)
+    begin, end = torch.searchsorted(run, run), torch.searchsorted(run, run, right=True)
+    sums = F.pad(values.double().cumsum(0), (1, 0))
+    return torch.where(end - begin == 1, values, (sums[end] - sums[begin]).to(values.dtype))
 
 
 def segment_sums(values: Tensor, offsets: Tensor) -> Tensor:

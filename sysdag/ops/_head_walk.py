@@ -1,7 +1,8 @@
 """The walk over tiles of the head's logits, forward and backward, that `linear_logprob` is made of.
 
-A tile is some rows by some tokens, small enough to stay in the last cache: one product of the BLAS fills it, one fold
-reads it. Tokens are the outer loop, so a slice of the weight is read (or its gradient written) while it is at hand.
+A tile is some rows by some tokens: one product of the BLAS fills it, one fold reads it. On a CPU it stays in the last
+cache; on a GPU it is larger, so that launches and the sums of tiles take little of a product's time. Tokens are the
+outer loop, so a slice of the weight is read (or its gradient written) while it is at hand.
 
 Three modes, by what needs a gradient (N rows, hidden size H, V tokens; a product is 2NHV operations):
   - nothing: 1 product, by the walk or by one fused kernel (`_head_fused.py`);
@@ -28,10 +29,11 @@ from torch import Tensor
 from sysdag.ops._dispatch import Backend
 from sysdag.ops._head_folds import Folds, Tile, folds
 from sysdag.ops._head_fused import Problem, statistics
-from sysdag.ops._head_labels import Grouped, group, segment_sums
+from sysdag.ops._head_labels import Grouped, Layout, layout, segment_sums, sums_of_equals
 
-_ROWS = {"cpu": 1024, "cuda": 2048}
-_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 23}  # of a tile: 8 MiB, and 32 MiB, of fp32
+_ROWS = {"cpu": 1024, "cuda": 4096}
+_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 25}  # of a tile: 8 MiB, and 128 MiB, of fp32
+_TOKENS = {"cpu": 1 << 15, "cuda": 1 << 18}
 KEEP_VARIABLE = "SYSDAG_KEPT_LOGITS_MB"
 
 
@@ -44,7 +46,7 @@ def tile_shape(capacity: int, vocabulary: int, device_type: str) -> tuple[int, i
     """Rows and tokens of a tile, for at most `capacity` rows."""
     kind = "cpu" if device_type == "cpu" else "cuda"
     rows = max(1, min(capacity, _ROWS[kind]))
-    tokens = max(1024, min(_ELEMENTS[kind] // rows, 1 << 15) // 256 * 256)
+    tokens = max(1024, min(_ELEMENTS[kind] // rows, _TOKENS[kind]) // 256 * 256)
     return rows, max(1, min(tokens, vocabulary))
 
 
@@ -170,10 +172,12 @@ class Forward(NamedTuple):
 
     log_probs: Tensor  # (M,)
     top: Tensor  # (capacity,)
-    log_total: Tensor  # (capacity,)
+    total: Tensor  # (capacity,)
     chosen: Tensor  # (M,) logits of the grouped labels
     unit: Tensor  # (capacity, H) sum_v p_v slope_v W_v over tokens that are no labels of the row; or (0, H)
     kept: Tensor  # (tiles, elements)
+    places: Tensor  # of the layout
+    counts: Tensor
 
 
 def forward(
@@ -182,7 +186,8 @@ def forward(
 ) -> Forward:  # fmt: skip
     """Log-probabilities; with `unit` each row's derivative, with `keep` that many tiles."""
     capacity = min(len(hidden), len(labels))
-    grouped = group(rows, labels, ignore_index, len(hidden), len(head.weight))
+    arranged = layout(rows, labels, ignore_index, len(hidden), len(head.weight))
+    grouped = arranged.grouped(capacity, len(labels))
     walk = _Walk(hidden, head, grouped, capacity)
     steps = folds(backend)
     top = hidden.new_full((capacity,), -torch.inf, dtype=walk.dtype)
@@ -213,12 +218,11 @@ def forward(
     if unit:
         count = len(grouped.rows)
         acc[:count].mul_((head.scale / total[:count])[:, None])
-    counts = grouped.targets.offsets.diff()
-    of_label = torch.repeat_interleave(torch.arange(len(counts), device=hidden.device), counts)
+    of_label = grouped.of_label
     found = chosen[: len(of_label)] - top[of_label] - log_total[of_label]
     log_probs = hidden.new_zeros(len(labels), dtype=walk.dtype)
     log_probs[grouped.places] = found
-    return Forward(log_probs, top, log_total, chosen, acc, kept)
+    return Forward(log_probs, top, total, chosen, acc, kept, *arranged)
 
 
 def _chunked(walk: _Walk, steps: Folds, top: Tensor, total: Tensor, chosen: Tensor) -> None:
@@ -236,25 +240,19 @@ class Needs(NamedTuple):
 
 
 def backward(
-    grad: Tensor, hidden: Tensor, head: Head, rows: Tensor, labels: Tensor, ignore_index: int, saved: Forward,
-    backend: Backend, needs: Needs, release: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    grad: Tensor, hidden: Tensor, head: Head, saved: Forward, backend: Backend, needs: Needs, release: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden, weight and bias; of what needs none, a tensor without elements.
 
     With `release` the kept tiles' memory is given back once they are used; another backward computes them again.
     """
-    capacity = min(len(hidden), len(labels))
-    grouped = group(rows, labels, ignore_index, len(hidden), len(head.weight))
-    count, dtype = len(grouped.rows), compute_dtype(hidden.dtype)
-    counts = grouped.targets.offsets.diff()
-    of_label = torch.repeat_interleave(torch.arange(count, device=hidden.device), counts)
+    capacity, dtype = len(saved.top), compute_dtype(hidden.dtype)
+    grouped = Layout(saved.places, saved.counts).grouped(capacity, len(grad))
     grads = grad[grouped.places].to(dtype)
     row_grads = segment_sums(grads, grouped.targets.offsets)
-    equal = grouped.first.cumsum(0) - 1
-    ends = torch.nn.functional.pad(equal.unique_consecutive(return_counts=True)[1].cumsum(0), (1, 0))
-    grads = segment_sums(grads, ends)[equal]  # equal labels of a row share the sum of theirs
+    grads = sums_of_equals(grads, grouped.first)
     if len(saved.unit) or not (needs.weight or needs.bias):
-        found = _scale_units(grouped, head, saved, of_label, grads, row_grads, folds(backend), hidden.dtype)
+        found = _scale_units(grouped, head, saved, grads, row_grads, folds(backend), hidden.dtype)
         return _spread(found, grouped.rows, hidden), hidden.new_empty(0, dtype=dtype), hidden.new_empty(0, dtype=dtype)
     return _retrace(hidden, head, grouped, capacity, saved, grads, row_grads, backend, needs, release)
 
@@ -267,12 +265,12 @@ def _large(memory: Tensor, backend: Backend) -> Tensor:
 
 
 def _scale_units(
-    grouped: Grouped, head: Head, saved: Forward, of_label: Tensor, grads: Tensor, row_grads: Tensor, steps: Folds,
-    dtype: torch.dtype,
-) -> Tensor:  # fmt: skip
+    grouped: Grouped, head: Head, saved: Forward, grads: Tensor, row_grads: Tensor, steps: Folds, dtype: torch.dtype
+) -> Tensor:
     """A frozen head: (R, H) from what the forward left."""
+    of_label = grouped.of_label
     chosen = saved.chosen[: len(of_label)]
-    p = (chosen - saved.top[of_label] - saved.log_total[of_label]).exp()
+    p = (chosen - saved.top[of_label]).exp() / saved.total[of_label]
     coefficients = ((grads - row_grads[of_label] * p) * head.scale).where(grouped.first, 0.0)
     if head.softcap:
         coefficients = coefficients * (1 - (chosen / head.softcap) ** 2)
@@ -290,7 +288,12 @@ def _retrace(
     walk, steps = _Walk(hidden, head, grouped, capacity), folds(backend)
     count, (vocabulary, width) = len(grouped.rows), head.weight.shape
     dh = hidden.new_zeros(count if needs.hidden else 0, width, dtype=walk.dtype)
-    dw = _large(hidden.new_empty(vocabulary if needs.weight else 0, width, dtype=walk.dtype), backend)
+    dw = _large(hidden.new_empty(vocabulary if needs.weight else 0, width, dtype=head.weight.dtype), backend)
+    # A slice of dw is rounded once: in the product where one tile has all rows, else after the last tile's.
+    rows, tokens = tile_shape(capacity, vocabulary, hidden.device.type)
+    one_tile = count <= rows and head.scale == 1 and dw.dtype == walk.operand_dtype
+    direct = one_tile or dw.dtype == walk.dtype
+    summed = hidden.new_empty(0 if direct or not needs.weight else tokens, width, dtype=walk.dtype)
     db = hidden.new_zeros(vocabulary if needs.bias else 0, dtype=walk.dtype)
     if count == 0:
         dw.zero_()
@@ -303,18 +306,22 @@ def _retrace(
         tile = walk.tile(span, saved.kept[span.place] if known else None, known)
         at = span.rows
         dz = walk.output(tile, known)
-        steps.slope(tile, saved.top[at], saved.log_total[at], saved.chosen, grads, row_grads[at], dz)
+        steps.slope(tile, saved.top[at], saved.total[at], saved.chosen, grads, row_grads[at], dz)
         if needs.hidden:
             walk.product(dz, walk.weight(span.tokens), dh[at], add=True)
         if needs.weight:
-            walk.product(dz.t(), walk.hidden[at], dw[span.tokens], add=at.start > 0)
+            into = dw[span.tokens] if direct else summed[: span.tokens.stop - span.tokens.start]
+            walk.product(dz.t(), walk.hidden[at], into, add=at.start > 0)
+            if at.stop == count and head.scale != 1:
+                into.mul_(head.scale)
+            if at.stop == count and not direct:
+                dw[span.tokens] = into
         if needs.bias:
             db[span.tokens] += dz.sum(0, dtype=walk.dtype)
     if head.scale != 1:
         dh.mul_(head.scale)
-        dw.mul_(head.scale)
     found = _spread(dh.to(hidden.dtype), grouped.rows, hidden) if needs.hidden else hidden.new_empty(0)
-    dw = dw.to(head.weight.dtype) if needs.weight else hidden.new_empty(0, dtype=walk.dtype)
+    dw = dw if needs.weight else hidden.new_empty(0, dtype=walk.dtype)
     return found, dw, db.to(head.bias.dtype) if head.bias is not None and needs.bias else db
 
 

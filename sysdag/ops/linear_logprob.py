@@ -17,6 +17,7 @@ from torch import Tensor
 
 from sysdag.ops import _head_walk as walk
 from sysdag.ops._dispatch import IMPLEMENTATIONS, Backend, forced_backend, resolve, use_backend
+from sysdag.ops._head_labels import Layout
 
 
 def linear_logprob(
@@ -132,7 +133,7 @@ def _backend(hidden: Tensor) -> Backend:
 def _forward(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor, labels: Tensor, softcap: float,
     logit_scale: float, ignore_index: int, unit: bool, keep: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The fields of `_head_walk.Forward`; `unit` and `keep` say what is left for the backward."""
     head = walk.Head(weight, bias, logit_scale, softcap)
     with torch.cuda.device_of(hidden):  # Triton launches on the current device
@@ -151,15 +152,16 @@ def _(hidden, weight, bias, rows, labels, softcap, logit_scale, ignore_index, un
         hidden.new_empty(labels.shape[0], dtype=dtype),
         hidden.new_empty(capacity if unit else 0, hidden.shape[1], dtype=dtype),
         hidden.new_empty(keep, tile[0] * tile[1] if keep else 0, dtype=dtype),
+        hidden.new_empty(Layout.size(capacity, labels.shape[0]), dtype=torch.int64),
+        torch.empty(2, dtype=torch.int64, device="cpu"),
     )
 
 
 @torch.library.custom_op("sysdag::linear_logprob_backward", mutates_args=())
 def _backward(
-    grad: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor, labels: Tensor, top: Tensor,
-    log_total: Tensor, chosen: Tensor, unit: Tensor, kept: Tensor, softcap: float, logit_scale: float,
-    ignore_index: int, needs_hidden: bool, needs_weight: bool, needs_bias: bool, forced: str | None,
-    release: bool,
+    grad: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, top: Tensor, total: Tensor, chosen: Tensor,
+    unit: Tensor, kept: Tensor, places: Tensor, counts: Tensor, softcap: float, logit_scale: float, needs_hidden: bool,
+    needs_weight: bool, needs_bias: bool, forced: str | None, release: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of hidden, weight and bias; without elements where they are not needed."""
     # Autograd runs the backward of CUDA tensors in threads of its own, which do not inherit the forced backend.
@@ -167,15 +169,15 @@ def _backward(
         backend = _backend(hidden)
     with torch.cuda.device_of(hidden):
         return walk.backward(
-            grad, hidden, walk.Head(weight, bias, logit_scale, softcap), rows, labels, ignore_index,
-            walk.Forward(grad, top, log_total, chosen, unit, kept), backend,
+            grad, hidden, walk.Head(weight, bias, logit_scale, softcap),
+            walk.Forward(grad, top, total, chosen, unit, kept, places, counts), backend,
             walk.Needs(needs_hidden, needs_weight, needs_bias), release,
         )  # fmt: skip
 
 
 @_backward.register_fake
-def _(grad, hidden, weight, bias, rows, labels, top, log_total, chosen, unit, kept, softcap, logit_scale, ignore_index,
-      needs_hidden, needs_weight, needs_bias, forced, release):  # type: ignore[no-untyped-def] # fmt: skip
+def _(grad, hidden, weight, bias, top, total, chosen, unit, kept, places, counts, softcap, logit_scale, needs_hidden,
+      needs_weight, needs_bias, forced, release):  # type: ignore[no-untyped-def] # fmt: skip
     dtype = walk.compute_dtype(hidden.dtype)
     return (
         torch.empty_like(hidden, memory_format=torch.contiguous_format) if needs_hidden else hidden.new_empty(0),
@@ -185,21 +187,21 @@ def _(grad, hidden, weight, bias, rows, labels, top, log_total, chosen, unit, ke
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    hidden, weight, bias, rows, labels, *ctx.options, _unit, _keep = inputs
+    hidden, weight, bias, _rows, _labels, *ctx.options, _ignored, _unit, _keep = inputs
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)  # else zeros as large as what is kept
-    ctx.save_for_backward(hidden, weight, bias, rows, labels, *output[1:])
+    ctx.save_for_backward(hidden, weight, bias, *output[1:])
     ctx.forced = forced_backend()
 
 
 def _differentiate(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
     if grad is None:
         return (None,) * 10
-    hidden, weight, bias, rows, labels, *left = ctx.saved_tensors
+    hidden, weight, bias, *left = ctx.saved_tensors
     needs = ctx.needs_input_grad[:3]
     release = type(left[-1]) is Tensor  # not while torch.compile traces: it plans the memory itself
     found = torch.ops.sysdag.linear_logprob_backward(
-        grad, hidden, weight, bias, rows, labels, *left, *ctx.options, *needs, ctx.forced, release
+        grad, hidden, weight, bias, *left, *ctx.options, *needs, ctx.forced, release
     )
     return (*(each if needed else None for each, needed in zip(found, needs, strict=True)), *[None] * 7)
 

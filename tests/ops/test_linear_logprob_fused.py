@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from test_linear_logprob import IGNORED, eager, problem, run
-from truth import assert_as_good_as_torch
+from truth import assert_as_good_as_torch, max_error
 
 from sysdag.ops import _head_fused, linear_logprob
 from sysdag.ops._dispatch import BackendError, use_backend
@@ -44,8 +44,13 @@ def fused(calls, monkeypatch):
 
 
 def assert_accurate(parts, **options):
-    """Against torch in the same dtype, and in fp32 from the same halves: logits and statistics are fp32."""
+    """Against torch in the same dtype, and in fp32 from the same halves: logits and statistics are fp32.
+
+    Tensor cores add 16 products at a time to an fp32 sum and truncate it, cuBLAS's too: H / 16 roundings of a logit.
+    """
     hidden, weight, bias, rows, labels, _ = parts
+    logit = float((hidden.double() @ weight.double().T).abs().max()) if hidden.is_cuda else 0.0
+    truncated = hidden.shape[1] / 16 * torch.finfo(torch.float32).eps * logit
     with torch.no_grad():
         found = linear_logprob(hidden, weight, rows, labels, bias=bias, **options)
         for dtype in {hidden.dtype, torch.float32}:
@@ -53,7 +58,10 @@ def assert_accurate(parts, **options):
                 eager(*(x.to(wide) for x in (hidden, weight)), rows, labels, **options,
                       bias=None if bias is None else bias.to(wide)) for wide in (dtype, torch.float64)
             )  # fmt: skip
-            assert_as_good_as_torch(found, own, truth, str(dtype))
+            if hidden.is_cuda and dtype == torch.float32:
+                assert max_error(found, truth) <= max_error(own, truth) + truncated
+            else:
+                assert_as_good_as_torch(found, own, truth, str(dtype))
     assert found.dtype == torch.float32
     return found
 
