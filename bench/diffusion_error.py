@@ -6,6 +6,7 @@ eager form, two mse_loss without reduction, and torch.compile of the eager form.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -17,6 +18,8 @@ from bench import measure
 from sysdag.ops import diffusion_error
 
 SHAPES = [(16, 4, 64, 64), (16, 16, 128, 128), (256, 3, 32, 32)]  # latents of SD 1.5 and SD3, pixels of CIFAR
+GPU_SHAPES = [*SHAPES, (256, 16, 128, 128)]
+DTYPES = {"cpu": ("float32",), "cuda": ("float32", "bfloat16")}
 BASELINE, PEERS = "eager", ("mse_loss", "torch.compile")
 
 
@@ -41,9 +44,9 @@ def run(function: Callable[..., Tensor], tensors: list[Tensor], grad: Tensor) ->
 def main(arguments: Sequence[str] | None = None) -> None:
     options = measure.options(__doc__, "diffusion_error", arguments, peers=PEERS)
     rows, notes = [], []
-    for shape in SHAPES:
+    for shape, dtype in itertools.product(GPU_SHAPES if options.device == "cuda" else SHAPES, DTYPES[options.device]):
         generator = torch.Generator(options.device).manual_seed(0)
-        drawn = torch.randn(3, *shape, generator=generator, device=options.device)
+        drawn = torch.randn(3, *shape, generator=generator, device=options.device).to(getattr(torch, dtype))
         grad = torch.randn(shape[0], generator=generator, device=options.device)
         for what, count in (("policy only", 2), ("with reference", 3)):
             tensors = [tensor.clone() for tensor in drawn[:count]]
@@ -64,6 +67,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
             notes += measure.compile_peer(functions, *tensors)
             calls = {name: partial(run, function, tensors, grad) for name, function in functions.items()}
             times = measure.interleave(calls, options.repeats)
-            columns = {"shape": "x".join(map(str, shape)), "dtype": "float32", "what": what}
+            columns = {"shape": "x".join(map(str, shape)), "dtype": dtype, "what": what}
             rows += measure.rows(times, baseline=BASELINE, **columns)
     measure.report("diffusion_error, forward and backward", rows, options.csv, notes)

@@ -5,13 +5,14 @@
 The gate comes first: a result less exact than eager torch's ends the run. Times are of forward and backward,
 interleaved; `times_eager` is how many times faster than eager torch, in the same turns. "bare products" is the floor:
 the matrix products that a case needs at least (1, 2 or 3), into memory that is there already; `share_of_floor` is their
-median time over a row's. `peak_mib` is one call's peak memory beyond its arguments, in a process of its own: the
-high-water mark of resident memory on a CPU (Linux), of the allocator on a GPU.
+median time over a row's. `peak_mib` is one call's peak memory beyond its arguments: on a CPU (Linux) the high-water
+mark of resident memory, in a process of its own; on a GPU that of torch's allocator.
 
-"sysdag, all tiles kept" has SYSDAG_KEPT_LOGITS_MB so large that a trained head's backward computes no logits again.
+"sysdag, all tiles kept" has SYSDAG_KEPT_LOGITS_MB so large that a trained head's backward computes no logits again;
+"sysdag, fused forward" has SYSDAG_HEAD_FORWARD=fused.
 F.linear_cross_entropy is torch's chunked one (2.13 or newer); without `options` torch computes what "eager" does. The
-kernels of liger-kernel and cut-cross-entropy need CUDA: their calls follow the packages' documentation and were never
-run. cut-cross-entropy leaves small gradients out (filter_eps, as its default says).
+kernels of liger-kernel and cut-cross-entropy need CUDA; cut-cross-entropy leaves small gradients out (filter_eps, as
+its default says).
 """
 
 from __future__ import annotations
@@ -22,13 +23,14 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from bench import measure
-from sysdag.ops import _head_walk, linear_logprob
+from sysdag.ops import _head_fused, _head_walk, linear_logprob
 
 CPU_SHAPE = (2048, 512, 32000)
 GPU_SHAPES = ((8192, 4096, 128256), (16384, 2048, 151936))
@@ -63,15 +65,14 @@ class Problem:
     """The arguments of a case."""
 
     def __init__(self, case: Case) -> None:
-        made = torch.Generator().manual_seed(0)
+        made = {"generator": torch.Generator(case.device).manual_seed(0), "device": case.device}
         (N, H, V), self.case = case.shape, case
         scale = (4.0 if case.peaked else 1.0) / H**0.5
-        options = {"device": case.device, "dtype": case.dtype}
-        self.hidden = torch.randn(N, H, generator=made).to(**options).requires_grad_(case.mode != "no grad")
-        self.weight = (torch.randn(V, H, generator=made) * scale).to(**options).requires_grad_(case.mode == "trained")
-        self.labels = torch.randint(V, (N,), generator=made).to(case.device)
+        self.hidden = torch.randn(N, H, **made).to(case.dtype).requires_grad_(case.mode != "no grad")
+        self.weight = (torch.randn(V, H, **made) * scale).to(case.dtype).requires_grad_(case.mode == "trained")
+        self.labels = torch.randint(V, (N,), **made)
         self.rows = torch.arange(N, device=case.device)
-        self.grad = torch.randn(N, generator=made).to(case.device)
+        self.grad = torch.randn(N, **made)
 
     def run(self, function: Callable[[Problem], Tensor]) -> list[Tensor]:
         """The result and its gradients."""
@@ -104,6 +105,11 @@ def all_kept(p: Problem) -> Tensor:
         if before is not None:
             os.environ[_head_walk.KEEP_VARIABLE] = before
         _head_walk._keep_budget.cache_clear()
+
+
+def fused_forward(p: Problem) -> Tensor:
+    with mock.patch.dict(os.environ, {_head_fused.FORWARD_VARIABLE: "fused"}):
+        return ours(p)
 
 
 def eager(p: Problem) -> Tensor:
@@ -151,6 +157,7 @@ FUNCTIONS: dict[str, Callable[[Problem], Tensor]] = {
     "sysdag": ours,
     "sysdag, 4 labels a row": four_labels,
     "sysdag, all tiles kept": all_kept,
+    "sysdag, fused forward": fused_forward,
     "eager": eager,
     "torch.compile": compiled,
     "F.linear_cross_entropy, chunked": chunked,
@@ -225,7 +232,12 @@ def peak(case: Case, name: str, threads: int) -> None:
     print(memory.mib)
 
 
-def peak_mib(case: Case, name: str) -> float:
+def peak_mib(problem: Problem, name: str) -> float:
+    case = problem.case
+    if case.device == "cuda":
+        with measure.PeakMemory(case.device) as memory:
+            problem.run(FUNCTIONS[name])
+        return memory.mib
     code = f"import torch; from bench.linear_logprob import *; peak({case!r}, {name!r}, {torch.get_num_threads()})"
     return float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
 
@@ -246,7 +258,7 @@ def measured(
     for row in shown:
         row["gflops"] = PRODUCTS[case.mode] * 2 * N * H * V / (row["median_ms"] * 1e6)
         row["share_of_floor"] = times[floor].median * 1e3 / row["median_ms"]
-        row["peak_mib"] = peak_mib(case, row["name"]) if row["name"] in found else ""
+        row["peak_mib"] = peak_mib(problem, row["name"]) if row["name"] in found else ""
     return shown
 
 
@@ -256,8 +268,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     functions = measure.wanted(FUNCTIONS, options.peers, baseline=BASELINE)
     rows: list[dict[str, Any]] = []
     for case in cases(options.device):
-        without = () if case.mode == "trained" else ("sysdag, all tiles kept",)  # where nothing is kept, it is "sysdag"
-        own = {name: function for name, function in functions.items() if name not in without}
+        # Elsewhere they are "sysdag".
+        special = {"sysdag, all tiles kept": case.mode == "trained"}
+        special["sysdag, fused forward"] = case.mode == "no grad" and case.device == "cuda"
+        own = {name: function for name, function in functions.items() if special.get(name, True)}
         rows += measured(case, own, options.repeats, notes)
     notes.append(f"trl {measure.version('trl')}")
     measure.report("linear_logprob", rows, options.csv, notes)

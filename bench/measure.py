@@ -186,6 +186,7 @@ def compile_peer(functions: dict[str, Callable[..., Any]], *arguments: Any) -> l
     """
     if "torch.compile" not in functions:
         return []
+    torch._dynamo.reset()  # else it stops to compile after a few shapes
     made = torch.compile(functions["torch.compile"], dynamic=False)
     try:
         made(*arguments)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import tempfile
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -22,11 +23,28 @@ from sysdag.likelihood import aligned
 from sysdag.options import EngineOptions, ObjectiveOptions
 from sysdag.replay import accumulate_gradients
 
-VOCABULARY, PROMPT, COMPLETION, BETA = 32000, 256, 64, 0.1
-TOKENS = 640  # of a micro-batch
-SHAPE = {
-    "hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 4, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 4096, "tie_word_embeddings": False,
+BETA = 0.1
+
+
+class Size(NamedTuple):
+    """Of models, texts (tokens) and micro-batches (tokens)."""
+
+    vocabulary: int
+    prompt: int
+    completion: int
+    micro_batch: int
+    shape: dict[str, int]
+
+
+SIZES = {
+    "small": Size(32000, 256, 64, 640, {
+        "hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 4, "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }),
+    "0.5B": Size(151936, 512, 128, 4096, {  # Qwen2.5-0.5B's
+        "hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14,
+        "num_key_value_heads": 2,
+    }),
 }  # fmt: skip
 
 
@@ -38,64 +56,80 @@ class Case(NamedTuple):
     lora: bool
     nodes: int = 2
     pairs: int = 1
+    size: str = "small"
 
     @property
     def trained(self) -> str:
         return "LoRA" if self.lora else "full"
 
 
-def tokenizer() -> PreTrainedTokenizerFast:
+def tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
     """Words w0 ... of one token each."""
-    words = {"<pad>": 0, "<eos>": 1} | {f"w{number}": number for number in range(2, VOCABULARY)}
+    words = {"<pad>": 0, "<eos>": 1} | {f"w{number}": number for number in range(2, vocabulary)}
     made = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
     made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<pad>", eos_token="<eos>")
 
 
-def model(seed: int) -> Qwen2ForCausalLM:
-    with torch.random.fork_rng():
+def model(seed: int, size: Size, device: str) -> Qwen2ForCausalLM:
+    config = Qwen2Config(
+        vocab_size=size.vocabulary, pad_token_id=0, eos_token_id=1, max_position_embeddings=4096,
+        tie_word_embeddings=False, **size.shape,
+    )  # fmt: skip
+    with torch.random.fork_rng(), torch.device(device):
         torch.manual_seed(seed)
-        return Qwen2ForCausalLM(Qwen2Config(vocab_size=VOCABULARY, pad_token_id=0, eos_token_id=1, **SHAPE)).eval()
+        return Qwen2ForCausalLM(config).eval()
 
 
 def adapter() -> LoraConfig:
     return LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM")
 
 
-def text(length: int, *seed: int) -> str:
+def text(vocabulary: int, length: int, *seed: int) -> str:
     made = torch.Generator().manual_seed(hash(seed) % 2**31)
-    return " ".join(f"w{number}" for number in torch.randint(2, VOCABULARY, (length,), generator=made).tolist())
+    return " ".join(f"w{number}" for number in torch.randint(2, vocabulary, (length,), generator=made).tolist())
 
 
 def move(module: torch.nn.Module) -> None:
     """Moves what is trained, as an optimizer would."""
-    made = torch.Generator().manual_seed(1)
+    device = next(module.parameters()).device
+    made = torch.Generator(device).manual_seed(1)
     with torch.no_grad():
         for parameter in module.parameters():
             if parameter.requires_grad:
-                parameter.add_(0.002 * torch.randn(parameter.shape, generator=made))
+                parameter.add_(0.002 * torch.randn(parameter.shape, generator=made, device=device))
 
 
 class GivenPaths(MonteCarlo):
     """k paths of latents for each prompt, the same for everyone who is measured."""
 
+    def __init__(self, num_candidates: int, size: Size) -> None:
+        super().__init__(num_candidates=num_candidates)
+        self.size = size
+
     def _paths(self, plan: Any, rows: Any, latents: Any, generator: Any) -> Candidates:
         prompt = tuple(p for p in range(len(rows)) for _ in range(self.num_candidates))
         cells = {
             name: plan.system[name].component.observe(
-                [text(COMPLETION - 1, place, path, 7) for path in range(self.num_candidates) for _ in range(len(rows))]
+                [
+                    text(self.size.vocabulary, self.size.completion - 1, place, path, 7)
+                    for path in range(self.num_candidates)
+                    for _ in range(len(rows))
+                ]
             )
             for place, name in enumerate(latents)
         }
         return Candidates(rows.select(prompt).updated(cells), prompt)
 
 
-def build(case: Case) -> tuple[System, list[dict[str, str]]]:
-    words, question = tokenizer(), Input("question")
+def build(case: Case, device: str = "cpu") -> tuple[System, list[dict[str, str]]]:
+    size, question = SIZES[case.size], Input("question")
+    words = tokenizer(size.vocabulary)
     made: list[Any] = []
     for place in range(case.nodes):
         peft_config = adapter() if case.lora else None
-        component = CausalLM(model(place), words, max_new_tokens=COMPLETION, peft_config=peft_config)
+        policy = model(place, size, device)
+        component = CausalLM(policy, words, max_new_tokens=size.completion, peft_config=peft_config)
         # A function's parameters are its parents' names.
         prompt = (
             f"lambda question, node{place - 1}: question + ' ' + node{place - 1}"
@@ -107,9 +141,9 @@ def build(case: Case) -> tuple[System, list[dict[str, str]]]:
     edges += [(question & before) >> after for before, after in itertools.pairwise(made)]
     rows = [
         {
-            "question": text(PROMPT, pair, 1),
-            "chosen": text(COMPLETION - 1, pair, 2),
-            "rejected": text(COMPLETION - 1, pair, 3),
+            "question": text(size.vocabulary, size.prompt, pair, 1),
+            "chosen": text(size.vocabulary, size.completion - 1, pair, 2),
+            "rejected": text(size.vocabulary, size.completion - 1, pair, 3),
         }
         for pair in range(case.pairs)
     ]
@@ -121,14 +155,15 @@ class Step:
 
     def __init__(self, case: Case, device: str = "cpu", with_trl: bool = False) -> None:
         torch.manual_seed(0)
-        system, rows = build(case)
+        system, rows = build(case, device)
+        size = SIZES[case.size]
         plan = system.compile()
         objective = "sampling" if case.nodes > 1 else "direct"
         self.case = case
         self.model = SystemModel(
             plan, ObjectiveOptions(objective=objective, beta=BETA), None,
-            GivenPaths(num_candidates=case.candidates) if case.nodes > 1 else None,
-            EngineOptions(engine="two_pass", micro_batch_tokens=TOKENS),
+            GivenPaths(case.candidates, size) if case.nodes > 1 else None,
+            EngineOptions(engine="two_pass", micro_batch_tokens=size.micro_batch),
         ).to(device)  # fmt: skip
         self.model.move_references(torch.device(device))
         for component in self.model.components.values():
@@ -136,7 +171,21 @@ class Step:
         self.pairs = encode_pairs(plan, rows, objective)
         policy = self.model.components["node0"]
         assert isinstance(policy, CausalLM)
-        self._trl = TrlStep(policy, rows, case.lora) if with_trl else None
+        self._trl = TrlStep(policy, rows, case) if with_trl else None
+
+    def cast(self, dtype: torch.dtype) -> None:
+        """Weights in another dtype; in bf16 adapters stay in fp32, as PEFT keeps them."""
+        models = [component.module for component in self.model.components.values()]
+        models += [reference.module for reference in self.model.references.values() if isinstance(reference, CausalLM)]
+        if self._trl is not None:
+            models += [self._trl.trainer.model, self._trl.trainer.ref_model]
+        for each in models:
+            if each is None:
+                continue
+            each.config.dtype = dtype
+            for parameter in each.parameters():
+                if not (self.case.lora and parameter.requires_grad and dtype == torch.bfloat16):
+                    parameter.data = parameter.data.to(dtype)
 
     def clear(self) -> None:
         """Gradients of 0, whose memory stays."""
@@ -198,10 +247,11 @@ class TrlStep:
     (`DPOTrainer` patches the forward of the model that it is given.)
     """
 
-    def __init__(self, policy: CausalLM, rows: list[dict[str, str]], lora: bool) -> None:
+    def __init__(self, policy: CausalLM, rows: list[dict[str, str]], case: Case) -> None:
         from datasets import Dataset
         from trl import DPOConfig, DPOTrainer
 
+        made = partial(model, 0, SIZES[case.size], policy.device.type)
         with tempfile.TemporaryDirectory() as folder:
             args = DPOConfig(
                 output_dir=folder, beta=BETA, per_device_train_batch_size=len(rows), max_length=None, report_to=[],
@@ -212,8 +262,8 @@ class TrlStep:
                 {"prompt": r["question"], "chosen": " " + r["chosen"], "rejected": " " + r["rejected"]} for r in rows
             ]
             self.trainer = DPOTrainer(
-                model(0), ref_model=None if lora else model(0), args=args, train_dataset=Dataset.from_list(data),
-                processing_class=policy.tokenizer, peft_config=adapter() if lora else None,
+                made(), ref_model=None if case.lora else made(), args=args, train_dataset=Dataset.from_list(data),
+                processing_class=policy.tokenizer, peft_config=adapter() if case.lora else None,
             )  # fmt: skip
         ours = dict(policy.module.named_parameters())
         self.trained = [(name, p) for name, p in self.trainer.model.named_parameters() if p.requires_grad]
@@ -241,6 +291,7 @@ def concatenated_forward(component: CausalLM, module: Any, prompts: list[Any], d
         ids[row, :end] = torch.tensor([*prompt, *completion])
         mask[row, :end] = 1
         scored[row, len(prompt) : end] = 1
+    ids, mask, scored = (part.to(component.device) for part in (ids, mask, scored))
     logits = module(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]
     per_token = logits.log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0]
     return (per_token * scored[:, 1:]).sum(-1)

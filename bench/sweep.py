@@ -8,23 +8,35 @@ Columns are those of `python -m bench linear_logprob`; `python -m bench plots` d
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from bench import measure
 from bench.linear_logprob import BASELINE, FUNCTIONS, PEERS, Case, measured
 
-HIDDEN = 512
-ROWS, AT_VOCABULARY = (512, 1024, 2048, 4096), 32000
-VOCABULARIES, AT_ROWS = (8000, 32000, 128000), 1024
 MODES = ("frozen", "trained")
 
 
-def shapes() -> list[tuple[int, int, int]]:
-    """N, H, V of both lines; the point where they meet is measured once."""
-    found = [(N, HIDDEN, AT_VOCABULARY) for N in ROWS] + [(AT_ROWS, HIDDEN, V) for V in VOCABULARIES]
-    return list(dict.fromkeys(found))
+class Lines(NamedTuple):
+    """One over the rows, one over the vocabularies."""
+
+    hidden: int
+    rows: tuple[int, ...]
+    at_vocabulary: int
+    vocabularies: tuple[int, ...]
+    at_rows: int
+
+    def shapes(self) -> list[tuple[int, int, int]]:
+        """N, H, V of both lines; the point where they meet is measured once."""
+        found = [(N, self.hidden, self.at_vocabulary) for N in self.rows]
+        return list(dict.fromkeys(found + [(self.at_rows, self.hidden, V) for V in self.vocabularies]))
+
+
+LINES = {
+    "cpu": Lines(512, (512, 1024, 2048, 4096), 32000, (8000, 32000, 128000), 1024),
+    "cuda": Lines(4096, (1024, 2048, 4096, 8192, 16384), 128256, (32000, 64128, 128256, 256512), 4096),
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -34,6 +46,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rows: list[dict[str, Any]] = []
     notes: list[str] = []
     for mode in MODES:
-        for shape in shapes():
+        for shape in LINES[options.device].shapes():
             rows += measured(Case(shape, mode, options.device, dtype), wanted, options.repeats, notes)
     measure.report("linear_logprob by N and V", rows, options.csv, notes)

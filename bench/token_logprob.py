@@ -16,7 +16,8 @@ from torch import Tensor
 from bench import measure
 from sysdag.ops import token_logprob
 
-SHAPES = [(2048, 32000), (256, 151936), (2048, 4096)]
+SHAPES = [(2048, 32000, "float32"), (256, 151936, "float32"), (2048, 4096, "float32")]
+GPU_SHAPES = [*SHAPES, (8192, 128256, "bfloat16"), (2048, 32000, "bfloat16")]
 BASELINE, PEERS = "log_softmax+gather", ("cross_entropy", "torch.compile")
 
 
@@ -35,9 +36,10 @@ def inplace(logits: Tensor, labels: Tensor) -> Tensor:
 class Problem:
     """One shape. Each function gets logits that were computed, as a model's head gives them, and sends a gradient."""
 
-    def __init__(self, rows: int, width: int, device: str) -> None:
+    def __init__(self, rows: int, width: int, dtype: str, device: str) -> None:
         generator = torch.Generator(device).manual_seed(0)
-        self.source = torch.randn(rows, width, generator=generator, device=device) * 3
+        drawn = torch.randn(rows, width, generator=generator, device=device) * 3
+        self.source = drawn.to(getattr(torch, dtype))
         self.labels = torch.randint(width, (rows,), generator=generator, device=device)
         self.grad = torch.randn(rows, generator=generator, device=device)
         self.values = self.source.clone()
@@ -89,8 +91,8 @@ def gate(name: str, problem: Problem, function: Callable[..., Tensor], eager: tu
 def main(arguments: Sequence[str] | None = None) -> None:
     options = measure.options(__doc__, "token_logprob", arguments, peers=PEERS)
     rows, notes = [], []
-    for count, width in SHAPES:
-        problem = Problem(count, width, options.device)
+    for count, width, dtype in GPU_SHAPES if options.device == "cuda" else SHAPES:
+        problem = Problem(count, width, dtype, options.device)
         functions: dict[str, Callable[..., Tensor]] = {
             BASELINE: log_softmax_gather,
             "cross_entropy": cross_entropy,
@@ -110,6 +112,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for what, backward in (("forward", False), ("forward+backward", True)):
             calls = {name: partial(problem.run, function, backward) for name, function in functions.items()}
             times = measure.interleave(calls, options.repeats, before=problem.restore)
-            columns = {"N": count, "V": width, "dtype": "float32", "what": what}
+            columns = {"N": count, "V": width, "dtype": dtype, "what": what}
             rows += measure.rows(times, baseline=BASELINE, **columns)
     measure.report("token_logprob", rows, options.csv, notes)

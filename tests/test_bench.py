@@ -25,7 +25,7 @@ def read(path):
 @pytest.fixture
 def tiny(monkeypatch):
     """token_logprob's and linear_logprob's benchmarks at sizes of milliseconds, on one thread."""
-    monkeypatch.setattr(token_logprob, "SHAPES", [(5, 33)])
+    monkeypatch.setattr(token_logprob, "SHAPES", [(5, 33, "float32")])
     case = linear_logprob.Case((6, 8, 40), "trained")
     monkeypatch.setattr(linear_logprob, "cases", lambda device: [case, case._replace(mode="frozen")])
     monkeypatch.setattr(linear_logprob, "peak_mib", lambda case, name: 1.5)
@@ -174,13 +174,12 @@ def test_peers_compute_the_same(name):
 
 
 def test_the_sweep_measures_both_lines_and_is_drawn_with_its_floors(tiny, tmp_path, monkeypatch):
-    assert sweep.shapes() == [(N, 512, 32000) for N in (512, 1024, 2048, 4096)] + [
+    assert sweep.LINES["cpu"].shapes() == [(N, 512, 32000) for N in (512, 1024, 2048, 4096)] + [
         (1024, 512, 8000),
         (1024, 512, 128000),
     ]
     pytest.importorskip("matplotlib")
-    for name, value in {"ROWS": (4, 8, 16), "AT_VOCABULARY": 40, "VOCABULARIES": (20, 40), "AT_ROWS": 8}.items():
-        monkeypatch.setattr(sweep, name, value)
+    monkeypatch.setitem(sweep.LINES, "cpu", sweep.Lines(8, (4, 8, 16), 40, (20, 40), 8))
     sweep.main([*tiny, "--csv", str(tmp_path)])
     rows = read(tmp_path / "sweep-cpu.csv")
     assert [row["name"] for row in rows[:3]] == ["sysdag", "eager", "bare products: 2"]
