@@ -14,6 +14,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from bench.measure import RESULTS
 from bench.study import document
 from bench.study.cells import machines, results, run_cells
@@ -26,7 +28,8 @@ PAGE = Path(__file__).resolve().parents[2] / "docs" / "study.md"
 
 def main(given: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench study", description=__doc__)
-    parser.add_argument("--tables", nargs="+", choices=list(TABLES), default=list(TABLES), help="only these")
+    served = [name for name, table in TABLES.items() if table.device == "cpu" or torch.cuda.is_available()]
+    parser.add_argument("--tables", nargs="+", choices=list(TABLES), default=served, help="only these")
     parser.add_argument("--quick", action="store_true", help="everything tiny, two seeds: shows that it runs")
     parser.add_argument("--cache", type=Path, default=Path(".study-cache"), help="where finished cells are kept")
     parser.add_argument("--results", type=Path, help="default bench/results/study; with --quick CACHE/quick")
@@ -35,6 +38,8 @@ def main(given: Sequence[str]) -> None:
     )
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes, one thread each")
     options = parser.parse_args(given)
+    if beyond := [name for name in options.tables if name not in served]:
+        parser.error(f"--tables: {', '.join(beyond)} needs a CUDA device, and torch finds none")
     size = "quick" if options.quick else "full"
     folder = options.results or (options.cache / "quick" if options.quick else RESULTS / "study")
     for name in () if options.document_only else options.tables:

@@ -29,10 +29,12 @@ class Cell:
         function: `module:function` below `bench.study`; it is called with the cache folder and the options, and
             returns JSON-ready data. Its module's `VERSION` is part of the key: raise it when results would change.
         options: what tells this cell from others, JSON-ready.
+        device: where it runs; no part of the key.
     """
 
     function: str
     options: Mapping[str, Any]
+    device: str = "cpu"
 
     @property
     def key(self) -> str:
@@ -125,7 +127,7 @@ def _compute(cell: Cell, cache: Path) -> str | None:
     file = _file(cache, cell)
     kept = {
         "function": cell.function, "options": dict(cell.options), "seconds": time.perf_counter() - started,
-        "machine": described(machine(), "cpu"),
+        "machine": described(machine(), cell.device),
     }  # fmt: skip
     unfinished = file.with_suffix(f".{os.getpid()}")
     unfinished.write_text(json.dumps(kept | {"result": result}, indent=1, allow_nan=False) + "\n")

@@ -54,6 +54,7 @@ class Comparison:
         metrics: names in the cells' `heldout`, in the table's order; "NODE share" is that node's part of the margin.
         reference: the row that others are tested against.
         seeds: how many.
+        device: "cuda" for what is too large for a CPU.
     """
 
     name: str
@@ -62,6 +63,7 @@ class Comparison:
     metrics: Sequence[str]
     reference: str
     seeds: int
+    device: str = "cpu"
 
     def tuning_cells(self, size: str) -> dict[tuple[str, float], Cell]:
         """By row and learning rate's factor; none for a quick look, which takes every rate as it is."""
@@ -84,7 +86,8 @@ class Comparison:
 
     def _cell(self, options: Mapping[str, Any], seed: int, size: str, rate: float | None) -> Cell:
         trained = {} if rate is None else {"rate": rate}
-        return Cell(function=self.function, options={**options, **trained, "seed": seed, "size": size})
+        chosen = {**options, **trained, "seed": seed, "size": size}
+        return Cell(function=self.function, options=chosen, device=self.device)
 
 
 def best_rates(variants: Sequence[Variant], tuned: Mapping[tuple[str, float], Mapping[str, Any]]) -> dict[str, float]:

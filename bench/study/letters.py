@@ -8,22 +8,49 @@ they belong, and errs; what is measured is the exact rule, which no training see
 from __future__ import annotations
 
 import random
+import string
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy
 
 from bench.study import task
 from bench.study.training import Curve, runs, train
-from examples.tasks.sorted_letters import LETTERS, random_question, solve, swap_neighbours
+from examples.tasks.sorted_letters import LENGTH, LETTERS, random_question, solve, split_questions, swap_neighbours
 from sysdag import DiverseBeamSearch, ImportanceSampling, Input, MonteCarlo, System, Trace, node
 from sysdag.components import CausalLM
 from sysdag.execute import sample
 
 VERSION = 2
+
+
+class Scale(NamedTuple):
+    """Of words and models.
+
+    Attributes:
+        letters, length: words are `length` different ones of these.
+        base_steps: of a full study's base models; None for the size's.
+        rate: factor on the usual learning rates.
+        built: of `train_language_model`.
+        device: where base models are trained and systems aligned.
+    """
+
+    letters: str = LETTERS
+    length: int = LENGTH
+    base_steps: int | None = None
+    rate: float = 1.0
+    built: Mapping[str, Any] = {}
+    device: str = "cpu"
+
+
+LARGE = {"width": 512, "layers": 8, "learning_rate": 6e-4, "device": "cuda"}
+SCALES = {
+    "small": Scale(),
+    "large": Scale(string.ascii_lowercase, 8, base_steps=1500, rate=0.2, built=LARGE, device="cuda"),
+}
 NODES = ("draft", "answer")
 STRATEGIES = {"dbs": DiverseBeamSearch, "mc": MonteCarlo, "is": ImportanceSampling}
 CANDIDATES = {"num_candidates": 4, "diversity_penalty": 3.0}
@@ -74,9 +101,9 @@ def demonstrated_answer(question: str, draft: str, careful: bool, rng: random.Ra
     return solve(question) if rng.random() < (0.4 if careful else 0.3) else draft
 
 
-def demonstration(name: str, damaged: str, rng: random.Random) -> tuple[str, str]:
+def demonstration(name: str, damaged: str, scale: str, rng: random.Random) -> tuple[str, str]:
     """What the base model of a node learns from, the drafts in a refiner's demonstrations as the drafter's are."""
-    asked, careful = random_question(rng), rng.random() < 0.5
+    asked, careful = random_question(rng, *SCALES[scale][:2]), rng.random() < 0.5
     written = demonstrated_draft(asked, careful, rng, damaged == "draft" == name)
     prompt = ("!" if careful else "") + asked
     if name == "draft":
@@ -103,20 +130,49 @@ class Letters(task.Task):
         damaged: the node whose base model learned from bad demonstrations, or "".
         misled: the share of training prompts whose runs start from a draft that is written backwards.
         flipped: the share of pairs whose preference is turned round.
+        scale: one of `SCALES`.
     """
 
     damaged: str = ""
     misled: float = 0.0
     flipped: float = 0.0
+    scale: str = "small"
+
+    @property
+    def scaled(self) -> Scale:
+        return SCALES[self.scale]
+
+    @property
+    def device(self) -> str:
+        return self.scaled.device
+
+    @property
+    def longest(self) -> int:
+        return max(8, self.scaled.length + 2)
+
+    @property
+    def built(self) -> Mapping[str, Any]:
+        return self.scaled.built
+
+    @property
+    def prefix(self) -> str:
+        return f"letters-{VERSION}" + f"-{self.scale}" * (self.scale != "small")
 
     @property
     def name(self) -> str:
-        return f"letters-{VERSION}{self.damaged}"
+        return self.prefix + self.damaged
+
+    @cached_property
+    def prompts(self) -> dict[str, list[str]]:
+        size, scale = self.size, self.scaled
+        draw = partial(random_question, letters=scale.letters, length=scale.length)
+        training, rest = split_questions(self.seed, size.training, size.validation + size.heldout, draw)
+        return size.divided([*training, *rest])
 
     def system(self, outline: System = OUTLINE) -> System:
         folders = {name: name + "-damaged" * (name == self.damaged) for name in NODES}
-        demonstrations = {folders[name]: partial(demonstration, name, self.damaged) for name in NODES}
-        models = self.models(f"letters-{VERSION}", LETTERS + "!,:", demonstrations)
+        demonstrations = {folders[name]: partial(demonstration, name, self.damaged, self.scale) for name in NODES}
+        models = self.models(self.prefix, self.scaled.letters + "!,:", demonstrations)
         return outline.with_components({name: models[folders[name]] for name in NODES})
 
     def qualities(self, trace: Trace) -> numpy.ndarray:
@@ -184,6 +240,7 @@ def align(
     damaged: str = "",
     misled: float = 0.0,
     flipped: float = 0.0,
+    scale: str = "small",
 ) -> dict[str, Any]:
     """One method on one seed: held-out figures by prompt at the step that validation chose, and the way there.
 
@@ -193,9 +250,11 @@ def align(
         strategy, candidates: of Sampling.
         options: more of `SysDPOConfig`.
         factors: on the learning rates of single nodes.
-        damaged, misled, flipped: see `Letters`.
+        damaged, misled, flipped, scale: see `Letters`.
     """
-    setting = Letters(cache, seed, task.SIZES[size], damaged, misled, flipped)
+    rate, steps = rate * SCALES[scale].rate, SCALES[scale].base_steps
+    amounts = replace(task.SIZES[size], base_steps=steps) if steps and size == "full" else task.SIZES[size]
+    setting = Letters(cache, seed, amounts, damaged, misled, flipped, scale)
     if method in UNTRAINED:
         outline, best_of = UNTRAINED[method]
         return {"heldout": setting.measured(setting.system(outline), best_of), "curves": []}
@@ -237,5 +296,10 @@ def separate(setting: Letters, system: System, rate: float) -> list[Curve]:
         chosen = {
             "objective": "direct", "beta": 0.5, "max_steps": setting.size.steps, "nodes": task.nodes(part, [name], rate)
         }  # fmt: skip
-        curves.append(train(part, rows, options=chosen, validate=validate, seed=setting.seed, every=setting.size.every))
+        curves.append(
+            train(
+                part, rows, options=chosen, validate=validate, seed=setting.seed, every=setting.size.every,
+                device=setting.device,
+            )
+        )  # fmt: skip
     return curves

@@ -166,6 +166,10 @@ def _comparisons() -> list[Comparison]:
             variants=methods(letters.METHODS, list(letters.UNTRAINED)),
         ),
         Comparison(
+            name="draft-refine-large", function="letters:align", metrics=LETTERS, reference="joint", seeds=3,
+            variants=methods(letters.METHODS, list(letters.UNTRAINED), scale="large"), device="cuda",
+        ),
+        Comparison(
             name="refiner", function="letters:align", metrics=LETTERS, reference="joint", seeds=5, variants=REFINER
         ),
         Comparison(

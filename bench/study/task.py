@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy
 
@@ -63,6 +63,9 @@ class Task(ABC):
     cache: Path
     seed: int
     size: Size
+    device: ClassVar[str] = "cpu"
+    longest: ClassVar[int] = 8  # tokens of a completion
+    built: ClassVar[Mapping[str, Any]] = {}  # of `train_language_model`
 
     @property
     @abstractmethod
@@ -89,14 +92,18 @@ class Task(ABC):
 
         def built(name: str, seed: int) -> Path:
             def build(folder: Path) -> None:
-                train_language_model(folder, tokenizer, demonstrations[name], seed=seed, steps=steps)
+                train_language_model(folder, tokenizer, demonstrations[name], seed=seed, steps=steps, **self.built)
 
             return shared(self.cache, f"{prefix}-{name}-{self.seed}-{steps}", build)
 
-        return {
-            name: CausalLM(built(name, self.seed + place), max_new_tokens=8)
+        found = {
+            name: CausalLM(built(name, self.seed + place), max_new_tokens=self.longest)
             for place, name in enumerate(demonstrations)
         }
+        for component in found.values():
+            if self.device != "cpu":
+                component.module.to(self.device)
+        return found
 
     @cached_property
     def prompts(self) -> dict[str, list[str]]:
@@ -183,6 +190,7 @@ class Task(ABC):
         return train(
             system, self.pairs, options=chosen, candidates=candidates if objective == "sampling" else None,
             validate=lambda trained: self.validate(deployed or trained), seed=self.seed, every=self.size.every,
+            device=self.device,
         )  # fmt: skip
 
     def outcome(self, system: System, trained: Sequence[Curve]) -> dict[str, Any]:

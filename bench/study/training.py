@@ -106,6 +106,7 @@ def train(
     every: int,
     candidates: CandidateStrategy | None = None,
     keep_best: bool = True,
+    device: str = "cpu",
 ) -> Curve:
     """Aligns a system in place; it ends with the weights of its best validation score, or the last ones.
 
@@ -115,6 +116,7 @@ def train(
         validate: the score of the system as it is.
         every: optimizer steps between two validations.
         keep_best: False leaves the last weights.
+        device: to train on; the system stays there.
     """
     callback = _Validation(system, lambda: validate(system), every)
     with tempfile.TemporaryDirectory() as folder:
@@ -125,7 +127,8 @@ def train(
                     "lr_scheduler_type": "constant_with_warmup", "warmup_steps": 4, "logging_steps": every,
                     "per_device_train_batch_size": 32,
                 } | dict(options),
-                output_dir=folder, seed=seed, use_cpu=True, report_to="none", save_strategy="no", disable_tqdm=True,
+                output_dir=folder, seed=seed, use_cpu=device == "cpu", report_to="none", save_strategy="no",
+                disable_tqdm=True,
             ),
             candidates=candidates,
             train_dataset=list(pairs),

@@ -54,21 +54,25 @@ def train_language_model(
     seed: int,
     steps: int,
     width: int = 64,
+    layers: int = 2,
     batch_size: int = 64,
     learning_rate: float = 5e-3,
+    device: str = "cpu",
 ) -> None:
-    """Trains a two-layer Llama on fresh (prompt, completion) demonstrations and saves it with its tokenizer."""
+    """Trains a small Llama on fresh (prompt, completion) demonstrations and saves it with its tokenizer."""
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=width, intermediate_size=2 * width, num_hidden_layers=2,
-        num_attention_heads=4, max_position_embeddings=64, tie_word_embeddings=True, initializer_range=0.1,
-        pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, bos_token_id=None,
+        vocab_size=len(tokenizer), hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers,
+        num_attention_heads=max(4, width // 64), max_position_embeddings=64, tie_word_embeddings=True,
+        initializer_range=0.8 / width**0.5, pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None,
     )  # fmt: skip
-    model = LlamaForCausalLM(config).train()
+    model = LlamaForCausalLM(config).train().to(device)
     rng = random.Random(f"demonstrations-{seed}")
 
     def loss() -> torch.Tensor:
-        ids, labels = _demonstrations(tokenizer, [demonstrate(rng) for _ in range(batch_size)])
+        examples = _demonstrations(tokenizer, [demonstrate(rng) for _ in range(batch_size)])
+        ids, labels = (part.to(device) for part in examples)
         return model(input_ids=ids, attention_mask=(ids != tokenizer.pad_token_id).long(), labels=labels).loss
 
     fit(model.parameters(), loss, steps, learning_rate)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import string
+from collections.abc import Callable
 
 LETTERS = string.ascii_lowercase[:16]
 LENGTH = 5
@@ -14,16 +15,18 @@ def solve(question: str) -> str:
     return "".join(sorted(question))
 
 
-def random_question(rng: random.Random) -> str:
-    return "".join(rng.sample(LETTERS, LENGTH))
+def random_question(rng: random.Random, letters: str = LETTERS, length: int = LENGTH) -> str:
+    return "".join(rng.sample(letters, length))
 
 
-def split_questions(seed: int, train: int, heldout: int) -> tuple[list[str], list[str]]:
+def split_questions(
+    seed: int, train: int, heldout: int, draw: Callable[[random.Random], str] = random_question
+) -> tuple[list[str], list[str]]:
     """Questions to align on and questions to measure on; no two are made of the same letters."""
     rng = random.Random(f"questions-{seed}")
     by_letters: dict[str, str] = {}
     while len(by_letters) < train + heldout:
-        question = random_question(rng)
+        question = draw(rng)
         by_letters.setdefault(solve(question), question)
     questions = list(by_letters.values())
     return questions[:train], questions[train:]
