@@ -13,6 +13,7 @@ from setuptools import find_packages, setup
 
 STABLE_ABI = "0x020b000000000000"  # torch 2.11
 CUDA_ARCHITECTURES = ("80", "90a", "100")
+CUDA_MACROS = ("SYSDAG_WITH_CUDA", "USE_CUDA")  # ours; torch's, for the current stream
 
 
 def extension() -> dict:
@@ -29,7 +30,7 @@ def extension() -> dict:
     if torch.version.cuda and CUDA_HOME:
         kind = CUDAExtension
         sources += sorted(str(path) for path in Path("csrc").glob("*.cu"))
-        define.append(("SYSDAG_WITH_CUDA", None))
+        define += [(name, None) for name in CUDA_MACROS]
         flags["nvcc"] = ["-O3", "-std=c++17"]
         flags["nvcc"] += [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in CUDA_ARCHITECTURES]
     built = kind(

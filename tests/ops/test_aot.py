@@ -80,10 +80,13 @@ def test_cuda_sources_compile_without_spills(source, tmp_path):
     setup = (ROOT / "setup.py").read_text()
     abi = re.search(r'STABLE_ABI = "(\w+)"', setup)
     architectures = re.search(r"CUDA_ARCHITECTURES = \(([^)]*)\)", setup)
+    macros = re.search(r"CUDA_MACROS = \(([^)]*)\)", setup)
     assert abi
     assert architectures
+    assert macros
     command = [NVCC, "-c", str(source), "-o", str(tmp_path / "object.o"), "-O3", "-std=c++17", "-Xptxas", "-v"]
-    command += ["-Xcompiler", "-fPIC", f"-DTORCH_TARGET_VERSION={abi[1]}", "-DSYSDAG_WITH_CUDA", "-DUSE_CUDA"]
+    command += ["-Xcompiler", "-fPIC", f"-DTORCH_TARGET_VERSION={abi[1]}"]
+    command += [f"-D{name}" for name in re.findall(r'"(\w+)"', macros[1])]
     command += [f"-I{folder}" for folder in [*include_paths(), ROOT / "csrc"]]
     command += [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in re.findall(r'"(\w+)"', architectures[1])]
     run = subprocess.run(command, capture_output=True, text=True)

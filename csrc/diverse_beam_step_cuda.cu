@@ -187,7 +187,8 @@ std::tuple<Tensor, Tensor> top_log_probs(Tensor logits, std::int64_t count) {
   Tensor tokens = torch::stable::new_empty(logits, {rows, count}, ScalarType::Long);
   if (rows == 0) return {log_probs, tokens};
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(logits.get_device_index(), &stream));
+  const auto found = aoti_torch_get_current_cuda_stream(logits.get_device_index(), &stream);
+  STD_TORCH_CHECK(found == AOTI_TORCH_SUCCESS, "top_log_probs: torch names no current stream");
   const auto on = static_cast<cudaStream_t>(stream);
   switch (logits.scalar_type()) {
     case ScalarType::Float: launch<float>(logits, log_probs, tokens, static_cast<int>(count), on); break;
