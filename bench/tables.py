@@ -79,6 +79,7 @@ backward. The factor in brackets says how many times faster sysdag is; below 1 i
   and TRL, the op's reference in torch (`reference`, `objective`).
 - *peak memory* is what one call needs beyond its arguments; *leanest other* is the least of all else that ran, whatever
   its time.
+- On a GPU, below a millisecond the launches from Python take longer than the kernels, and fewer layers win.
 - *share of floor* is the time of the bare matrix products, into memory that is there already, over sysdag's time: at
   100 % all else is free; what is above is the noise of the measurement.
 
