@@ -8,11 +8,13 @@ import random
 
 import numpy
 import pytest
+import torch
 
 pytest.importorskip("sklearn")
 
 from scipy import stats
 
+from bench import study
 from bench.study import cells, choices, diamond, illustrated, letters, loops, run_table, task
 from bench.study.cells import Cell, CellError, results, run_cells
 from bench.study.compare import RATES, TUNING_SEED, Comparison, Variant, best_rates, rows
@@ -169,6 +171,7 @@ def test_a_critic_and_a_rewriter_that_do_as_they_should_sort_anything():
 
 TINY = {"base_steps": 6, "training": 6, "validation": 2, "heldout": 3, "steps": 2, "every": 1, "runs": 4}
 CELLS = {
+    "letters:align": ({"scale": "large", "method": "direct"}, "exact", 1),
     "pictures:align": ({"world": "shapes", "method": "separate"}, "three images", 2),
     "loops:align": ({"rounds": 2, "method": "naive"}, "exact", 1),
     "choices:align": ({"system": "router", "method": "joint"}, "right choice", 1),
@@ -183,6 +186,8 @@ def test_every_system_is_trained_and_measured(function, tmp_path, monkeypatch):
     monkeypatch.setitem(task.SIZES, "quick", task.Size(**TINY))
     small = dataclasses.replace(illustrated.QUICK, **TINY | {"base_steps": 80}, diffusion_steps=6)
     monkeypatch.setitem(illustrated.SIZES, ("shapes", "quick"), small)
+    one_layer = letters.SCALES["large"]._replace(built={"layers": 1}, device="cpu")
+    monkeypatch.setitem(letters.SCALES, "large", one_layer)
     cell = Cell(function=function, options={**options, "seed": 0, "size": "quick"})
     run_cells([cell], tmp_path, workers=1, title=function)
     (found,) = results([cell], tmp_path)
@@ -190,6 +195,17 @@ def test_every_system_is_trained_and_measured(function, tmp_path, monkeypatch):
     assert all(0 <= value <= 1 for value in found["heldout"][metric])
     assert [curve["steps"] for curve in found["curves"]] == [[0, 1, 2]] * trainings
     assert all(len(curve["logs"]) == 2 for curve in found["curves"])
+
+
+def test_large_systems_have_longer_words_and_need_a_gpu(tmp_path, monkeypatch, capsys):
+    large = letters.Letters(tmp_path, 0, task.SIZES["quick"], scale="large")
+    assert {len(set(asked)) for part in large.prompts.values() for asked in part} == {8}
+    assert large.name != letters.Letters(tmp_path, 0, task.SIZES["quick"]).name
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit) as ended:
+        study.main(["--tables", "draft-refine-large", "--cache", str(tmp_path)])
+    assert ended.value.code == 2
+    assert "draft-refine-large needs a CUDA device, and torch finds none" in capsys.readouterr().err
 
 
 @pytest.mark.slow

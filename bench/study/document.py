@@ -58,7 +58,7 @@ LEARNING = {
     "pictures-shapes": PICTURES,
     **{
         name: {"the system": of_methods(*(v.name for v in TABLES[name].variants if v.name != "separate"))}
-        for name in ("refiner", "captioner")
+        for name in ("refiner", "captioner", "painter")
     },
 }
 SWEEPS = {"misled-drafts": ("exact", "draft exact"), "noise": ("exact", "quality")}

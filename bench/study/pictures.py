@@ -37,6 +37,7 @@ def align(
     size: str,
     rate: float = 1.0,
     times_pairs: int = 1,
+    times_steps: int = 1,
     factors: Mapping[str, float] | None = None,
 ) -> dict[str, Any]:
     """One method on one seed: held-out figures by prompt at the step that validation chose.
@@ -46,10 +47,12 @@ def align(
         method: one of `METHODS`.
         rate: factor on the learning rates; chosen by validation, with equal effort for every method.
         times_pairs: factor on the pairs of an optimizer step.
+        times_steps: factor on the optimizer steps, and on those between two validations.
         factors: on the learning rates of single nodes.
     """
     usual = SIZES[world, size]
-    setting = Setting(cache, world, seed, replace(usual, batch=usual.batch * times_pairs))
+    longer = {"steps": usual.steps * times_steps, "every": usual.every * times_steps}
+    setting = Setting(cache, world, seed, replace(usual, batch=usual.batch * times_pairs, **longer))
     if method in UNTRAINED:
         style, best_of = UNTRAINED[method]
         return {"heldout": setting.measured(setting.system(style), best_of), "curves": []}

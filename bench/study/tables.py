@@ -56,6 +56,19 @@ CAPTIONER = [
     ),
     Variant(name="separate", options={"world": "digits", "method": "separate"}),
 ]
+SHAPES = {"world": "shapes", "method": "joint"}
+ONLY_PAINTER = {"world": "shapes", "method": "only the diffusion model"}
+PAINTER = [
+    *joint_and(
+        SHAPES,
+        {"painter at three times its rate": {"factors": {"image": 3.0}}, "four times the steps": {"times_steps": 4}},
+    ),
+    Variant(name="only the diffusion model", options=ONLY_PAINTER),
+    Variant(
+        name="only the diffusion model, four times the steps",
+        options=ONLY_PAINTER | {"times_steps": 4}, tuned_as=ONLY_PAINTER,
+    ),
+]  # fmt: skip
 CANDIDATES = [
     Variant(name="joint", options=JOINT),
     *(
@@ -160,6 +173,9 @@ def _comparisons() -> list[Comparison]:
         Comparison(
             name="captioner", function="pictures:align", metrics=PICTURES, reference="joint", seeds=5,
             variants=CAPTIONER,
+        ),
+        Comparison(
+            name="painter", function="pictures:align", metrics=PICTURES, reference="joint", seeds=3, variants=PAINTER
         ),
         Comparison(
             name="draft-refine", function="letters:align", metrics=LETTERS, reference="joint", seeds=5,
