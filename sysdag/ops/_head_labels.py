@@ -35,13 +35,13 @@ class Grouped(NamedTuple):
 class Layout(NamedTuple):
     """A `Grouped` in tensors whose sizes depend on those of the arguments alone, for a backward."""
 
-    places: Tensor  # its tensors one after the other, filled up to capacity rows and M labels
+    packed: Tensor  # its tensors one after the other, filled up to capacity rows and M labels
     counts: Tensor  # R and L, on the CPU
 
     def grouped(self, capacity: int, num_labels: int) -> Grouped:
         R, L = self.counts.tolist()
         sizes = [capacity, capacity + 1, *[num_labels] * 4]
-        rows, offsets, labels, places, first, of_label = self.places.split(sizes)
+        rows, offsets, labels, places, first, of_label = self.packed.split(sizes)
         return Grouped(rows[:R], Labels(offsets[: R + 1], labels[:L]), places[:L], first[:L].bool(), of_label[:L])
 
     @staticmethod

@@ -176,7 +176,7 @@ class Forward(NamedTuple):
     chosen: Tensor  # (M,) logits of the grouped labels
     unit: Tensor  # (capacity, H) sum_v p_v slope_v W_v over tokens that are no labels of the row; or (0, H)
     kept: Tensor  # (tiles, elements)
-    places: Tensor  # of the layout
+    packed: Tensor  # of the layout, as `counts`
     counts: Tensor
 
 
@@ -247,7 +247,7 @@ def backward(
     With `release` the kept tiles' memory is given back once they are used; another backward computes them again.
     """
     capacity, dtype = len(saved.top), compute_dtype(hidden.dtype)
-    grouped = Layout(saved.places, saved.counts).grouped(capacity, len(grad))
+    grouped = Layout(saved.packed, saved.counts).grouped(capacity, len(grad))
     grads = grad[grouped.places].to(dtype)
     row_grads = segment_sums(grads, grouped.targets.offsets)
     grads = sums_of_equals(grads, grouped.first)

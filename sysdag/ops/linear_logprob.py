@@ -160,7 +160,7 @@ def _(hidden, weight, bias, rows, labels, softcap, logit_scale, ignore_index, un
 @torch.library.custom_op("sysdag::linear_logprob_backward", mutates_args=())
 def _backward(
     grad: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, top: Tensor, total: Tensor, chosen: Tensor,
-    unit: Tensor, kept: Tensor, places: Tensor, counts: Tensor, softcap: float, logit_scale: float, needs_hidden: bool,
+    unit: Tensor, kept: Tensor, packed: Tensor, counts: Tensor, softcap: float, logit_scale: float, needs_hidden: bool,
     needs_weight: bool, needs_bias: bool, forced: str | None, release: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of hidden, weight and bias; without elements where they are not needed."""
@@ -170,13 +170,13 @@ def _backward(
     with torch.cuda.device_of(hidden):
         return walk.backward(
             grad, hidden, walk.Head(weight, bias, logit_scale, softcap),
-            walk.Forward(grad, top, total, chosen, unit, kept, places, counts), backend,
+            walk.Forward(grad, top, total, chosen, unit, kept, packed, counts), backend,
             walk.Needs(needs_hidden, needs_weight, needs_bias), release,
         )  # fmt: skip
 
 
 @_backward.register_fake
-def _(grad, hidden, weight, bias, top, total, chosen, unit, kept, places, counts, softcap, logit_scale, needs_hidden,
+def _(grad, hidden, weight, bias, top, total, chosen, unit, kept, packed, counts, softcap, logit_scale, needs_hidden,
       needs_weight, needs_bias, forced, release):  # type: ignore[no-untyped-def] # fmt: skip
     dtype = walk.compute_dtype(hidden.dtype)
     return (
