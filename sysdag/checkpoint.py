@@ -19,7 +19,7 @@ from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, get_last_checkpoint, rotate_checkpoints
 
 from sysdag import atomic
-from sysdag.distributed import gathered
+from sysdag.distributed import gathered, wait_for_everyone
 from sysdag.engine import SystemModel
 from sysdag.errors import SerializationError, TrainingError
 from sysdag.finite import check_gradients, gradient_norms
@@ -59,7 +59,7 @@ class CheckpointTrainer(Trainer):
         """
         if self.args.should_save:
             atomic.finish_where_possible(Path(self.args.output_dir))
-        self.accelerator.wait_for_everyone()
+        wait_for_everyone(self.accelerator)
         if self._run is None:  # while the references are what training starts from
             self._run = model_facts(self._system_model)
         try:
@@ -116,14 +116,14 @@ class CheckpointTrainer(Trainer):
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
-    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+    def init_hf_repo(self, *args: Any, **kwargs: Any) -> None:  # transformers before 5.23 know no `private`
         """As in `transformers.Trainer`: makes the repository that `push_to_hub` goes to.
 
         Raises:
             TrainingError: if the Hub does not make it, before anything is trained.
         """
         try:
-            super().init_hf_repo(token, private)
+            super().init_hf_repo(*args, **kwargs)
         except Exception as error:  # what the client's HTTP library raises has no base in common with the Hub's errors
             name = self.args.hub_model_id or Path(self.args.output_dir).absolute().name
             raise TrainingError(
@@ -172,7 +172,7 @@ class CheckpointTrainer(Trainer):
                 self.state.save_to_json(str(folder / "trainer_state.json"))
         if not self.args.should_save:
             write_state(self._state_file(folder), self._system_model, self._facts(), None)
-        self.accelerator.wait_for_everyone()
+        wait_for_everyone(self.accelerator)
         if self.args.should_save:
             write_state(self._state_file(folder), self._system_model, self._facts(), folder)
 
@@ -181,7 +181,7 @@ class CheckpointTrainer(Trainer):
         """Has what is written inside go to a temporary folder, which all processes share, and moves it into place."""
         if self.args.should_save:
             atomic.prepare(folder)
-        self.accelerator.wait_for_everyone()
+        wait_for_everyone(self.accelerator)
         self._staging = folder / atomic.SAVING
         try:
             yield
@@ -193,7 +193,7 @@ class CheckpointTrainer(Trainer):
             raise
         finally:
             self._staging = None
-        self.accelerator.wait_for_everyone()
+        wait_for_everyone(self.accelerator)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         if self._staging is None:  # the upload runs beside training, so it needs the checkpoint in its final place

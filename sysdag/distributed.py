@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 import torch.distributed
+from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -38,6 +39,18 @@ def rounds_of(model: nn.Module) -> Callable[[int], int] | None:
         return int(found)
 
     return largest
+
+
+def wait_for_everyone(accelerator: Accelerator) -> None:
+    """As its method, for processes on a CPU too.
+
+    Where torch is built for GPUs that one waits on them, each process on its own, even if all work on the CPU over gloo
+    and there are fewer GPUs or none.
+    """
+    if accelerator.device.type == "cpu" and torch.distributed.is_initialized():
+        torch.distributed.barrier()
+    else:
+        accelerator.wait_for_everyone()
 
 
 @contextlib.contextmanager

@@ -43,6 +43,8 @@ def train(
                 "fsdp_version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "reshard_after_forward": True,
                 "state_dict_type": fsdp, "cpu_ram_efficient_loading": False,
             }}  # fmt: skip
+        elif not deepspeed:  # as where torch is built for GPUs, whether or not one is there
+            torch._C._get_accelerator = lambda: torch.device("cuda")
         if deepspeed:
             force_deepspeed()
             auto = dict.fromkeys(
@@ -76,7 +78,7 @@ def train(
 
 
 def force_fsdp():
-    """Has accelerate shard on a CPU, which it does for accelerators only; all else is its own."""
+    """Has accelerate and torch shard on a CPU, where they would on an accelerator; all else is their own."""
     initialise = AcceleratorState.__init__
 
     def forced(self, *args, **kwargs):
@@ -85,6 +87,7 @@ def force_fsdp():
         initialise(self, *args, **kwargs)
 
     AcceleratorState.__init__ = forced
+    torch._C._get_accelerator = lambda: torch.device("cpu")
 
 
 def force_deepspeed():

@@ -35,11 +35,13 @@ def processes():
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # where the server looks for what it imports at first
         patch.setenv("OMP_NUM_THREADS", "1")
+        patch.setenv("CUDA_VISIBLE_DEVICES", "")  # they are to work on a CPU
         # A Python process has one such server, and another test's may run with what that test needs.
         multiprocessing.forkserver._forkserver._stop()
         context.set_forkserver_preload(["distributed_worker"])
-        yield context
-        multiprocessing.forkserver._forkserver._stop()
+        multiprocessing.forkserver.ensure_running()
+    yield context
+    multiprocessing.forkserver._forkserver._stop()
 
 
 def run_two(processes, folder, how, options):

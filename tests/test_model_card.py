@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_trainer import config, lora
 from trained_systems import rows, two_llms
+from transformers import Trainer
 
 from sysdag import DiverseBeamSearch, Input, SerializationError, SysDPOTrainer, System, TrainingError, node
 from sysdag.components import Categorical, CausalLM
@@ -253,6 +254,18 @@ def test_the_trainer_pushes_a_system_that_loads_and_none_of_its_checkpoints(tmp_
     assert card.data.license == "apache-2.0"
     assert "System.from_pretrained('me/out')" in card.text
     assert not (tmp_path / "cache" / "None" / "training_args.bin").exists()
+
+
+def test_transformers_before_5_23_make_the_repository_without_private(tmp_path, monkeypatch):
+    tokens = []
+
+    def init_hf_repo(self, token=None):
+        tokens.append(token)
+
+    monkeypatch.setattr(Trainer, "init_hf_repo", init_hf_repo)
+    trainer = trained(tmp_path / "out", push_to_hub=True, hub_strategy="end")
+    trainer.init_hf_repo(token="t")
+    assert tokens == [None, "t"]
 
 
 @pytest.mark.parametrize("strategy", ["every_save", "checkpoint", "end"])
