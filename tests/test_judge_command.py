@@ -2,7 +2,9 @@
 
 import json
 import sys
+import types
 from collections import Counter
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -11,6 +13,7 @@ from judge_server import JudgeServer
 from typer.testing import CliRunner
 
 from sysdag.cli import app
+from sysdag.commands.judge_options import chosen_judge
 from sysdag.judges import FunctionScore, function_judge
 from sysdag.ranking import Judged, choose_pairs, judge_runs, schedule
 from sysdag.readers import read_rows
@@ -242,6 +245,17 @@ def test_mistakes_end_in_a_message_and_write_nothing(files, arguments, code, mes
     assert [n for n in sorted(path.name for path in files.iterdir()) if n != "__pycache__"] == [
         name for name in before if name != "__pycache__"
     ]
+
+
+@pytest.mark.parametrize("kind", [str, Path])
+def test_paths_of_the_context_are_text_before_typer_0_29(tmp_path, kind):
+    (tmp_path / "asking.txt").write_text("{first}|{second}. End with VERDICT: A, VERDICT: B or VERDICT: TIE")
+    given = {"by": "http://h/v1", "lower_is_better": False, "model": "m", "api_key_env": None, "criteria": None,
+             "request": None, "concurrency": 1, "timeout": 1.0, "retries": 0,
+             "template": kind(tmp_path / "asking.txt"), "cache": kind(tmp_path / "answers.jsonl")}  # fmt: skip
+    judge = chosen_judge(types.SimpleNamespace(params=given), tmp_path / "pairs.jsonl")
+    assert judge.template.startswith("{first}|{second}.")
+    assert judge.endpoint.cache == tmp_path / "answers.jsonl"
 
 
 # The library

@@ -96,14 +96,15 @@ def chosen_judge(context: typer.Context, output: Path | None, others: Iterable[P
     from sysdag.endpoint_judge import EndpointJudge
     from sysdag.judge_prompt import CRITERIA, TEMPLATE
 
-    cache = given["cache"] or (output and output.with_name(f"{output.name}.answers.jsonl"))
+    # typer before 0.29 converts paths for the command alone; in the context they are still text.
+    cache, template = (None if given[name] is None else Path(given[name]) for name in ("cache", "template"))
+    cache = cache or (output and output.with_name(f"{output.name}.answers.jsonl"))
     if cache and any(cache.resolve() == path.resolve() for path in (*others, *filter(None, (output,)))):
         raise typer.BadParameter(f"--cache {cache} is a file of something else; answers go to a file of their own.")
     endpoint = Endpoint(
         url=by, model=given["model"], api_key=api_key_of(given["api_key_env"]), options=_options(given["request"]),
         timeout=given["timeout"], retries=given["retries"], concurrency=given["concurrency"], cache=cache,
     )  # fmt: skip
-    template = given["template"]
     return EndpointJudge(
         endpoint=endpoint,
         criteria=given["criteria"] or CRITERIA,

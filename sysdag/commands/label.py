@@ -26,7 +26,7 @@ def label(
     annotator: Annotated[str | None, typer.Option(help="Whose queue opens; by default the page asks.")] = None,
     node: Annotated[
         list[str] | None,
-        typer.Option(metavar="NODE", help="What is compared; the last node by default. Repeatable."),
+        typer.Option(metavar="NAME", help="What is compared; the last node by default. Repeatable."),
     ] = None,
     overlap: Annotated[
         int | None, typer.Option(min=0, help="Pairs that every annotator gets, to tell agreement; 20 by default.")
