@@ -3,8 +3,8 @@
 Each batch and node has a generator of its own, seeded from the seed, the batch's number and the node's name. So a
 batch can be run alone, before or after others, here or elsewhere, and its traces are the same: a run that was cut off
 goes on where it was (`sysdag.trace_file`), and engines differ in speed only. The size of a batch is part of what is
-asked for, since models round differently in batches of other sizes; so, for the last bits of a log-probability, are
-the device and its number of threads.
+asked for, since models round differently in batches of other sizes; so is the device, as a GPU draws other numbers than
+a CPU, and, for the last bits of a log-probability, its number of threads.
 """
 
 from __future__ import annotations

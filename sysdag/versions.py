@@ -9,11 +9,19 @@ PACKAGES = ("torch", "triton", "transformers", "diffusers", "peft", "accelerate"
 
 
 def installed_versions() -> dict[str, str | None]:
-    """The version of sysdag, of Python and of each package in `PACKAGES`; None for one that is not installed."""
+    """The version of sysdag, of Python and of each package in `PACKAGES`; None for one that is not installed.
+
+    Torch's is its own word, which names the build (2.11.0+cu130); the metadata of a wheel may leave that out.
+    """
+    import torch
+
     import sysdag
 
-    return {"sysdag": sysdag.__version__, "python": platform.python_version()} | {
-        package: _version(package) for package in PACKAGES
+    return {
+        "sysdag": sysdag.__version__,
+        "python": platform.python_version(),
+        **{package: _version(package) for package in PACKAGES},
+        "torch": str(torch.__version__),
     }
 
 

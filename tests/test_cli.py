@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import typer
 from typer.testing import CliRunner
 
 import sysdag.ops
@@ -51,13 +52,21 @@ def test_versions_and_devices(machine):
     assert list(found["versions"]) == [
         "sysdag", "python", "torch", "triton", "transformers", "diffusers", "peft", "accelerate"
     ]  # fmt: skip
-    for package in ("torch", "transformers", "peft"):
+    for package in ("transformers", "peft"):
         assert found["versions"][package] == importlib.metadata.version(package)
+    assert found["versions"]["torch"] == torch.__version__
     assert found["versions"]["sysdag"] == sysdag.__version__
     assert list(found["devices"]) == ["cpu"]
     text = run("env")
     assert f"torch         {torch.__version__}" in text
     assert "SYSDAG_BACKEND: not set" in text
+
+
+def test_torchs_version_names_its_build_where_the_metadata_do_not(machine, monkeypatch):
+    machine()
+    monkeypatch.setattr(importlib.metadata, "version", lambda package: "2.11.0")
+    monkeypatch.setattr(torch, "__version__", "2.11.0+cu130")
+    assert environment()["versions"]["torch"] == "2.11.0+cu130"
 
 
 @pytest.mark.skipif(not HAS_EXTENSION, reason="the extension is not built")
@@ -172,6 +181,21 @@ def test_env_stays_a_subcommand_and_the_entry_point_is_the_app():
     assert "env" in run("--help")
     scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
     assert importlib.metadata.EntryPoint("sysdag", scripts["sysdag"], "console_scripts").load() is app
+
+
+def options_of(command):
+    yield from (parameter for parameter in command.params if parameter.param_type_name == "option")
+    for each in getattr(command, "commands", {}).values():
+        yield from options_of(each)
+
+
+def test_an_options_name_is_in_small_letters_with_every_typer():
+    """0.27 takes over the capitals of a metavar that is the option's name."""
+    found = list(options_of(typer.main.get_command(app)))
+    assert len(found) > 50
+    for option in found:
+        assert all(name == name.lower() for name in option.opts)
+        assert (option.metavar or "").replace("_", "-").lower() not in {name.lstrip("-") for name in option.opts}
 
 
 def test_help_needs_no_torch():

@@ -7,10 +7,13 @@ import time
 
 import numpy
 import pytest
-from fastapi.testclient import TestClient
 from labelled_runs import Running, runs
 from PIL import Image
 from typer.testing import CliRunner
+
+pytest.importorskip("fastapi")
+
+from fastapi.testclient import TestClient
 
 from sysdag.cli import app as command
 from sysdag.errors import LabelError
