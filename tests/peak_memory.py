@@ -20,8 +20,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench import step, step_systems
 
-# Freed memory goes back to the system at once, so that what is resident is what is in use.
-ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
+# Freed memory goes back to the system at once, so that what is resident is what is in use. No GPU is seen: torch would
+# keep its random state too, and a forked process cannot ask for that.
+ENVIRONMENT = {
+    "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1",
+    "CUDA_VISIBLE_DEVICES": "",
+}  # fmt: skip
 LLMS = {
     f"{name}, {'LoRA' if lora else 'full'}": (step_systems.Case("two LLMs", candidates=4, lora=lora), name)
     for lora in (True, False)
