@@ -135,9 +135,9 @@ SYSTEMS: dict[str, tuple[Callable[[bool, Path], Plan], dict[str, Any]]] = {
 INTRODUCTION = """# Which system fits on which GPU
 
 Estimates by `plan.estimate(...)`, which builds every model of fake tensors from its config, scores one micro-batch
-on it and counts what is kept; nothing is downloaded. On a CPU, and for two LLMs of 0.5 billion parameters on an H200, the
-estimates of a step are within 15 % of measured peaks (`tests/test_estimate.py` measures them). **None of the systems
-below has been run**, and the kernels assumed are those of the machine that wrote this page, a CPU.
+on it and counts what is kept; nothing is downloaded. On a CPU, and for two LLMs of 0.5 billion parameters on an H200,
+the estimates of a step are within 15 % of measured peaks (`tests/test_estimate.py` measures them). **None of the
+systems below has been run**, and the kernels assumed are those of the machine that wrote this page, a CPU.
 
 Weights in bf16, AdamW's two averages in the weights' dtype; LoRA of rank 16 on all linear layers of an LLM and on the
 attention of the UNet. Prompts of 512 tokens, completions of 256 (captions 77), images of 512 by 512; micro-batches of

@@ -36,10 +36,10 @@ LLMS = {
 def of_llms(case: step_systems.Case, name: str) -> float:
     """As the benchmark measures it, which starts a process for each; one such is enough here."""
     if case.lora and name == "sysdag":
-        return step.peak_mib(case, name, "cpu") * 2**20
+        return step.peak_mib(case, name) * 2**20
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
-        step.peak(case, name, "cpu", 1)
+        step.peak(case, name, 1)
     return float(printed.getvalue()) * 2**20
 
 

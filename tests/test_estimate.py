@@ -53,9 +53,30 @@ def test_the_estimate_of_a_step_is_within_15_percent_of_the_measured_peak(measur
     plan = step_systems.build(case)[0].compile()
     found = plan.estimate(
         LENGTHS, objective="sampling", num_candidates=4, engine=step.NAMES[name],
-        micro_batch_tokens=step_systems.TOKENS, device="cpu",
+        micro_batch_tokens=step_systems.SIZES["small"].micro_batch, device="cpu",
     )  # fmt: skip
     assert found.step == pytest.approx(measured[key], rel=0.15)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("lora", [True, False])
+def test_the_estimate_of_a_gpus_step_is_within_15_percent_of_the_measured_peak(lora):
+    case = step_systems.Case("two LLMs", candidates=4, lora=lora, size="0.5B")
+    size = step_systems.SIZES[case.size]
+    lengths = {
+        "node0": (size.prompt, size.completion),
+        "node1": (size.prompt + size.completion, size.completion, size.prompt),
+    }
+    made = step_systems.Step(case, "cuda")
+    made.cast(torch.bfloat16)
+    for name in ("sysdag", "one pass"):
+        measured = step.peak_of(made, name, "cuda") * 2**20
+        found = made.model.plan.estimate(
+            lengths, objective="sampling", num_candidates=4, engine=step.NAMES[name],
+            micro_batch_tokens=size.micro_batch, device="cuda",
+        )  # fmt: skip
+        assert found.step == pytest.approx(measured, rel=0.15), f"{name}: {found}"
 
 
 @pytest.mark.parametrize("adapter", [False, True])
