@@ -57,7 +57,7 @@ LEARNING = {
     "pictures-digits": PICTURES,
     "pictures-shapes": PICTURES,
     **{
-        name: {"the system": of_methods(*(v.name for v in TABLES[name].variants if v.name != "separate"))}
+        name: {"the system": of_methods(*(v.name for v in TABLES[name].variants if v.trains and v.name != "separate"))}
         for name in ("refiner", "captioner", "painter")
     },
 }

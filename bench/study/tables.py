@@ -59,6 +59,7 @@ CAPTIONER = [
 SHAPES = {"world": "shapes", "method": "joint"}
 ONLY_PAINTER = {"world": "shapes", "method": "only the diffusion model"}
 PAINTER = [
+    Variant(name="before", options={"world": "shapes", "method": "before"}, trains=False),
     *joint_and(
         SHAPES,
         {"painter at three times its rate": {"factors": {"image": 3.0}}, "four times the steps": {"times_steps": 4}},
