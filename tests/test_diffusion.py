@@ -690,7 +690,6 @@ def test_importing_and_constructing_load_neither_diffusers_nor_transformers():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_on_a_gpu_samples_and_scores_are_the_cpus():
     component = from_text(vae=autoencoder(), guidance_scale=2.0)
     texts = ["a dark square", "light circle"]

@@ -59,7 +59,6 @@ def test_the_estimate_of_a_step_is_within_15_percent_of_the_measured_peak(measur
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("lora", [True, False])
 def test_the_estimate_of_a_gpus_step_is_within_15_percent_of_the_measured_peak(lora):
     case = step_systems.Case("two LLMs", candidates=4, lora=lora, size="0.5B")

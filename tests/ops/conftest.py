@@ -48,10 +48,3 @@ def backend(request: pytest.FixtureRequest) -> Iterator[Served]:
         pytest.skip(f"{name}: {reason}")
     with use_backend(name):
         yield served
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if not torch.cuda.is_available():
-        for item in items:
-            if item.get_closest_marker("gpu"):
-                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
