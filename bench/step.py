@@ -89,23 +89,22 @@ def peak_mib(case: Case, name: str) -> float:
 
 def measured(case: Case, peers: Sequence[str] | None, options: Any) -> list[dict[str, Any]]:
     """The table's rows for one case."""
-    wanted = names(case, peers)
+    wanted, on_gpu = names(case, peers), options.device == "cuda"
     step = Step(case._replace(size="small"), options.device, with_trl="trl" in wanted)
-    if options.device == "cuda":
+    if on_gpu:
         step.cast(torch.float64)  # what fp32 products round differs with their shapes
     for name in wanted[1:]:
         check(step, name)
-    if options.device == "cuda":
+    if on_gpu:
         step = Step(case, options.device, with_trl="trl" in wanted)
         step.cast(torch.bfloat16)
     times = measure.interleave(
         {name: lambda name=name: step.run(name) for name in wanted}, options.repeats, before=step.clear, warmup=1
     )
     columns = {"system": case.system, "nodes": case.nodes, "k": case.candidates, "trained": case.trained}
-    columns |= {"size": case.size, "dtype": "float32" if options.device == "cpu" else "bfloat16"}
+    columns |= {"size": case.size, "dtype": "bfloat16" if on_gpu else "float32"}
     shown = measure.rows(times, baseline=BASELINE, **columns)
     for row in shown:
-        on_gpu = options.device == "cuda"
         row["peak_mib"] = peak_of(step, row["name"], "cuda") if on_gpu else peak_mib(case, row["name"])
     return shown
 

@@ -186,7 +186,7 @@ def test_every_system_is_trained_and_measured(function, tmp_path, monkeypatch):
     monkeypatch.setitem(task.SIZES, "quick", task.Size(**TINY))
     small = dataclasses.replace(illustrated.QUICK, **TINY | {"base_steps": 80}, diffusion_steps=6)
     monkeypatch.setitem(illustrated.SIZES, ("shapes", "quick"), small)
-    one_layer = letters.SCALES["large"]._replace(built={"layers": 1}, device="cpu")
+    one_layer = letters.SCALES["large"]._replace(model_options={"layers": 1}, device="cpu")
     monkeypatch.setitem(letters.SCALES, "large", one_layer)
     cell = Cell(function=function, options={**options, "seed": 0, "size": "quick"})
     run_cells([cell], tmp_path, workers=1, title=function)

@@ -19,7 +19,7 @@ import numpy
 
 from bench.study import task
 from bench.study.training import Curve, runs, train
-from examples.tasks.sorted_letters import LENGTH, LETTERS, random_question, solve, split_questions, swap_neighbours
+from examples.tasks.sorted_letters import LENGTH, LETTERS, random_question, solve, swap_neighbours
 from sysdag import DiverseBeamSearch, ImportanceSampling, Input, MonteCarlo, System, Trace, node
 from sysdag.components import CausalLM
 from sysdag.execute import sample
@@ -34,7 +34,7 @@ class Scale(NamedTuple):
         letters, length: words are `length` different ones of these.
         base_steps: of a full study's base models; None for the size's.
         rate: factor on the usual learning rates.
-        built: of `train_language_model`.
+        model_options: of `train_language_model`.
         device: where base models are trained and systems aligned.
     """
 
@@ -42,14 +42,14 @@ class Scale(NamedTuple):
     length: int = LENGTH
     base_steps: int | None = None
     rate: float = 1.0
-    built: Mapping[str, Any] = {}
+    model_options: Mapping[str, Any] = {}
     device: str = "cpu"
 
 
-LARGE = {"width": 512, "layers": 8, "learning_rate": 6e-4, "device": "cuda"}
+LARGE = {"width": 512, "layers": 8, "learning_rate": 6e-4}
 SCALES = {
     "small": Scale(),
-    "large": Scale(string.ascii_lowercase, 8, base_steps=1500, rate=0.2, built=LARGE, device="cuda"),
+    "large": Scale(string.ascii_lowercase, 8, base_steps=1500, rate=0.2, model_options=LARGE, device="cuda"),
 }
 NODES = ("draft", "answer")
 STRATEGIES = {"dbs": DiverseBeamSearch, "mc": MonteCarlo, "is": ImportanceSampling}
@@ -151,8 +151,8 @@ class Letters(task.Task):
         return max(8, self.scaled.length + 2)
 
     @property
-    def built(self) -> Mapping[str, Any]:
-        return self.scaled.built
+    def model_options(self) -> Mapping[str, Any]:
+        return self.scaled.model_options
 
     @property
     def prefix(self) -> str:
@@ -162,12 +162,8 @@ class Letters(task.Task):
     def name(self) -> str:
         return self.prefix + self.damaged
 
-    @cached_property
-    def prompts(self) -> dict[str, list[str]]:
-        size, scale = self.size, self.scaled
-        draw = partial(random_question, letters=scale.letters, length=scale.length)
-        training, rest = split_questions(self.seed, size.training, size.validation + size.heldout, draw)
-        return size.divided([*training, *rest])
+    def question(self, rng: random.Random) -> str:
+        return random_question(rng, self.scaled.letters, self.scaled.length)
 
     def system(self, outline: System = OUTLINE) -> System:
         folders = {name: name + "-damaged" * (name == self.damaged) for name in NODES}

@@ -15,7 +15,7 @@ import numpy
 
 from bench.study.training import Curve, favourites, ranked_pairs, runs, shared, train
 from examples.tasks.base_models import letter_tokenizer, train_language_model
-from examples.tasks.sorted_letters import split_questions
+from examples.tasks.sorted_letters import random_question, split_questions
 from sysdag import System, Trace
 from sysdag.candidates import CandidateStrategy
 from sysdag.components import Categorical, CausalLM
@@ -65,7 +65,7 @@ class Task(ABC):
     size: Size
     device: ClassVar[str] = "cpu"
     longest: ClassVar[int] = 8  # tokens of a completion
-    built: ClassVar[Mapping[str, Any]] = {}  # of `train_language_model`
+    model_options: ClassVar[Mapping[str, Any]] = {}  # of `train_language_model`
 
     @property
     @abstractmethod
@@ -92,7 +92,10 @@ class Task(ABC):
 
         def built(name: str, seed: int) -> Path:
             def build(folder: Path) -> None:
-                train_language_model(folder, tokenizer, demonstrations[name], seed=seed, steps=steps, **self.built)
+                train_language_model(
+                    folder, tokenizer, demonstrations[name], seed=seed, steps=steps, device=self.device,
+                    **self.model_options,
+                )  # fmt: skip
 
             return shared(self.cache, f"{prefix}-{name}-{self.seed}-{steps}", build)
 
@@ -100,16 +103,19 @@ class Task(ABC):
             name: CausalLM(built(name, self.seed + place), max_new_tokens=self.longest)
             for place, name in enumerate(demonstrations)
         }
-        for component in found.values():
-            if self.device != "cpu":
+        if self.device != "cpu":  # there each is loaded when it is first used
+            for component in found.values():
                 component.module.to(self.device)
         return found
+
+    def question(self, rng: random.Random) -> str:
+        return random_question(rng)
 
     @cached_property
     def prompts(self) -> dict[str, list[str]]:
         """Disjoint prompts to train on, to choose by, and to measure on."""
         size = self.size
-        training, rest = split_questions(self.seed, size.training, size.validation + size.heldout)
+        training, rest = split_questions(self.seed, size.training, size.validation + size.heldout, self.question)
         return size.divided([*training, *rest])
 
     def annotated(self, trace: Trace, error: float = 0.15) -> numpy.ndarray:

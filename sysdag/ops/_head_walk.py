@@ -117,8 +117,8 @@ class _Walk:
         self.hidden = hidden if every else hidden[grouped.rows]
         self.operand_dtype = hidden.dtype if self.tensor_cores else self.dtype
         self.hidden = self.hidden.to(self.operand_dtype)
-        rows, tokens = tile_shape(capacity, head.weight.shape[0], hidden.device.type)
-        self.elements = rows * tokens
+        self.rows, self.tokens = tile_shape(capacity, head.weight.shape[0], hidden.device.type)
+        self.elements = self.rows * self.tokens
         self._buffers: dict[torch.dtype, Tensor] = {}
         self._slice: tuple[int, Tensor] = (-1, hidden)
 
@@ -290,10 +290,9 @@ def _retrace(
     dh = hidden.new_zeros(count if needs.hidden else 0, width, dtype=walk.dtype)
     dw = _large(hidden.new_empty(vocabulary if needs.weight else 0, width, dtype=head.weight.dtype), backend)
     # A slice of dw is rounded once: in the product where one tile has all rows, else after the last tile's.
-    rows, tokens = tile_shape(capacity, vocabulary, hidden.device.type)
-    one_tile = count <= rows and head.scale == 1 and dw.dtype == walk.operand_dtype
+    one_tile = count <= walk.rows and head.scale == 1 and dw.dtype == walk.operand_dtype
     direct = one_tile or dw.dtype == walk.dtype
-    summed = hidden.new_empty(0 if direct or not needs.weight else tokens, width, dtype=walk.dtype)
+    summed = hidden.new_empty(0 if direct or not needs.weight else walk.tokens, width, dtype=walk.dtype)
     db = hidden.new_zeros(vocabulary if needs.bias else 0, dtype=walk.dtype)
     if count == 0:
         dw.zero_()
