@@ -73,7 +73,7 @@ def work(search: str, weights: Path) -> None:
         ids, mask = prompts(options.pop("prompt_tokens"))
         start, cpu_start = time.perf_counter(), time.process_time()
         if search == "sysdag":
-            from sysdag.beam import diverse_beam_search
+            from sysdag.components.language.beam import diverse_beam_search
 
             sequences, _ = diverse_beam_search(model, ids, mask, **options)
         else:

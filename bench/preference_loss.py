@@ -1,8 +1,8 @@
 """preference_loss, forward and backward, against plain torch: `python -m bench preference_loss`.
 
 The peers are the op's own reference in eager torch (loss and coefficients), and `candidate_log_sum` with the loss of
-`sysdag.objective` (`objective`: the loss alone, its index prepared). A time is one of `in a row` calls: of a single
-call between calls of the others, the larger part is spent on the processor's cold caches.
+`sysdag.objectives.losses` (`objective`: the loss alone, its index prepared). A time is one of `in a row` calls: of a
+single call between calls of the others, the larger part is spent on the processor's cold caches.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench import measure
-from sysdag.objective import candidate_log_sum
+from sysdag.objectives import candidate_log_sum
 from sysdag.ops import preference_loss
 from sysdag.ops.preference_loss import preference_loss_reference
 

@@ -14,14 +14,12 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from sysdag import Input, System, node
-from sysdag.candidates import Candidates, MonteCarlo
-from sysdag.comparison import SamplingComparison
 from sysdag.components import CausalLM
 from sysdag.data import encode_pairs
-from sysdag.engine import SystemModel
-from sysdag.likelihood import aligned
-from sysdag.options import EngineOptions, ObjectiveOptions
-from sysdag.replay import accumulate_gradients
+from sysdag.engine import SystemModel, accumulate_gradients
+from sysdag.execution.likelihood import aligned
+from sysdag.objectives import Candidates, EngineOptions, MonteCarlo, ObjectiveOptions
+from sysdag.objectives.comparison import SamplingComparison
 
 BETA = 0.1
 

@@ -11,10 +11,9 @@ import torch
 
 from bench import measure
 from sysdag import DiverseBeamSearch, ImportanceSampling, Input, MonteCarlo, System, node
-from sysdag.candidates import CandidateStrategy
 from sysdag.components import Tabular
-from sysdag.execute import fill
-from sysdag.objective import candidate_log_sum
+from sysdag.execution import fill
+from sysdag.objectives import CandidateStrategy, candidate_log_sum
 from sysdag.theory import check_alignment, enumerate_outcomes
 
 INPUTS = {"x": ["a", "b"]}

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import matplotlib
 
-from sysdag import render
-from sysdag.loading import load_system
+from sysdag.graph import render
+from sysdag.saving import load_system
 
 FOLDER = Path(__file__).with_name("pictures")
 SYSTEMS = Path(__file__).parents[1] / "examples" / "systems"

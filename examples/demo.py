@@ -22,7 +22,7 @@ from examples.experiment import Experiment, align, measure, paired_bootstrap, pr
 from examples.experiments import QUICK, Size, order_digits, sort_letters
 from examples.pictures import plot_training
 from sysdag import System
-from sysdag.render import draw
+from sysdag.graph import draw
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:

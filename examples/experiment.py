@@ -11,7 +11,7 @@ import numpy
 from transformers import PrinterCallback, TrainerCallback
 
 from sysdag import SysDPOConfig, SysDPOTrainer, System, Trace
-from sysdag.candidates import CandidateStrategy
+from sysdag.objectives import CandidateStrategy
 
 Scores = Callable[[Trace], numpy.ndarray]
 

@@ -1,41 +1,80 @@
-"""sysdag: define compound AI systems as graphs, and align all of their models jointly (SysDPO, arXiv 2502.17721)."""
+"""sysdag: define compound AI systems as graphs, and align all of their models jointly (SysDPO, arXiv 2502.17721).
+
+Each package hands on its public names in the same way: they load on first use (PEP 562), so importing sysdag loads
+neither torch nor transformers nor diffusers.
+"""
 
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sysdag.candidates import DiverseBeamSearch, Exhaustive, ImportanceSampling, MonteCarlo
-    from sysdag.component import Component
-    from sysdag.config import SysDPOConfig
+    from sysdag.components.component import Component
     from sysdag.errors import DataError, GraphError, PlanError, SerializationError, SysdagError, TrainingError
-    from sysdag.graph import Edge, Input, Node, System, loop, node
-    from sysdag.plan import Plan
-    from sysdag.trace import Draw, Trace
-    from sysdag.trainer import SysDPOTrainer
+    from sysdag.graph.loops import loop
+    from sysdag.graph.plan import Plan
+    from sysdag.graph.system import System
+    from sysdag.graph.variables import Edge, Input, Node, node
+    from sysdag.objectives.candidates import DiverseBeamSearch, Exhaustive, ImportanceSampling, MonteCarlo
+    from sysdag.traces.cells import Draw
+    from sysdag.traces.trace import Trace
+    from sysdag.training.config import SysDPOConfig
+    from sysdag.training.trainer import SysDPOTrainer
 
-_MODULES = {
-    "candidates": ("DiverseBeamSearch", "Exhaustive", "ImportanceSampling", "MonteCarlo"),
-    "component": ("Component",),
-    "config": ("SysDPOConfig",),
-    "errors": ("DataError", "GraphError", "PlanError", "SerializationError", "SysdagError", "TrainingError"),
-    "graph": ("Edge", "Input", "Node", "System", "loop", "node"),
-    "plan": ("Plan",),
-    "trace": ("Draw", "Trace"),
-    "trainer": ("SysDPOTrainer",),
-}
-_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 __all__ = [
-    "Component", "DataError", "DiverseBeamSearch", "Draw", "Edge", "Exhaustive", "GraphError",
-    "ImportanceSampling", "Input", "MonteCarlo", "Node", "Plan",
-    "PlanError", "SerializationError", "SysDPOConfig", "SysDPOTrainer", "SysdagError", "System", "Trace",
-    "TrainingError", "loop", "node",
-]  # fmt: skip
+    "Component",
+    "DataError",
+    "DiverseBeamSearch",
+    "Draw",
+    "Edge",
+    "Exhaustive",
+    "GraphError",
+    "ImportanceSampling",
+    "Input",
+    "MonteCarlo",
+    "Node",
+    "Plan",
+    "PlanError",
+    "SerializationError",
+    "SysDPOConfig",
+    "SysDPOTrainer",
+    "SysdagError",
+    "System",
+    "Trace",
+    "TrainingError",
+    "loop",
+    "node",
+]
 __version__ = "0.1.0"
 
 
-def __getattr__(name: str) -> Any:
-    if name in _MODULE_OF:
-        return getattr(importlib.import_module(f"sysdag.{_MODULE_OF[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+def exports(package: str, modules: Mapping[str, Sequence[str]]) -> Callable[[str], Any]:
+    """The `__getattr__` of a package whose public names are in the given modules of it."""
+    module_of = {name: f"{package}.{module}" for module, names in modules.items() for name in names}
+
+    def __getattr__(name: str) -> Any:
+        if name in module_of:
+            return getattr(importlib.import_module(module_of[name]), name)
+        raise AttributeError(f"module {package!r} has no attribute {name!r}")
+
+    return __getattr__
+
+
+__getattr__ = exports(
+    __name__,
+    {
+        "components.component": ["Component"],
+        "errors": ["DataError", "GraphError", "PlanError", "SerializationError", "SysdagError", "TrainingError"],
+        "graph.loops": ["loop"],
+        "graph.plan": ["Plan"],
+        "graph.system": ["System"],
+        "graph.variables": ["Edge", "Input", "Node", "node"],
+        "objectives.candidates": ["DiverseBeamSearch", "Exhaustive", "ImportanceSampling", "MonteCarlo"],
+        "traces.cells": ["Draw"],
+        "traces.trace": ["Trace"],
+        "training.config": ["SysDPOConfig"],
+        "training.trainer": ["SysDPOTrainer"],
+    },
+)

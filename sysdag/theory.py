@@ -18,15 +18,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sysdag.candidates import Candidates, CandidateStrategy
-from sysdag.components.discrete import Discrete
+from sysdag.components.discrete.values import Discrete
 from sysdag.errors import PlanError
-from sysdag.execute import fill
-from sysdag.graph import System
-from sysdag.likelihood import log_probs
-from sysdag.objective import candidate_log_sum
-from sysdag.plan import Objective, Plan
-from sysdag.trace import Trace
+from sysdag.execution.execute import fill
+from sysdag.execution.likelihood import log_probs
+from sysdag.graph.plan import Objective, Plan
+from sysdag.graph.system import System
+from sysdag.objectives.candidates import Candidates, CandidateStrategy
+from sysdag.objectives.losses import candidate_log_sum
+from sysdag.traces.trace import Trace
 
 Reward = Callable[[Mapping[str, Any], Mapping[str, Any]], float]
 

@@ -10,10 +10,10 @@ from tiny_diffusion import clip, word_tokenizer
 
 from sysdag import Input, System, node
 from sysdag.components import Diffusion
-from sysdag.data import encode_pairs
-from sysdag.engine import SystemModel
-from sysdag.options import EngineOptions, ObjectiveOptions
-from sysdag.replay import accumulate_gradients
+from sysdag.data.preferences import encode_pairs
+from sysdag.engine.replay import accumulate_gradients
+from sysdag.engine.step import SystemModel
+from sysdag.objectives.options import EngineOptions, ObjectiveOptions
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 

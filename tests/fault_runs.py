@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 
 from sysdag import DiverseBeamSearch, SysdagError, SysDPOConfig, SysDPOTrainer
 from sysdag.components import CausalLM
-from sysdag.run_files import LOG_FILE, RUN_FILE
+from sysdag.files.run_files import LOG_FILE, RUN_FILE
 
 STEPS = 6
 CASES = {

@@ -10,7 +10,8 @@ from urllib.parse import urlsplit
 
 import httpx
 
-from sysdag.trace import Draw, Trace
+from sysdag.traces.cells import Draw
+from sysdag.traces.trace import Trace
 
 
 def runs(prompts=5, each=2, *, text="draft {run} of {prompt}"):

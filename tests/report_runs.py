@@ -1,4 +1,4 @@
-"""Folders of trainings as `sysdag.run_record` writes them, with numbers made up by the tests."""
+"""Folders of trainings as `sysdag.training.run_record` writes them, with numbers made up by the tests."""
 
 import json
 import math

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from hypothesis import strategies as st
 from systems import Fake, node_of
 
-from sysdag.graph import Input, Node, System
+from sysdag.graph.system import System
+from sysdag.graph.variables import Input, Node
 
 
 @dataclass(frozen=True, eq=False)

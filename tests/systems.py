@@ -3,7 +3,8 @@
 import inspect
 from collections.abc import Iterable
 
-from sysdag.graph import Edge, Input, Node, System, node
+from sysdag.graph.system import System
+from sysdag.graph.variables import Edge, Input, Node, node
 
 
 class Fake:

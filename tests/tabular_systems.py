@@ -10,7 +10,8 @@ import torch
 from hypothesis import strategies as st
 
 from sysdag.components import Categorical, Tabular
-from sysdag.graph import Input, Node, System, node
+from sysdag.graph.system import System
+from sysdag.graph.variables import Input, Node, node
 
 VALUES = "uvwyz"
 

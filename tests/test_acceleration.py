@@ -11,9 +11,9 @@ from trained_systems import rows, two_llms
 
 from sysdag import Input, PlanError, SysDPOConfig, SysDPOTrainer, System, node
 from sysdag.components import CausalLM, Tabular
-from sysdag.engine import SystemModel
-from sysdag.memory import SavedBytes
-from sysdag.options import ObjectiveOptions
+from sysdag.components.memory import SavedBytes
+from sysdag.engine.step import SystemModel
+from sysdag.objectives.options import ObjectiveOptions
 
 
 @pytest.mark.parametrize("engine", ["one_pass", "two_pass"])

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from sysdag.beam import _in_place, diverse_beam_search, diverse_beam_step
-from sysdag.beam_decoder import _roomy_layer_class
+from sysdag.components.language.beam import _in_place, diverse_beam_search, diverse_beam_step
+from sysdag.components.language.beam_decoder import _roomy_layer_class
 
 FIXTURES = Path(__file__).parent / "fixtures" / "diverse_beam"
 RECORDED = json.loads((FIXTURES / "cases.json").read_text())

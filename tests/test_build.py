@@ -7,7 +7,9 @@ import pytest
 from systems import Fake, edges, node_of
 
 from sysdag.errors import GraphError, SysdagError
-from sysdag.graph import Edge, Edges, Input, Node, System, loop, node
+from sysdag.graph.loops import loop
+from sysdag.graph.system import System
+from sysdag.graph.variables import Edge, Edges, Input, Node, node
 
 x, y = Input("x"), Input("y")
 

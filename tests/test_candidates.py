@@ -5,8 +5,8 @@ import torch
 from tiny import char_tokenizer, llama
 
 from sysdag import DiverseBeamSearch, Input, MonteCarlo, PlanError, System, node
-from sysdag.candidates import distinct_ngrams
 from sysdag.components import CausalLM, Opaque, Tabular
+from sysdag.objectives.candidates import distinct_ngrams
 
 X = Input("x")
 FIRST = Tabular({"a": {"p": 0.6, "q": 0.3, "r": 0.1}, "b": {"p": 0.05, "q": 0.05, "r": 0.9}})

@@ -117,7 +117,7 @@ def test_a_prompt_is_tokenised_once_and_its_ids_are_the_callers_own(monkeypatch)
 
 
 def test_only_the_latest_prompts_are_remembered(monkeypatch):
-    monkeypatch.setattr("sysdag.components.prompts.REMEMBERED", 2)
+    monkeypatch.setattr("sysdag.components.language.prompts.REMEMBERED", 2)
     lm = CausalLM(llama(), char_tokenizer())
     asked = counted(lm.tokenizer, monkeypatch)
     lm.prompt_ids(["a", "b", "a", "ab", "a", "b"])  # "b", the one longest unused, is forgotten for "ab"

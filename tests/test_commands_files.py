@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from sysdag.cli import app
 from sysdag.commands.files import check_output
 from sysdag.errors import RunError, SysdagError
-from sysdag.running import LocalEngine, Runs
+from sysdag.execution.batches import LocalEngine, Runs
 
 SYSTEM = f"{Path(sampled_systems.__file__)}:looped"
 JUDGE = "def score(run):\n    raise AssertionError('it must not come to this')\n"

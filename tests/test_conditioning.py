@@ -25,9 +25,9 @@ from tiny_diffusion import (
     word_tokenizer,
 )
 
-from sysdag.components.forward_process import DiffusionNoise
+from sysdag.components.diffusion.forward_process import DiffusionNoise
 from sysdag.errors import DataError, PlanError
-from sysdag.trace import Draw
+from sysdag.traces.cells import Draw
 
 
 def scored_by_hand(component, draws, noise, **arguments):

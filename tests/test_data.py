@@ -8,10 +8,10 @@ from tiny import char_tokenizer, llama
 
 from sysdag import DataError, Input, SysDPOConfig, SysDPOTrainer, System, Trace, node
 from sysdag.components import CausalLM, Tabular
-from sysdag.data import collate, encode_pairs
-from sysdag.pairs import preference_row, write_pairs
-from sysdag.readers import read_rows
-from sysdag.trace import Draw
+from sysdag.data.preferences import collate, encode_pairs
+from sysdag.traces.cells import Draw
+from sysdag.traces.pairs import preference_row, write_pairs
+from sysdag.traces.readers import read_rows
 
 X = Input("question")
 SIDES = ("chosen", "rejected")

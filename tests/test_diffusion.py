@@ -43,9 +43,10 @@ from tiny_diffusion import (
 )
 from torch import nn
 
-from sysdag.components.forward_process import DiffusionNoise
+from sysdag.components.diffusion.forward_process import DiffusionNoise
 from sysdag.errors import DataError, PlanError
-from sysdag.trace import Draw, Trace
+from sysdag.traces.cells import Draw
+from sysdag.traces.trace import Trace
 
 # The score
 

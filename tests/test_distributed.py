@@ -20,10 +20,10 @@ from torch.distributed.fsdp import fully_shard
 from trained_systems import rows
 
 from sysdag import PlanError, SysDPOConfig, SysDPOTrainer
-from sysdag.engine import SystemModel
-from sysdag.options import EngineOptions, ObjectiveOptions
-from sysdag.run_files import read_log
-from sysdag.serialization import load_weights
+from sysdag.engine.step import SystemModel
+from sysdag.files.run_files import read_log
+from sysdag.objectives.options import EngineOptions, ObjectiveOptions
+from sysdag.saving.serialization import load_weights
 
 WORKER = Path(distributed_worker.__file__)
 

@@ -34,7 +34,7 @@ from typer.testing import CliRunner
 import sysdag
 import sysdag.components
 from sysdag.cli import app
-from sysdag.loading import load_system
+from sysdag.saving.loading import load_system
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -270,5 +270,5 @@ def test_the_site_builds_strictly_and_asks_no_other_server(tmp_path):
         assert not fetched, (page, fetched)
         assert 'class="mermaid"' not in text  # its renderer would come from another server
     reference = (tmp_path / "site" / "api" / "graph" / "index.html").read_text(encoding="utf-8")
-    assert 'id="sysdag.graph.loop"' in reference
+    assert 'id="sysdag.graph.loops.loop"' in reference
     assert "Unrolls a feedback loop into visits that share weights" in reference

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as st_numpy
 from PIL import Image
 
-from sysdag.encoding import decode_json, decode_value, encode_json, encode_value
 from sysdag.errors import DataError
+from sysdag.files.encoding import decode_json, decode_value, encode_json, encode_value
 
 
 def round_trip(value):

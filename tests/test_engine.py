@@ -8,9 +8,9 @@ from tiny import char_tokenizer, llama
 
 from sysdag import DiverseBeamSearch, ImportanceSampling, Input, MonteCarlo, PlanError, System, TrainingError, node
 from sysdag.components import CausalLM, Opaque, Tabular
-from sysdag.data import encode_pairs
-from sysdag.engine import SystemModel
-from sysdag.options import EngineOptions, NodeOptions, ObjectiveOptions
+from sysdag.data.preferences import encode_pairs
+from sysdag.engine.step import SystemModel
+from sysdag.objectives.options import EngineOptions, NodeOptions, ObjectiveOptions
 
 QUESTION = Input("question")
 ONE_PASS = EngineOptions(engine="one_pass")  # the loss carries the graph
@@ -124,7 +124,7 @@ class FixedDrafts(MonteCarlo):
     drafts = (("y", "n0", ""), ("a", "bb"))
 
     def _paths(self, plan, rows, latents, generator):
-        from sysdag.candidates import Candidates
+        from sysdag.objectives.candidates import Candidates
 
         prompt = tuple(p for p, drafts in enumerate(self.drafts) for _ in drafts)
         draws = plan.system["draft"].component.observe([d for drafts in self.drafts for d in drafts])

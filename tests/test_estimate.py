@@ -18,8 +18,8 @@ from tiny import char_tokenizer, llama
 from tiny_diffusion import clip, from_text, pooled, scheduler_of, sd3, text_unet, word_tokenizer
 
 from sysdag import Input, PlanError, System, node
-from sysdag.component import Component
 from sysdag.components import CausalLM, Diffusion, Tabular
+from sysdag.components.component import Component
 from sysdag.ops import _dispatch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))

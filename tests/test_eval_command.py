@@ -9,17 +9,19 @@ from judge_server import JudgeServer
 from PIL import Image
 from typer.testing import CliRunner
 
-from sysdag import statistics
 from sysdag.cli import app
 from sysdag.components import Opaque
 from sysdag.errors import DataError, JudgeError
-from sysdag.evaluation import evaluate, match
-from sysdag.evaluation_runs import chosen_runs, held_out
-from sysdag.graph import Input, System, node
-from sysdag.judges import ColumnScore, FunctionScore, function_judge
-from sysdag.loading import load_system
-from sysdag.readers import read_rows
-from sysdag.trace import Draw, Trace
+from sysdag.evaluation import statistics
+from sysdag.evaluation.evaluation_runs import chosen_runs, held_out
+from sysdag.evaluation.judges import ColumnScore, FunctionScore, function_judge
+from sysdag.evaluation.measures import evaluate, match
+from sysdag.graph.system import System
+from sysdag.graph.variables import Input, node
+from sysdag.saving.loading import load_system
+from sysdag.traces.cells import Draw
+from sysdag.traces.readers import read_rows
+from sysdag.traces.trace import Trace
 
 SYSTEM = """
 from sysdag import Input, System, node
@@ -328,8 +330,8 @@ def test_a_single_prompt_has_no_bounds():
 
 def test_an_answer_that_cannot_be_read_is_left_out():
     answers = iter(["VERDICT: A", "VERDICT: B", "no idea", "VERDICT: B"])
-    from sysdag.endpoint import Endpoint
-    from sysdag.endpoint_judge import EndpointJudge
+    from sysdag.evaluation.endpoint import Endpoint
+    from sysdag.evaluation.endpoint_judge import EndpointJudge
 
     matched = match(traces([1, 2], ["a", "b"]), traces([3, 4], ["a", "b"]))
     with JudgeServer(lambda text: next(answers)) as server:

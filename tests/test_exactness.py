@@ -25,8 +25,8 @@ from sysdag import (
     node,
 )
 from sysdag.components import CausalLM, Tabular
-from sysdag.execute import fill
-from sysdag.objective import candidate_log_sum, certificate
+from sysdag.execution.execute import fill
+from sysdag.objectives.losses import candidate_log_sum, certificate
 
 EXAMPLES = settings(max_examples=60)
 

@@ -12,8 +12,8 @@ from tiny import shorten_completions
 pytest.importorskip("peft")
 
 from sysdag import System
-from sysdag.likelihood import log_probs
-from sysdag.loading import load_system
+from sysdag.execution.likelihood import log_probs
+from sysdag.saving.loading import load_system
 
 FOLDER = Path(__file__).parents[1] / "examples" / "systems"
 TRAINED = {

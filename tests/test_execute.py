@@ -6,8 +6,8 @@ import torch
 
 from sysdag import DataError, Draw, Input, PlanError, System, Trace, loop, node
 from sysdag.components import Opaque, Tabular
-from sysdag.execute import fill, sample
-from sysdag.likelihood import log_probs
+from sysdag.execution.execute import fill, sample
+from sysdag.execution.likelihood import log_probs
 
 X = Input("x")
 COIN = Tabular({"a": {"h": 0.9, "t": 0.1}, "b": {"h": 0.2, "t": 0.8}})

@@ -9,7 +9,10 @@ import systems
 from systems import Equal, Fake, critic, draft, edges, node_of, question, rewrite, words
 
 from sysdag.errors import GraphError
-from sysdag.graph import Edge, Input, Node, System, function_path, import_function, loop, natural_key, node, parameters
+from sysdag.graph.import_path import function_path
+from sysdag.graph.loops import loop
+from sysdag.graph.system import System
+from sysdag.graph.variables import Edge, Input, Node, import_function, natural_key, node, parameters
 
 x = Input("x")
 

@@ -14,11 +14,12 @@ from typer.testing import CliRunner
 
 from sysdag.cli import app
 from sysdag.commands.judge_options import chosen_judge
-from sysdag.judges import FunctionScore, function_judge
-from sysdag.ranking import Judged, choose_pairs, judge_runs, schedule
-from sysdag.readers import read_rows
-from sysdag.trace import Draw, Trace
-from sysdag.verdicts import Verdict
+from sysdag.evaluation.judges import FunctionScore, function_judge
+from sysdag.evaluation.ranking import Judged, choose_pairs, judge_runs, schedule
+from sysdag.evaluation.verdicts import Verdict
+from sysdag.traces.cells import Draw
+from sysdag.traces.readers import read_rows
+from sysdag.traces.trace import Trace
 
 FUNCTIONS = """
 def length(run):

@@ -13,14 +13,15 @@ from hypothesis import strategies as st
 from judge_server import JudgeServer, prefer_longer, responses
 from PIL import Image
 
-from sysdag import endpoint
-from sysdag.endpoint import Answer, Endpoint, api_key_of
-from sysdag.endpoint_judge import EndpointJudge
 from sysdag.errors import JudgeError, LoadingError
-from sysdag.judge_prompt import TEMPLATE, check_template, message, named_parts, read_verdict
-from sysdag.judges import ColumnScore, ComparingJudge, ScoringJudge, function_judge, runs_of, same_outputs
-from sysdag.trace import Draw, Trace
-from sysdag.verdicts import SAME, Verdict, consistency
+from sysdag.evaluation import endpoint
+from sysdag.evaluation.endpoint import Answer, Endpoint, api_key_of
+from sysdag.evaluation.endpoint_judge import EndpointJudge
+from sysdag.evaluation.judge_prompt import TEMPLATE, check_template, message, named_parts, read_verdict
+from sysdag.evaluation.judges import ColumnScore, ComparingJudge, ScoringJudge, function_judge, runs_of, same_outputs
+from sysdag.evaluation.verdicts import SAME, Verdict, consistency
+from sysdag.traces.cells import Draw
+from sysdag.traces.trace import Trace
 
 KEY = "sk-never-to-be-seen-0123456789"
 

@@ -22,8 +22,9 @@ from sysdag.labelling.app import create_app
 from sysdag.labelling.guard import Access
 from sysdag.labelling.session import open_labels
 from sysdag.labelling.view import view_of
-from sysdag.readers import read_rows
-from sysdag.trace import Draw, Trace
+from sysdag.traces.cells import Draw
+from sysdag.traces.readers import read_rows
+from sysdag.traces.trace import Trace
 
 HOST = "127.0.0.1:8765"
 ORIGIN = f"http://{HOST}"

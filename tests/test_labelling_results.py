@@ -14,8 +14,8 @@ from sysdag.labelling.agreement import cohen_kappa, krippendorff_alpha
 from sysdag.labelling.export import export, majority, write_export
 from sysdag.labelling.session import open_labels
 from sysdag.labelling.summary import summarize
-from sysdag.readers import read_rows
-from sysdag.trace import Draw
+from sysdag.traces.cells import Draw
+from sysdag.traces.readers import read_rows
 
 LABELS = st.lists(st.tuples(st.sampled_from("abc"), st.sampled_from("abc")), min_size=1, max_size=12)
 

@@ -13,7 +13,8 @@ from sysdag.labelling import store as store_module
 from sysdag.labelling.pairing import fingerprint, pair_runs
 from sysdag.labelling.session import open_labels
 from sysdag.labelling.store import LabelStore
-from sysdag.trace import Draw, Trace
+from sysdag.traces.cells import Draw
+from sysdag.traces.trace import Trace
 
 ANSWER = ("answer",)
 

@@ -6,7 +6,8 @@ from peft import LoraConfig, get_peft_model
 from tiny import char_tokenizer, llama
 from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, GPT2Config, GraniteConfig
 
-from sysdag.components import CausalLM, language_head
+from sysdag.components import CausalLM
+from sysdag.components.language import language_head
 
 PROMPTS = ["ab", "a longer prompt than that", "z?"]
 SIZES = dict(

@@ -7,7 +7,7 @@ import pytest
 
 from sysdag.components import CausalLM
 from sysdag.errors import LoadingError
-from sysdag.loading import load_function, load_system
+from sysdag.saving.loading import load_function, load_system
 
 SYSTEM = """
 from sysdag import Input, System, node

@@ -20,13 +20,14 @@ from tiny_diffusion import plain_unet, scheduler_of
 
 from sysdag import DataError, Input, System, node
 from sysdag.components import CausalLM, Diffusion, Tabular
-from sysdag.data import PreferencePair, encode_pairs
-from sysdag.encoding import encode_value
-from sysdag.pairs import write_pairs
-from sysdag.readers import read_all, read_rows
-from sysdag.row_format import encode_row_value
-from sysdag.trace import Draw, Trace
-from sysdag.validation import validate_rows
+from sysdag.data.preferences import PreferencePair, encode_pairs
+from sysdag.data.validation import validate_rows
+from sysdag.files.encoding import encode_value
+from sysdag.traces.cells import Draw
+from sysdag.traces.pairs import write_pairs
+from sysdag.traces.readers import read_all, read_rows
+from sysdag.traces.row_format import encode_row_value
+from sysdag.traces.trace import Trace
 
 PROMPT = Input("prompt")
 

@@ -10,9 +10,9 @@ from tiny_diffusion import drift, from_text, images, seed
 
 from sysdag import DiverseBeamSearch, Input, PlanError, System, node
 from sysdag.components import CausalLM
-from sysdag.data import encode_pairs
-from sysdag.engine import SystemModel
-from sysdag.options import EngineOptions, NodeOptions, ObjectiveOptions
+from sysdag.data.preferences import encode_pairs
+from sysdag.engine.step import SystemModel
+from sysdag.objectives.options import EngineOptions, NodeOptions, ObjectiveOptions
 
 PROMPT = Input("prompt")
 CAPTIONS = {"chosen": ["a dark square", "light circle"], "rejected": ["a circle", "dark", "a light square"]}

@@ -19,9 +19,9 @@ from transformers import Trainer
 
 from sysdag import DiverseBeamSearch, Input, SerializationError, SysDPOTrainer, System, TrainingError, node
 from sysdag.components import Categorical, CausalLM
-from sysdag.hub import local_folder
-from sysdag.model_card import MARK, _table, write_card
-from sysdag.run_files import read_log, read_run
+from sysdag.files.hub import local_folder
+from sysdag.files.run_files import read_log, read_run
+from sysdag.saving.model_card import MARK, _table, write_card
 
 
 def trained(folder, **options):

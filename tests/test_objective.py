@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sysdag.objective import (
+from sysdag.objectives.losses import (
     LOSSES,
     PairScores,
     candidate_log_sum,

@@ -9,11 +9,12 @@ from any_values import draws, same, values
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sysdag.data import encode_pairs
+from sysdag.data.preferences import encode_pairs
 from sysdag.errors import DataError
-from sysdag.pairs import output_names, preference_row, runs_by_input, write_pairs
-from sysdag.readers import read_rows
-from sysdag.trace import Draw, Trace
+from sysdag.traces.cells import Draw
+from sysdag.traces.pairs import output_names, preference_row, runs_by_input, write_pairs
+from sysdag.traces.readers import read_rows
+from sysdag.traces.trace import Trace
 
 TRACE = Trace(
     {"x": ["p", "q", "p", 1, True, 1.0], "y": [0] * 6},

@@ -13,7 +13,9 @@ from strategies import Blueprint, blueprints
 from systems import Fake, critic, draft, node_of, question, rewrite, words
 
 from sysdag.errors import PlanError
-from sysdag.graph import Edge, Input, System, loop
+from sysdag.graph.loops import loop
+from sysdag.graph.system import System
+from sysdag.graph.variables import Edge, Input
 
 thorough = settings(max_examples=150, deadline=None)
 x = Input("x")

@@ -9,9 +9,9 @@ from PIL import Image
 from tiny import char_tokenizer, llama
 from typer.testing import CliRunner
 
-from sysdag import outline
 from sysdag.cli import app
-from sysdag.loading import load_system
+from sysdag.graph import outline
+from sysdag.saving.loading import load_system
 
 SYSTEM = """
 from pathlib import Path
@@ -183,7 +183,7 @@ def test_files_hold_what_is_printed(systems, tmp_path):
 def test_a_failed_picture_leaves_the_older_file(systems, tmp_path, monkeypatch):
     path = tmp_path / "graph.png"
     path.write_text("older")
-    monkeypatch.setattr("sysdag.render.draw", lambda plan, path: path.write_text("half") and 1 / 0)
+    monkeypatch.setattr("sysdag.graph.render.draw", lambda plan, path: path.write_text("half") and 1 / 0)
     result = CliRunner().invoke(app, ["plan", f"{systems}:looped", "--output", str(path)])
     assert isinstance(result.exception, ZeroDivisionError)
     assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("graph.png", "older")]

@@ -26,8 +26,9 @@ from transformers import (
 )  # fmt: skip
 
 from sysdag import Draw
-from sysdag.components import CausalLM, language_head
-from sysdag.components.prefix_scorer import PrefixScorer, obstacle
+from sysdag.components import CausalLM
+from sysdag.components.language import language_head
+from sysdag.components.language.prefix_scorer import PrefixScorer, obstacle
 
 GPT2 = dict(vocab_size=45, n_embd=32, n_layer=2, n_head=4, n_positions=128, bos_token_id=None)
 NO_HEAD_DIM = {name: value for name, value in SIZES.items() if name not in ("num_key_value_heads", "head_dim")}

@@ -14,8 +14,8 @@ from trained_systems import two_llms
 from sysdag import Input, PlanError, System, node
 from sysdag.components import Opaque
 from sysdag.errors import RunError, SysdagError
-from sysdag.ray_engine import RayEngine, _connected
-from sysdag.running import run
+from sysdag.execution.ray_engine import RayEngine, _connected
+from sysdag.execution.running import run
 
 ray = pytest.importorskip("ray")
 LOOPED = sampled_systems.looped.compile()

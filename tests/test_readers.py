@@ -13,8 +13,8 @@ import pytest
 from PIL import Image
 
 from sysdag.errors import DataError
-from sysdag.readers import read_all, read_rows, rows_of
-from sysdag.trace import Draw
+from sysdag.traces.cells import Draw
+from sysdag.traces.readers import read_all, read_rows, rows_of
 
 ROWS = [
     {"prompt": "größer", "chosen": "a\nb", "rejected": "", "n": 1},

@@ -16,21 +16,13 @@ from tiny_diffusion import LORA, drift, from_text, images, text_unet
 from trained_systems import answer_prompt, draft_prompt, question, rows, two_llms
 from transformers import AutoModelForCausalLM
 
-from sysdag import (
-    DiverseBeamSearch,
-    Exhaustive,
-    PlanError,
-    SerializationError,
-    SysDPOTrainer,
-    System,
-    node,
-)
+from sysdag import DiverseBeamSearch, Exhaustive, PlanError, SerializationError, SysDPOTrainer, System, node
 from sysdag.components import Categorical, CausalLM, adapter
-from sysdag.data import encode_pairs
-from sysdag.engine import SystemModel
-from sysdag.options import EngineOptions, NodeOptions, ObjectiveOptions, ReferenceOptions
-from sysdag.precompute import weights_hash
-from sysdag.references import precompute
+from sysdag.data.preferences import encode_pairs
+from sysdag.engine.precompute import weights_hash
+from sysdag.engine.step import SystemModel
+from sysdag.objectives.options import EngineOptions, NodeOptions, ObjectiveOptions, ReferenceOptions
+from sysdag.training.references import precompute
 
 PROMPTS = ["ab", "a longer prompt than that", "z?"]
 TEXTS = ["x1", "", "some more"]
@@ -428,7 +420,7 @@ def observed(system, name, row, side):
 def test_the_reference_never_runs_in_training_once_its_scores_are_stored(tmp_path, monkeypatch):
     _, trainer = trained_llms(tmp_path, "stored", precompute_ref_log_probs=True)
     trainer.evaluate()
-    from sysdag import scoring
+    from sysdag.engine import scoring
 
     def never(batch, reference):
         raise AssertionError("the reference ran")
@@ -444,7 +436,7 @@ def test_stored_scores_are_reused_and_those_of_something_else_are_refused(tmp_pa
     trainer.train()
     _, trainer = trained_llms(tmp_path, "run", **options)
     with monkeypatch.context() as patched:
-        patched.setattr("sysdag.references.compute", None)
+        patched.setattr("sysdag.training.references.compute", None)
         trainer.evaluate()
 
     def refused(match, change=lambda system: None, count=12):

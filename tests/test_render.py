@@ -10,8 +10,10 @@ from PIL import Image
 from strategies import blueprints
 from systems import Fake, critic, draft, node_of, question, rewrite, words
 
-from sysdag import render
-from sysdag.graph import Input, System, loop
+from sysdag.graph import render
+from sysdag.graph.loops import loop
+from sysdag.graph.system import System
+from sysdag.graph.variables import Input
 
 
 @pytest.fixture
@@ -148,8 +150,8 @@ def test_draw_takes_the_format_from_the_name(plan, tmp_path):
 
 def test_plans_need_neither_torch_nor_matplotlib():
     code = (
-        "import sys, sysdag.serialization\n"
-        "from sysdag.graph import Input, System, node\n"
+        "import sys, sysdag.saving.serialization\n"
+        "from sysdag.graph.variables import Input, System, node\n"
         "plan = System(Input('x') >> node(name='a')(lambda x: x)).compile()\n"
         "str(plan), plan.to_mermaid(), plan.to_dot(), plan.to_networkx()\n"
         "print(sorted({'torch', 'matplotlib', 'transformers'} & set(sys.modules)))"

@@ -150,7 +150,7 @@ def test_boxes_do_not_overlap_and_arrows_point_down(topology):
 def test_the_topology_of_a_recorded_system_is_that_of_its_plan():
     from trained_systems import two_llms
 
-    from sysdag.serialization import system_to_dict
+    from sysdag.saving.serialization import system_to_dict
 
     plan = two_llms().compile()
     topology = Topology.of(system_to_dict(plan.system))

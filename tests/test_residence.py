@@ -12,12 +12,12 @@ from tiny_diffusion import seed
 from trained_systems import rows, two_llms
 
 from sysdag import SysDPOConfig, SysDPOTrainer
-from sysdag.component import Component
 from sysdag.components import CausalLM
-from sysdag.engine import SystemModel
+from sysdag.components.component import Component
+from sysdag.components.residence import Residence
+from sysdag.engine.step import SystemModel
 from sysdag.errors import PlanError
-from sysdag.options import EngineOptions
-from sysdag.residence import Residence
+from sysdag.objectives.options import EngineOptions
 
 
 def frozen_of(component):
@@ -98,7 +98,7 @@ def trained(folder, *, offload_idle, **options):
 def test_a_training_ends_in_the_weights_it_has_without(tmp_path, options, caplog):
     options = options | {"nodes": {"answer": {"trainable": False}}} if options else options
     kept = trained(tmp_path / "kept", offload_idle=False, **options)
-    with caplog.at_level(logging.WARNING, logger="sysdag.residence"):
+    with caplog.at_level(logging.WARNING, logger="sysdag.components.residence"):
         moved = trained(tmp_path / "moved", offload_idle=True, **options)
     assert "offload_idle=True only takes time here" in caplog.text
     for one, other in (

@@ -15,24 +15,15 @@ from fault_runs import TrainerCallback
 from test_trainer import config, log_of, lora, weights
 from trained_systems import rows, two_llms
 
-from sysdag import (
-    DiverseBeamSearch,
-    MonteCarlo,
-    PlanError,
-    SysDPOConfig,
-    SysDPOTrainer,
-    System,
-    Trace,
-    TrainingError,
-    run_files,
-)
+from sysdag import DiverseBeamSearch, MonteCarlo, PlanError, SysDPOConfig, SysDPOTrainer, System, Trace, TrainingError
 from sysdag.components import CausalLM
-from sysdag.data import PreferencePair, encode_pairs
-from sysdag.replay import accumulate_gradients
-from sysdag.resume import pairs_hash
-from sysdag.run_files import read_log, read_run
-from sysdag.serialization import system_to_dict
-from sysdag.trace import Draw
+from sysdag.data.preferences import PreferencePair, encode_pairs
+from sysdag.engine.replay import accumulate_gradients
+from sysdag.files import run_files
+from sysdag.files.run_files import read_log, read_run
+from sysdag.saving.serialization import system_to_dict
+from sysdag.traces.cells import Draw
+from sysdag.training.resume import pairs_hash
 
 
 def trainer_of(folder, *, system=None, train=None, evaluation=None, callbacks=None, candidates=None, **options):
@@ -267,7 +258,7 @@ def test_a_disk_that_fails_under_the_record_is_reported_once_and_training_ends_w
     with caplog.at_level(logging.WARNING, "sysdag"):
         trainer.train()
     assert trainer.state.global_step == 6
-    messages = [record.getMessage() for record in caplog.records if record.name == "sysdag.run_record"]
+    messages = [record.getMessage() for record in caplog.records if record.name == "sysdag.training.run_record"]
     assert len(messages) == 1
     assert f"The record of this run in {tmp_path} is incomplete: OSError: No space left on device" in messages[0]
 

@@ -18,10 +18,11 @@ from typer.testing import CliRunner
 from sysdag import DataError, Input, PlanError, System, Trace, node
 from sysdag.cli import app
 from sysdag.components import CausalLM, Tabular
+from sysdag.data.inputs import inputs_of
 from sysdag.errors import RunError
-from sysdag.inputs import inputs_of
-from sysdag.running import LocalEngine, Runs, generator_of, load, run
-from sysdag.trace_file import TraceFile
+from sysdag.execution.batches import LocalEngine, Runs, generator_of, load
+from sysdag.execution.running import run
+from sysdag.execution.trace_file import TraceFile
 
 SYSTEMS = str(Path(sampled_systems.__file__))
 LOOPED = sampled_systems.looped.compile()

@@ -17,18 +17,20 @@ from hypothesis import given, settings
 from strategies import blueprints
 from systems import Fake, critic, draft, node_of, question, rewrite, words
 
-from sysdag.component import Component
+from sysdag.components.component import Component
 from sysdag.errors import SerializationError
-from sysdag.graph import Input, System, loop, node
-from sysdag.serialization import (
+from sysdag.graph.loops import loop
+from sysdag.graph.source import source_hash
+from sysdag.graph.system import System
+from sysdag.graph.variables import Input, node
+from sysdag.saving.serialization import (
     component_keys,
-    load_system,
     load_weights,
+    read_system,
     save_system,
     system_from_dict,
     system_to_dict,
 )
-from sysdag.source import source_hash
 
 
 class Stored(Component):
@@ -482,7 +484,7 @@ def test_the_functions_at_hand_are_vouched_for(system, tmp_path):
     assert len(caught) == 1
     assert loaded["plan"].function is plan.function
     with pytest.warns(UserWarning, match="Node 'plan'"):  # the others are imported
-        assert load_system(tmp_path, {"plan": plan})["plan"].function is plan.function
+        assert read_system(tmp_path, {"plan": plan})["plan"].function is plan.function
 
 
 def test_one_warning_for_all_visits(system, tmp_path):
@@ -491,7 +493,7 @@ def test_one_warning_for_all_visits(system, tmp_path):
 
     save_system(system, tmp_path)
     with pytest.warns(UserWarning, match="Node 'check'") as caught:
-        loaded = load_system(tmp_path, {"check": check})
+        loaded = read_system(tmp_path, {"check": check})
     assert len(caught) == 1
     assert loaded["check[0]"].function is loaded["check[1]"].function is check
 
@@ -499,7 +501,7 @@ def test_one_warning_for_all_visits(system, tmp_path):
 def test_functions_that_the_saved_system_lacks(system, tmp_path):
     save_system(system, tmp_path)
     with refused("The saved system has no node 'plann'; its nodes are ['check', 'lines', 'plan', 'revise']."):
-        load_system(tmp_path, {"plann": plan.function})
+        read_system(tmp_path, {"plann": plan.function})
 
 
 def test_a_function_given_that_does_not_fit(system, tmp_path):
@@ -508,7 +510,7 @@ def test_a_function_given_that_does_not_fit(system, tmp_path):
         pytest.warns(UserWarning, match="Node 'plan'"),
         refused("form no system. Node 'plan' has the parent 'question', but its function takes ['query']."),
     ):
-        load_system(tmp_path, {"plan": lambda query: query})
+        read_system(tmp_path, {"plan": lambda query: query})
 
 
 MODULE = """

@@ -6,15 +6,9 @@ import scipy.stats
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sysdag import statistics
 from sysdag.errors import DataError
-from sysdag.statistics import (
-    cluster_bootstrap,
-    exact_test,
-    sign_test,
-    wilson_interval,
-    win_rate,
-)
+from sysdag.evaluation import statistics
+from sysdag.evaluation.statistics import cluster_bootstrap, exact_test, sign_test, wilson_interval, win_rate
 
 
 @given(st.integers(1, 300), st.floats(0, 1), st.sampled_from([0.8, 0.95, 0.99]))

@@ -24,7 +24,7 @@ from bench.study.worlds import DigitWorld, ShapeWorld
 from examples.tasks.ordered_digits import in_order, preference_score
 from examples.tasks.sorted_letters import solve
 from sysdag.components import Tabular
-from sysdag.components.images import to_pil
+from sysdag.components.diffusion.images import to_pil
 
 
 @pytest.fixture(autouse=True)

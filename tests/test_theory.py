@@ -242,7 +242,7 @@ def marginals_of(system, x):
             found.append(component.log_prob([(x, "none")], component.observe([z]))[0])
         else:
             trace = drawn.trace.updated({output: component.observe([z]) * len(drawn.prompt)})
-            from sysdag.execute import fill
+            from sysdag.execution.execute import fill
 
             found.append(torch.logsumexp(sum(plan.log_probs(fill(plan, trace)).values()), 0))
     return found

@@ -14,7 +14,8 @@ from any_values import same, traces
 from hypothesis import given, settings
 
 from sysdag.errors import DataError
-from sysdag.trace import Draw, Trace, value_of
+from sysdag.traces.cells import Draw, value_of
+from sysdag.traces.trace import Trace
 
 
 @pytest.fixture

@@ -12,7 +12,8 @@ import pytest
 from any_values import same
 
 from sysdag.errors import DataError
-from sysdag.trace import Draw, Trace
+from sysdag.traces.cells import Draw
+from sysdag.traces.trace import Trace
 
 TRACE = Trace(
     {"question": ["p", "q"], "prompt": [{"a": 1}, None]},

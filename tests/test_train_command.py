@@ -20,8 +20,8 @@ from typer.testing import CliRunner
 from sysdag import DiverseBeamSearch, Exhaustive, MonteCarlo, SysDPOConfig, SysDPOTrainer, System
 from sysdag.cli import app
 from sysdag.errors import OptionError
-from sysdag.run_files import read_log, read_run
-from sysdag.train_options import parse
+from sysdag.files.run_files import read_log, read_run
+from sysdag.training.train_options import parse
 
 MODULE = "system_of_the_train_command"
 SYSTEM = """

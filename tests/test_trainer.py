@@ -10,18 +10,9 @@ from trained_systems import question, rows, two_llms
 from transformers import AutoModelForCausalLM, EarlyStoppingCallback
 from trl import DPOConfig, DPOTrainer
 
-from sysdag import (
-    DataError,
-    DiverseBeamSearch,
-    PlanError,
-    SysDPOConfig,
-    SysDPOTrainer,
-    System,
-    TrainingError,
-    node,
-)
+from sysdag import DataError, DiverseBeamSearch, PlanError, SysDPOConfig, SysDPOTrainer, System, TrainingError, node
 from sysdag.components import CausalLM
-from sysdag.replay import accumulate_gradients
+from sysdag.engine.replay import accumulate_gradients
 
 
 def config(tmp_path, **options):

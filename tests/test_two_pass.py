@@ -16,10 +16,10 @@ from tiny_diffusion import seed
 
 from sysdag import Input, System, TrainingError, loop, node
 from sysdag.components import CausalLM
-from sysdag.data import encode_pairs
-from sysdag.engine import SystemModel
-from sysdag.options import EngineOptions, ObjectiveOptions
-from sysdag.replay import accumulate_gradients
+from sysdag.data.preferences import encode_pairs
+from sysdag.engine.replay import accumulate_gradients
+from sysdag.engine.step import SystemModel
+from sysdag.objectives.options import EngineOptions, ObjectiveOptions
 
 
 def adapted_llms():
@@ -260,7 +260,7 @@ def test_a_single_element_that_does_not_fit_ends_in_a_message(monkeypatch):
 
 
 def test_auto_measures_the_graphs_and_then_takes_one_pass_if_they_fit(monkeypatch):
-    from sysdag import memory
+    from sysdag.components import memory
 
     for free, one_pass in ((10**12, True), (10**4, False)):
         monkeypatch.setattr(memory, "free_bytes", lambda device, free=free: free)
@@ -275,7 +275,7 @@ def test_auto_measures_the_graphs_and_then_takes_one_pass_if_they_fit(monkeypatc
 
 
 def test_measured_bytes_are_those_of_the_graph():
-    from sysdag.memory import SavedBytes
+    from sysdag.components.memory import SavedBytes
 
     a, w = torch.randn(50, 20), torch.nn.Parameter(torch.randn(20, 30))
     with SavedBytes() as saved:

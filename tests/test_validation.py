@@ -12,11 +12,11 @@ from typer.testing import CliRunner
 
 from sysdag import DataError
 from sysdag.cli import app
-from sysdag.component import Component
-from sysdag.data import encode_row
-from sysdag.readers import Row, read_rows
-from sysdag.trace import Draw
-from sysdag.validation import validate_rows
+from sysdag.components.component import Component
+from sysdag.data.preferences import encode_row
+from sysdag.data.validation import validate_rows
+from sysdag.traces.cells import Draw
+from sysdag.traces.readers import Row, read_rows
 
 QUESTIONS = checked_systems.questions.compile()
 PICTURES = checked_systems.pictures.compile()

@@ -17,7 +17,7 @@ from diffusers import (
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
-from sysdag.components.diffusion import Diffusion
+from sysdag.components.diffusion.diffusion_model import Diffusion
 
 T = 50  # training times
 WORDS = ["<pad>", "<eos>", "<unk>", "a", "dark", "light", "square", "circle"]

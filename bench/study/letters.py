@@ -22,7 +22,7 @@ from bench.study.training import Curve, runs, train
 from examples.tasks.sorted_letters import LENGTH, LETTERS, random_question, solve, swap_neighbours
 from sysdag import DiverseBeamSearch, ImportanceSampling, Input, MonteCarlo, System, Trace, node
 from sysdag.components import CausalLM
-from sysdag.execute import sample
+from sysdag.execution import sample
 
 VERSION = 2
 

@@ -17,8 +17,8 @@ from bench.study.training import Curve, favourites, ranked_pairs, runs, shared, 
 from examples.tasks.base_models import letter_tokenizer, train_language_model
 from examples.tasks.sorted_letters import random_question, split_questions
 from sysdag import System, Trace
-from sysdag.candidates import CandidateStrategy
 from sysdag.components import Categorical, CausalLM
+from sysdag.objectives import CandidateStrategy
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,7 @@ from transformers import PrinterCallback, TrainerCallback
 
 from examples.experiment import repeat
 from sysdag import SysDPOConfig, SysDPOTrainer, System, Trace
-from sysdag.candidates import CandidateStrategy
+from sysdag.objectives import CandidateStrategy
 
 Scores = Callable[[Trace], numpy.ndarray]
 LOGGED = (

@@ -15,9 +15,8 @@ import stand_ins
 from torch import Tensor
 
 from sysdag import SysDPOConfig, SysDPOTrainer, System, Trace
-from sysdag.judges import function_judge
-from sysdag.pairs import output_names, preference_row
-from sysdag.ranking import choose_pairs, judge_runs
+from sysdag.evaluation import choose_pairs, function_judge, judge_runs
+from sysdag.traces import output_names, preference_row
 
 
 @dataclass(frozen=True)

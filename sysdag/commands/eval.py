@@ -14,7 +14,7 @@ from sysdag.commands.given import refuse
 from sysdag.errors import DataError, JudgeError, SysdagError
 
 if TYPE_CHECKING:
-    from sysdag.evaluation import Matched
+    from sysdag.evaluation.measures import Matched
 
 SEED_OF_THE_OTHER = 2**32  # more than that of the first: with equal ones the runs would not be independent
 _OF_SAMPLING = ("against", "runs", "batch_size", "device", "limit", "split", "keep_traces")
@@ -84,9 +84,9 @@ def evaluate(
         raise SysdagError(f"--keep-traces {keep_traces} is a file; name a folder.")
     judge = judge_options.chosen_judge(context, output, traces or [Path(data or "")])
 
-    from sysdag.atomic import write_text
-    from sysdag.evaluation import check_options, evaluate
-    from sysdag.judges import ColumnScore
+    from sysdag.evaluation.judges import ColumnScore
+    from sysdag.evaluation.measures import check_options, evaluate
+    from sysdag.files.atomic import write_text
     from sysdag.versions import installed_versions
 
     check_options(judge, threshold=threshold, margin=margin)
@@ -138,9 +138,9 @@ def _check(
 
 
 def _from_traces(paths: tuple[Path, Path], nodes: list[str] | None) -> tuple[Matched, tuple[str, ...]]:
-    from sysdag.evaluation import match
-    from sysdag.pairs import output_names
-    from sysdag.trace import Trace
+    from sysdag.evaluation.measures import match
+    from sysdag.traces.pairs import output_names
+    from sysdag.traces.trace import Trace
 
     first, second = (Trace.load(path) for path in paths)
     outputs = output_names(first, nodes)
@@ -165,10 +165,10 @@ def _sampled(
     seed: int,
     **options: Any,
 ) -> tuple[Matched, tuple[str, ...]]:
-    from sysdag.evaluation import match
-    from sysdag.evaluation_runs import chosen_runs, held_out, sample_runs
-    from sysdag.loading import load_system
-    from sysdag.readers import read_rows
+    from sysdag.evaluation.evaluation_runs import chosen_runs, held_out, sample_runs
+    from sysdag.evaluation.measures import match
+    from sysdag.saving.loading import load_system
+    from sysdag.traces.readers import read_rows
 
     plan = load_system(system).compile()
     other = None if against == "chosen" else load_system(against).compile()

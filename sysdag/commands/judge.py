@@ -14,7 +14,7 @@ from sysdag.commands.given import refuse
 from sysdag.errors import JudgeError
 
 if TYPE_CHECKING:
-    from sysdag.trace import Trace
+    from sysdag.traces.trace import Trace
 
 
 def judge(
@@ -76,12 +76,12 @@ def judge(
         refuse(context, ("score_name",), "names the column of --scores, which is not given.")
     chosen = judge_options.chosen_judge(context, output or scores, [*traces, *filter(None, (output, scores))])
 
-    from sysdag.evaluation import check_options
-    from sysdag.judges import ScoringJudge
-    from sysdag.loading import load_system
-    from sysdag.pairs import output_names, preference_row, write_pairs
-    from sysdag.ranking import choose_pairs, judge_runs
-    from sysdag.verdicts import consistency
+    from sysdag.evaluation.judges import ScoringJudge
+    from sysdag.evaluation.measures import check_options
+    from sysdag.evaluation.ranking import choose_pairs, judge_runs
+    from sysdag.evaluation.verdicts import consistency
+    from sysdag.saving.loading import load_system
+    from sysdag.traces.pairs import output_names, preference_row, write_pairs
 
     check_options(chosen, margin=margin)
     if isinstance(chosen, ScoringJudge):
@@ -112,6 +112,6 @@ def read_traces(paths: list[Path]) -> Trace:
     Raises:
         DataError: for a file that cannot be read, or whose names are not the first one's.
     """
-    from sysdag.trace import Trace
+    from sysdag.traces.trace import Trace
 
     return Trace.concatenate([Trace.load(path) for path in paths])

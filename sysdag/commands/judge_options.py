@@ -12,7 +12,7 @@ import typer
 from sysdag.commands.given import refuse
 
 if TYPE_CHECKING:
-    from sysdag.judges import Judge
+    from sysdag.evaluation.judges import Judge
 
 By = Annotated[
     str,
@@ -82,7 +82,7 @@ def chosen_judge(context: typer.Context, output: Path | None, others: Iterable[P
     is_endpoint = by.startswith(("http://", "https://"))
     if not is_endpoint:
         refuse(context, _OF_ENDPOINTS, "belongs to an endpoint: --by http://...")
-        from sysdag.judges import ColumnScore, function_judge
+        from sysdag.evaluation.judges import ColumnScore, function_judge
 
         if ":" in by or by.endswith(".py"):
             return function_judge(by, lower_is_better=lower_is_better)
@@ -92,9 +92,9 @@ def chosen_judge(context: typer.Context, output: Path | None, others: Iterable[P
     if not given["model"]:
         raise typer.BadParameter("--by with an endpoint needs --model, the model as the endpoint calls it.")
 
-    from sysdag.endpoint import Endpoint, api_key_of
-    from sysdag.endpoint_judge import EndpointJudge
-    from sysdag.judge_prompt import CRITERIA, TEMPLATE
+    from sysdag.evaluation.endpoint import Endpoint, api_key_of
+    from sysdag.evaluation.endpoint_judge import EndpointJudge
+    from sysdag.evaluation.judge_prompt import CRITERIA, TEMPLATE
 
     # typer before 0.29 converts paths for the command alone; in the context they are still text.
     cache, template = (None if given[name] is None else Path(given[name]) for name in ("cache", "template"))
@@ -114,7 +114,7 @@ def chosen_judge(context: typer.Context, output: Path | None, others: Iterable[P
 
 
 def _options(request: str | None) -> dict[str, Any]:
-    from sysdag.endpoint import OPTIONS
+    from sysdag.evaluation.endpoint import OPTIONS
 
     if request is None:
         return dict(OPTIONS)

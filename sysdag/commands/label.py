@@ -67,14 +67,14 @@ def label(
     from sysdag.labelling.export import write_export
     from sysdag.labelling.session import open_labels
     from sysdag.labelling.summary import summarize
-    from sysdag.trace import Trace
+    from sysdag.traces.trace import Trace
 
     trace = Trace.load(traces)
     with open_labels(
         trace, database, outputs=node or None, seed=seed, pairs_per_input=pairs_per_input, overlap=overlap
     ) as store:
         if not writes:
-            from sysdag.labelling.serve import serve
+            from sysdag.labelling.server import serve
 
             serve(
                 store, trace, host=host, port=port, annotator=annotator, allow_remote=allow_remote,

@@ -18,7 +18,7 @@ from sysdag.commands.given import refuse
 from sysdag.errors import SysdagError
 
 if TYPE_CHECKING:
-    from sysdag.plan import Plan
+    from sysdag.graph.plan import Plan
 
 PICTURES = (".svg", ".png", ".pdf")
 TEXTS = (".mmd", ".dot", ".json", ".txt")
@@ -92,8 +92,8 @@ def plan(
         raise typer.BadParameter("--mermaid, --dot and --json exclude each other; --output may name one more form.")
     tokens = dict(_length(given) for given in lengths or ())
 
-    from sysdag import outline
-    from sysdag.loading import load_system
+    from sysdag.graph import outline
+    from sysdag.saving.loading import load_system
 
     compiled = load_system(system).compile()
     found = None
@@ -141,7 +141,7 @@ def _write(plan: Plan, path: Path, texts: Mapping[str, str]) -> None:
     temporary = path.with_name(f".{path.stem}.saving{path.suffix}")
     try:
         if path.suffix in PICTURES:
-            from sysdag.render import draw
+            from sysdag.graph.render import draw
 
             draw(plan, temporary)
         else:

@@ -13,7 +13,7 @@ from sysdag.commands.arguments import SystemArgument
 from sysdag.commands.files import check_output, naming
 
 if TYPE_CHECKING:
-    from sysdag.running import Engine
+    from sysdag.execution.batches import Engine
 
 
 class EngineName(StrEnum):
@@ -64,11 +64,12 @@ def sample(
 
     from tqdm import tqdm
 
-    from sysdag.inputs import inputs_of
-    from sysdag.loading import load_system
-    from sysdag.readers import read_rows
-    from sysdag.running import Runs, run
-    from sysdag.trace_file import TraceFile
+    from sysdag.data.inputs import inputs_of
+    from sysdag.execution.batches import Runs
+    from sysdag.execution.running import run
+    from sysdag.execution.trace_file import TraceFile
+    from sysdag.saving.loading import load_system
+    from sysdag.traces.readers import read_rows
 
     plan = load_system(system).compile()
     rows = read_rows(inputs, split=split)[:limit]
@@ -109,9 +110,9 @@ def _size(given: str) -> tuple[str, int]:
 
 def _engine(name: EngineName, device: str, actors: dict[str, int], gpus_per_actor: float) -> Engine:
     if name is EngineName.local:
-        from sysdag.running import LocalEngine
+        from sysdag.execution.batches import LocalEngine
 
         return LocalEngine(device=device)
-    from sysdag.ray_engine import RayEngine
+    from sysdag.execution.ray_engine import RayEngine
 
     return RayEngine(actors=actors, gpus_per_actor=gpus_per_actor, device=device)

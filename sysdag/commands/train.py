@@ -16,12 +16,12 @@ def train(context: typer.Context) -> None:
     """Align a system from preferences about its outputs; `sysdag train --help` lists every option."""
     is_main = os.environ.get("RANK", "0") == "0"
     try:
-        from sysdag.train_options import parse
+        from sysdag.training.train_options import parse
 
         job = parse(context.args)
         from accelerate.state import PartialState
 
-        from sysdag.training import train as run
+        from sysdag.training.job import train as run
 
         run(job, typer.echo)
         PartialState().destroy_process_group()

@@ -45,11 +45,11 @@ def validate(
         raise typer.BadParameter(f"--output {output}: its ending must be .jsonl or .parquet.")
     check_output("--output", output, [data])
 
-    from sysdag.loading import load_system
-    from sysdag.pairs import write_pairs
-    from sysdag.readers import read_all
-    from sysdag.row_paths import with_whole_paths
-    from sysdag.validation import validate_rows
+    from sysdag.data.row_paths import with_whole_paths
+    from sysdag.data.validation import validate_rows
+    from sysdag.saving.loading import load_system
+    from sysdag.traces.pairs import write_pairs
+    from sysdag.traces.readers import read_all
 
     plan = load_system(system).compile()
     plan.check(objective.value)

@@ -1,28 +1,32 @@
-"""The components that come with sysdag. Names load on first use, so importing this package loads no torch."""
+"""The distributions that a node draws from. Names load on first use, so importing this package loads no torch."""
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from sysdag import exports
 
 if TYPE_CHECKING:
-    from sysdag.components.categorical import Categorical
-    from sysdag.components.causal_lm import CausalLM
-    from sysdag.components.diffusion import Diffusion
-    from sysdag.components.opaque import Opaque
-    from sysdag.components.tabular import Tabular
+    from sysdag.components.diffusion.diffusion_model import Diffusion
+    from sysdag.components.discrete.categorical import Categorical
+    from sysdag.components.discrete.opaque import Opaque
+    from sysdag.components.discrete.tabular import Tabular
+    from sysdag.components.language.causal_lm import CausalLM
 
-_MODULES = {
-    "Categorical": "categorical",
-    "CausalLM": "causal_lm",
-    "Diffusion": "diffusion",
-    "Opaque": "opaque",
-    "Tabular": "tabular",
-}
-__all__ = ["Categorical", "CausalLM", "Diffusion", "Opaque", "Tabular"]
-
-
-def __getattr__(name: str) -> Any:
-    if name in _MODULES:
-        return getattr(importlib.import_module(f"sysdag.components.{_MODULES[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__all__ = [
+    "Categorical",
+    "CausalLM",
+    "Diffusion",
+    "Opaque",
+    "Tabular",
+]
+__getattr__ = exports(
+    __name__,
+    {
+        "diffusion.diffusion_model": ["Diffusion"],
+        "discrete.categorical": ["Categorical"],
+        "discrete.opaque": ["Opaque"],
+        "discrete.tabular": ["Tabular"],
+        "language.causal_lm": ["CausalLM"],
+    },
+)

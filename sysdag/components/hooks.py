@@ -11,10 +11,11 @@ import types
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from sysdag.component import Component
+from sysdag.components.component import Component
 from sysdag.errors import SerializationError
-from sysdag.graph import Node, function_path
-from sysdag.source import source_hash
+from sysdag.graph.import_path import function_path
+from sysdag.graph.source import source_hash
+from sysdag.graph.variables import Node
 
 
 def describe(option: str, function: Callable[..., Any] | None) -> dict[str, str | None] | None:

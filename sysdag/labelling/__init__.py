@@ -9,3 +9,21 @@ goes on, a second click or tab must not make a second label, and what models wro
 say over each request, response header and key press, and Gradio keeps those to itself. It also loads fonts and scripts
 from elsewhere by default, and its many dependencies would be those of a page with five buttons.
 """
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from sysdag import exports
+
+if TYPE_CHECKING:
+    from sysdag.labelling.export import write_export
+    from sysdag.labelling.server import serve
+    from sysdag.labelling.session import open_labels
+    from sysdag.labelling.summary import summarize
+
+__all__ = ["open_labels", "serve", "summarize", "write_export"]
+__getattr__ = exports(
+    __name__,
+    {"export": ["write_export"], "server": ["serve"], "session": ["open_labels"], "summary": ["summarize"]},
+)

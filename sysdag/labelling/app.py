@@ -17,7 +17,7 @@ from sysdag.labelling.records import Choice, Queue, checked_name
 from sysdag.labelling.store import LabelStore
 from sysdag.labelling.summary import summarize
 from sysdag.labelling.view import clean, comparison
-from sysdag.trace import Trace
+from sysdag.traces.trace import Trace
 
 _PAGES = {
     "/": ("label.html", "text/html"),

@@ -11,8 +11,8 @@ from typing import Any
 from sysdag.errors import LabelError
 from sysdag.labelling.records import Label
 from sysdag.labelling.store import LabelStore
-from sysdag.pairs import preference_row, write_pairs
-from sysdag.trace import Trace
+from sysdag.traces.pairs import preference_row, write_pairs
+from sysdag.traces.trace import Trace
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def majority(votes: Iterable[int | None]) -> tuple[int | None, int]:
 
 
 def write_export(store: LabelStore, trace: Trace, path: str | Path) -> Export:
-    """Writes them as `sysdag.pairs.write_pairs` does: JSON lines or Parquet, by the ending.
+    """Writes them as `sysdag.traces.pairs.write_pairs` does: JSON lines or Parquet, by the ending.
 
     Raises:
         LabelError: if there is no preference to write; an older file stays as it was.

@@ -11,10 +11,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sysdag.encoding import encode_value
 from sysdag.errors import DataError
-from sysdag.pairs import runs_by_input
-from sysdag.trace import Draw, Trace, value_of
+from sysdag.files.encoding import encode_value
+from sysdag.traces.cells import Draw, value_of
+from sysdag.traces.pairs import runs_by_input
+from sysdag.traces.trace import Trace
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from sysdag.errors import LabelError
 from sysdag.labelling.pairing import fingerprint, pair_runs
 from sysdag.labelling.records import Settings
 from sysdag.labelling.store import LabelStore
-from sysdag.pairs import output_names
-from sysdag.trace import Trace
+from sysdag.traces.pairs import output_names
+from sysdag.traces.trace import Trace
 
 DEFAULT_OVERLAP = 20
 

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from sysdag.evaluation.statistics import wilson_interval
 from sysdag.labelling.agreement import cohen_kappa, krippendorff_alpha
 from sysdag.labelling.store import LabelStore
-from sysdag.statistics import wilson_interval
 
 
 @dataclass(frozen=True)

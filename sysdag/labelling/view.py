@@ -11,7 +11,8 @@ from typing import Any
 import numpy
 
 from sysdag.labelling.records import Assignment
-from sysdag.trace import Trace, value_of
+from sysdag.traces.cells import value_of
+from sysdag.traces.trace import Trace
 
 _MOST_CHARACTERS = 200_000  # of one text; a browser lays out more only slowly
 

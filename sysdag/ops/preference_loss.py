@@ -5,8 +5,8 @@
     c_i = d loss_p / d logps_i = f'(m_p) * (+-beta) * exp(logps_i) / sum_j exp(logps_j)
 
 A side of one candidate makes it SysDPO-Direct (Wang et al. 2025, arXiv 2502.17721), several make it SysDPO-Sampling.
-The losses are those of `sysdag.objective`. The coefficients are what a second pass over the models needs: the gradient
-of the mean loss is the sum over candidates of c_i / P times that of logps_i.
+The losses are those of `sysdag.objectives.losses`. The coefficients are what a second pass over the models needs: the
+gradient of the mean loss is the sum over candidates of c_i / P times that of logps_i.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def preference_loss(
         offsets: (2P+1,) where each segment of candidates begins, rising from 0 to S. Segments 0..P-1 are the winners',
             P..2P-1 the losers': `loss[p]` compares segment p with segment P+p. An empty segment's loss is nan.
         beta: strength of the regularisation towards the reference, positive.
-        loss_type: a name of `sysdag.objective.LOSSES` that is a function of the margin.
+        loss_type: a name of `sysdag.objectives.losses.LOSSES` that is a function of the margin.
         label_smoothing: e, the probability that a preference is flipped, in [0, 0.5); for `sigmoid` and `robust`.
         lengths: (2P,) number of terms in each side's log-likelihood, for `ipo`: log-ratios are averaged over them
             (at least 1). None: they are not averaged.

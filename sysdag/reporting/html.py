@@ -13,8 +13,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from sysdag import atomic
 from sysdag.errors import SysdagError
+from sysdag.files import atomic
 from sysdag.reporting import formats
 from sysdag.reporting.page import Page, page
 from sysdag.reporting.read import Run

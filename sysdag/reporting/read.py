@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from sysdag.errors import DataError, SerializationError
+from sysdag.files.run_files import FORMAT_VERSION, LOG_FILE, RUN_FILE, TRACE_FOLDER
 from sysdag.reporting.history import History
 from sysdag.reporting.topology import Topology
-from sysdag.run_files import FORMAT_VERSION, LOG_FILE, RUN_FILE, TRACE_FOLDER
-from sysdag.system_schema import check_data
-from sysdag.trace import Trace
+from sysdag.saving.schema import check_data
+from sysdag.traces.trace import Trace
 
 EVALUATION_FILE, STATE_FILE = "eval.json", "trainer_state.json"
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")

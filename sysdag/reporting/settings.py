@@ -21,7 +21,7 @@ class Setting:
 
 def default_config() -> dict[str, Any]:
     """The configuration that a training has if nothing is set, by the sysdag and transformers installed here."""
-    from sysdag.config import SysDPOConfig
+    from sysdag.training.config import SysDPOConfig
 
     return SysDPOConfig(output_dir="").to_dict()
 

@@ -32,7 +32,7 @@ class Topology:
 
     @classmethod
     def of(cls, data: Mapping[str, Any]) -> Topology:
-        """The topology of what `sysdag.serialization.system_to_dict` returned.
+        """The topology of what `sysdag.saving.serialization.system_to_dict` returned.
 
         Raises:
             DataError: for an edge of an unknown node, or a cycle.

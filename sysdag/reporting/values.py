@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import numpy
 
-from sysdag.trace import Trace
+from sysdag.traces.trace import Trace
 
 MOST_LETTERS = 6000
 """A longer text is cut, and what is left out is counted."""

@@ -1,0 +1,246 @@
+"""What a component meets: the conditional distribution of a node, with its weights.
+
+A component works on flat lists: one input and one draw an element. Rows, plates and candidates are the executor's
+business, so a component knows neither the graph nor the objective.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from sysdag.errors import PlanError
+from sysdag.graph.variables import LikelihoodKind
+from sysdag.traces.cells import Draw
+
+if TYPE_CHECKING:
+    from sysdag.components.footprint import Footprint
+    from sysdag.components.residence import Residence
+
+
+class Component(ABC):
+    """A conditional distribution p(value | input).
+
+    Constructors are cheap: weights load when `module` is first read, so a graph can be built, printed and saved
+    without them.
+
+    Class attributes:
+        likelihood: `exact` (log-probabilities), `bound` (a per-draw estimate of a lower bound, never summed over
+            candidates) or `none`.
+        value_type: the type of a drawn value, where it is always the same; lets `.each()` be checked early.
+        reads_files: whether an observed text is a file's path; in the rows of a file it is relative to that one's
+            folder.
+
+    Attributes:
+        residence: what moves frozen weights to the host while others work, where an engine does (`offload_idle`).
+    """
+
+    likelihood: ClassVar[LikelihoodKind]
+    value_type: ClassVar[type | None] = None
+    reads_files: ClassVar[bool] = False
+    residence: Residence | None = None
+
+    @property
+    def module(self) -> nn.Module | None:
+        """The weights, loaded on first access; None for a component without any."""
+        return None
+
+    @property
+    def base_model(self) -> str | None:
+        """The name or folder of the pretrained model that it was made from; None where there is none."""
+        return None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are; the CPU for a component without any."""
+        parameter = None if self.module is None else next(self.module.parameters(), None)
+        return torch.device("cpu") if parameter is None else parameter.device
+
+    @abstractmethod
+    def sample(self, inputs: Sequence[Any], *, generator: torch.Generator | None = None) -> list[Draw]:
+        """Draws one value for each input, with no gradient.
+
+        An exact component fills `Draw.log_prob`, and `log_prob` of the draw gives the same number.
+        """
+
+    def propose(
+        self, inputs: Sequence[Any], *, temperature: float, top_p: float, generator: torch.Generator | None = None
+    ) -> list[Draw]:
+        """Draws at another temperature and nucleus; `Draw.log_prob` is under the distribution they were drawn from."""
+        raise PlanError(f"{self!r} cannot be sampled at another temperature or top_p.")
+
+    @abstractmethod
+    def observe(self, values: Sequence[Any]) -> list[Draw]:
+        """Draws that stand for given values (a completion's text, an image), ready to be scored.
+
+        Raises:
+            DataError: for a value that this component could not have drawn; `DataError.element` is its index.
+        """
+
+    def check(self, values: Sequence[Any]) -> list[Draw]:
+        """As `observe`, as far as that goes without loading weights: some records may be missing."""
+        return self.observe(values)
+
+    def check_draws(self, draws: Sequence[Draw]) -> None:
+        """Refuses draws, made elsewhere or read from a file, whose records it cannot score; loads no weights.
+
+        Raises:
+            DataError: `DataError.element` is the draw's index.
+        """
+        return
+
+    def is_empty(self, draw: Draw) -> bool:
+        """Whether there is nothing in a draw that could be preferred: a completion without text."""
+        return False
+
+    def longest_draw(self, input: Any = None) -> int | None:
+        """Most positions of a draw that are scored (see `lengths`), without loading weights; None if unlimited.
+
+        Args:
+            input: what it is drawn from, as for `sample`; None for the most that any input leaves room for.
+        """
+        return None
+
+    def log_prob(self, inputs: Sequence[Any], draws: Sequence[Draw]) -> Float[Tensor, " n"]:
+        """Natural log-probability of each draw given its input, differentiable, fp32 or better."""
+        raise PlanError(f"{self!r} has no exact likelihood (its kind is {self.likelihood!r}).")
+
+    def noise(self, draws: Sequence[Draw], generator: torch.Generator | None = None) -> Any:
+        """What a bound's estimate is random in, for these draws; passed to both policy and reference.
+
+        Its `select(elements)` gives the noise of some of the draws, which may repeat; its `join(parts)` that of
+        several lists of draws.
+        """
+        return None
+
+    def score(self, inputs: Sequence[Any], draws: Sequence[Draw], noise: Any = None) -> Float[Tensor, " n"]:
+        """What enters a preference margin: the log-probability, or for a bound its estimate at the given noise."""
+        return self.log_prob(inputs, draws)
+
+    def lengths(self, draws: Sequence[Draw]) -> list[int]:
+        """How many terms each draw's log-likelihood sums: scored tokens of a text, 1 for anything else."""
+        return [1] * len(draws)
+
+    def locate_non_finite(self, input: Any, draw: Draw) -> str:
+        """Where in one draw the log-likelihood stops being finite, in words, for an error; "" where it cannot tell."""
+        return ""
+
+    def token_counts(self, draws: Sequence[Draw]) -> list[int]:
+        """What scoring each draw weighs in a micro-batch, in positions that its model computes."""
+        return [1] * len(draws)
+
+    def micro_batches(self, inputs: Sequence[Any], draws: Sequence[Draw], max_tokens: int | None) -> list[list[int]]:
+        """Partition of the elements into groups that are scored one after the other, in bounded memory.
+
+        Group g is scored by `score([inputs[i] for i in g], [draws[i] for i in g], noise.select(g))`. Equal arguments
+        give equal groups.
+
+        Args:
+            max_tokens: most positions of a group (see `token_counts`); None puts all elements into one group. An
+                element that is larger is a group of its own.
+
+        Raises:
+            PlanError: if `max_tokens` is below 1.
+        """
+        check_max_tokens(max_tokens)
+        found: list[list[int]] = []
+        filled = 0
+        for element, count in enumerate(self.token_counts(draws)):
+            if not found or (max_tokens is not None and filled + count > max_tokens):
+                found.append([])
+                filled = 0
+            found[-1].append(element)
+            filled += count
+        return found
+
+    def footprint(self, *, tokens: int, labels: int, trains: bool, checkpoints: bool, device: str) -> Footprint | None:
+        """Memory of a micro-batch and of the weights, without loading them; None where that is not known.
+
+        Args:
+            tokens: of a micro-batch, as `token_counts` counts them.
+            labels: how many of them a language model scores.
+            trains: False for a model that is frozen.
+            checkpoints: whether it recomputes its activations (gradient checkpointing).
+            device: `cpu` or `cuda`, whose kernels are assumed.
+        """
+        return None
+
+    def tokens_of_any_draw(self) -> int | None:
+        """What `token_counts` says of every draw, without loading weights; None where it depends on the draw."""
+        return None
+
+    def key(self, draw: Draw) -> Any:
+        """A hashable value that two draws share exactly when they are the same outcome."""
+        return draw.value
+
+    def search(
+        self, inputs: Sequence[Any], num_candidates: int, diversity_penalty: float, ngram_size: int = 1
+    ) -> list[list[Draw]]:
+        """Up to `num_candidates` distinct values of high probability for each input, best first; the penalty and the
+        size of the n-grams it counts are those of a diverse beam search."""
+        raise PlanError(f"{self!r} cannot be searched; use MonteCarlo candidates.")
+
+    def reference(self) -> Component:
+        """A frozen component that scores as this one does now and keeps doing so while this one trains.
+
+        Its `module` may share weights with this one's (an adapter switched off).
+        """
+        raise PlanError(f"{self!r} has no weights to compare with a reference.")
+
+    def own_parameters(self) -> dict[str, nn.Parameter]:
+        """The parameters that train as this component's, by name: those of its adapter, where several share a model.
+
+        A reference's have the names of the policy's, unless it has none of its own (an adapter switched off).
+        """
+        return {} if self.module is None else dict(self.module.named_parameters())
+
+    @abstractmethod
+    def save_pretrained(self, folder: Path) -> Mapping[str, Any]:
+        """Writes the weights in their own library's format; returns the JSON-ready options to build it again."""
+
+    @classmethod
+    @abstractmethod
+    def from_pretrained(cls, folder: Path, options: Mapping[str, Any]) -> Self:
+        """A component from what `save_pretrained` wrote and returned."""
+
+    def connect(self, components: Mapping[str, Component]) -> None:
+        """Finds what it was saved to share with others among the components of the loaded system, by their keys."""
+        return
+
+    def load_weights(self, folder: Path) -> None:
+        """Replaces the weights in place by those that `save_pretrained` wrote (a checkpoint being resumed)."""
+        raise PlanError(f"{self!r} has no weights to load.")
+
+
+@contextlib.contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode, with the mode of every module inside put back afterwards."""
+    training = [part for part in module.modules() if part.training]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part in training:
+            part.training = True
+
+
+def named_source(model: Any) -> str | None:
+    """What a model is called by, or was loaded from: a name, a folder, or a model object."""
+    if isinstance(model, (str, Path)):
+        return str(model)
+    return (
+        getattr(model, "name_or_path", None) or getattr(getattr(model, "config", None), "_name_or_path", None) or None
+    )
+
+
+def check_max_tokens(max_tokens: int | None) -> None:
+    """Raises a PlanError for a budget that holds nothing."""
+    if max_tokens is not None and max_tokens < 1:
+        raise PlanError(f"micro_batches needs max_tokens >= 1, or None for one group of all, got {max_tokens}.")

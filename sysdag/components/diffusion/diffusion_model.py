@@ -1,0 +1,441 @@
+"""A diffusion or flow matching model of diffusers as a component: scored by a bound, the denoising error."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from sysdag.components import adapter, hooks
+from sysdag.components.component import Component, named_source
+from sysdag.components.diffusion import footprint as diffusion_footprint
+from sysdag.components.diffusion import pipeline_folder
+from sysdag.components.diffusion.conditioning import Conditioner, Hook, repeated
+from sysdag.components.diffusion.forward_process import DiffusionNoise, ForwardProcess
+from sysdag.components.diffusion.images import read_pixels, stack_latents, to_pil
+from sysdag.components.diffusion.pipeline import Pipeline
+from sysdag.components.diffusion.reverse_process import denoise
+from sysdag.errors import PlanError, SerializationError
+from sysdag.ops import diffusion_error
+from sysdag.traces.cells import Draw
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+
+    from sysdag.components.footprint import Footprint
+
+CONVENTIONS = ("sysdpo", "diffusion-dpo", "diffusers")
+_FUNCTIONS = ("condition", "weighting")
+_OPTIONS = (
+    "sample_shape", "num_inference_steps", "guidance_scale", "convention", "num_noise_draws", "train_text_encoder",
+    "mask_padding", "max_text_length", "null_class", "batch_size",
+)  # fmt: skip
+
+
+class Diffusion(Component):
+    """Any UNet or transformer of diffusers that maps a sample (n, C, H, W) to a prediction (n, C or 2C, H, W).
+
+    The node's function returns the conditioning: text (str), a float vector (D,) or (L, D) that the model attends to, a
+    class label (int), or None for an unconditional model. The value is a PIL image; the draw's record holds the
+    `latents`, fp32 (C, H, W), exactly as they were sampled (pixels in [-1, 1] where there is no VAE).
+
+    **Scale of the score.** log p has no closed form; a margin takes the policy's score minus the reference's at the
+    same times t ~ U{0..T-1} and noise eps. With N = C*H*W and e = |target - prediction|^2 summed over the N elements:
+
+    | convention        | score              | source                                                                |
+    |-------------------|--------------------|-----------------------------------------------------------------------|
+    | `"sysdpo"`        | -T omega(snr_t) e  | SysDPO, arXiv 2502.17721; omega = 1 unless `weighting` is given       |
+    | `"diffusion-dpo"` | -0.5 e / N         | published code of Wallace et al. 2023, arXiv 2311.12908; beta 2000-5000 |
+    | `"diffusers"`     | -e / N             | diffusers' Diffusion-DPO script, which leaves the 0.5 out             |
+
+    So "sysdpo" at beta is "diffusion-dpo" at 2 T N beta: give this node its own beta beside language models. By
+    Jensen's inequality the loss at random (t, eps) bounds the loss at their expected margin from above; averaging
+    `num_noise_draws` of them inside the sigmoid tightens the bound.
+
+    Args:
+        model: a model object of diffusers, or the path or Hub id of a pipeline folder (`unet/` or `transformer/`,
+            `scheduler/`, optional `text_encoder/`, `tokenizer/`, `vae/`), read when `module` is first needed. Parts
+            that are passed replace those of the folder.
+        scheduler: samples, and its training schedule defines the score. Needed with a model object.
+        text_encoder, tokenizer: for text; the denoiser attends to its `last_hidden_state`.
+        vae: images to latents and back; without one the model works on pixels.
+        peft_config: puts a new adapter on the denoiser; only it trains, and the reference is the adapter switched off.
+        condition: makes the denoiser's keyword arguments from the list of inputs, for models such as SD3 that need
+            pooled embeddings; tensors have the batch as first axis. Guidance calls it with a list of None.
+        sample_shape: (C, H, W) of what is sampled; by default from the denoiser's config.
+        num_inference_steps, guidance_scale: of sampling; guidance 1 is none. Scores are never guided.
+        convention, weighting: see above; `weighting` maps the signal-to-noise ratios alpha_t^2 / sigma_t^2 to omega.
+        num_noise_draws: how many (t, eps) are averaged in each score.
+        train_text_encoder: trains the text encoder too; by default it is frozen, as the VAE always is.
+        mask_padding, max_text_length, null_class: see `Conditioner`.
+        batch_size: most samples drawn side by side.
+        dtype, revision, variant: of the weights that are loaded from a folder or the Hub.
+
+    Raises:
+        PlanError: for options that are unknown, out of range, or that do not go together.
+    """
+
+    likelihood = "bound"
+    reads_files = True
+
+    def __init__(
+        self,
+        model: str | Path | nn.Module,
+        *,
+        scheduler: Any = None,
+        text_encoder: nn.Module | None = None,
+        tokenizer: Any = None,
+        vae: nn.Module | None = None,
+        peft_config: PeftConfig | None = None,
+        condition: Hook | None = None,
+        sample_shape: Sequence[int] | None = None,
+        num_inference_steps: int = 50,
+        guidance_scale: float = 1.0,
+        convention: str = "sysdpo",
+        weighting: Callable[[Tensor], Tensor] | None = None,
+        num_noise_draws: int = 1,
+        train_text_encoder: bool = False,
+        mask_padding: bool | None = None,
+        max_text_length: int | None = None,
+        null_class: int | None = None,
+        batch_size: int = 64,
+        dtype: torch.dtype | None = None,
+        revision: str | None = None,
+        variant: str | None = None,
+    ) -> None:
+        if convention not in CONVENTIONS:
+            raise PlanError(f"convention must be one of {list(CONVENTIONS)}, got {convention!r}.")
+        if weighting is not None and convention != "sysdpo":
+            raise PlanError(f"weighting belongs to convention='sysdpo'; {convention!r} has none.")
+        counts = dict(num_inference_steps=num_inference_steps, num_noise_draws=num_noise_draws, batch_size=batch_size)
+        if min(counts.values()) < 1:
+            raise PlanError(f"Diffusion needs counts of at least 1, got {counts}.")
+        if sample_shape is not None and (len(sample_shape) != 3 or min(sample_shape) < 1):
+            raise PlanError(f"sample_shape must be (C, H, W), got {tuple(sample_shape)}.")
+        loading = {"dtype": dtype, "revision": revision, "variant": variant}
+        if isinstance(model, nn.Module):
+            if scheduler is None:
+                raise PlanError("Diffusion(model) was given a model object; pass its scheduler too.")
+            if (text_encoder is None) != (tokenizer is None):
+                raise PlanError("text_encoder and tokenizer go together; pass both or neither.")
+            if train_text_encoder and text_encoder is None:
+                raise PlanError("train_text_encoder=True needs a text_encoder.")
+            if any(value is not None for value in loading.values()):
+                raise PlanError(f"{list(loading)} choose what is loaded, but the model is an object; leave them out.")
+        parts = {"scheduler": scheduler, "text_encoder": text_encoder, "tokenizer": tokenizer, "vae": vae}
+        self._source = model
+        self._given = {name: part for name, part in parts.items() if part is not None}
+        self._loading: dict[str, Any] = loading
+        self._index: pipeline_folder.Index | None = None
+        self._peft_config = peft_config
+        self._pipeline: Pipeline | None = None
+        self._process: ForwardProcess | None = None
+        self._shapes_of_configs: tuple[tuple[int, int, int], tuple[int, int, int]] | None = None
+        self._sample_shape = None if sample_shape is None else (sample_shape[0], sample_shape[1], sample_shape[2])
+        self.condition = condition
+        self.num_inference_steps = num_inference_steps
+        self.guidance_scale = guidance_scale
+        self.convention = convention
+        self.weighting = weighting
+        self.num_noise_draws = num_noise_draws
+        self.train_text_encoder = train_text_encoder
+        self.mask_padding = mask_padding
+        self.max_text_length = max_text_length
+        self.null_class = null_class
+        self.batch_size = batch_size
+
+    def __repr__(self) -> str:
+        is_object = isinstance(self._source, nn.Module)
+        shown = [type(self._source).__name__ if is_object else repr(str(self._source))]
+        shown += [f"{name}={type(part).__name__}" for name, part in self._given.items() if name != "tokenizer"]
+        shown += ["adapter"] if self._peft_config is not None else []
+        shown += [f"steps={self.num_inference_steps}", f"guidance={self.guidance_scale:g}", f"scale={self.convention}"]
+        shown += ["frozen"] if self._pipeline is not None and self._pipeline.frozen else []
+        return f"Diffusion({', '.join(shown)})"
+
+    @property
+    def base_model(self) -> str | None:
+        return named_source(self._source)
+
+    @property
+    def pipeline(self) -> Pipeline:
+        """The parts, loaded on first access."""
+        if self._pipeline is None:
+            self._pipeline = Pipeline.load(
+                self._source, self._given, peft_config=self._peft_config, trains_text_encoder=self.train_text_encoder,
+                index=self._index, **self._loading,
+            )  # fmt: skip
+        return self._pipeline
+
+    @property
+    def module(self) -> nn.Module:
+        """Denoiser, text encoder and VAE in one module; frozen parts require no gradient and stay in eval mode."""
+        return self.pipeline.module
+
+    @property
+    def forward_process(self) -> ForwardProcess:
+        """alpha_t, sigma_t and what is predicted, at the scheduler's training resolution."""
+        if self._process is None:
+            self._process = ForwardProcess.of(self.pipeline.parts["scheduler"])
+        return self._process
+
+    @property
+    def sample_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of the latents, or of the pixels where there is no VAE."""
+        if self._sample_shape is not None:
+            return self._sample_shape
+        config = self.pipeline.denoiser.config
+        size = config.get("sample_size")
+        if size is None:
+            raise PlanError(f"{self!r}: the denoiser's config has no sample_size; pass sample_shape=(C, H, W).")
+        return (config["in_channels"], *((size, size) if isinstance(size, int) else size))
+
+    def _conditioner(self) -> Conditioner:
+        return Conditioner(
+            self.pipeline.denoiser,
+            text_encoder=self.pipeline.parts.get("text_encoder"),
+            tokenizer=self.pipeline.parts.get("tokenizer"),
+            hook=self.condition,
+            train_text_encoder=self.pipeline.trains_text_encoder,
+            mask_padding=self.mask_padding,
+            max_text_length=self.max_text_length,
+            null_class=self.null_class,
+        )
+
+    def sample(self, inputs: Sequence[Any], *, generator: torch.Generator | None = None) -> list[Draw]:
+        """Draws an image for each input, in eval mode and without gradients.
+
+        A draw depends on the generator, its input and its place in `inputs`, not on the other inputs or the device.
+
+        Raises:
+            DataError: for an input that the model cannot be conditioned on.
+        """
+        place = "cpu" if generator is None else generator.device
+        seeds = torch.randint(2**62, (len(inputs),), generator=generator, device=place).tolist()
+        draws: list[Draw] = []
+        with self.pipeline.running(evaluate=True):
+            for start in range(0, len(inputs), self.batch_size):
+                rows = slice(start, start + self.batch_size)
+                latents = self._sample_latents(inputs[rows], seeds[rows])
+                draws += [_draw(*pair) for pair in zip(self.pipeline.decode(latents), latents, strict=True)]
+        return draws
+
+    def _sample_latents(self, inputs: Sequence[Any], seeds: Sequence[int]) -> Float[Tensor, "n C H W"]:
+        conditioner, scheduler = self._conditioner(), self.pipeline.parts["scheduler"]
+        conditional = conditioner(inputs)
+        unconditional = conditioner.unconditional(inputs) if self.guidance_scale != 1 else None
+        channels = self.sample_shape[0]
+        learned_variance = str(scheduler.config.get("variance_type")).startswith("learned")
+
+        def predict(noisy: Tensor, times: Tensor) -> Tensor:
+            prediction = self.pipeline.predict(noisy, times, conditional)
+            mean, variance = prediction[:, :channels], prediction[:, channels:]
+            if unconditional is not None:
+                base = self.pipeline.predict(noisy, times, unconditional)[:, :channels]
+                mean = base + self.guidance_scale * (mean - base)
+            return torch.cat([mean, variance], dim=1) if learned_variance else mean
+
+        return denoise(
+            predict, scheduler, self.sample_shape, seeds, num_inference_steps=self.num_inference_steps,
+            device=self.device, patch_size=self.pipeline.denoiser.config.get("patch_size") or 1,
+        )  # fmt: skip
+
+    def observe(self, values: Sequence[Any]) -> list[Draw]:
+        """Draws for given images: PIL images, files (path or bytes), or float arrays (C, H, W) in [-1, 1].
+
+        Raises:
+            DataError: for an unreadable image, or one of another size or number of channels than the model draws.
+        """
+        shape = self.pipeline.pixel_shape(self.sample_shape)
+        draws = []
+        for element, value in enumerate(values):
+            pixels = read_pixels(value, shape, element=element)
+            draws.append(_draw(pixels, self.pipeline.encode(pixels[None])[0]))
+        return draws
+
+    def check(self, values: Sequence[Any]) -> list[Draw]:
+        """See `Component`; sizes are those of the configs, and the draws have no latents."""
+        _, shape = self._shapes()
+        for element, value in enumerate(values):
+            read_pixels(value, shape, element=element)
+        return [Draw(value) for value in values]
+
+    def check_draws(self, draws: Sequence[Draw]) -> None:
+        if draws:
+            stack_latents(draws, self._shapes()[0])
+
+    def _shapes(self) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+        """(C, H, W) of latents and of pixels, by the configs alone."""
+        if self._shapes_of_configs is None:
+            view = self if self._pipeline is not None else self._outlined()
+            self._shapes_of_configs = view.sample_shape, view.pipeline.pixel_shape(view.sample_shape)
+        return self._shapes_of_configs
+
+    def key(self, draw: Draw) -> Any:
+        return numpy.asarray(draw.record["latents"]).tobytes()
+
+    def noise(self, draws: Sequence[Draw], generator: torch.Generator | None = None) -> DiffusionNoise:
+        """Times t ~ U{0..T-1} and standard normal eps for each draw, on the CPU.
+
+        Pass the same to policy and reference, and to the winner and the loser of a pair. The first k of n draws get the
+        noise that k draws would get.
+        """
+        return DiffusionNoise.draw(
+            len(draws), self.num_noise_draws, self.forward_process.num_timesteps, self.sample_shape, generator
+        )
+
+    def errors(self, inputs: Sequence[Any], draws: Sequence[Draw], noise: DiffusionNoise) -> Float[Tensor, " n"]:
+        """|target - prediction|^2 summed over a draw's C*H*W elements, fp32; with several (t, eps), their mean.
+
+        The target is that of the scheduler's prediction type (see `forward_process`); of a model that learns its
+        variance too, the first C channels are compared.
+        """
+        return self._errors(inputs, draws, noise).mean(1)
+
+    def token_counts(self, draws: Sequence[Draw]) -> list[int]:
+        """Spatial positions of a draw's latents (pixels where there is no VAE), at each of its (t, eps)."""
+        _, height, width = self.sample_shape
+        return [self.num_noise_draws * height * width] * len(draws)
+
+    def tokens_of_any_draw(self) -> int:
+        return self._outlined().token_counts([Draw(None)])[0]
+
+    def footprint(self, *, tokens: int, labels: int, trains: bool, checkpoints: bool, device: str) -> Footprint | None:
+        """See `Component`; reads configs. What conditions the model is taken to be text where it has a text encoder.
+
+        None where `condition` makes the denoiser's arguments, whose sizes are its own say.
+        """
+        if self.condition is not None:
+            return None
+        view = self._outlined()
+        latents = numpy.zeros(view.sample_shape, dtype=numpy.float32)
+        draws = [Draw(None, {"latents": latents})] * max(1, tokens // view.token_counts([Draw(None)])[0])
+
+        def score() -> Tensor:
+            return view.score(view._conditioner().typical(len(draws)), draws, view.noise(draws))
+
+        new_adapter = view.pipeline.adapter is not None and self._peft_config is not None
+        return diffusion_footprint.of_diffusion(
+            view.pipeline, score, trains=trains, checkpoints=checkpoints, new_adapter=new_adapter, device=device
+        )
+
+    def _outlined(self) -> Diffusion:
+        """This component with models of the same shapes that have no weights."""
+        view = copy.copy(self)
+        view._pipeline = diffusion_footprint.outline(
+            self._source, self._given, peft_config=self._peft_config, trains_text_encoder=self.train_text_encoder,
+            index=self._index, **self._loading,
+        )  # fmt: skip
+        return view
+
+    def score(self, inputs: Sequence[Any], draws: Sequence[Draw], noise: Any = None) -> Float[Tensor, " n"]:
+        """The draw's term in a margin, before the reference's is subtracted, on the scale of `convention`.
+
+        Raises:
+            PlanError: without noise, or with noise of another number of draws.
+        """
+        errors = self._errors(inputs, draws, noise)
+        if self.convention == "sysdpo":
+            if self.weighting is not None:
+                snr = self.forward_process.snr(noise.timesteps.reshape(errors.shape))
+                errors = errors * self.weighting(snr).to(errors.device)
+            return -self.forward_process.num_timesteps * errors.mean(1)
+        elements = numpy.prod(self.sample_shape).item()
+        return -(0.5 if self.convention == "diffusion-dpo" else 1.0) * errors.mean(1) / elements
+
+    def _errors(self, inputs: Sequence[Any], draws: Sequence[Draw], noise: Any) -> Float[Tensor, "n M"]:
+        if not isinstance(noise, DiffusionNoise) or not len(noise) == len(draws) == len(inputs):
+            got = f"that of {len(noise)} draws" if isinstance(noise, DiffusionNoise) else type(noise).__name__
+            raise PlanError(
+                f"{self!r} scores {len(inputs)} inputs and {len(draws)} draws at the noise that noise(draws) made for "
+                f"as many, got {got}."
+            )
+        if not draws:
+            return torch.zeros(0, 1, device=self.device)
+        process, device = self.forward_process, self.device
+        times = noise.timesteps.reshape(-1).to(device)
+        eps = noise.eps.reshape(-1, *self.sample_shape).to(device)
+        count = len(times) // len(draws)
+        clean = stack_latents(draws, self.sample_shape).to(device).repeat_interleave(count, dim=0)
+        with self.pipeline.running():
+            arguments = repeated(self._conditioner()(inputs), count)
+            model_times = process.model_times.to(device)[times]
+            prediction = self.pipeline.predict(process.corrupt(clean, times, eps), model_times, arguments)
+        target = process.target(clean, times, eps)
+        return diffusion_error(target, prediction[:, : clean.shape[1]]).reshape(len(draws), count)
+
+    def reference(self) -> Diffusion:
+        """This component frozen as it is now; its scores carry no gradient.
+
+        A new adapter is switched off, in weights shared with this component. Otherwise (a full model, or an adapter
+        that has been trained) what trains is copied. What is frozen is shared.
+        """
+        if self.pipeline.frozen:
+            return self
+        view = copy.copy(self)
+        view._pipeline = self.pipeline.reference()
+        return view
+
+    def own_parameters(self) -> dict[str, nn.Parameter]:
+        """Those of the denoiser's adapter, where it has one, and of a text encoder that trains with it."""
+        pipeline = self.pipeline
+        if pipeline.adapter is None:
+            return super().own_parameters()
+        found = {} if pipeline.adapter_off else adapter.parameters(pipeline.denoiser, pipeline.adapter)
+        encoder = pipeline.parts["text_encoder"].named_parameters() if self.train_text_encoder else ()
+        return {f"denoiser.{name}": p for name, p in found.items()} | {f"text_encoder.{name}": p for name, p in encoder}
+
+    def save_pretrained(self, folder: Path) -> Mapping[str, Any]:
+        """Writes each part to the subfolder that its own library loads, and an adapter to `adapter/`.
+
+        Raises:
+            SerializationError: for a reference, a part that is no class of diffusers or transformers, or a `condition`
+                or `weighting` that cannot be imported again.
+        """
+        if self.pipeline.frozen:
+            raise SerializationError(f"{self!r} is a reference; save the component that it was made from.")
+        functions = {name: hooks.describe(name, getattr(self, name)) for name in _FUNCTIONS}
+        index = pipeline_folder.save_parts(self.pipeline.parts, Path(folder), self.pipeline.adapter)
+        options = {name: getattr(self, name) for name in _OPTIONS} | {"sample_shape": self._sample_shape}
+        return {"parts": index, "adapter": self.pipeline.adapter is not None, **functions, **options}
+
+    @classmethod
+    def from_pretrained(cls, folder: Path, options: Mapping[str, Any]) -> Self:
+        """A component from what `save_pretrained` wrote; the weights load when `module` is first needed.
+
+        Raises:
+            SerializationError: if an option or a part's folder is missing or unknown, or a function cannot be had.
+        """
+        unknown = sorted(options.keys() ^ {"parts", "adapter", *_FUNCTIONS, *_OPTIONS})
+        if unknown:
+            raise SerializationError(
+                f"These are not the options of a saved Diffusion: {unknown} are unknown or missing."
+            )
+        index = options["parts"]
+        parts = [*index, pipeline_folder.ADAPTER] if options["adapter"] else [*index]
+        missing = [name for name in parts if not (Path(folder) / name).is_dir()]
+        if missing or not index.keys() <= pipeline_folder.PARTS:
+            raise SerializationError(f"{str(folder)!r} lacks {missing} of the parts {parts} of a saved Diffusion.")
+        functions: dict[str, Any] = {name: hooks.load(name, options.get(name)) for name in _FUNCTIONS}
+        made = cls(Path(folder), **functions, **{name: options[name] for name in _OPTIONS})
+        made._index = index
+        return made
+
+    def load_weights(self, folder: Path) -> None:
+        """Replaces every tensor of denoiser, adapter, text encoder and VAE in place by the saved one, bit by bit.
+
+        Raises:
+            SerializationError: if a part is missing in the folder or has other tensors.
+        """
+        pipeline_folder.load_weights(self.pipeline.parts, Path(folder), self.pipeline.adapter)
+
+
+def _draw(pixels: Float[Tensor, "c h w"], latents: Float[Tensor, "C H W"]) -> Draw:
+    image = to_pil(pixels) if len(pixels) in (1, 3) else pixels.cpu().numpy().copy()
+    return Draw(image, {"latents": latents.cpu().numpy().copy()})

@@ -1,0 +1,122 @@
+"""Images as a diffusion component sees them: pixels (C, H, W) in [-1, 1], to and from PIL, files and bytes."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sysdag.errors import DataError, shown
+from sysdag.traces.cells import Draw
+
+_MODES = {1: ("L", "1"), 3: ("RGB", "P")}
+
+
+def to_pil(pixels: Float[Tensor, "C H W"]) -> Any:
+    """A PIL image, mode L for one channel and RGB for three; values outside [-1, 1] are clipped."""
+    from PIL import Image
+
+    levels = ((pixels.float().cpu() / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).numpy()
+    return Image.fromarray(levels[0] if len(levels) == 1 else numpy.ascontiguousarray(levels.transpose(1, 2, 0)))
+
+
+def read_pixels(value: Any, shape: tuple[int, int, int], *, element: int | None = None) -> Float[Tensor, "C H W"]:
+    """Pixels of a PIL image, an image file (path or bytes), or a float array that holds them already.
+
+    Nothing is resized or converted: a model scores images of the size and the channels that it draws.
+
+    Args:
+        shape: the (C, H, W) that is expected. Arrays with other than 1 or 3 channels are no images, and are not
+            checked to lie in [-1, 1].
+        element: goes into the error.
+
+    Raises:
+        DataError: for an unreadable file, or another size, number of channels or range.
+    """
+    if isinstance(value, (str, Path, bytes, bytearray)) or type(value).__module__.partition(".")[0] == "PIL":
+        return _decode(value, shape, element)
+    return _from_array(value, shape, element)
+
+
+def _decode(value: Any, shape: tuple[int, int, int], element: int | None) -> Float[Tensor, "C H W"]:
+    from PIL import Image
+
+    channels, height, width = shape
+    if channels not in _MODES:
+        raise DataError(
+            f"an image has 1 or 3 channels, but this model draws {channels}: pass a float array {shape}.",
+            element=element,
+        )
+    what = f"the file {str(value)!r}" if isinstance(value, (str, Path)) else type(value).__name__
+    try:
+        raw = Path(value).read_bytes() if isinstance(value, (str, Path)) else value
+        image = Image.open(io.BytesIO(raw)) if isinstance(raw, (bytes, bytearray)) else raw
+        # The size is in the header: a wrong one is refused before any pixel is decoded.
+        wrong = image.size != (width, height) or image.mode not in _MODES[channels]
+        found = f"{image.width}x{image.height} mode {image.mode}"
+        if not wrong:
+            pixels = numpy.array(image.convert(_MODES[channels][0]), dtype=numpy.float32)
+    except FileNotFoundError as error:
+        raise DataError(f"expected a readable image, got {what}, which does not exist.", element=element) from error
+    except Exception as error:  # the decoders of PIL raise a dozen types on damaged files
+        raise DataError(
+            f"expected a readable image, got {what} that PIL cannot decode ({type(error).__name__}: {error}).",
+            element=element,
+        ) from error
+    if wrong:
+        raise DataError(
+            f"expected an image of {width}x{height} (width x height) with {channels} channel(s), mode "
+            f"{_MODES[channels][0]}, got {found}. Resize it and convert its mode first.",
+            element=element,
+        )
+    return torch.from_numpy(pixels if channels == 3 else pixels[:, :, None]).permute(2, 0, 1) / 127.5 - 1
+
+
+def _from_array(value: Any, shape: tuple[int, int, int], element: int | None) -> Float[Tensor, "C H W"]:
+    expected = f"expected a PIL image, path, bytes or float array of shape {shape} in [-1, 1]"
+    if not isinstance(value, (numpy.ndarray, Tensor)):
+        raise DataError(f"{expected}, got {type(value).__name__} {shown(value)}.", element=element)
+    is_float = value.is_floating_point() if isinstance(value, Tensor) else value.dtype.kind == "f"
+    if not is_float or tuple(value.shape) != tuple(shape):
+        raise DataError(f"{expected}, got an array of {value.dtype} of shape {tuple(value.shape)}.", element=element)
+    if isinstance(value, Tensor):
+        array = value.detach().to("cpu", torch.float32, copy=True)
+    else:
+        array = torch.from_numpy(value.astype(numpy.float32))
+    if not array.isfinite().all():
+        raise DataError(f"{expected}, got values that are not finite.", element=element)
+    if shape[0] in _MODES and array.abs().max() > 1:
+        low, high = array.min().item(), array.max().item()
+        raise DataError(f"{expected}, got values from {low:.3g} to {high:.3g}.", element=element)
+    return array
+
+
+def stack_latents(draws: Sequence[Draw], shape: tuple[int, int, int]) -> Float[Tensor, "n C H W"]:
+    """The latents of draws, fp32 on the CPU.
+
+    Raises:
+        DataError: for a draw that holds no latents, or latents of another shape.
+    """
+    found = []
+    for element, draw in enumerate(draws):
+        if "latents" not in draw.record:
+            raise DataError(
+                f"expected a draw that holds latents, got the record {list(draw.record)}; make draws of images with "
+                "observe(...).",
+                element=element,
+            )
+        given = draw.record["latents"]
+        is_float = given.dtype.kind == "f" if isinstance(given, numpy.ndarray) else isinstance(given, Tensor)
+        if not is_float:
+            raise DataError(f"expected latents in a float array, got {shown(given)}.", element=element)
+        latents = torch.as_tensor(given, dtype=torch.float32).cpu()
+        if tuple(latents.shape) != tuple(shape):
+            raise DataError(f"expected latents of shape {shape}, got {tuple(latents.shape)}.", element=element)
+        found.append(latents)
+    return torch.stack(found)

@@ -1,0 +1,225 @@
+"""The loaded parts of a diffusion model: denoiser, scheduler and, where there are any, text encoder and VAE."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from sysdag.components import adapter as adapters
+from sysdag.components.diffusion import pipeline_folder
+from sysdag.components.diffusion.conditioning import mapped
+from sysdag.errors import PlanError
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+
+
+@dataclass(frozen=True, eq=False)
+class Pipeline:
+    """The parts of one diffusion model.
+
+    Attributes:
+        parts: every part by the name of its subfolder: `unet` or `transformer`, `scheduler`, `text_encoder`,
+            `tokenizer`, `vae`.
+        adapter: the name of the denoiser's adapter that belongs to this component, if it has one.
+        adapter_off: whether it is run without that adapter.
+        frozen: whether it is always run in eval mode and without gradients.
+        trains_text_encoder: whether gradients reach the text encoder.
+    """
+
+    parts: Mapping[str, Any]
+    adapter: str | None = None
+    adapter_off: bool = False
+    frozen: bool = False
+    trains_text_encoder: bool = False
+
+    @classmethod
+    def load(
+        cls,
+        source: str | Path | nn.Module,
+        given: Mapping[str, Any],
+        *,
+        peft_config: PeftConfig | None,
+        trains_text_encoder: bool,
+        index: pipeline_folder.Index | None = None,
+        **loading: Any,
+    ) -> Self:
+        """The parts that are given and, for a folder or Hub id, the rest from there, ready to train.
+
+        What does not train is frozen. A folder that holds an adapter gets it back.
+
+        Raises:
+            PlanError: if there is an adapter in the folder and a config for another, or a text encoder is to be trained
+                that does not exist.
+        """
+        parts, saved_adapter = dict(given), None
+        if isinstance(source, nn.Module):
+            parts["unet" if "UNet" in type(source).__name__ else "transformer"] = source
+        else:
+            saved_adapter = Path(source) / pipeline_folder.ADAPTER
+            index = index or pipeline_folder.read_index(source, loading.get("revision"))
+            for name in index.keys() - parts.keys():
+                parts[name] = pipeline_folder.load_part(source, name, index[name], **loading)
+        if trains_text_encoder and "text_encoder" not in parts:
+            raise PlanError(f"train_text_encoder=True needs a text encoder; the parts are {sorted(parts)}.")
+        for name in ("vae",) if trains_text_encoder else ("vae", "text_encoder"):
+            if name in parts:
+                parts[name].requires_grad_(False)
+        adapter = None
+        denoiser = parts[pipeline_folder.denoiser_name(parts)]
+        if saved_adapter is not None and saved_adapter.is_dir():
+            if peft_config is not None:
+                raise PlanError(f"{str(saved_adapter)!r} holds an adapter; leave peft_config out to train that one.")
+            adapter = adapters.attach(denoiser, adapters.read_config(saved_adapter))
+            adapters.load(denoiser, adapter, saved_adapter)
+        elif peft_config is not None:
+            adapter = adapters.attach(denoiser, peft_config)
+        return cls(parts, adapter, trains_text_encoder=trains_text_encoder)
+
+    @cached_property
+    def module(self) -> PipelineModule:
+        """The parts that have weights."""
+        return PipelineModule(self.denoiser, self.parts.get("text_encoder"), self.vae)
+
+    @property
+    def denoiser(self) -> Any:
+        return self.parts[pipeline_folder.denoiser_name(self.parts)]
+
+    @property
+    def vae(self) -> Any:
+        return self.parts.get("vae")
+
+    @contextlib.contextmanager
+    def running(self, *, evaluate: bool = False) -> Iterator[None]:
+        """Puts the pipeline's own adapter (or none) in charge of weights that others may share.
+
+        Args:
+            evaluate: run in eval mode and without gradients, as a frozen pipeline always does; modes are restored.
+        """
+        with contextlib.ExitStack() as stack:
+            if self.adapter_off:
+                stack.enter_context(adapters.switched_off(self.denoiser))
+            elif self.adapter is not None:
+                adapters.activate(self.denoiser, self.adapter)
+            if evaluate or self.frozen:
+                stack.enter_context(_evaluating(self.module))
+                stack.enter_context(torch.no_grad())
+            yield
+
+    def predict(
+        self, noisy: Float[Tensor, "n C H W"], times: Tensor, arguments: Mapping[str, Any]
+    ) -> Float[Tensor, "n K H W"]:
+        """The denoiser's output, fp32, computed in its own dtype on its own device. To be called inside `running`.
+
+        Raises:
+            PlanError: if it is not (n, C, H, W), or (n, 2C, H, W) with a learned variance.
+        """
+        weight = next(parameter for parameter in self.denoiser.parameters() if parameter.is_floating_point())
+        device, dtype = weight.device, weight.dtype
+        placed = mapped(arguments, lambda tensor: tensor.to(device, dtype if tensor.is_floating_point() else None))
+        output = self.denoiser(noisy.to(device, dtype), timestep=times.to(device), **placed, return_dict=False)[0]
+        n, channels, *size = noisy.shape
+        if tuple(output.shape) not in ((n, channels, *size), (n, 2 * channels, *size)):
+            raise PlanError(
+                f"{type(self.denoiser).__name__} made {tuple(output.shape)} of samples {tuple(noisy.shape)}; expected "
+                "as many channels, or twice as many where it learns its variance too."
+            )
+        return output.float()
+
+    def reference(self) -> Pipeline:
+        """This pipeline frozen: a new adapter is switched off in shared weights, else what trains is copied.
+
+        Frozen parts are shared.
+        """
+        parts, adapter_off = dict(self.parts), False
+        trained = ["text_encoder"] if self.trains_text_encoder else []
+        if self.adapter is not None and adapters.is_identity(self.denoiser, self.adapter):
+            adapter_off = True
+        else:
+            trained.append(pipeline_folder.denoiser_name(parts))
+        for name in trained:
+            parts[name] = copy.deepcopy(parts[name]).requires_grad_(False).eval()
+        return replace(self, parts=parts, adapter_off=adapter_off, frozen=True, trains_text_encoder=False)
+
+    # Pixels and latents
+
+    def pixel_shape(self, sample_shape: tuple[int, int, int]) -> tuple[int, int, int]:
+        """(C, H, W) of the images whose latents have `sample_shape`."""
+        if self.vae is None:
+            return sample_shape
+        factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
+        return self.vae.config.in_channels, sample_shape[1] * factor, sample_shape[2] * factor
+
+    @torch.no_grad()
+    def encode(self, pixels: Float[Tensor, "n c h w"]) -> Float[Tensor, "n C H W"]:
+        """Latents of images: the mode of the VAE's posterior, scaled; the pixels themselves where there is no VAE."""
+        if self.vae is None:
+            return pixels
+        encoded = self.vae.encode(pixels.to(self.vae.device, self.vae.dtype))
+        latents = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latents
+        mean, scale = _latent_scale(self.vae)
+        return (latents.float() - mean) * scale
+
+    @torch.no_grad()
+    def decode(self, latents: Float[Tensor, "n C H W"]) -> Float[Tensor, "n c h w"]:
+        """Images of latents, pixels in [-1, 1]."""
+        if self.vae is None:
+            return latents
+        mean, scale = _latent_scale(self.vae)
+        unscaled = (latents.to(self.vae.device) / scale + mean).to(self.vae.dtype)
+        return self.vae.decode(unscaled, return_dict=False)[0].float()
+
+
+class PipelineModule(nn.ModuleDict):
+    """The modules of a pipeline. Frozen ones stay in eval mode whatever mode the others are put in."""
+
+    def __init__(self, denoiser: nn.Module, text_encoder: nn.Module | None, vae: nn.Module | None) -> None:
+        parts = {"denoiser": denoiser, "text_encoder": text_encoder, "vae": vae}
+        super().__init__({name: part for name, part in parts.items() if part is not None})
+        self.training = denoiser.training
+        self._settle()
+
+    def train(self, mode: bool = True) -> Self:
+        super().train(mode)
+        self._settle()
+        return self
+
+    def _settle(self) -> None:
+        from diffusers.models.embeddings import LabelEmbedding
+
+        for part in self.values():
+            if not any(parameter.requires_grad for parameter in part.parameters()):
+                part.eval()
+        for module in self.modules():
+            if isinstance(module, LabelEmbedding):
+                module.eval()  # in train mode it replaces labels at random: the score would not be that of the label
+
+
+@contextlib.contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, training in modes:
+            part.training = training
+
+
+def _latent_scale(vae: Any) -> tuple[Any, Any]:
+    """Mean and scale with which latents = (encoded - mean) * scale, from a VAE's config."""
+    config = vae.config
+    scale = config.get("scaling_factor") or 1.0
+    if config.get("latents_mean") is None or config.get("latents_std") is None:
+        return config.get("shift_factor") or 0.0, scale
+    mean, std = (torch.tensor(config[key], device=vae.device)[:, None, None] for key in ("latents_mean", "latents_std"))
+    return mean, scale / std

@@ -1,0 +1,1 @@
+"""Values out of finitely many, and what has no likelihood at all."""

@@ -1,0 +1,165 @@
+"""A choice among named options: a router, a retriever over a fixed set, a classifier."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from sysdag.components.component import named_source
+from sysdag.components.discrete.values import Discrete
+from sysdag.errors import DataError, PlanError, SerializationError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class Categorical(Discrete):
+    """One of several named options, by the logits of a classifier: exact.
+
+    The node's function returns what the classifier reads: a string, where there is a tokenizer, or a vector of
+    features (a list, array or tensor of one dimension).
+
+    Args:
+        options: the values, at least 2, all different.
+        model: a sequence classifier of transformers (name, folder or object), the number of features of a linear
+            classifier that starts uniform, or any module from features (n, D) to logits (n, options).
+        tokenizer: of the sequence classifier; by default loaded from where the model is.
+        max_length: longest input in tokens; longer ones lose tokens at their end.
+
+    Raises:
+        PlanError: for fewer than 2 options or repeated ones.
+    """
+
+    value_type = str
+
+    def __init__(
+        self,
+        options: Sequence[str],
+        model: str | Path | int | nn.Module,
+        tokenizer: str | Path | PreTrainedTokenizerBase | None = None,
+        *,
+        max_length: int | None = None,
+    ) -> None:
+        if len(options) < 2 or len(set(options)) < len(options):
+            raise PlanError(f"Categorical needs at least 2 different options, got {list(options)}.")
+        self.values = tuple(options)
+        self._source = model
+        self._tokenizer_source = model if tokenizer is None and isinstance(model, (str, Path)) else tokenizer
+        self._tokenizer: Any = None
+        self._module: Any = None
+        self.max_length = max_length
+
+    def __repr__(self) -> str:
+        return f"Categorical({list(self.values)})"
+
+    @property
+    def base_model(self) -> str | None:
+        return named_source(self._source)
+
+    @property
+    def module(self) -> Any:
+        if self._module is None:
+            self._module = self._load_module()
+        return self._module
+
+    def _load_module(self) -> Any:
+        if isinstance(self._source, nn.Module):
+            return self._source
+        if isinstance(self._source, int):
+            linear = nn.Linear(self._source, len(self.values))
+            nn.init.zeros_(linear.weight)
+            nn.init.zeros_(linear.bias)
+            return linear
+        from transformers import AutoModelForSequenceClassification
+
+        return AutoModelForSequenceClassification.from_pretrained(self._source, num_labels=len(self.values))
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase | None:
+        if self._tokenizer is None and isinstance(self._tokenizer_source, (str, Path)):
+            from transformers import AutoTokenizer
+
+            self._tokenizer = AutoTokenizer.from_pretrained(self._tokenizer_source)
+        elif self._tokenizer is None:
+            self._tokenizer = self._tokenizer_source
+        return self._tokenizer
+
+    def logits(self, inputs: Sequence[Any]) -> Float[Tensor, "n values"]:
+        if self.tokenizer is not None:
+            for element, text in enumerate(inputs):
+                if not isinstance(text, str):
+                    raise DataError(f"{self!r} reads strings, got {text!r:.200}.", element=element)
+            batch = self.tokenizer(
+                list(inputs), return_tensors="pt", padding=True, truncation=self.max_length is not None,
+                max_length=self.max_length,
+            ).to(self.device)  # fmt: skip
+            output = self.module(**batch)
+        else:
+            output = self.module(self._features(inputs))
+        logits = getattr(output, "logits", output)
+        if logits.shape != (len(inputs), len(self.values)):
+            raise PlanError(
+                f"{self!r}: the classifier must return logits of shape {(len(inputs), len(self.values))}, got "
+                f"{tuple(logits.shape)}."
+            )
+        return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+
+    def _features(self, inputs: Sequence[Any]) -> Float[Tensor, "n features"]:
+        parameter = next(self.module.parameters())
+        rows = []
+        for element, row in enumerate(inputs):
+            if isinstance(row, str):
+                raise DataError(
+                    f"{self!r} reads vectors (it has no tokenizer), got the string {row!r}.", element=element
+                )
+            rows.append(torch.as_tensor(row, dtype=parameter.dtype, device=parameter.device))
+            if rows[-1].shape != rows[0].shape or rows[-1].ndim != 1:
+                raise DataError(
+                    f"{self!r} reads vectors of one length, got shape {tuple(rows[-1].shape)}.", element=element
+                )
+        return torch.stack(rows)
+
+    def reference(self) -> Categorical:
+        frozen = copy.copy(self)
+        frozen._module = copy.deepcopy(self.module).requires_grad_(False).eval()
+        return frozen
+
+    def save_pretrained(self, folder: Path) -> Mapping[str, Any]:
+        options = {"options": list(self.values), "max_length": self.max_length}
+        if hasattr(self.module, "save_pretrained"):
+            self.module.save_pretrained(folder)
+            if self.tokenizer is not None:
+                self.tokenizer.save_pretrained(folder)
+            return options
+        from safetensors.torch import save_model
+
+        save_model(self.module, str(folder / "model.safetensors"))
+        return {**options, "features": self._source if isinstance(self._source, int) else None}
+
+    @classmethod
+    def from_pretrained(cls, folder: Path, options: Mapping[str, Any]) -> Self:
+        if "features" not in options:
+            return cls(options["options"], folder, max_length=options["max_length"])
+        if options["features"] is None:
+            raise SerializationError(
+                f"{folder}: the classifier is a module of your own, which sysdag cannot build. Build the component and "
+                "call its load_weights with this folder."
+            )
+        made = cls(options["options"], options["features"], max_length=options["max_length"])
+        made.load_weights(folder)
+        return made
+
+    def load_weights(self, folder: Path) -> None:
+        if hasattr(self.module, "save_pretrained"):
+            saved = type(self.module).from_pretrained(folder, dtype=self.module.dtype)
+            self.module.load_state_dict(saved.state_dict())
+            return
+        from safetensors.torch import load_model
+
+        load_model(self.module, folder / "model.safetensors", device=str(self.device))

@@ -1,0 +1,83 @@
+"""What components over finitely many values share."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Hashable, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sysdag.components.component import Component
+from sysdag.components.decoding import device_generator, proposal_log_probs
+from sysdag.errors import DataError, shown
+from sysdag.traces.cells import Draw
+
+
+class Discrete(Component):
+    """A component that draws one of `values`; subclasses say where the logits come from."""
+
+    likelihood = "exact"
+    values: tuple[Hashable, ...]
+
+    @abstractmethod
+    def logits(self, inputs: Sequence[Any]) -> Float[Tensor, "n values"]:
+        """Unnormalised log-probabilities of every value for each input."""
+
+    def sample(self, inputs: Sequence[Any], *, generator: torch.Generator | None = None) -> list[Draw]:
+        return self.propose(inputs, temperature=1.0, top_p=1.0, generator=generator)
+
+    def propose(
+        self, inputs: Sequence[Any], *, temperature: float, top_p: float, generator: torch.Generator | None = None
+    ) -> list[Draw]:
+        with torch.no_grad():
+            log_probs = proposal_log_probs(self.logits(inputs), temperature, top_p)
+            drawn = torch.multinomial(log_probs.exp(), 1, generator=device_generator(generator, log_probs.device))
+            chosen = log_probs.gather(1, drawn)
+        return [
+            self._draw(index, log_prob)
+            for index, log_prob in zip(drawn[:, 0].tolist(), chosen[:, 0].tolist(), strict=True)
+        ]
+
+    def observe(self, values: Sequence[Any]) -> list[Draw]:
+        return [self._draw(self._index(value, element)) for element, value in enumerate(values)]
+
+    def _index(self, value: Any, element: int) -> int:
+        places = {known: place for place, known in enumerate(self.values)}
+        try:
+            return places[value]
+        except (KeyError, TypeError) as error:  # a TypeError is of a value that cannot be hashed
+            raise DataError(
+                f"{self!r}: {shown(value)} is none of its values {list(self.values)}.", element=element
+            ) from error
+
+    def check_draws(self, draws: Sequence[Draw]) -> None:
+        for element, draw in enumerate(draws):
+            if draw.record.get("index") != self._index(draw.value, element):
+                raise DataError(
+                    f"{self!r}: the draw of {shown(draw.value)} has the index {shown(draw.record.get('index'))}; it "
+                    "was made by a component with other values.",
+                    element=element,
+                )
+
+    def _draw(self, index: int, log_prob: float | None = None) -> Draw:
+        return Draw(self.values[index], {"index": index}, log_prob)
+
+    def log_prob(self, inputs: Sequence[Any], draws: Sequence[Draw]) -> Float[Tensor, " n"]:
+        log_probs = self.logits(inputs).log_softmax(-1)
+        indices = torch.tensor([draw.record["index"] for draw in draws], device=log_probs.device)
+        return log_probs.gather(1, indices[:, None])[:, 0]
+
+    def search(
+        self, inputs: Sequence[Any], num_candidates: int, diversity_penalty: float, ngram_size: int = 1
+    ) -> list[list[Draw]]:
+        """The most probable values: what a diverse beam search of length 1 finds under any penalty that separates."""
+        with torch.no_grad():
+            log_probs = self.logits(inputs).log_softmax(-1)
+            best = log_probs.topk(min(num_candidates, len(self.values)), dim=-1)
+        return [
+            [self._draw(index) for index, log_prob in zip(indices, scores, strict=True) if log_prob > -torch.inf]
+            for indices, scores in zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        ]

@@ -1,0 +1,1 @@
+"""Language models: text from a prompt, with exact log-probabilities."""

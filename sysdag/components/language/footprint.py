@@ -1,0 +1,78 @@
+"""The memory of a language model's part in a training step, from its config alone: no weights are loaded.
+
+The model is built of fake tensors, which have shapes and devices and no numbers, and one micro-batch is scored on it;
+autograd then says what its graph would save, kernel by kernel as the device would choose them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from sysdag.components import acceleration, adapter
+from sysdag.components.footprint import Footprint, bytes_of, make_fake
+from sysdag.components.language.language_head import TokenScorer
+from sysdag.components.memory import SavedBytes
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+
+_TILE = {"cpu": 8 << 20, "cuda": 192 << 20}  # of logits, in `linear_logprob`; on a GPU with what they are folded into
+
+
+def of_causal_lm(
+    config: Any,
+    dtype: torch.dtype,
+    peft_config: PeftConfig | None,
+    *,
+    tokens: int,
+    labels: int,
+    trains: bool,
+    checkpoints: bool,
+    device: str,
+) -> Footprint:
+    """A causal language model's.
+
+    Args:
+        config: of transformers.
+        tokens: of a micro-batch, packed into one row.
+        labels: how many of them are scored.
+        trains: False for a model that is frozen.
+        checkpoints: whether it recomputes its activations (gradient checkpointing).
+        device: `cpu` or `cuda`, whose kernels are assumed.
+    """
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        if peft_config is not None:
+            adapter.attach(model, peft_config)
+    if not trains:
+        model.requires_grad_(False)
+    model.train()
+    if checkpoints and trains:
+        acceleration.enable_checkpointing(model, {"use_reentrant": False})
+    with FakeTensorMode(), torch.device(device):
+        make_fake(model)
+        inputs = {
+            "input_ids": torch.zeros(1, tokens, dtype=torch.int64),
+            "attention_mask": torch.zeros(1, 1, tokens, tokens, dtype=dtype),
+            "position_ids": torch.zeros(1, tokens, dtype=torch.int64),
+        }
+        rows = torch.zeros(labels, dtype=torch.int64)
+        saved = SavedBytes()
+        with saved if trains else contextlib.nullcontext(), torch.set_grad_enabled(trains):
+            TokenScorer(model, is_checked=True)(inputs, rows, rows)
+        head = model.get_output_embeddings().weight
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        weights = sum(bytes_of(parameter) for parameter in model.parameters())
+        return Footprint(
+            weights=weights,
+            trained=sum(map(bytes_of, trained)),
+            reference=weights if trained and peft_config is None else 0,
+            graph=saved.total,
+            working=_TILE[device] + (bytes_of(head) if head.requires_grad else 0),
+        )

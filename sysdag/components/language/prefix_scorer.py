@@ -1,0 +1,227 @@
+"""Log-probabilities of completions from a causal language model, shared prefixes computed once where the model can.
+
+A packed row holds tries (`token_trie`): its attention mask lets a token see its ancestors, its positions are depths.
+Dense (R, 1, T, T) masks serve eager and sdpa attention; a model that was loaded with
+`attn_implementation="flex_attention"` gets a BlockMask on a GPU, which skips what is masked (this has not run on a GPU
+yet; the function behind the mask is tested against the dense one).
+
+A model qualifies by its config and structure: attention that takes such masks, positions that are arguments, nothing
+that depends on a token's place in the row or on the row's length. What config cannot tell, a probe does: a few tokens
+once as tries and once as rows of their own. Models that do not qualify are scored in rows of their own.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import math
+import weakref
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from sysdag.components.component import evaluating
+from sysdag.components.language import token_trie
+from sysdag.components.language.language_head import TokenScorer, inner_model
+from sysdag.components.language.token_trie import Ids, TokenTrie
+
+logger = logging.getLogger(__name__)
+
+_MASKABLE = ("eager", "sdpa", "flex_attention")
+_LAYERS = ("full_attention", "attention", "sliding_attention", "chunked_attention")
+# Options of configs under which attention goes by the place in the row, and what they do.
+_BY_PLACE = {
+    "attn_temperature_tuning": "scales queries by their place in the row",
+    "attention_layers": "masks by the place in the row",
+    "index_topk": "attends to a number of keys that it selects",
+    "alibi": "biases attention by the distance in the row",
+}
+_said: weakref.WeakKeyDictionary[Any, set[str]] = weakref.WeakKeyDictionary()
+
+
+class PrefixScorer:
+    """Scores (prompt, completion) pairs of token ids with one model.
+
+    Args:
+        model: a causal language model of transformers, perhaps inside a PeftModel.
+        pack_prefixes: False scores each sequence in a row of its own.
+    """
+
+    def __init__(self, model: Any, *, pack_prefixes: bool = True) -> None:
+        self.model = model
+        self._tokens = TokenScorer(model)
+        self._implementation = _implementation(model)
+        self._packs: bool | None = None if pack_prefixes else False
+        self._longest = math.inf
+
+    def fits(self, model: Any) -> bool:
+        """Whether this was made for the model as it is now."""
+        return self._tokens.fits(model) and self._implementation == _implementation(model)
+
+    def __call__(self, sequences: Sequence[tuple[Ids, Ids]], pad_token_id: int) -> Float[Tensor, " n"]:
+        """Sum of the natural log-probabilities of each completion's tokens, given its prompt; one forward."""
+        trie = token_trie.pack(sequences, self._hidden_size(sequences), pad_token_id)
+        device = _device(self.model)
+        inputs = model_inputs(self.model, trie, device)
+        found = self._tokens(inputs, trie.rows.to(device), trie.labels.to(device))
+        sequence, label = trie.sequence.to(found.device), trie.label.to(found.device)
+        return found.new_zeros(trie.num_sequences).index_add(0, sequence, found[label])
+
+    def groups(self, sequences: Sequence[tuple[Ids, Ids]], max_tokens: int) -> list[list[int]]:
+        """Groups of sequences for which one call computes at most `max_tokens` positions; see `token_trie.groups`."""
+        return token_trie.groups(sequences, self._hidden_size(sequences), max_tokens)
+
+    def _hidden_size(self, sequences: Sequence[tuple[Ids, Ids]]) -> int:
+        """The width that decides what is shared; 0 where nothing may be."""
+        if self._packs is None:
+            self._decide()
+        longest = max((len(prompt) + len(completion) for prompt, completion in sequences), default=0)
+        if self._packs and longest > self._longest:
+            _say_unpacked(self.model, f"some sequences are longer than its attention's {self._longest:g} tokens")
+        return _config(self.model).hidden_size if self._packs and longest <= self._longest else 0
+
+    def _decide(self) -> None:
+        reason = obstacle(self.model)
+        if reason is None:
+            self._longest = _window(_config(self.model))
+            answer = _probe(self.model)
+            if answer is None:  # weights that are not finite tell nothing; another call may
+                return
+            reason = answer or None
+        self._packs = reason is None
+        if reason is None:
+            _say(self.model, logging.INFO, "computes shared prefixes once: a probe agreed")
+        else:
+            _say_unpacked(self.model, reason)
+
+
+def model_inputs(model: Any, trie: TokenTrie, device: torch.device) -> dict[str, Any]:
+    """The arguments of the model's forward for a trie's rows."""
+    ids = trie.tokens.to(device)
+    if trie.is_chains:
+        place = torch.arange(ids.shape[1])
+        return {"input_ids": ids, "attention_mask": (place < trie.lengths[:, None]).long().to(device)}
+    end = trie.end.to(device)
+    if _implementation(model) == "flex_attention" and device.type == "cuda":
+        from torch.nn.attention.flex_attention import create_block_mask
+
+        rows, width = ids.shape
+        mask: Any = create_block_mask(subtree_mask(end), rows, None, width, width, device=device)
+    else:
+        dtype = inner_model(model).get_input_embeddings().weight.dtype
+        blocked = ~trie.mask().to(device)
+        mask = torch.zeros(blocked.shape, dtype=dtype, device=device).masked_fill_(blocked, torch.finfo(dtype).min)
+        mask = mask[:, None]
+    return {"input_ids": ids, "attention_mask": mask, "position_ids": trie.depth.to(device)}
+
+
+def subtree_mask(end: Tensor) -> Any:
+    """FlexAttention's mask_mod of `TokenTrie.mask`."""
+
+    def mask_mod(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (key <= query) & (query < end[row, key])
+
+    return mask_mod
+
+
+def obstacle(model: Any) -> str | None:
+    """Why the model's config or structure does not allow tries, or None."""
+    inner, config = inner_model(model), _config(model)
+    if any(getattr(each, "is_prompt_learning", False) for each in getattr(model, "peft_config", {}).values()):
+        return "its adapter puts virtual tokens before each row"
+    if getattr(config, "is_encoder_decoder", False):
+        return "it is an encoder-decoder"
+    if "position_ids" not in inspect.signature(inner.forward).parameters:
+        return "its forward takes no position_ids"
+    if _implementation(model) not in _MASKABLE:
+        return f"its attention is {_implementation(model)!r}, which takes no such mask; {list(_MASKABLE)} do"
+    for name, does in _BY_PLACE.items():
+        if getattr(config, name, None):
+            return f"it {does} ({name})"
+    other = sorted({kind for kind in _layer_types(config) if kind not in _LAYERS})
+    if other:
+        return f"it has layers of type {other[0]!r}"
+    if any(isinstance(module, nn.Conv1d) for module in inner.modules()):
+        return "it convolves over the row, as state space and recurrent layers do"
+    scaled = [kind for kind in _rope_types(config) if "dynamic" in kind or kind == "longrope"]
+    return f"its rotary embedding depends on the row's length ({scaled[0]})" if scaled else None
+
+
+def _config(model: Any) -> Any:
+    return inner_model(model).config.get_text_config(decoder=True)
+
+
+def _implementation(model: Any) -> str | None:
+    return getattr(_config(model), "_attn_implementation", None)
+
+
+def _device(model: Any) -> torch.device:
+    return next(model.parameters()).device
+
+
+def _layer_types(config: Any) -> list[str]:
+    return [*(getattr(config, "layer_types", None) or []), *(getattr(config, "layers_block_type", None) or [])]
+
+
+def _window(config: Any) -> float:
+    """How many tokens of a sequence every layer sees, itself included."""
+    types = _layer_types(config)
+    window, chunk = getattr(config, "sliding_window", None), getattr(config, "attention_chunk_size", None)
+    slides = "sliding_attention" in types if types else getattr(config, "use_sliding_window", True) is not False
+    found = [float(window)] if window and slides else []
+    return min([*found, float(chunk)] if chunk else found, default=math.inf)
+
+
+def _rope_types(config: Any) -> Iterator[str]:
+    """Of all layers: transformers 5 keeps them in rope_parameters, perhaps by layer type; before, in rope_scaling."""
+    waiting = [getattr(config, "rope_parameters", None), getattr(config, "rope_scaling", None)]
+    while waiting:
+        options = waiting.pop()
+        if isinstance(options, dict):
+            waiting += options.values()
+            yield from (str(options[key]) for key in ("rope_type", "type") if options.get(key))
+
+
+@torch.no_grad()
+def _probe(model: Any) -> str | None:
+    """Whether tries give the logits of separate rows: what differs, '' where nothing does, None where none can tell."""
+    vocabulary = _config(model).vocab_size
+    a, b, c, d, e, f, g, h = (vocabulary * k // 9 for k in range(1, 9))
+    sequences = [([a, b], [c, d, e]), ([a, b], [c, f]), ([a, b], [g, h, c]), ([d, e], [a]), ([b], [f])]
+    tries, chains = token_trie.pack(sequences, math.inf), token_trie.pack(sequences, 0)
+    device = _device(model)
+    seen = []
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), evaluating(model):
+        for trie in (tries, chains):
+            try:
+                logits = model(**model_inputs(model, trie, device), use_cache=False).logits
+            except torch.OutOfMemoryError:
+                raise
+            except (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError) as raised:
+                if trie is chains:
+                    raise
+                return f"a probe of it raised {type(raised).__name__}: {raised!s:.200}"
+            seen.append(logits.flatten(0, 1)[trie.rows.to(device)[trie.label.to(device)]].float())
+    packed, alone = seen
+    if not alone.isfinite().all():
+        return None
+    spread = alone - alone.mean(-1, keepdim=True)
+    error = float(((packed - alone).norm(dim=-1) / spread.norm(dim=-1).clamp_min(1e-30)).max())
+    half = torch.is_autocast_enabled(device.type) or logits.dtype in (torch.float16, torch.bfloat16)
+    # A wrong mask or position moves logits by tens of percents of their spread; TF32 by less than 1e-3, bf16 by 2e-2.
+    return "" if error <= (5e-2 if half else 1e-3) else f"a probe's logits differed by {error:.2g} of their spread"
+
+
+def _say_unpacked(model: Any, reason: str) -> None:
+    _say(model, logging.WARNING, f"computes shared prefixes for each sequence anew: {reason}")
+
+
+def _say(model: Any, level: int, text: str) -> None:
+    """Once for each model, whichever components score with it."""
+    said = _said.setdefault(model, set())
+    if text not in said:
+        said.add(text)
+        logger.log(level, "%s %s.", type(model).__name__, text)

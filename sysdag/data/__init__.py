@@ -1,0 +1,26 @@
+"""Preference rows, checked, as pairs of runs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from sysdag import exports
+
+if TYPE_CHECKING:
+    from sysdag.data.preferences import PreferencePair, Problem, encode_pairs
+    from sysdag.data.validation import ValidationReport, validate_rows
+
+__all__ = [
+    "PreferencePair",
+    "Problem",
+    "ValidationReport",
+    "encode_pairs",
+    "validate_rows",
+]
+__getattr__ = exports(
+    __name__,
+    {
+        "preferences": ["PreferencePair", "Problem", "encode_pairs"],
+        "validation": ["ValidationReport", "validate_rows"],
+    },
+)

@@ -1,0 +1,271 @@
+"""Preference datasets: rows in TRL's format to pairs of partial traces, every mistake told by row and node."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sysdag.data.row_paths import whole_path
+from sysdag.data.trl_prompts import explicit_prompt
+from sysdag.errors import DataError, shown
+from sysdag.files.encoding import encode_value, is_text
+from sysdag.graph.plan import Objective, Plan
+from sysdag.traces.cells import Cell, Draw
+from sysdag.traces.readers import rows_of
+from sysdag.traces.trace import Trace
+
+if TYPE_CHECKING:
+    from sysdag.components.component import Component
+
+_SIDES = ("chosen", "rejected")
+
+
+@dataclass(frozen=True, eq=False)
+class PreferencePair:
+    """One preference: a winner and a loser for the same inputs.
+
+    Attributes:
+        inputs: the value of each input.
+        chosen, rejected: the observed cells, by node.
+    """
+
+    inputs: Mapping[str, Any]
+    chosen: Mapping[str, Cell]
+    rejected: Mapping[str, Cell]
+
+    @cached_property
+    def key(self) -> str:
+        """SHA-256 of the content; pairs with equal inputs, values and records have the same.
+
+        Raises:
+            DataError: for a value that has no lossless JSON form (see `sysdag.files.encoding`).
+        """
+        content: dict[str, Any] = {"inputs": {name: encode_value(v, name) for name, v in self.inputs.items()}}
+        for side in _SIDES:
+            content[side] = {
+                name: [[encode_value(d.value, name), encode_value(dict(d.record), name)] for d in _draws(cell)]
+                for name, cell in getattr(self, side).items()
+            }
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _draws(cell: Cell) -> tuple[Draw, ...]:
+    return cell if isinstance(cell, tuple) else (cell,)
+
+
+def collate(pairs: Sequence[PreferencePair]) -> tuple[Trace, Trace]:
+    """The winners and the losers of a batch as partial traces over the same inputs."""
+    inputs = {name: [pair.inputs[name] for pair in pairs] for name in pairs[0].inputs}
+    sides = []
+    for side in _SIDES:
+        rows = [getattr(pair, side) for pair in pairs]
+        sides.append(Trace(inputs, {name: [row[name] for row in rows] for name in rows[0]}))
+    return sides[0], sides[1]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Why a row cannot be used.
+
+    Attributes:
+        row: its number, from 0; None for a part of a file that is no row.
+        kind: `missing`, `wrong type`, `unknown node`, `invalid value`; `malformed`, for what is no row; and of rows
+            that could be scored but should not be (see `sysdag.data.validation`) `empty`, `identical`, `over-long`.
+        node: the node's name, or "".
+        side: `chosen`, `rejected`, or "".
+        text: what is wrong with it.
+        source: where it stands in its file, as `line 7`; "" where its number says it all.
+    """
+
+    row: int | None
+    kind: str
+    node: str
+    side: str
+    text: str
+    source: str = ""
+
+    def __str__(self) -> str:
+        if self.row is None:
+            where = self.source.capitalize()
+        else:
+            where = f"Row {self.row}" + (f" ({self.source})" if self.source not in ("", f"row {self.row}") else "")
+        where += f", {self.side}" if self.side else ""
+        where += f", node {self.node!r}" if self.node else ""
+        return f"{where}: {self.text}"
+
+
+def encode_pairs(plan: Plan, rows: Iterable[Mapping[str, Any]], objective: Objective) -> list[PreferencePair]:
+    """Preference rows as pairs that can be scored.
+
+    A row holds the inputs by name (or `prompt`, for a system with one input), `chosen` and `rejected` (the output's
+    value, or a dict by node for several outputs), and for Direct `chosen_intermediates` and `rejected_intermediates`,
+    dicts by node of every other random node. A plate's value is a list. Values may be given as they are, or as the
+    `Draw` (list of draws for a plate) that a sampled trace holds, which keeps the token ids that were sampled.
+
+    TRL's formats are taken too: a text may be a list of one assistant message, a prompt a list of messages, which the
+    node's function gets as it is; and a prompt may be implicit, the beginning that `chosen` and `rejected` share.
+
+    Args:
+        rows: dicts (of a file: see `sysdag.traces.readers.read_rows`), or a dataset of the library `datasets`.
+
+    Raises:
+        DataError: naming the row and the node, and the file's line where the row knows it.
+    """
+    pairs = []
+    for number, row in enumerate(rows_of(rows)):
+        pair, problems = encode_row(plan, row, number, objective)
+        if pair is None:
+            raise DataError(str(problems[0]))
+        pairs.append(pair)
+    return pairs
+
+
+def encode_row(
+    plan: Plan, row: Any, number: int, objective: Objective, *, loads: bool = True
+) -> tuple[PreferencePair | None, list[Problem]]:
+    """One row's pair, or None and all that is wrong with it.
+
+    Args:
+        plan, row, objective: see `encode_pairs`.
+        number: the row's, for its problems.
+        loads: False checks values as far as that is possible without any weights; the pair then has no records.
+    """
+    return _Reading(plan, number, objective, loads, getattr(row, "place", ""), getattr(row, "folder", None)).read(row)
+
+
+@dataclass
+class _Reading:
+    plan: Plan
+    number: int
+    objective: Objective
+    loads: bool
+    source: str
+    folder: Path | None
+    problems: list[Problem] = field(default_factory=list)
+
+    def read(self, row: Any) -> tuple[PreferencePair | None, list[Problem]]:
+        if not isinstance(row, Mapping):
+            self._problem("wrong type", f"expected a dict, got {type(row).__name__}.")
+            return None, self.problems
+        row = explicit_prompt(self.plan, row)
+        inputs = self._inputs(row)
+        sides = {side: self._side(row, side) for side in _SIDES}
+        if self.problems:
+            return None, self.problems
+        return PreferencePair(inputs, sides["chosen"], sides["rejected"]), []
+
+    def _problem(self, kind: str, text: str, node: str = "", side: str = "") -> None:
+        self.problems.append(Problem(self.number, kind, node, side, text, self.source))
+
+    def _inputs(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        found, problems = read_inputs(self.plan, row)
+        for kind, text in problems:
+            self._problem(kind, text)
+        return found
+
+    def _side(self, row: Mapping[str, Any], side: str) -> dict[str, Cell]:
+        given = self._outputs(row, side)
+        if self.objective == "direct":
+            given |= self._intermediates(row, side)
+        for name in self.plan.observed(self.objective):
+            if name not in given and side in row:
+                hint = f" Give it in {side}_intermediates." if name not in self.plan.system.outputs else ""
+                self._problem("missing", f"{side} has no value of node {name!r}, which {self.objective} needs.{hint}")
+        cells = {name: self._cell(name, value, side) for name, value in given.items()}
+        return {name: cell for name, cell in cells.items() if cell is not None}
+
+    def _outputs(self, row: Mapping[str, Any], side: str) -> dict[str, Any]:
+        outputs = self.plan.system.outputs
+        if side not in row:
+            self._problem("missing", f"{side!r} is missing; the row has {sorted(map(str, row))}.")
+            return {}
+        if len(outputs) == 1:
+            return {outputs[0]: row[side]}
+        if not isinstance(row[side], Mapping) or set(row[side]) != set(outputs):
+            got = sorted(map(str, row[side])) if isinstance(row[side], Mapping) else type(row[side]).__name__
+            self._problem("wrong type", f"{side} must be a dict with one value for each of {list(outputs)}, got {got}.")
+            return {}
+        return dict(row[side])
+
+    def _intermediates(self, row: Mapping[str, Any], side: str) -> dict[str, Any]:
+        column = f"{side}_intermediates"
+        given = {} if row.get(column) is None else row[column]
+        if not isinstance(given, Mapping):
+            self._problem("wrong type", f"{column} must be a dict by node, got {type(given).__name__}.")
+            return {}
+        known = set(self.plan.order) - set(self.plan.system.outputs)
+        for name in given:
+            if name not in known:
+                self._problem("unknown node", f"{column} has {name!r}; the other nodes are {sorted(known)}.")
+        return {name: value for name, value in given.items() if value is not None and name in known}
+
+    def _cell(self, name: str, value: Any, side: str) -> Cell | None:
+        if not self.plan.is_plate(name):
+            draws = self._draws(name, [value], side)
+            return draws[0] if draws else None
+        if not isinstance(value, (list, tuple)) or not value:
+            kind = "empty" if isinstance(value, (list, tuple)) else "wrong type"
+            self._problem(kind, f"a plate needs a list with one value an element, got {shown(value)}.", name, side)
+            return None
+        return tuple(self._draws(name, list(value), side)) or None
+
+    def _draws(self, name: str, values: list[Any], side: str) -> list[Draw]:
+        component = self.plan.system[name].component
+        if not all(_is_unicode(value.value if isinstance(value, Draw) else value) for value in values):
+            self._problem("invalid value", "half of a surrogate pair, which is no text.", name, side)
+            return []
+        if component is None:
+            return [value if isinstance(value, Draw) else Draw(value) for value in values]
+        made = {at: value for at, value in enumerate(values) if isinstance(value, Draw) and value.record}
+        given = {at: self._given(component, value) for at, value in enumerate(values) if at not in made}
+        try:
+            component.check_draws(list(made.values()))
+            observed = (component.observe if self.loads else component.check)(list(given.values())) if given else []
+        except DataError as error:
+            self._problem("invalid value", str(error), name, side)
+            return []
+        made |= zip(given, observed, strict=True)
+        return [made[at] for at in range(len(values))]
+
+    def _given(self, component: Component, value: Any) -> Any:
+        """What is observed: a draw without a record is its value."""
+        return whole_path(component, value.value if isinstance(value, Draw) else value, self.folder)
+
+
+def input_column(plan: Plan, row: Mapping[str, Any], name: str) -> str:
+    """The key of a row under which an input stands: its name, or `prompt` for a system's only input."""
+    return "prompt" if len(plan.system.inputs) == 1 and name not in row and "prompt" in row else name
+
+
+def read_inputs(plan: Plan, row: Mapping[str, Any]) -> tuple[dict[str, Any], list[tuple[str, str]]]:
+    """The inputs of a row that can be used, and of each other one the kind of its problem and what is wrong."""
+    found = {}
+    problems = []
+    for given in plan.system.inputs:
+        column = input_column(plan, row, given.name)
+        if column not in row:
+            keys = ", ".join(sorted(map(shown, row)))
+            problems.append(("missing", f"input {given.name!r} is missing; the row has [{keys}]."))
+        elif given.value_type is not None and not isinstance(row[column], given.value_type):
+            expected, got = given.value_type.__name__, f"{type(row[column]).__name__} {shown(row[column], 80)}"
+            problems.append(("wrong type", f"input {given.name!r} must be {expected}, got {got}."))
+        elif not _is_unicode(row[column]):
+            text = f"input {given.name!r} holds half of a surrogate pair, which is no text."
+            problems.append(("invalid value", text))
+        else:
+            found[given.name] = row[column]
+    return found, problems
+
+
+def _is_unicode(value: Any) -> bool:
+    """Whether all text in a value can be written down; JSON may hold half of a surrogate pair."""
+    if isinstance(value, str):
+        return is_text(value)
+    if isinstance(value, Mapping):
+        return all(_is_unicode(key) and _is_unicode(element) for key, element in value.items())
+    return not isinstance(value, (list, tuple)) or all(map(_is_unicode, value))

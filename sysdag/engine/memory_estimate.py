@@ -1,0 +1,172 @@
+"""What a training needs in memory, node by node, before any weight is loaded."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import networkx
+import torch
+
+from sysdag.components.component import Component
+from sysdag.components.footprint import Footprint
+from sysdag.errors import PlanError
+from sysdag.graph.plan import Objective, Plan
+
+_AVERAGES = 2  # of AdamW, for each trained number and in its dtype
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes, by the name of the node that a component belongs to (the first, where several share it).
+
+    Attributes:
+        footprints: of each component; see `Footprint`.
+        graphs: what one step's graphs save for each component: of one micro-batch, or of all in one pass.
+        engine: `one_pass` or `two_pass`.
+        offload_idle: whether frozen weights are on the device only while their model works.
+    """
+
+    footprints: Mapping[str, Footprint]
+    graphs: Mapping[str, int]
+    engine: str
+    offload_idle: bool = False
+
+    @property
+    def resident(self) -> int:
+        """Weights, references, gradients and the optimizer's state (AdamW).
+
+        Of frozen weights and references those of one component, the largest, where idle ones are offloaded.
+        """
+        trained = sum((2 + _AVERAGES) * f.trained for f in self.footprints.values())
+        frozen = [f.weights - f.trained + f.reference for f in self.footprints.values()]
+        return trained + (max(frozen) if self.offload_idle else sum(frozen))
+
+    @property
+    def step(self) -> int:
+        """The peak of a step beside what is resident: of the largest micro-batch, or of all in one pass."""
+        if self.engine == "one_pass":
+            return sum(self.graphs.values()) + max(f.working for f in self.footprints.values())
+        return max(graph + self.footprints[name].working for name, graph in self.graphs.items())
+
+    @property
+    def total(self) -> int:
+        return self.resident + self.step
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready: bytes of each component under its node's name, of what is resident, of a step, and in all."""
+        return {
+            "nodes": {
+                name: {
+                    "weights": f.weights,
+                    "reference": f.reference,
+                    "gradients": f.trained,
+                    "optimizer": _AVERAGES * f.trained,
+                    "graphs": self.graphs[name],
+                    "head": f.working,
+                }
+                for name, f in self.footprints.items()
+            },
+            "engine": self.engine,
+            "offload_idle": self.offload_idle,
+            "resident": self.resident,
+            "step": self.step,
+            "total": self.total,
+        }
+
+    def __str__(self) -> str:
+        titles = ("node", "weights", "reference", "gradients", "optimizer", "graphs", "head")  # as in to_dict
+        lines: list[tuple[str, ...]] = [titles]
+        lines += [(name, *map(_shown, row.values())) for name, row in self.to_dict()["nodes"].items()]
+        widths = [max(len(line[column]) for line in lines) for column in range(len(titles))]
+        rows = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
+        passes = {"one_pass": "one pass", "two_pass": "two passes"}[self.engine]
+        where = " (idle models on the host)" if self.offload_idle else ""
+        held = f"resident {_shown(self.resident)}{where}, a step in {passes} {_shown(self.step)}"
+        return "\n".join([*rows, f"{held}: {_shown(self.total)} in all"])
+
+
+def estimate(
+    plan: Plan,
+    lengths: Mapping[str, Sequence[int]],
+    *,
+    objective: Objective = "direct",
+    pairs: int = 1,
+    num_candidates: int = 4,
+    engine: Literal["one_pass", "two_pass"] = "two_pass",
+    micro_batch_tokens: int = 8192,
+    offload_idle: bool = False,
+    frozen: Collection[str] = (),
+    gradient_checkpointing: bool = False,
+    device: Literal["cpu", "cuda"] | None = None,
+) -> Estimate:
+    """Memory of a training; configs are read, weights are not.
+
+    Args:
+        lengths: for each language model's node, tokens of a prompt and of a completion, and optionally how many of the
+            prompt's are the same whatever the intermediates are (0 if left out). A diffusion model's node may be left
+            out where it draws one image a run; for n images (`.each()`) it is (0, n times the positions of one).
+        objective: `direct`, or `sampling` over `num_candidates` paths.
+        pairs: preference pairs of a step.
+        engine, micro_batch_tokens, offload_idle: see `sysdag.objectives.options.EngineOptions`.
+        frozen: nodes that do not train.
+        gradient_checkpointing: whether activations are recomputed in the backward.
+        device: whose kernels are assumed; by default a GPU where torch finds one. A GPU's can be told only there.
+
+    Raises:
+        PlanError: for a GPU where there is none, a node without lengths, a name that is no random node, or a component
+            whose memory is not known.
+    """
+    for option, names in (("lengths", lengths), ("frozen", frozen)):
+        for name in names:
+            if name not in plan.random_nodes:
+                raise PlanError(
+                    f"estimate: {option} names {name!r}; the system's random nodes are {list(plan.random_nodes)}."
+                )
+    if device == "cuda" and not torch.cuda.is_available():
+        raise PlanError(
+            "estimate: device='cuda', but torch finds no GPU here, and which kernels one runs is its own say."
+        )
+    if offload_idle and engine == "one_pass":
+        raise PlanError("estimate: offload_idle=True needs engine='two_pass'.")
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    graph = plan.to_networkx()
+    footprints: dict[str, Footprint] = {}
+    graphs: dict[str, int] = {}
+    owner: dict[int, str] = {}
+    for name in plan.factors(objective):
+        component: Component | None = plan.system[name].component
+        assert component is not None  # factors are random nodes
+        prompt, completion, *rest = lengths.get(name) or (0, component.tokens_of_any_draw())
+        if completion is None:
+            raise PlanError(
+                f"estimate: lengths has no entry for node {name!r}; give (prompt tokens, completion tokens)."
+            )
+        varies = any(ancestor in plan.random_nodes for ancestor in networkx.ancestors(graph, name))
+        is_latent = objective == "sampling" and name in plan.latents("sampling")
+        paths = num_candidates if objective == "sampling" and (varies or is_latent) else 1
+        completions = paths if is_latent else 2 * paths
+        common = (rest[0] if rest else 0) if varies else prompt
+        # Of one pair: `common` tokens are computed once in each micro-batch, `own` tokens once.
+        prompts = (paths if objective == "sampling" else 2) if varies else 0
+        own = prompts * (prompt - common) + completions * completion
+        whole = pairs * (own + common * math.ceil(own / max(1, micro_batch_tokens - common)))
+        tokens = max(min(micro_batch_tokens, whole), prompt + completion)
+        labels = max(1, tokens * pairs * completions * completion // whole)
+        found = component.footprint(
+            tokens=tokens, labels=labels, trains=name not in frozen, checkpoints=gradient_checkpointing, device=device
+        )
+        if found is None:
+            raise PlanError(f"estimate: the memory of node {name!r} ({component!r}) is not known before it runs.")
+        key = owner.setdefault(id(component), name)
+        held = found.graph if engine == "two_pass" else found.graph * whole // tokens
+        graphs[key] = max(graphs.get(key, 0), held) if engine == "two_pass" else graphs.get(key, 0) + held
+        if key not in footprints or found.working > footprints[key].working:
+            footprints[key] = found
+    return Estimate(footprints, graphs, engine, offload_idle)
+
+
+def _shown(count: int) -> str:
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"

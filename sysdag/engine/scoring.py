@@ -1,0 +1,278 @@
+"""The two passes over a comparison's terms: all scores first, then forward and backward, micro-batch by micro-batch.
+
+The loss depends on the models through scalars alone, so the first pass can do without graphs: the loss's derivative by
+the scores gives each element a coefficient, and sum_i coefficient_i score_i, differentiated micro-batch by micro-batch,
+has the gradient of the loss. A step whose graphs fit in memory keeps them from the first pass.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from sysdag.components.component import Component, evaluating
+from sysdag.components.residence import admit
+from sysdag.engine.finite import check_finite
+from sysdag.engine.micro_batch import MicroBatch, RandomState, whole
+from sysdag.errors import TrainingError
+from sysdag.execution.likelihood import sum_by_row
+from sysdag.graph.plan import Plan
+from sysdag.objectives.comparison import Term
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class Turn:
+    """One micro-batch's part of the loss.
+
+    Attributes:
+        batch: what is scored.
+        coefficients: d loss / d score of each element.
+        finished: parameters that have this gradient already (an interrupted backward had reached them).
+    """
+
+    batch: MicroBatch
+    coefficients: Float[Tensor, " n"]
+    finished: frozenset[nn.Parameter] = frozenset()
+
+    def select(self, kept: Sequence[int]) -> Turn:
+        """Some of the elements, by their position here."""
+        at = torch.tensor(list(kept), device=self.coefficients.device)
+        return replace(self, batch=self.batch.select(kept), coefficients=self.coefficients[at])
+
+    def without(self, finished: Iterable[nn.Parameter]) -> Turn:
+        """The same for the other parameters only."""
+        return replace(self, finished=self.finished | frozenset(finished))
+
+
+@dataclass
+class Budget:
+    """How much a call of a component gets.
+
+    Attributes:
+        max_tokens: of a micro-batch, as `Component.micro_batches` counts them. Halved when memory runs out.
+        keeps_graphs: whether the first pass keeps its graphs; dropped when memory runs out.
+    """
+
+    max_tokens: int
+    keeps_graphs: bool
+
+    def shrink(self, batch: MicroBatch, component: Component) -> list[list[int]]:
+        """The micro-batch's elements in two or more parts, after memory ran out on it.
+
+        Raises:
+            TrainingError: for a single element, which cannot be split.
+        """
+        if len(batch.rows) == 1:
+            raise TrainingError(
+                f"Node {batch.name!r}, row {batch.rows[0]} of the batch: memory ran out on a single element. Shorter "
+                "texts (max_length), gradient_checkpointing=True, bf16=True or a smaller model need less. The weights "
+                "were not changed."
+            )
+        parts = [list(range(len(batch.rows)))]
+        while len(parts) == 1 and self.max_tokens > 1:
+            self.max_tokens //= 2
+            parts = component.micro_batches(batch.inputs, batch.draws, self.max_tokens)
+        logger.warning(
+            "Memory ran out at node %r; micro-batches hold at most %d tokens from now on (micro_batch_tokens).",
+            batch.name, self.max_tokens,
+        )  # fmt: skip
+        return parts
+
+
+@dataclass
+class Scored:
+    """Scores of every term, by node: one a row of the term's trace; and the micro-batches they came from."""
+
+    policy: dict[str, Tensor] = field(default_factory=dict)
+    reference: dict[str, Tensor] = field(default_factory=dict)
+    batches: list[MicroBatch] = field(default_factory=list)
+
+
+class Stored:
+    """Stands for a reference whose scores are on file; see `sysdag.engine.precompute`."""
+
+    module = None
+
+
+References = Callable[[Component], Component | Stored | None]
+
+
+def score(
+    plan: Plan,
+    terms: Sequence[Term],
+    references: References,
+    budget: Budget,
+    rounds: Callable[[int], int] | None = None,
+) -> Scored:
+    """The first pass: policy and reference side by side, micro-batch by micro-batch.
+
+    Args:
+        references: the frozen reference of a component; None where it does not train, and is its own. Where its
+            scores are on file, zeros stand for them.
+        budget: is shrunk when memory runs out; what was scored before stays.
+        rounds: where processes must call the models equally often, the largest of their numbers of micro-batches.
+
+    Raises:
+        TrainingError: if a score is not finite, or memory runs out where a micro-batch cannot be split.
+    """
+    scored = Scored()
+    for term in terms:
+        component = component_of(plan, term.name)
+        reference = references(component)
+        admit(component, reference if isinstance(reference, Component) else None)
+        rows: list[int] = []
+        parts: list[tuple[Tensor, Tensor]] = []
+        queue = deque(whole(plan, term).split(component, budget.max_tokens))
+        extra = [] if rounds is None else [queue[0].select([0])] * (rounds(len(queue)) - len(queue))
+        while queue:
+            batch = queue.popleft()
+            before = RandomState.now(component.device)
+            found = attempt(lambda: _both(batch, component, reference, budget.keeps_graphs))  # noqa: B023
+            if found is None:
+                before.restore()
+                if rounds is not None:
+                    raise TrainingError(
+                        f"Node {term.name!r}: memory ran out, and sharded processes must split alike. Set "
+                        f"micro_batch_tokens below {budget.max_tokens}. The weights were not changed."
+                    )
+                if budget.keeps_graphs:
+                    logger.warning("Memory ran out with the graphs of a whole step; it goes on in two passes.")
+                    budget.keeps_graphs = False
+                    parts = [(policy.detach(), frozen) for policy, frozen in parts]
+                    scored.policy = {name: values.detach() for name, values in scored.policy.items()}
+                    queue.appendleft(batch)
+                else:
+                    shrunk = budget.shrink(batch, component)
+                    queue.extendleft(batch.select(part) for part in reversed(shrunk))
+                continue
+            check_finite(term, batch, component, None if isinstance(reference, Stored) else reference, *found)
+            is_random = RandomState.now(component.device) != before
+            scored.batches.append(replace(batch, random=before, is_random=is_random))
+            rows += batch.rows
+            parts.append(found)
+        for filler in extra:
+            _both(filler, component, reference, keep_graph=False)
+        policies, references_ = zip(*parts, strict=True) if parts else ((), ())
+        scored.policy[term.name] = sum_by_row(policies, rows, len(term.trace), component.device)
+        scored.reference[term.name] = sum_by_row(references_, rows, len(term.trace), component.device)
+    return scored
+
+
+def component_of(plan: Plan, name: str) -> Component:
+    """The component of a random node."""
+    component = plan.system[name].component
+    assert component is not None  # terms are of random nodes
+    return component
+
+
+def _both(
+    batch: MicroBatch, component: Component, reference: Component | Stored | None, keep_graph: bool
+) -> tuple[Tensor, Tensor]:
+    with torch.set_grad_enabled(keep_graph and reference is not None):
+        ours = batch.score(component)
+    if isinstance(reference, Stored):
+        return ours, torch.zeros_like(ours, requires_grad=False)
+    return ours, ours if reference is None else reference_score(batch, reference).to(ours.device)
+
+
+@torch.no_grad()
+def reference_score(batch: MicroBatch, reference: Component) -> Tensor:
+    """The reference's scores, always without dropout, even where it shares the policy's modules."""
+    with contextlib.nullcontext() if reference.module is None else evaluating(reference.module):
+        return batch.score(reference)
+
+
+def turns(
+    batches: Iterable[MicroBatch], coefficients: Mapping[str, Tensor], rounds: Callable[[int], int] | None = None
+) -> list[Turn]:
+    """What the second pass has to do: nothing whose coefficient is exactly 0, except where `rounds` evens out numbers.
+
+    Elements are left out of a micro-batch only where that changes no other's score: not under dropout. Of a node whose
+    coefficients are all 0 one element stays, so that its parameters get gradients of 0 and not none.
+    """
+    found: dict[str, list[Turn]] = {}
+    for batch in batches:
+        of_row = coefficients[batch.name]
+        turn = Turn(batch, of_row[torch.tensor(batch.rows, device=of_row.device)])
+        found.setdefault(batch.name, []).append(turn)
+    return [turn for own in found.values() for turn in (_needed(own) if rounds is None else _evened(own, rounds))]
+
+
+def _needed(turns: Sequence[Turn]) -> list[Turn]:
+    found = []
+    for turn in turns:
+        kept = turn.coefficients.nonzero()[:, 0].tolist()
+        if kept:
+            found.append(turn.select(kept) if len(kept) < len(turn.coefficients) and not turn.batch.is_random else turn)
+    return found or [turns[0].select([0])]
+
+
+def _evened(turns: Sequence[Turn], rounds: Callable[[int], int]) -> list[Turn]:
+    filler = turns[0].select([0])
+    filler = replace(filler, coefficients=torch.zeros_like(filler.coefficients))
+    return [*turns, *[filler] * (rounds(len(turns)) - len(turns))]
+
+
+def part_of_loss(turn: Turn, component: Component) -> Float[Tensor, ""]:
+    """sum_i coefficient_i score_i of a micro-batch, scored again under the random state of the first pass."""
+    admit(component)
+    frozen = [parameter for parameter in turn.finished if parameter.requires_grad]
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+    try:
+        assert turn.batch.random is not None
+        with turn.batch.random.replayed(), torch.enable_grad():
+            scores = turn.batch.score(component)
+            return (turn.coefficients.to(scores) * scores).sum()
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(True)
+
+
+class _Zero(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *parameters: Tensor) -> Tensor:
+        ctx.shapes = [(parameter.shape, parameter.dtype, parameter.device) for parameter in parameters]
+        return torch.zeros((), device=parameters[0].device)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+        return tuple(torch.zeros((), dtype=dtype, device=device).expand(shape) for shape, dtype, device in ctx.shapes)
+
+
+def zero_of(parameters: Sequence[nn.Parameter]) -> Float[Tensor, ""]:
+    """A zero that depends on all parameters; their gradients by it are zeros that take no memory."""
+    return _Zero.apply(*parameters)
+
+
+Result = TypeVar("Result")
+
+
+def attempt(run: Callable[[], Result]) -> Result | None:
+    """What `run` returns, or None after memory ran out in it; its tensors are then gone and cached memory is freed."""
+    try:
+        return run()
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return None
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed: on a GPU, or on a CPU whose process is limited."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or getattr(error, "errno", None) == errno.ENOMEM:
+        return True
+    return any(sign in str(error) for sign in ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED"))

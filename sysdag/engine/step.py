@@ -1,0 +1,350 @@
+"""One training step: score every node of winners and losers, form the margin, differentiate it by the scores.
+
+`SystemModel` holds a system's policies as one `torch.nn.Module`, so that whatever trains modules can train a system.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sysdag.components import acceleration
+from sysdag.components.component import Component
+from sysdag.components.memory import SavedBytes
+from sysdag.components.residence import Residence
+from sysdag.data.preferences import PreferencePair
+from sysdag.engine.distributed import rounds_of, whole_weights
+from sysdag.engine.precompute import ReferenceScores
+from sysdag.engine.scoring import Budget, Stored, Turn, component_of, part_of_loss, score, turns, zero_of
+from sysdag.errors import PlanError
+from sysdag.graph.plan import Plan
+from sysdag.objectives.candidate_cache import CandidateCache
+from sysdag.objectives.candidates import CandidateStrategy
+from sysdag.objectives.comparison import Comparison, DirectComparison, Generators, SamplingComparison
+from sysdag.objectives.losses import preference_loss
+from sysdag.objectives.options import EngineOptions, NodeOptions, ObjectiveOptions
+from sysdag.saving.serialization import component_keys
+
+
+@dataclass(kw_only=True)
+class StepOutput:
+    """What one batch gave.
+
+    Attributes:
+        loss: () differentiable where the step keeps its graphs (one pass); in two passes a number.
+        metrics: means over the batch's pairs, by the names they are logged under.
+        log_ratios: for each scored node, policy minus reference of every run (all candidates for Sampling), detached.
+        scores: the policy's part of the same, for judging how small a difference is.
+        turns: the parts of the loss, micro-batch by micro-batch; see `sysdag.engine.replay.accumulate_gradients`.
+    """
+
+    loss: Tensor
+    metrics: dict[str, float]
+    log_ratios: dict[str, Tensor]
+    scores: dict[str, Tensor]
+    turns: tuple[Turn, ...]
+
+
+class SystemModel(nn.Module):
+    """A system's trainable components beside their frozen references, under one objective.
+
+    Args:
+        plan: the system.
+        options: the objective.
+        nodes: options by node name (or base name, for all visits of a loop).
+        candidates: for Sampling, how latent candidates are found.
+        engine: one pass or two, and how much at once.
+
+    Raises:
+        PlanError: if the objective cannot be served, or an option names no node or contradicts another.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        options: ObjectiveOptions,
+        nodes: Mapping[str, NodeOptions] | None = None,
+        candidates: CandidateStrategy | None = None,
+        engine: EngineOptions | None = None,
+    ) -> None:
+        super().__init__()
+        plan.check(options.objective)
+        if options.objective == "sampling" and candidates is None:
+            raise PlanError("objective='sampling' needs candidates=DiverseBeamSearch(...) or another strategy.")
+        if options.objective == "direct" and candidates is not None:
+            raise PlanError("objective='direct' observes the intermediates and has no use for candidates; drop them.")
+        self.plan, self.options = plan, options
+        self.factors = plan.factors(options.objective)
+        self.nodes = self._node_options(dict(nodes or {}))
+        self.components: dict[str, Component] = {}
+        self.references: dict[str, Component | Stored] = {}
+        self.stored: ReferenceScores | None = None
+        modules: dict[str, nn.Module] = {}
+        for key, component in component_keys(plan.system).items():
+            if component.module is None:
+                continue
+            self.components[key] = component
+            modules[key] = component.module
+            served = [name for name in self.factors if plan.system[name].component is component]
+            trains = bool(served) and self._agreed(served, "trainable")
+            _freeze(component, not trains)
+            if trains:
+                self.references[key] = component.reference()
+        if not self.references:
+            raise PlanError("No node is trainable; there is nothing to align.")
+        for key in self.references:
+            if not any(parameter.requires_grad for parameter in self.components[key].own_parameters().values()):
+                raise PlanError(
+                    f"Node {key!r} is to be trained, but no weight of {self.components[key]!r} requires a gradient: it "
+                    "is frozen, or shares its model with adapters of other nodes. Give it a peft_config or a model of "
+                    "its own, or set trainable=False."
+                )
+        self.policies = nn.ModuleDict(modules)
+        self.candidates = None if candidates is None else CandidateCache(candidates, options.candidates_refresh_steps)
+        self.engine = engine or EngineOptions()
+        self.budget = Budget(self.engine.micro_batch_tokens, self.engine.engine == "one_pass")
+        self._rounds: Callable[[int], int] | None = None
+        self._knows_rounds = False
+        measures = self.engine.engine == "auto" and not self.engine.offload_idle
+        self._graph_bytes: SavedBytes | None = SavedBytes() if measures else None
+        self.residence: Residence | None = None
+        self.proposal = plan if options.candidates_from == "policy" else self.reference_plan()
+
+    def reference_plan(self) -> Plan:
+        """The plan whose components are the references."""
+        frozen = {id(self.components[key]): reference for key, reference in self.references.items()}
+        assert not any(isinstance(reference, Stored) for reference in frozen.values())
+        nodes = [self.plan.system[name] for name in self.plan.random_nodes]
+        return self.plan.system.with_components(
+            {n.name: frozen.get(id(n.component), n.component) for n in nodes}
+        ).compile()
+
+    def _node_options(self, given: dict[str, NodeOptions]) -> dict[str, NodeOptions]:
+        found = {}
+        for name in self.plan.random_nodes:
+            base = self.plan.system[name].base_name
+            found[name] = given.get(name, given.get(base, NodeOptions()))
+        known = {*found, *(self.plan.system[name].base_name for name in found)}
+        unknown = [name for name in given if name not in known]
+        if unknown:
+            raise PlanError(f"nodes: {unknown[0]!r} is no random node of the system; those are {list(found)}.")
+        if self.options.objective == "sampling":
+            for name, node in found.items():
+                if node.scale != 1.0 or node.beta not in (None, self.options.beta):
+                    raise PlanError(
+                        f"nodes: {name!r} has its own beta or scale, but objective='sampling' sums over candidates "
+                        "inside one logarithm, where only a common beta is defined."
+                    )
+        return found
+
+    def _agreed(self, names: Sequence[str], option: str) -> Any:
+        values = {getattr(self.nodes[name], option) for name in names}
+        if len(values) > 1:
+            raise PlanError(
+                f"nodes: {list(names)} share one component, but their {option} differ: {sorted(values, key=str)}."
+            )
+        return values.pop()
+
+    def learning_rate(self, key: str) -> float | None:
+        """The learning rate that the component's nodes ask for, if any."""
+        component = self.components[key]
+        return self._agreed([n for n in self.factors if self.plan.system[n].component is component], "learning_rate")
+
+    def move_references(self, device: torch.device) -> None:
+        """Puts the references beside the policies; they are no part of the module tree, so `.to` leaves them out."""
+        for reference in self.references.values():
+            if isinstance(reference, Component) and reference.module is not None:
+                reference.module.to(device)
+
+    def drop_references(self) -> None:
+        """Frees the references, whose scores are stored."""
+        if self.stored is not None:
+            self.references = {key: Stored() for key in self.references}
+
+    def rounds(self) -> Callable[[int], int] | None:
+        """See `sysdag.engine.distributed.rounds_of`; decided at the first step, when the model has been wrapped."""
+        if not self._knows_rounds:
+            self._rounds, self._knows_rounds = rounds_of(self), True
+            if self._rounds is not None and self.engine.engine == "one_pass":
+                raise PlanError("engine='one_pass' does not serve sharded models (FSDP2); use 'two_pass'.")
+            if self._rounds is not None:
+                self._graph_bytes = None  # two passes
+        return self._rounds
+
+    def activation_checkpointing_enable(
+        self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **others: Any
+    ) -> None:
+        """Has every trained model recompute its activations in the backward; without reentrance by default.
+
+        Raises:
+            PlanError: if a trained component has no model that can.
+        """
+        options = {"use_reentrant": False, **(activation_checkpointing_kwargs or {})}
+        for key in self.references:
+            component = self.components[key]
+            if component.module is not None and not acceleration.enable_checkpointing(
+                component.module, options, **others
+            ):
+                raise PlanError(f"gradient_checkpointing=True: {component!r} has no model that supports it.")
+
+    # The name that transformers before 5.20 calls.
+    gradient_checkpointing_enable = activation_checkpointing_enable
+
+    def trained_parameters(self) -> list[nn.Parameter]:
+        return [parameter for parameter in self.parameters() if parameter.requires_grad]
+
+    def forward(
+        self,
+        work: Sequence[PreferencePair] | Turn | None,
+        generator: torch.Generator | None = None,
+        step: int | None = None,
+    ) -> Any:
+        """Whatever runs the models goes through here, so that wrappers of the module (DDP, FSDP, autocast) see it.
+
+        Args:
+            work: a batch of preference pairs, as `sysdag.data.encode_pairs` gives them, to be scored; or a `Turn` of
+                the output of one, to be differentiated; or None.
+            generator: a CPU generator for noise and candidates; torch's global one by default.
+            step: number of optimizer steps so far, for candidates that are kept; None draws anew and keeps nothing.
+
+        Returns:
+            A `StepOutput` for pairs; for a turn its part of the loss, (); for None a zero that depends on every trained
+            parameter, whose backward lets data-parallel wrappers exchange what the turns have accumulated.
+
+        Raises:
+            TrainingError: if a score is not finite, naming the node and the pair.
+        """
+        if work is None:
+            return zero_of(self.trained_parameters())
+        if not isinstance(work, Turn):
+            return self._step(work, generator, step)
+        component = component_of(self.plan, work.batch.name)
+        with self._graph_bytes or contextlib.nullcontext():
+            return part_of_loss(work, component)
+
+    def _step(self, pairs: Sequence[PreferencePair], generator: torch.Generator | None, step: int | None) -> StepOutput:
+        stored = self.stored
+        rounds = self.rounds()
+        self._settle()
+        with whole_weights(self) if rounds is not None and self.candidates is not None else contextlib.nullcontext():
+            comparison = self.compare(pairs, generator if stored is None else stored.generators(pairs), step)
+        trains = torch.is_grad_enabled()
+        if trains and self._graph_bytes is not None and self._graph_bytes.total:
+            self.budget.keeps_graphs = self._graph_bytes.fits()
+            self._graph_bytes = None
+        if self.budget.keeps_graphs and self._would_recompute_another_adapter():
+            self.budget.keeps_graphs = False
+        budget = self.budget if trains else replace(self.budget, keeps_graphs=False)
+        scored = score(self.plan, comparison.terms, self._reference_of, budget, rounds)
+        for term in comparison.terms:
+            if stored is not None and self._reference_of(component_of(self.plan, term.name)):
+                scored.reference[term.name] = stored.of(term, pairs).to(scored.policy[term.name].device)
+        leaves = {name: values.detach().requires_grad_(trains) for name, values in scored.policy.items()}
+        scores, metrics = comparison.combine(leaves, scored.reference)
+        loss = preference_loss(
+            scores, self.options.loss_type, self.options.weights,
+            beta=self.options.beta, label_smoothing=self.options.label_smoothing,
+        )  # fmt: skip
+        margins = scores.margins.detach()
+        metrics |= {
+            "rewards/chosen": scores.chosen_rewards,
+            "rewards/rejected": scores.rejected_rewards,
+            "rewards/margins": margins,
+            "rewards/accuracies": (margins > 0).float(),
+        }
+        output = StepOutput(
+            loss=loss.detach(),
+            metrics={name: float(value.detach().float().mean()) for name, value in metrics.items()},
+            log_ratios={name: values.detach() - scored.reference[name] for name, values in scored.policy.items()},
+            scores={name: values.detach() for name, values in scored.policy.items()},
+            turns=(),
+        )
+        if trains:
+            found = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True)
+            coefficients = dict(zip(leaves, found, strict=True))
+            trained = [batch for batch in scored.batches if self._reference_of(component_of(self.plan, batch.name))]
+            output.turns = tuple(turns(trained, coefficients, rounds))
+            if budget.keeps_graphs:
+                linear = [(coefficients[name] * values).sum() for name, values in scored.policy.items()]
+                total = torch.stack(linear).sum()
+                output.loss = output.loss + (total - total.detach())
+        return output
+
+    def _settle(self) -> None:
+        """At the first step, when wrappers and devices are settled: lets idle models go to the host, if asked to."""
+        if not self.engine.offload_idle or self.residence is not None:
+            return
+        if self.rounds() is not None:
+            raise PlanError("offload_idle=True does not serve sharded models (FSDP2), which come and go by themselves.")
+        frozen = [reference for reference in self.references.values() if isinstance(reference, Component)]
+        self.residence = Residence([*self.components.values(), *frozen])
+
+    def split(self, turn: Turn) -> list[Turn]:
+        """A turn in parts, after memory ran out in it.
+
+        Raises:
+            TrainingError: if it cannot be split.
+        """
+        return [turn.select(part) for part in self.budget.shrink(turn.batch, component_of(self.plan, turn.batch.name))]
+
+    def engine_state(self) -> dict[str, Any]:
+        """What the engine has found out about memory, ready for JSON."""
+        found = self._graph_bytes
+        return {
+            "options": asdict(self.engine),
+            "max_tokens": self.budget.max_tokens,
+            "keeps_graphs": self.budget.keeps_graphs,
+            "graph_bytes": None
+            if found is None
+            else {"total": found.total, "devices": sorted(map(str, found.devices))},
+        }
+
+    def load_engine_state(self, state: Mapping[str, Any]) -> None:
+        """Goes on from an `engine_state`, unless the engine's options have changed since."""
+        if state["options"] != asdict(self.engine):
+            return
+        self.budget.max_tokens, self.budget.keeps_graphs = state["max_tokens"], state["keeps_graphs"]
+        self._graph_bytes = None
+        if state["graph_bytes"] is not None:
+            self._graph_bytes = SavedBytes()
+            self._graph_bytes.total = state["graph_bytes"]["total"]
+            self._graph_bytes.devices = set(map(torch.device, state["graph_bytes"]["devices"]))
+
+    def _reference_of(self, component: Component) -> Component | Stored | None:
+        key = next((key for key, own in self.components.items() if own is component), None)
+        found = None if key is None else self.references.get(key)
+        return found if found is None or self.stored is None else Stored()
+
+    def _would_recompute_another_adapter(self) -> bool:
+        """Whether a backward may run a forward again (gradient checkpointing) after another node's adapter ran."""
+        modules = [component.module for component in self.components.values() if component.module is not None]
+        first = [id(next(module.parameters(), None)) for module in modules]
+        return len(set(first)) < len(first) and any(
+            getattr(part, "gradient_checkpointing", False) for module in modules for part in module.modules()
+        )
+
+    def compare(self, pairs: Sequence[PreferencePair], generator: Generators, step: int | None) -> Comparison:
+        """What a batch asks to be scored, its candidates drawn."""
+        if self.candidates is None:
+            return DirectComparison(self.plan, self.options, self.nodes, pairs, generator)
+        inputs = {name: [pair.inputs[name] for pair in pairs] for name in pairs[0].inputs}
+        of_candidates = None if isinstance(generator, Sequence) else generator  # stored ones need none
+        drawn = self.candidates.draw(self.proposal, inputs, of_candidates, step)
+        is_lower_bound = self.candidates.strategy.is_lower_bound
+        return SamplingComparison(self.plan, self.options, pairs, drawn, is_lower_bound, generator)
+
+
+def _freeze(component: Component, frozen: bool) -> None:
+    """Freezes a component's parameters; or lets those train again that an earlier training froze, and no others."""
+    for parameter in component.own_parameters().values():
+        if frozen and parameter.requires_grad:
+            parameter.requires_grad_(False)
+            parameter._sysdag_froze = True  # type: ignore[attr-defined]
+        elif not frozen and getattr(parameter, "_sysdag_froze", False):
+            parameter.requires_grad_(True)
+            del parameter._sysdag_froze  # type: ignore[attr-defined]

@@ -1,0 +1,185 @@
+"""The runs that an evaluation compares: of a system on held-out rows, and the responses that the rows hold."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from sysdag.components.component import Component
+from sysdag.data.inputs import inputs_of
+from sysdag.data.row_paths import whole_path
+from sysdag.data.trl_prompts import explicit_prompt
+from sysdag.errors import DataError
+from sysdag.execution.batches import LocalEngine, Runs, load
+from sysdag.execution.running import run
+from sysdag.execution.trace_file import TraceFile
+from sysdag.files.encoding import encode_value
+from sysdag.graph.plan import Plan
+from sysdag.traces.cells import Cell, Draw
+from sysdag.traces.trace import Trace
+
+_OF_PAIRS = {"prompt", "chosen", "rejected", "chosen_intermediates", "rejected_intermediates"}
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Rows to evaluate on.
+
+    Attributes:
+        rows: as they were read, with implicit prompts told apart.
+        inputs: for each input one value a row.
+        extras: the rows' other columns, as a reference answer, for judges that are functions.
+    """
+
+    rows: Sequence[Mapping[str, Any]]
+    inputs: Mapping[str, Sequence[Any]]
+    extras: Mapping[str, Sequence[Any]]
+
+
+def held_out(plan: Plan, rows: Sequence[Mapping[str, Any]], *, distinct: bool) -> HeldOut:
+    """The inputs of rows, which may be preference rows.
+
+    Args:
+        distinct: keeps the first row of those with equal inputs alone.
+
+    Raises:
+        DataError: naming the row in which an input is missing or of another type.
+    """
+    told = [explicit_prompt(plan, row) for row in rows]
+    inputs, _ = inputs_of(plan, told)
+    names = list(inputs)
+    if distinct:
+        first: dict[str, int] = {}
+        for row, values in enumerate(zip(*inputs.values(), strict=True)):
+            key = json.dumps([encode_value(value, name) for name, value in zip(names, values, strict=True)])
+            first.setdefault(key, row)
+        told = [told[row] for row in first.values()]
+        inputs = {name: [column[row] for row in first.values()] for name, column in inputs.items()}
+    taken = {*names, *plan.order, *_OF_PAIRS, "run"}
+    extras = {key: [row.get(key) for row in told] for row in told for key in row if key not in taken}
+    return HeldOut(told, inputs, extras)
+
+
+def sample_runs(
+    plan: Plan,
+    given: HeldOut,
+    *,
+    runs: int = 1,
+    seed: int = 0,
+    batch_size: int = 16,
+    device: str | None = "auto",
+    keep: Path | None = None,
+) -> Trace:
+    """Runs a system on held-out rows, `runs` times each; its models leave the device afterwards.
+
+    Args:
+        runs, seed, batch_size: see `sysdag.execution.batches.Runs`.
+        device: see `sysdag.execution.batches.LocalEngine`.
+        keep: a file that the traces are written to as they are made, and that an evaluation goes on behind.
+
+    Raises:
+        RunError: naming the node and the row at which the system failed.
+        DataError: if `keep` holds the traces of something else.
+    """
+    wanted = Runs(inputs=given.inputs, runs=runs, seed=seed, batch_size=batch_size)
+    file = None
+    if keep is not None:
+        keep.parent.mkdir(parents=True, exist_ok=True)
+        file = TraceFile(keep, plan, wanted, existing="resume")
+    found: list[Trace] = []
+    done = file.batches if file else 0
+    if done < wanted.batches:
+        for trace in _batches(plan, wanted, done, device):
+            if file is None:
+                found.append(trace)
+            else:
+                file.append(trace)
+        for names in plan.components:
+            load(names[0], plan.system[names[0]].component, "cpu" if device else None)
+    trace = Trace.concatenate(found) if keep is None else Trace.load(keep)
+    prompts = trace.columns["prompt"]
+    extras = {name: [column[prompt] for prompt in prompts] for name, column in given.extras.items()}
+    return replace(trace, columns={**trace.columns, **extras})
+
+
+def _batches(plan: Plan, wanted: Runs, first: int, device: str | None) -> Iterator[Trace]:
+    from tqdm import tqdm
+
+    traces = run(
+        plan, wanted.inputs, runs=wanted.runs, seed=wanted.seed, batch_size=wanted.batch_size, first_batch=first,
+        engine=LocalEngine(device=device),
+    )  # fmt: skip
+    with tqdm(total=wanted.total, initial=first * wanted.batch_size, unit="run", desc="sampling", disable=None) as bar:
+        for trace in traces:
+            yield trace
+            bar.update(len(trace))
+
+
+def chosen_runs(plan: Plan, given: HeldOut, *, runs: int = 1) -> Trace:
+    """The `chosen` responses of preference rows as runs, each `runs` times, with the intermediates that all rows hold.
+
+    Raises:
+        DataError: naming the row that has none.
+    """
+    outputs = plan.system.outputs
+    sides = []
+    for number, row in enumerate(given.rows):
+        where = _name(row, number)
+        side = row.get("chosen")
+        if side is None:
+            raise DataError(
+                f"{where}: 'chosen' is missing; the row has {sorted(map(str, row))}. Evaluate against a system "
+                "(--against SYSTEM2), or on preference rows."
+            )
+        if len(outputs) == 1:
+            side = {outputs[0]: side}
+        elif not isinstance(side, Mapping) or set(side) != set(outputs):
+            raise DataError(f"{where}: chosen must be a dict with one value for each of {list(outputs)}.")
+        side = {**(row.get("chosen_intermediates") or {}), **side}
+        folder = getattr(row, "folder", None)
+        sides.append({name: _cell(plan, name, side[name], where, folder) for name in plan.order if name in side})
+    cells = {name: [side[name] for side in sides] for name in plan.order if all(name in side for side in sides)}
+    trace = Trace(given.inputs, cells, given.extras)
+    return trace.select([row for row in range(len(trace)) for _ in range(runs)])
+
+
+def _name(row: Mapping[str, Any], number: int) -> str:
+    place = getattr(row, "place", "")
+    return f"Row {number}{f' ({place})' if place else ''}"
+
+
+def _cell(plan: Plan, name: str, value: Any, where: str, folder: Path | None) -> Cell:
+    component = plan.system[name].component
+    if not plan.is_plate(name):
+        return _draw(component, value, name, where, folder)
+    if not isinstance(value, (list, tuple)):
+        raise DataError(f"{where}: node {name!r} is a plate, whose value is a list, got {type(value).__name__}.")
+    return tuple(_draw(component, element, name, where, folder) for element in value)
+
+
+def _draw(component: Component | None, value: Any, name: str, where: str, folder: Path | None) -> Draw:
+    if isinstance(value, Draw):
+        return value
+    if component is not None and component.reads_files and isinstance(value, (str, Path, bytes)):
+        return Draw(_image(whole_path(component, value, folder), name, where))
+    match value:
+        case [{"role": "assistant", "content": str(text)}]:
+            return Draw(text)
+    return Draw(value)
+
+
+def _image(value: str | Path | bytes, name: str, where: str) -> Any:
+    """The image of a file or its bytes: what a judge is to see."""
+    from PIL import Image
+
+    try:
+        return Image.open(io.BytesIO(value) if isinstance(value, bytes) else value).copy()
+    except Exception as error:  # the decoders of PIL raise a dozen types on damaged files
+        what = "bytes" if isinstance(value, bytes) else f"the file {str(value)!r}"
+        raise DataError(
+            f"{where}, node {name!r}: expected an image, got {what}, which PIL cannot read ({error})."
+        ) from error

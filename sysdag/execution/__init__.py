@@ -1,0 +1,37 @@
+"""Running a plan, here or on Ray, and the likelihood of what came out."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from sysdag import exports
+
+if TYPE_CHECKING:
+    from sysdag.execution.batches import LocalEngine, Runs
+    from sysdag.execution.execute import fill, sample
+    from sysdag.execution.likelihood import log_probs
+    from sysdag.execution.ray_engine import RayEngine
+    from sysdag.execution.running import run
+    from sysdag.execution.trace_file import TraceFile
+
+__all__ = [
+    "LocalEngine",
+    "RayEngine",
+    "Runs",
+    "TraceFile",
+    "fill",
+    "log_probs",
+    "run",
+    "sample",
+]
+__getattr__ = exports(
+    __name__,
+    {
+        "batches": ["LocalEngine", "Runs"],
+        "execute": ["fill", "sample"],
+        "likelihood": ["log_probs"],
+        "ray_engine": ["RayEngine"],
+        "running": ["run"],
+        "trace_file": ["TraceFile"],
+    },
+)

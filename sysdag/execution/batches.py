@@ -1,0 +1,174 @@
+"""Running a system over many inputs, in batches, so that the result depends on nothing but what is asked for.
+
+Each batch and node has a generator of its own, seeded from the seed, the batch's number and the node's name. So a
+batch can be run alone, before or after others, here or elsewhere, and its traces are the same: a run that was cut off
+goes on where it was (`sysdag.execution.trace_file`), and engines differ in speed only. The size of a batch is part of
+what is asked for, since models round differently in batches of other sizes; so is the device, as a GPU draws other
+numbers than a CPU, and, for the last bits of a log-probability, its number of threads.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from sysdag.errors import PlanError, RunError, SysdagError
+from sysdag.execution.execute import Sampler, component_sampler, draw, row_names
+from sysdag.graph.plan import Plan
+from sysdag.traces.trace import Trace
+
+if TYPE_CHECKING:
+    import torch
+
+    from sysdag.components.component import Component
+
+
+@dataclass(frozen=True, kw_only=True)
+class Runs:
+    """What is to be run: every input `runs` times, the runs of one input one after the other.
+
+    Attributes:
+        inputs: for each input of the system, one value a row.
+        runs: how often each row is run.
+        seed: of all randomness that components draw from their generators; an `Opaque` component's is its own.
+        batch_size: runs that go through the system together.
+
+    Raises:
+        PlanError: for an option out of range, or inputs without a row.
+    """
+
+    inputs: Mapping[str, Sequence[Any]]
+    runs: int = 1
+    seed: int = 0
+    batch_size: int = 16
+
+    def __post_init__(self) -> None:
+        if self.runs < 1 or self.batch_size < 1:
+            raise PlanError(f"runs and batch_size must be 1 or more, got {self.runs} and {self.batch_size}.")
+        if not next(iter(self.inputs.values()), ()):
+            raise PlanError("There is no input to run the system on.")
+
+    @property
+    def total(self) -> int:
+        """Number of runs in all."""
+        return self.runs * len(next(iter(self.inputs.values())))
+
+    @property
+    def batches(self) -> int:
+        """Number of batches; the last one may be smaller."""
+        return -(-self.total // self.batch_size)
+
+    def batch(self, number: int) -> Trace:
+        """The inputs of a batch, with the columns `prompt` (the input's row) and `run`."""
+        first = number * self.batch_size
+        pairs = [divmod(place, self.runs) for place in range(first, min(first + self.batch_size, self.total))]
+        inputs = {name: [column[prompt] for prompt, _ in pairs] for name, column in self.inputs.items()}
+        return Trace(inputs, {}, {"prompt": [prompt for prompt, _ in pairs], "run": [run for _, run in pairs]})
+
+
+def generator_of(seed: int, batch: int, node: str) -> torch.Generator:
+    """The randomness of one node in one batch, whatever ran before and wherever."""
+    import torch
+
+    digest = hashlib.sha256(f"{seed} {batch} {node}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+class Engine(Protocol):
+    """Runs batches of a plan."""
+
+    def traces(self, plan: Plan, runs: Runs, first: int) -> Iterator[Trace]:
+        """The batches from `first` on, in order.
+
+        Raises:
+            RunError: what `run` raises, after the batches before have been yielded.
+        """
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class LocalEngine:
+    """One batch and one node after the other, in this process.
+
+    Attributes:
+        device: where the models are put before the first batch; `auto` is a GPU where torch finds one. None leaves
+            them where they are.
+    """
+
+    device: str | None = None
+
+    def traces(self, plan: Plan, runs: Runs, first: int) -> Iterator[Trace]:
+        check_device(self.device)
+        for names in plan.components:
+            load(names[0], plan.system[names[0]].component, self.device)
+        for number in range(first, runs.batches):
+            trace = runs.batch(number)
+            for name in plan.order:
+                sampler = component_sampler(plan, name, generator_of(runs.seed, number, name))
+                trace = with_node(plan, trace, name, sampler)
+            yield trace
+
+
+def with_node(plan: Plan, trace: Trace, name: str, sampler: Sampler) -> Trace:
+    """The trace of a batch with one more node's values.
+
+    Raises:
+        RunError: see `run`.
+    """
+    try:
+        return trace.updated({name: draw(plan, trace, name, sampler)})
+    except Exception as error:  # a node's function is the user's, a component's model anybody's
+        if isinstance(error, SysdagError) and name in str(error):
+            raise
+        rows = row_names(trace)
+        notes = getattr(error, "__notes__", [f"In node {name!r}, rows {rows[0]} to {rows[-1]}."])
+        raise RunError(f"{type(error).__name__}: {error}. {' '.join(notes)}") from error
+
+
+def check_device(device: str | None) -> None:
+    """Refuses a device that is not here, before any weights load.
+
+    Raises:
+        RunError: naming it and what torch says.
+    """
+    import torch
+
+    if device is None or device == "auto":
+        return
+    try:
+        torch.empty(0, device=device)
+    except Exception as error:  # of several types, by kind of device
+        reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
+        raise RunError(
+            f"Device {device!r} cannot be used here ({reason}). Give 'auto', 'cpu', or a GPU that `sysdag env` lists."
+        ) from error
+
+
+def load(name: str, component: Component, device: str | None) -> None:
+    """Loads a component's weights and puts them on a device; `auto` is a GPU where torch finds one.
+
+    Weights that were loaded to devices of their own (`device_map`) or quantised stay where they are, and None leaves
+    any there.
+
+    Raises:
+        RunError: naming the node, whatever the model's library raises.
+    """
+    import torch
+
+    from sysdag.components import adapter
+
+    try:
+        module = component.module
+        if device == "auto":
+            found = torch.accelerator.current_accelerator(check_available=True)
+            device = None if found is None else found.type
+        if module is None or device is None or adapter.is_quantized(module):
+            return
+        if not any(getattr(part, "hf_device_map", None) for part in module.modules()):
+            module.to(device)
+    except Exception as error:
+        raise RunError(
+            f"Node {name!r}: the model of {component!r} cannot be loaded ({type(error).__name__}: {error})."
+        ) from error

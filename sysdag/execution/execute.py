@@ -1,0 +1,220 @@
+"""Running a plan: ancestral sampling of every variable that is not given.
+
+torch is imported where it is needed, so that a process which calls the nodes' functions alone does without.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from sysdag.errors import DataError, PlanError
+from sysdag.graph.plan import Plan
+from sysdag.traces.cells import Cell, Draw, value_of
+from sysdag.traces.trace import Trace
+
+if TYPE_CHECKING:
+    import torch
+
+    from sysdag.components.component import Component
+
+Sampler = Callable[[Sequence[Any]], list[Draw]]
+
+
+@dataclass(frozen=True)
+class Elements:
+    """The inputs of one node's component for a batch of rows, plates laid out flat.
+
+    Attributes:
+        values: what the node's function returned, one an element.
+        counts: number of elements of each row, for a plate; None for one element a row.
+    """
+
+    values: list[Any]
+    counts: list[int] | None
+
+    @property
+    def rows(self) -> list[int]:
+        """The row of each element."""
+        if self.counts is None:
+            return list(range(len(self.values)))
+        return [row for row, count in enumerate(self.counts) for _ in range(count)]
+
+    def cells(self, draws: Sequence[Draw]) -> list[Cell]:
+        """Draws, one an element, as one cell a row."""
+        if self.counts is None:
+            return list(draws)
+        ends = itertools.accumulate(self.counts, initial=0)
+        return [tuple(draws[start:end]) for start, end in itertools.pairwise(ends)]
+
+
+def flat_draws(cells: Sequence[Cell]) -> list[Draw]:
+    """The draws of a column, one an element."""
+    return [draw for cell in cells for draw in (cell if isinstance(cell, tuple) else (cell,))]
+
+
+def node_inputs(plan: Plan, trace: Trace, name: str) -> Elements:
+    """Calls the node's function on its parents' values, once a row or once an element of a plate.
+
+    Raises:
+        PlanError: if a parent has no value in the trace, or a plate's parent is no list, naming node and row.
+    """
+    edges = plan.parents(name)
+    columns = {}
+    for edge in edges:
+        if edge.parent in trace.inputs:
+            columns[edge.parameter] = trace.inputs[edge.parent]
+        elif edge.parent in trace.cells:
+            columns[edge.parameter] = [value_of(cell) for cell in trace.cells[edge.parent]]
+        else:
+            raise PlanError(f"Node {name!r} reads {edge.parent!r}, of which the trace has no values.")
+    plates = [edge for edge in edges if edge.each]
+    function = plan.system[name].function
+    values: list[Any] = []
+    counts: list[int] = []
+    for row, place in enumerate(row_names(trace)):
+        arguments = {parameter: column[row] for parameter, column in columns.items()}
+        if not plates:
+            values.append(_call(function, arguments, name, place))
+            continue
+        lengths = {}
+        for edge in plates:
+            value = arguments[edge.parameter]
+            if not isinstance(value, (list, tuple)):
+                raise PlanError(
+                    f"{edge.parent}.each() >> {name}, row {place}: a plate needs a list, but {edge.parent!r} is "
+                    f"{type(value).__name__} {value!r:.100}."
+                )
+            lengths[edge.parent] = len(value)
+        if len(set(lengths.values())) > 1:
+            raise PlanError(f"Node {name!r}, row {place}: its plates have different lengths {lengths}.")
+        counts.append(next(iter(lengths.values())))
+        for element in range(counts[-1]):
+            picked = {edge.parameter: arguments[edge.parameter][element] for edge in plates}
+            values.append(_call(function, {**arguments, **picked}, name, place))
+    return Elements(values, counts if plates else None)
+
+
+def _call(function: Any, arguments: Mapping[str, Any], name: str, place: int | str) -> Any:
+    try:
+        return function(**arguments)
+    except Exception as error:
+        error.add_note(f"In the function of node {name!r}, row {place}.")
+        raise
+
+
+def row_names(trace: Trace) -> Sequence[int | str]:
+    """What an error calls each row: its number in the trace, or those of its input and run where the trace has them."""
+    if {"prompt", "run"} <= trace.columns.keys():
+        pairs = zip(trace.columns["prompt"], trace.columns["run"], strict=True)
+        return [f"{prompt}, run {run}" for prompt, run in pairs]
+    return range(len(trace))
+
+
+def sample(
+    plan: Plan,
+    inputs: Mapping[str, Sequence[Any]],
+    *,
+    seed: int | None = None,
+    generator: torch.Generator | None = None,
+    given: Trace | None = None,
+) -> Trace:
+    """Draws every variable of a batch of runs, in topological order.
+
+    Args:
+        inputs: for each input of the system, one value a row.
+        seed: makes the run reproducible; by default torch's global generator does.
+        generator: a CPU generator to draw from, instead of a seed.
+        given: rows whose cells are kept as they are, so that only the missing ones are drawn.
+
+    Raises:
+        PlanError: for missing or unknown inputs, or columns of different lengths.
+    """
+    import torch
+
+    if seed is not None and generator is not None:
+        raise PlanError("sample(...) takes a seed or a generator, not both.")
+    if generator is None:
+        generator = torch.Generator()
+        generator.manual_seed(int(torch.randint(2**62, (1,))) if seed is None else seed)
+    trace = Trace(check_inputs(plan, inputs), {} if given is None else given.cells)
+    for name in plan.order:
+        if name not in trace.cells:
+            trace = trace.updated({name: draw(plan, trace, name, component_sampler(plan, name, generator))})
+    return trace
+
+
+def fill(plan: Plan, trace: Trace) -> Trace:
+    """Adds the values of the deterministic nodes whose parents all have values."""
+    for name in plan.order:
+        if name in trace.cells or plan.system[name].is_random:
+            continue
+        if all(edge.parent in trace.inputs or edge.parent in trace.cells for edge in plan.parents(name)):
+            trace = trace.updated({name: draw(plan, trace, name)})
+    return trace
+
+
+def draw(plan: Plan, trace: Trace, name: str, sampler: Sampler | None = None) -> list[Cell]:
+    """One node's cells, given those of its parents.
+
+    Args:
+        sampler: makes the draws of a random node of what the node's function returned; see `component_sampler`.
+    """
+    elements = node_inputs(plan, trace, name)
+    if not plan.system[name].is_random:
+        return elements.cells([Draw(value) for value in elements.values])
+    if not elements.values:
+        return elements.cells([])
+    assert sampler is not None
+    names = row_names(trace)
+    with naming(name, [names[row] for row in elements.rows]):
+        draws = sampler(elements.values)
+    return elements.cells(draws)
+
+
+def component_sampler(plan: Plan, name: str, generator: torch.Generator) -> Sampler:
+    """Sampling from the node's component in this process."""
+    return lambda values: at_work(plan, name).sample(values, generator=generator)
+
+
+def at_work(plan: Plan, name: str) -> Component:
+    """The component of a random node, with its weights where they work (see `sysdag.components.residence`)."""
+    from sysdag.components.residence import admit
+
+    component = plan.system[name].component
+    assert component is not None
+    admit(component)
+    return component
+
+
+@contextlib.contextmanager
+def naming(name: str, rows: Sequence[int | str]) -> Iterator[None]:
+    """Context in which a component's `DataError` about an element is told as one about a node and the element's row."""
+    try:
+        yield
+    except DataError as error:
+        if error.element is None:
+            raise
+        raise DataError(f"Node {name!r}, row {rows[error.element]}: {error}") from error
+
+
+def check_inputs(plan: Plan, inputs: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:
+    """The inputs as lists, one a row.
+
+    Raises:
+        PlanError: for missing or unknown names, a bare string where a list of rows is expected, or ragged columns.
+    """
+    names = [given.name for given in plan.system.inputs]
+    if not isinstance(inputs, Mapping) or set(inputs) != set(names):
+        got = list(inputs) if isinstance(inputs, Mapping) else type(inputs).__name__
+        raise PlanError(f"Inputs must be a dict with one list of values for each of {names}, got {got}.")
+    for name, column in inputs.items():
+        if isinstance(column, (str, bytes)) or not isinstance(column, Sequence):
+            raise PlanError(f"Input {name!r} must be a list with one value a row, got {type(column).__name__}.")
+    lengths = {name: len(column) for name, column in inputs.items()}
+    if len(set(lengths.values())) > 1:
+        raise PlanError(f"Inputs must have the same number of rows, got {lengths}.")
+    return {name: list(column) for name, column in inputs.items()}

@@ -1,0 +1,196 @@
+"""Traces on file as they are made: what is written stays, and a run that was cut off goes on behind it.
+
+Batches are appended to the JSON lines of `Trace`, each with one write of whole lines. A file beside them,
+`<name>.run.json`, says what they are the traces of. A process that dies may leave a part of a batch; what goes on
+removes that and makes it again, so the file becomes the one of a run that was never cut off, byte for byte.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+from sysdag.errors import DataError
+from sysdag.execution.batches import Runs
+from sysdag.files.atomic import write_text
+from sysdag.files.encoding import encode_value
+from sysdag.graph.plan import Plan
+from sysdag.saving.serialization import component_keys, system_to_dict
+from sysdag.traces.trace import Trace
+
+FORMAT_VERSION = 1
+
+
+_LIMITS = ("_max_new_tokens", "_max_length")  # as given; asking a language model for them would load it
+
+
+def identity(plan: Plan, runs: Runs) -> dict[str, Any]:
+    """What a file of traces depends on, JSON-ready: the runs, the inputs' hash, the system and its components.
+
+    Of a component that is its repr (for a model, where it is loaded from) and its plain options; that weights were
+    replaced in the folder they are loaded from is not noticed.
+    """
+    digest = hashlib.sha256()
+    for name in sorted(runs.inputs):
+        for value in runs.inputs[name]:
+            digest.update(json.dumps([name, encode_value(value, name)], sort_keys=True).encode())
+    saved = system_to_dict(plan.system)
+    return {
+        "format_version": FORMAT_VERSION,
+        "seed": runs.seed,
+        "batch_size": runs.batch_size,
+        "runs": runs.runs,
+        "input_rows": runs.total // runs.runs,
+        "inputs_sha256": digest.hexdigest(),
+        "component": {key: _options(component) for key, component in component_keys(plan.system).items()},
+        "input": {row["name"]: row for row in saved["inputs"]},
+        "node": {n.name: row for n, row in zip(plan.system.nodes, saved["nodes"], strict=True)},
+        "edges": [" ".join(map(str, row.values())) for row in saved["edges"]],
+        "outputs": saved["outputs"],
+    }
+
+
+def _options(component: Any) -> dict[str, Any]:
+    plain = {name: value for name, value in vars(component).items() if not name.startswith("_") or name in _LIMITS}
+    options = {name.lstrip("_"): value for name, value in plain.items() if isinstance(value, (str, int, float))}
+    return {"repr": re.sub(r" at 0x[0-9a-f]+", "", repr(component)), **options}
+
+
+class TraceFile:
+    """The file that a run writes its traces to. Nothing on the disk changes before the first `append`.
+
+    Args:
+        path: of the traces, ending in `.jsonl`.
+        plan, runs: what is run.
+        existing: what to do where the file exists: `refuse` it, `resume` behind what it holds, or `overwrite` it.
+
+    Attributes:
+        batches: how many whole batches the file holds that are kept: the number of the batch to go on with.
+
+    Raises:
+        DataError: if the file exists and neither is asked for; if what is to be resumed was made by another run, with
+            the difference named, or is damaged; or for another ending.
+    """
+
+    def __init__(
+        self, path: str | Path, plan: Plan, runs: Runs, *, existing: Literal["refuse", "resume", "overwrite"] = "refuse"
+    ) -> None:
+        self.path = Path(path)
+        self.side_path = self.path.with_name(f"{self.path.name}.run.json")
+        self.batches = 0
+        self._runs = runs
+        self._identity = identity(plan, runs)
+        self._kept_bytes = 0
+        self._size = 0  # of the file, unless somebody else writes to it
+        self._is_open = False
+        if self.path.suffix != ".jsonl":
+            raise DataError(f"{path}: traces are appended as JSON lines; give a file that ends in .jsonl.")
+        if not self.path.exists():
+            return
+        self._size = self.path.stat().st_size
+        if existing == "refuse":
+            raise DataError(
+                f"{path} exists. Resume it (--resume) to go on where it was cut off, or overwrite it (--overwrite)."
+            )
+        was_begun = self._size or self.side_path.exists()  # if not, it was cut off before all else
+        if existing == "resume" and was_begun:
+            self._compare()
+            self._count()
+
+    def append(self, trace: Trace) -> None:
+        """Writes a batch behind what is there; what an interrupted run left of it is removed first.
+
+        Raises:
+            DataError: naming the node whose value cannot be written without loss; or if another process wrote to the
+                file. Nothing of the batch is written.
+        """
+        lines = [json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in trace.rows()]
+        data = "".join(lines).encode("utf-8")
+        if not self._is_open:
+            self._begin()
+        with self.path.open("ab") as file:
+            self._check_alone(file.tell())
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        self._size += len(data)
+        self.batches += 1
+
+    def _begin(self) -> None:
+        with self.path.open("ab") as file:
+            self._check_alone(file.tell())
+            file.truncate(self._kept_bytes)
+        if not self._kept_bytes:
+            write_text(self.side_path, json.dumps(self._identity, indent=2) + "\n")
+        self._size = self._kept_bytes
+        self._is_open = True
+
+    def _check_alone(self, size: int) -> None:
+        if size != self._size:
+            raise DataError(
+                f"{self.path} has {size} bytes where {self._size} were left: another process writes to it. End one of "
+                "the two, and resume."
+            )
+
+    def _compare(self) -> None:
+        """Refuses to resume another run."""
+        try:
+            begun = json.loads(self.side_path.read_text(encoding="utf-8"))
+        except FileNotFoundError as error:
+            raise DataError(
+                f"{self.path} cannot be resumed: {self.side_path.name}, which says what made it, is not beside it. "
+                "Overwrite it (--overwrite), or write to another file."
+            ) from error
+        except (OSError, ValueError) as error:
+            raise DataError(
+                f"{self.side_path} cannot be read ({error}); {self.path.name} cannot be resumed."
+            ) from error
+        if difference := _difference(begun, self._identity):
+            raise DataError(
+                f"{self.path} was begun by another run and cannot be resumed: {difference}. Make them the same, "
+                "overwrite it (--overwrite), or write to another file."
+            )
+
+    def _count(self) -> None:
+        """Finds the whole batches of the file and checks the last run of the last one."""
+        size, total = self._runs.batch_size, self._runs.total
+        end, count, last = 0, 0, b""
+        with self.path.open("rb") as file:
+            for line in file:
+                end += len(line)
+                if not line.endswith(b"\n"):
+                    break
+                count += 1
+                if count > total:
+                    raise DataError(f"{self.path} holds more than the {total} runs that are asked for; it was changed.")
+                if count % size == 0 or count == total:
+                    self._kept_bytes, self.batches, last = end, -(-count // size), line
+        if not self.batches:
+            return
+        prompt, run = divmod(min(self.batches * size, total) - 1, self._runs.runs)
+        try:
+            columns = json.loads(last)["columns"]
+            found = columns["prompt"], columns["run"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{self.path} cannot be resumed: its last whole batch ends in a damaged line.") from error
+        if found != (prompt, run):
+            raise DataError(
+                f"{self.path} cannot be resumed: where input row {prompt}, run {run} should be is row {found[0]}, run "
+                f"{found[1]}; the file was changed."
+            )
+
+
+def _difference(begun: Any, now: Any, name: str = "what made it") -> str | None:
+    """The first difference between two runs, in words."""
+    if begun == now:
+        return None
+    if not isinstance(begun, dict) or not isinstance(now, dict):
+        return f"{name} was {begun!r:.200}, and is now {now!r:.200}"
+    if begun.keys() != now.keys():
+        return f"{name} had {sorted(begun)}, and has now {sorted(now)}"
+    key = next(key for key in now if begun[key] != now[key])
+    return _difference(begun[key], now[key], key if name == "what made it" else f"{name} {key}")

@@ -1,0 +1,255 @@
+"""From arrows to a checked system: loops unrolled, names resolved, every mistake reported with its fix."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from sysdag.errors import GraphError
+from sysdag.graph.loops import Loop
+from sysdag.graph.variables import Edge, Edges, Input, Link, Node, natural_key, parameters
+
+
+def build(parts: Iterable[Any], outputs: Iterable[str | Node] | str | Node | None) -> dict[str, tuple]:
+    """The fields of a `System` from its parts, loops unrolled."""
+    links: list[Link] = []
+    loops: list[Loop] = []
+    alone: list[Input | Node] = []
+    for part in parts:
+        match part:
+            case Edges():
+                links += part.links
+            case Loop():
+                loops.append(part)
+            case Input() | Node():
+                alone.append(part)
+            case _:
+                raise GraphError(
+                    f"System(...) takes arrows (a >> b), loops and nodes, got {part!r}. A join or a plate needs a "
+                    "child: (a & b) >> c, a.each() >> c."
+                )
+    everything = [*links, *(link for made in loops for link in made.links)]
+    members = _unique([*alone, *(end for link in everything for end in (link.source, link.child))])
+    loop_of = _loop_of(loops)
+
+    nodes: list[Node] = []
+    for member in members:
+        if isinstance(member, Node):
+            times = loop_of[member.base_name].times if member.base_name in loop_of else None
+            nodes += [member] if times is None else [dataclasses.replace(member, visit=t) for t in range(times)]
+    edges = [edge for link in everything for edge in _unroll(link, loop_of)]
+    edges += _feedback(loops, everything)
+
+    def resolve(output: str | Node) -> str:
+        if not isinstance(output, (str, Node, Input)):
+            raise GraphError(f"System(outputs=...) takes names or nodes, got {output!r}.")
+        name = output if isinstance(output, str) else output.name
+        return f"{name}[{loop_of[name].times - 1}]" if name in loop_of else name
+
+    inputs = [member for member in members if isinstance(member, Input)]
+    if isinstance(outputs, (str, Node)):
+        outputs = [outputs]
+    named = None if outputs is None else [resolve(output) for output in outputs]
+    return check(inputs, nodes, edges, named)
+
+
+def check(
+    inputs: Iterable[Input], nodes: Iterable[Node], edges: Iterable[Edge], outputs: Iterable[str] | None
+) -> dict[str, tuple]:
+    """The fields of a `System`, sorted and checked."""
+    inputs = tuple(sorted(inputs, key=lambda i: natural_key(i.name)))
+    nodes = tuple(sorted(nodes, key=lambda n: natural_key(n.name)))
+    edges = tuple(sorted(set(edges), key=lambda e: (natural_key(e.parent), natural_key(e.child), e.parameter, e.each)))
+    if not nodes:
+        raise GraphError("A system needs at least one node; write System(question >> answer).")
+    _check_names(inputs, nodes)
+    _check_acyclic(edges)
+    _check_parents(inputs, nodes, edges)
+    _check_plates(inputs, nodes, edges)
+    read = {edge.parent for edge in edges}
+    for given in inputs:
+        if given.name not in read:
+            raise GraphError(f"Input {given.name!r} is used by no node; add an arrow `{given.name} >> ...` or drop it.")
+    names = [n.name for n in nodes]
+    if outputs is None:
+        outputs = [name for name in names if name not in read]
+    outputs = tuple(dict.fromkeys(outputs))
+    for output in outputs:
+        if output not in names:
+            raise GraphError(f"Output {output!r} is produced by no node; the nodes are {names}.{_guess(output, names)}")
+    if not outputs:
+        raise GraphError(f"System(outputs=[]) has no output; name at least one of {names}.")
+    return {"inputs": inputs, "nodes": nodes, "edges": edges, "outputs": outputs}
+
+
+def _unique(members: Iterable[Input | Node]) -> list[Input | Node]:
+    found: list[Input | Node] = []
+    for member in members:
+        if not any(member is other or member == other for other in found):
+            found.append(member)
+    return found
+
+
+def _loop_of(loops: Sequence[Loop]) -> dict[str, Loop]:
+    loop_of: dict[str, Loop] = {}
+    for made in loops:
+        for name in made.body:
+            if name in loop_of:
+                raise GraphError(f"Node {name!r} is in the body of two loops; give each loop nodes of its own.")
+            loop_of[name] = made
+    return loop_of
+
+
+def _unroll(link: Link, loop_of: Mapping[str, Loop]) -> list[Edge]:
+    """The arrows that one written arrow stands for: one for each visit of its child."""
+    child, parameter = link.child.base_name, _name(link.source)
+    inner, outer = loop_of.get(child), loop_of.get(parameter)
+    if inner is None:
+        parent = parameter if outer is None else f"{parameter}[{outer.times - 1}]"
+        return [Edge(parent, child, parameter, link.each)]
+    carried = dict(inner.carry).get(parameter)
+    edges = []
+    for visit in range(inner.times):
+        if carried is not None and visit > 0:
+            parent = f"{carried.base_name}[{visit - 1}]"
+        elif carried is not None and carried.base_name == parameter:
+            continue  # the arrow is the feedback itself, and nothing is fed back yet
+        elif outer is inner:
+            parent = f"{parameter}[{visit}]"
+        else:
+            parent = parameter if outer is None else f"{parameter}[{outer.times - 1}]"
+        edges.append(Edge(parent, f"{child}[{visit}]", parameter, link.each))
+    return edges
+
+
+def _feedback(loops: Iterable[Loop], links: Sequence[Link]) -> list[Edge]:
+    """The arrows of carried values into parameters that no written arrow leads to: visit 0 takes their default."""
+    written = {(link.child.base_name, _name(link.source)) for link in links}
+    return [
+        Edge(f"{source.base_name}[{visit - 1}]", f"{member.base_name}[{visit}]", parameter)
+        for made in loops
+        for parameter, source in made.carry
+        for member in made.nodes
+        if parameter in parameters(member) and (member.base_name, parameter) not in written
+        for visit in range(1, made.times)
+    ]
+
+
+def _name(member: Input | Node) -> str:
+    return member.name if isinstance(member, Input) else member.base_name
+
+
+def _check_names(inputs: Sequence[Input], nodes: Sequence[Node]) -> None:
+    for n in nodes:
+        if not n.base_name.isidentifier():
+            raise GraphError(f"Node name must be a Python identifier, got {n.base_name!r}.")
+    counts = Counter([i.name for i in inputs] + [n.name for n in nodes])
+    if all(count == 1 for count in counts.values()):  # `critic` beside `critic[0]` is two variables of one name too
+        counts = Counter([i.name for i in inputs])
+        counts.update(name for name, _ in {(n.base_name, n.visit is None) for n in nodes})
+    repeated = [name for name, count in counts.items() if count > 1]
+    if repeated:
+        raise GraphError(
+            f"Name {repeated[0]!r} stands for {counts[repeated[0]]} different inputs or nodes; names must be unique. "
+            "Rename one with @node(..., name='...')."
+        )
+
+
+def _check_parents(inputs: Sequence[Input], nodes: Sequence[Node], edges: Sequence[Edge]) -> None:
+    known = [i.name for i in inputs] + [n.name for n in nodes]
+    incoming: dict[str, list[Edge]] = defaultdict(list)
+    for edge in edges:
+        for end in (edge.parent, edge.child):
+            if end not in known:
+                raise GraphError(
+                    f"Arrow {edge.parent!r} >> {edge.child!r}: no input or node is named {end!r}; known: {known}."
+                    + _guess(end, known)
+                )
+        incoming[edge.child].append(edge)
+    for n in nodes:
+        takes = parameters(n)
+        for name, count in Counter(edge.parameter for edge in incoming[n.name]).items():
+            if name not in takes:
+                raise GraphError(
+                    f"Node {n.name!r} has the parent {name!r}, but its function takes {list(takes)}. Add a parameter "
+                    f"{name!r} to the function or remove the arrow {name} >> {n.base_name}."
+                )
+            if count > 1:
+                raise GraphError(
+                    f"Node {n.name!r}: parameter {name!r} has {count} arrows: "
+                    f"{[(e.parent, 'each' if e.each else 'whole') for e in incoming[n.name] if e.parameter == name]}; "
+                    "keep one."
+                )
+        missing = [
+            name for name, needed in takes.items() if needed and name not in {e.parameter for e in incoming[n.name]}
+        ]
+        if missing:
+            base_names = [i.name for i in inputs] + [other.base_name for other in nodes]
+            if missing[0] in base_names:
+                fix = f"Add the arrow {missing[0]} >> {n.base_name}."
+                if n.visit == 0 and any(other.base_name == missing[0] and other.visit == 0 for other in nodes):
+                    fix += (
+                        " If the loop feeds it back, nothing has been fed back in visit 0: give the parameter a "
+                        "default, or name it after the input or node of its first value."
+                    )
+            else:
+                fix = f"No input or node is named {missing[0]!r}; known: {sorted(set(base_names))}." + _guess(
+                    missing[0], base_names
+                )
+            raise GraphError(f"Node {n.name!r}: parameter {missing[0]!r} of its function has no arrow. {fix}")
+
+
+def _check_acyclic(edges: Sequence[Edge]) -> None:
+    import networkx
+
+    graph = networkx.DiGraph((edge.parent, edge.child) for edge in edges)
+    if networkx.is_directed_acyclic_graph(graph):
+        return
+    cycle = [parent for parent, _ in networkx.find_cycle(graph)]
+    raise GraphError(
+        f"The system has a cycle: {' >> '.join([*cycle, cycle[0]])}. A system must be acyclic; unroll feedback with "
+        f"loop(..., carry={{'<parameter>': {cycle[-1]}}}, times=n)."
+    )
+
+
+def _check_plates(inputs: Sequence[Input], nodes: Sequence[Node], edges: Sequence[Edge]) -> None:
+    plated = {edge.child for edge in edges if edge.each}
+    value_types: dict[str, Any] = {i.name: i.value_type for i in inputs}
+    for n in nodes:
+        value_types[n.name] = list if n.name in plated else _value_type(n)
+    for edge in edges:
+        known = value_types[edge.parent]
+        if edge.each and _is_no_list(known):
+            raise GraphError(
+                f"{edge.parent}.each() >> {edge.child}: a plate needs a list, but {edge.parent!r} gives "
+                f"{getattr(known, '__name__', known)}. Put a deterministic node between them that returns a list."
+            )
+
+
+def _value_type(n: Node) -> Any:
+    if n.component is not None:
+        return getattr(n.component, "value_type", None)
+    try:
+        return typing.get_type_hints(n.function).get("return")
+    except (NameError, AttributeError, SyntaxError, TypeError):  # an annotation that only type checkers can resolve
+        return None
+
+
+def _is_no_list(kind: Any) -> bool:
+    """Whether values of the type are certainly no lists; what cannot be told (None, Any, a type variable) may be."""
+    origin = typing.get_origin(kind) or kind
+    if origin in (typing.Any, object):
+        return False
+    if origin in (typing.Union, types.UnionType):
+        return all(_is_no_list(member) for member in typing.get_args(kind))
+    return isinstance(origin, type) and (not issubclass(origin, Sequence) or issubclass(origin, (str, bytes)))
+
+
+def _guess(name: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f" Did you mean {close[0]!r}?" if close else ""

@@ -1,0 +1,130 @@
+"""A plan for people: a text table, Mermaid, Graphviz DOT, networkx, a picture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import networkx
+
+    from sysdag.graph.plan import Plan
+
+
+def to_table(plan: Plan) -> str:
+    """One line a node, in topological order, after a line of inputs."""
+    alive = {name: f"{start} to {end}" for name, start, end in plan.lifetimes}
+    model_of = {name: str(number) for number, names in enumerate(plan.components) for name in names}
+    rows = [("level", "node", "parents", "component", "model", "likelihood", "value lives")]
+    for level, names in enumerate(plan.levels):
+        for name in names:
+            node = plan.system[name]
+            parents = ", ".join(f"{e.parent}{'.each()' if e.each else ''}" for e in plan.parents(name)) or "-"
+            # A component's own repr may span lines; the table keeps to one a node.
+            component = "(deterministic)" if node.component is None else " ".join(repr(node.component).split())
+            marked = name + (" *" if name in plan.system.outputs else "")
+            model, likelihood = model_of.get(name, "-"), node.likelihood or "-"
+            rows.append((str(level), marked, parents, component, model, likelihood, alive[name]))
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    inputs = ", ".join(i.name for i in plan.system.inputs) or "none"
+    return "\n".join([f"inputs: {inputs}; outputs are marked *", *lines])
+
+
+def to_networkx(plan: Plan) -> networkx.DiGraph:
+    """Nodes carry `kind` (`input`, `random`, `deterministic`) and `output`; edges `parameter` and `each`."""
+    import networkx
+
+    graph = networkx.DiGraph()
+    for given in plan.system.inputs:
+        graph.add_node(given.name, kind="input", output=False)
+    for name in plan.order:
+        kind = "random" if plan.system[name].is_random else "deterministic"
+        graph.add_node(name, kind=kind, output=name in plan.system.outputs)
+    for edge in plan.system.edges:
+        graph.add_edge(edge.parent, edge.child, parameter=edge.parameter, each=edge.each)
+    return graph
+
+
+def to_mermaid(plan: Plan) -> str:
+    """Inputs are rounded, random nodes boxes, deterministic ones slanted; plates have a dotted arrow."""
+    key = _keys(plan)
+    brackets = {"input": ("([", "])"), "random": ("[", "]"), "deterministic": ("[/", "/]")}
+    lines = ["flowchart TD"]
+    for name, data in to_networkx(plan).nodes(data=True):
+        left, right = brackets[data["kind"]]
+        lines.append(f'    {key[name]}{left}"{_label(plan, name, "<br/>")}"{right}')
+    for edge in plan.system.edges:
+        arrow = '-. "each" .->' if edge.each else "-->"
+        lines.append(f"    {key[edge.parent]} {arrow} {key[edge.child]}")
+    outputs = ",".join(key[name] for name in plan.system.outputs)
+    return "\n".join([*lines, "    classDef output stroke-width:3px", f"    class {outputs} output"])
+
+
+def to_dot(plan: Plan) -> str:
+    """The same picture for Graphviz."""
+    shapes = {"input": "ellipse", "random": "box", "deterministic": "parallelogram"}
+    lines = ["digraph system {"]
+    for name, data in to_networkx(plan).nodes(data=True):
+        width = 3 if data["output"] else 1
+        label = _label(plan, name, "\\n")
+        lines.append(f'    "{name}" [shape={shapes[data["kind"]]}, penwidth={width}, label="{label}"];')
+    for edge in plan.system.edges:
+        style = ' [style=dashed, label="each"]' if edge.each else ""
+        lines.append(f'    "{edge.parent}" -> "{edge.child}"{style};')
+    return "\n".join([*lines, "}"])
+
+
+def draw(plan: Plan, path: str | Path) -> None:
+    """Writes the graph as a picture; the file's ending chooses the format (needs matplotlib)."""
+    from matplotlib.figure import Figure  # not pyplot: a figure of our own leaves the user's backend alone
+
+    rows = [[given.name for given in plan.system.inputs], *plan.levels]
+    columns = max(len(names) for names in rows)
+    figure = Figure(figsize=(2.2 * columns + 1.5, 1.3 * len(rows)), dpi=150)
+    axes = figure.subplots()
+    axes.set(xlim=(-columns / 2 - 0.3, columns / 2 + 0.3), ylim=(0.5 - len(rows), 0.5))
+    axes.set_axis_off()
+    kinds = to_networkx(plan).nodes
+    colours = {"input": "#dce9f7", "random": "#fbe3c8", "deterministic": "#eeeeee"}
+    place = {name: (at - (len(names) - 1) / 2, -row) for row, names in enumerate(rows) for at, name in enumerate(names)}
+    boxes = {}
+    for name, position in place.items():
+        box = {
+            "boxstyle": "round,pad=0.6" if kinds[name]["kind"] == "input" else "square,pad=0.6",
+            "facecolor": colours[kinds[name]["kind"]],
+            "edgecolor": "#333333",
+            "linewidth": 2.5 if kinds[name]["output"] else 1.0,
+        }
+        boxes[name] = axes.text(*position, _label(plan, name, "\n"), ha="center", va="center", fontsize=9, bbox=box)
+    figure.draw_without_rendering()  # gives the boxes their sizes: an arrow goes from the edge of one to the next
+    to_data = axes.transData.inverted()
+    patches = {name: text.get_bbox_patch() for name, text in boxes.items()}
+    height = {name: patch.get_window_extent().transformed(to_data).height for name, patch in patches.items() if patch}
+    for edge in plan.system.edges:
+        (x, y), (child_x, child_y) = place[edge.parent], place[edge.child]
+        start, end = y - height[edge.parent] / 2, child_y + height[edge.child] / 2
+        # Past other levels in a bow, since a straight line may run through the boxes between.
+        bend = 0 if y - child_y <= 1 else -0.5 if x > child_x else 0.5
+        arrow = {
+            "arrowstyle": "-|>",
+            "color": "#555555",
+            "linestyle": "--" if edge.each else "-",
+            "connectionstyle": f"arc3,rad={bend}",
+            "shrinkA": 0,
+            "shrinkB": 0,
+        }
+        axes.annotate("", xy=(child_x, end), xytext=(x, start), arrowprops=arrow)
+        if edge.each:
+            axes.text((x + child_x) / 2, (start + end) / 2, "  each", ha="left", va="center", fontsize=8)
+    figure.savefig(path, bbox_inches="tight")
+
+
+def _label(plan: Plan, name: str, newline: str) -> str:
+    component = next((node.component for node in plan.system.nodes if node.name == name), None)
+    return name if component is None else f"{name}{newline}{type(component).__name__}"
+
+
+def _keys(plan: Plan) -> dict[str, str]:
+    names = [*(i.name for i in plan.system.inputs), *plan.order]
+    return {name: f"n{number}" for number, name in enumerate(names)}

@@ -1,0 +1,296 @@
+"""Latent candidates: the few diverse values over which SysDPO-Sampling approximates the sum over intermediates.
+
+SysDPO (arXiv 2502.17721), section on SysDPO-Sampling: y_1..y_k distinct, the same for winner and loser and for policy
+and reference. Several latent nodes give joint paths, drawn along the topological order.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from sysdag.components.language.beam import diverse_beam_search
+from sysdag.errors import PlanError
+from sysdag.execution.execute import at_work, fill, flat_draws, node_inputs
+from sysdag.graph.plan import Plan
+from sysdag.traces.cells import Cell
+from sysdag.traces.trace import Trace
+
+__all__ = [
+    "CandidateStrategy",
+    "Candidates",
+    "DiverseBeamSearch",
+    "Exhaustive",
+    "ImportanceSampling",
+    "MonteCarlo",
+    "distinct_ngrams",
+    "diverse_beam_search",
+]
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """Latent values for a batch of prompts.
+
+    Attributes:
+        trace: one row a candidate, those of one prompt next to each other: the inputs and the latents' cells.
+        prompt: for each row, the prompt it belongs to, ascending.
+        log_proposal: for each row, the log-probability of its path under the distribution it was drawn from; None
+            where candidates were searched and not drawn.
+        log_weight: for each row, what is added to log p(y, z|x) before the sum over candidates: 0 for a plain sum,
+            -log q(y|x) - log k for importance sampling.
+    """
+
+    trace: Trace
+    prompt: tuple[int, ...]
+    log_proposal: tuple[float, ...] | None = None
+    log_weight: tuple[float, ...] | None = None
+
+    def select(self, rows: Sequence[int]) -> Candidates:
+        """The candidates of the given rows."""
+
+        def pick(column: tuple[float, ...] | None) -> tuple[float, ...] | None:
+            return None if column is None else tuple(column[row] for row in rows)
+
+        prompt = tuple(self.prompt[row] for row in rows)
+        return Candidates(self.trace.select(rows), prompt, pick(self.log_proposal), pick(self.log_weight))
+
+    def of_prompt(self, prompt: int) -> Candidates:
+        """The candidates of one prompt, as prompt 0."""
+        found = self.select([row for row, p in enumerate(self.prompt) if p == prompt])
+        return replace(found, prompt=(0,) * len(found.prompt))
+
+    @staticmethod
+    def join(parts: Sequence[Candidates]) -> Candidates:
+        """Candidates of one prompt each, as those of prompts 0, 1, ..."""
+
+        def chain(name: str) -> tuple[float, ...] | None:
+            columns = [getattr(part, name) for part in parts]
+            return None if None in columns else tuple(itertools.chain.from_iterable(columns))
+
+        return Candidates(
+            Trace.concatenate([part.trace for part in parts]),
+            tuple(number for number, part in enumerate(parts) for _ in part.prompt),
+            chain("log_proposal"),
+            chain("log_weight"),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CandidateStrategy(ABC):
+    """How candidates are found.
+
+    Args:
+        num_candidates: k, most candidates for one prompt, at least 2.
+
+    Raises:
+        PlanError: for k = 1, with the reason.
+    """
+
+    num_candidates: int = 2
+
+    def __post_init__(self) -> None:
+        if self.num_candidates == 1:
+            raise PlanError(
+                "num_candidates=1 is refused: with a single candidate log p(y|x) is the same for winner and loser and "
+                "cancels, so the models of the latent nodes get exactly zero gradient. Use 2 or more."
+            )
+        if not isinstance(self.num_candidates, int) or self.num_candidates < 2:
+            raise PlanError(f"num_candidates must be an integer of 2 or more, got {self.num_candidates!r}.")
+
+    @property
+    def is_lower_bound(self) -> bool:
+        """Whether the sum over candidates is a plain one over distinct values, and so at most p(z|x)."""
+        return True
+
+    def draw(
+        self, plan: Plan, inputs: Mapping[str, Sequence[Any]], generator: torch.Generator | None = None
+    ) -> Candidates:
+        """Candidates for each prompt, from the components as they are now.
+
+        Args:
+            plan: the system; its latents under Sampling are drawn.
+            inputs: for each input, one value a prompt.
+            generator: a CPU generator; torch's global one by default.
+        """
+        latents = plan.latents("sampling")
+        shared = [name for name in latents if plan.system[name].likelihood == "none"]
+        rows = Trace(inputs, {})
+        for name in shared:
+            elements = node_inputs(plan, fill(plan, rows), name)
+            draws = at_work(plan, name).sample(elements.values, generator=generator)
+            rows = rows.updated({name: elements.cells(draws)})
+        return self._paths(plan, rows, [name for name in latents if name not in shared], generator)
+
+    @abstractmethod
+    def _paths(self, plan: Plan, rows: Trace, latents: Sequence[str], generator: torch.Generator | None) -> Candidates:
+        """Joint paths of the latents for each row."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiverseBeamSearch(CandidateStrategy):
+    """Diverse beam search with one beam a group (Vijayakumar et al. 2016, arXiv 1610.02424).
+
+    The first latent gets `num_candidates` values; each later one extends every path by as many values as are needed to
+    reach that number. Deterministic given the weights.
+
+    Args:
+        num_candidates: k; the paper uses 2 to 4.
+        diversity_penalty: subtracted from a token's log-probability for each earlier group that chose it at this step,
+            in nats; the paper uses 20.
+        ngram_size: 1 counts tokens chosen at this step (Hamming diversity, the paper's); n counts n-grams that earlier
+            groups already contain.
+    """
+
+    diversity_penalty: float = 20.0
+    ngram_size: int = 1
+
+    def _paths(self, plan: Plan, rows: Trace, latents: Sequence[str], generator: torch.Generator | None) -> Candidates:
+        prompt = list(range(len(rows)))
+        for name in latents:
+            _refuse_plate(plan, name, self)
+            fewest = min((prompt.count(p) for p in set(prompt)), default=1)
+            values = node_inputs(plan, fill(plan, rows), name).values
+            wanted = math.ceil(self.num_candidates / fewest)
+            found = at_work(plan, name).search(values, wanted, self.diversity_penalty, self.ngram_size)
+            rows, prompt = _extend(rows, prompt, name, found)
+        return _distinct(plan, Candidates(rows, tuple(prompt)), latents, self.num_candidates)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MonteCarlo(CandidateStrategy):
+    """`num_candidates` runs of the latent nodes for each prompt.
+
+    As in the paper, the joint probabilities of the distinct ones are summed as they are: a lower bound on p(z|x).
+
+    Args:
+        temperature, top_p: of sampling; by default the components' own.
+        distinct: keep repeated paths once. With False each counts, and the sum is no bound.
+    """
+
+    num_candidates: int = 4
+    temperature: float | None = None
+    top_p: float | None = None
+    distinct: bool = True
+
+    @property
+    def is_lower_bound(self) -> bool:
+        return self.distinct
+
+    def _paths(self, plan: Plan, rows: Trace, latents: Sequence[str], generator: torch.Generator | None) -> Candidates:
+        prompt = [row for row in range(len(rows)) for _ in range(self.num_candidates)]
+        rows = rows.select(prompt)
+        log_proposal = [0.0] * len(prompt)
+        for name in latents:
+            elements = node_inputs(plan, fill(plan, rows), name)
+            component: Any = at_work(plan, name)
+            if self.temperature is None and self.top_p is None:
+                draws = component.sample(elements.values, generator=generator)
+            else:
+                temperature, top_p = self.temperature or 1.0, self.top_p or 1.0
+                draws = component.propose(elements.values, temperature=temperature, top_p=top_p, generator=generator)
+            for row, draw in zip(elements.rows, draws, strict=True):
+                log_proposal[row] += draw.log_prob
+            rows = rows.updated({name: elements.cells(draws)})
+        found = Candidates(rows, tuple(prompt), tuple(log_proposal))
+        return _distinct(plan, found, latents, self.num_candidates) if self.distinct else found
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportanceSampling(MonteCarlo):
+    """`num_candidates` runs weighted by the inverse of the probability that they were drawn with.
+
+    log p(z|x) is estimated by logmeanexp [log p(y|x) - log q(y|x) + log p(z|x, y)]: exp of it is unbiased, whatever
+    the temperature, provided that q covers p (top_p < 1 does not). Repeated draws count each. Not in the paper.
+    """
+
+    distinct: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.distinct:
+            raise PlanError("ImportanceSampling needs every draw, repeated ones too; distinct must be False.")
+
+    def _paths(self, plan: Plan, rows: Trace, latents: Sequence[str], generator: torch.Generator | None) -> Candidates:
+        found = super()._paths(plan, rows, latents, generator)
+        assert found.log_proposal is not None
+        log_k = math.log(self.num_candidates)
+        return replace(found, log_weight=tuple(-log_q - log_k for log_q in found.log_proposal))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exhaustive(CandidateStrategy):
+    """Every value of every latent node, where all of them draw from finitely many (`Categorical`, `Tabular`): exact.
+
+    Args:
+        num_candidates: most paths of one prompt; more are refused rather than left out.
+    """
+
+    num_candidates: int = 4096
+
+    def _paths(self, plan: Plan, rows: Trace, latents: Sequence[str], generator: torch.Generator | None) -> Candidates:
+        prompt = list(range(len(rows)))
+        for name in latents:
+            component = plan.system[name].component
+            values = getattr(component, "values", None)
+            if values is None:
+                raise PlanError(f"Exhaustive needs latents with finitely many values; node {name!r} is {component!r}.")
+            _refuse_plate(plan, name, self)
+            draws = component.observe(list(values))
+            rows, prompt = _extend(rows, prompt, name, [draws] * len(rows))
+            most = max((prompt.count(p) for p in set(prompt)), default=0)
+            if most > self.num_candidates:
+                raise PlanError(
+                    f"Exhaustive: node {name!r} makes {most} paths a prompt, more than num_candidates="
+                    f"{self.num_candidates}. Raise it, or use another strategy."
+                )
+        return Candidates(rows, tuple(prompt))
+
+
+def _refuse_plate(plan: Plan, name: str, strategy: CandidateStrategy) -> None:
+    if plan.is_plate(name):
+        raise PlanError(
+            f"Node {name!r} is a plate and latent; {type(strategy).__name__} searches single values. Use MonteCarlo."
+        )
+
+
+def _extend(rows: Trace, prompt: Sequence[int], name: str, found: Sequence[Sequence[Cell]]) -> tuple[Trace, list[int]]:
+    """Rows repeated once for each value found for them, with that value added, and their prompts."""
+    parents = [row for row, cells in enumerate(found) for _ in cells]
+    extended = rows.select(parents).updated({name: [cell for cells in found for cell in cells]})
+    return extended, [prompt[parent] for parent in parents]
+
+
+def _distinct(plan: Plan, paths: Candidates, latents: Sequence[str], limit: int) -> Candidates:
+    """The first `limit` different paths of each prompt."""
+    seen: dict[int, set[Any]] = {}
+    kept = []
+    for row, prompt in enumerate(paths.prompt):
+        key = tuple(
+            tuple(plan.system[name].component.key(draw) for draw in flat_draws([paths.trace.cells[name][row]]))
+            for name in latents
+        )
+        found = seen.setdefault(prompt, set())
+        if key not in found and len(found) < limit:
+            found.add(key)
+            kept.append(row)
+    return paths.select(kept)
+
+
+def distinct_ngrams(values: Sequence[Any], n: int = 2) -> float:
+    """Distinct-n of texts: different word n-grams over all of them (Li et al. 2016, arXiv 1510.03055); 0 without any.
+
+    Texts without spaces are split into characters.
+    """
+    grams: list[tuple[str, ...]] = []
+    for value in values:
+        text = str(value)
+        words = text.split() if " " in text else list(text)
+        grams += [tuple(words[start : start + n]) for start in range(len(words) - n + 1)]
+    return len(set(grams)) / len(grams) if grams else 0.0

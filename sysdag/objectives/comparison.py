@@ -1,0 +1,247 @@
+"""What a batch of preferences asks to be scored, and how the scores make up a margin.
+
+The loss sees a system only through scalars, one score for each node and run. A comparison lists those scores as `terms`
+and combines them, whoever computed them and whether or not they carry gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from sysdag.components.component import Component
+from sysdag.data.preferences import PreferencePair, collate
+from sysdag.execution.execute import fill, flat_draws
+from sysdag.graph.plan import Plan
+from sysdag.objectives.candidates import Candidates, distinct_ngrams
+from sysdag.objectives.losses import PairScores, candidate_log_sum, certificate, effective_sample_size, responsibilities
+from sysdag.objectives.options import NodeOptions, ObjectiveOptions
+from sysdag.traces.cells import Cell
+from sysdag.traces.trace import Trace
+
+
+@dataclass(frozen=True, eq=False)
+class Term:
+    """One node to be scored on the rows of a trace.
+
+    Attributes:
+        name: the node.
+        trace: values of the node and of its parents.
+        pair_of: for each row, the pair of the batch that it belongs to.
+        noise: of a bound, the same for policy and reference.
+    """
+
+    name: str
+    trace: Trace
+    pair_of: Sequence[int]
+    noise: Any = None
+
+
+Generators = torch.Generator | Sequence[torch.Generator] | None
+"""Of a comparison's noise: one for the batch (torch's global one where None), or one for each pair."""
+
+Scores = Mapping[str, Tensor]
+
+
+class Comparison(Protocol):
+    """The terms of a batch, and what their scores combine to."""
+
+    @property
+    def terms(self) -> Sequence[Term]:
+        """Each is scored once by the policy and once by the reference."""
+        ...
+
+    def combine(self, policy: Scores, reference: Scores) -> tuple[PairScores, dict[str, Tensor]]:
+        """What the losses see, and the metrics to log (vectors whose mean is meant)."""
+        ...
+
+
+class DirectComparison:
+    """SysDPO-Direct: every random node is observed, each side under its own parents' values.
+
+    The margin is the sum over nodes of beta_i (log p_i - log q_i), winner minus loser; a bound stands in for log p_i
+    with one (t, eps) for the two sides of a pair.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        options: ObjectiveOptions,
+        nodes: Mapping[str, NodeOptions],
+        pairs: Sequence[PreferencePair],
+        generator: Generators,
+    ) -> None:
+        self.plan, self.options, self.nodes = plan, options, nodes
+        self.count = len(pairs)
+        self.trace = fill(plan, Trace.concatenate(collate(pairs)))
+        both = [*range(self.count), *range(self.count)]
+        self.terms: Sequence[Term] = [
+            Term(name, self.trace, both, paired_noise(plan.system[name].component, self.trace.cells[name], generator))
+            for name in plan.factors("direct")
+        ]
+
+    def combine(self, policy: Scores, reference: Scores) -> tuple[PairScores, dict[str, Tensor]]:
+        count = self.count
+        metrics: dict[str, Tensor] = {}
+        rewards, lengths, log_probs, nll = [], [], [], []
+        for name, score in policy.items():
+            node = self.nodes[name]
+            beta = (self.options.beta if node.beta is None else node.beta) * node.scale
+            rewards.append(beta * (score - reference[name]))
+            lengths.append(term_lengths(self.plan, self.trace, name, score.device))
+            nll.append(-node.scale * score[:count].sum() / lengths[-1][:count].sum().clamp(min=1))
+            metrics |= _node_metrics(name, rewards[-1])
+            if self.plan.system[name].likelihood == "exact":
+                log_probs.append(score.detach())
+        if log_probs:
+            metrics |= _sides("logps", sum(log_probs[1:], log_probs[0]))
+        return _pair_scores(sum(rewards[1:], rewards[0]), sum(lengths[1:], lengths[0]), sum(nll[1:], nll[0])), metrics
+
+
+class SamplingComparison:
+    """SysDPO-Sampling: outputs are observed, latents stand for themselves in candidates shared by both sides.
+
+    log p-hat(z|x) is the log-sum over candidates of their joint with z; an output that no candidate changes is the same
+    term in every summand and leaves the sum. The share of a node in the margin is that of its log-ratios, weighted by
+    the responsibilities.
+    """
+
+    def __init__(
+        self, plan: Plan, options: ObjectiveOptions, pairs: Sequence[PreferencePair], drawn: Candidates,
+        is_lower_bound: bool, generator: Generators,
+    ) -> None:  # fmt: skip
+        self.plan, self.options, self.drawn, self.is_lower_bound = plan, options, drawn, is_lower_bound
+        self.count = count = len(pairs)
+        self.sides = sides = collate(pairs)
+        self.latents = [name for name in plan.latents("sampling") if name in plan.factors("sampling")]
+        prompt = list(drawn.prompt)
+        self.prompt = [*prompt, *(p + count for p in prompt)]
+        by_candidate = Trace.concatenate([drawn.trace.updated(side.select(prompt).cells) for side in sides])
+        first = drawn.trace.select([prompt.index(p) for p in range(count)])
+        by_pair = fill(plan, Trace.concatenate([first.updated(side.cells) for side in sides]))
+        latent_trace, joint_trace = fill(plan, drawn.trace), fill(plan, by_candidate)
+
+        def term(name: str) -> Term:
+            if name in self.latents:
+                return Term(name, latent_trace, prompt)
+            if plan.system[name].likelihood == "exact":
+                return Term(name, joint_trace, [*prompt, *prompt])
+            noise = paired_noise(plan.system[name].component, by_pair.cells[name], generator)
+            return Term(name, by_pair, [*range(count), *range(count)], noise)
+
+        self.terms: Sequence[Term] = [term(name) for name in plan.factors("sampling")]
+
+    def combine(self, policy: Scores, reference: Scores) -> tuple[PairScores, dict[str, Tensor]]:
+        count = self.count
+        inside = [term.name for term in self.terms if self.plan.system[term.name].likelihood == "exact"]
+        device = policy[inside[0]].device
+        index = torch.tensor(self.prompt, device=device)
+        terms = sum(
+            self._spread(t.name, term_lengths(self.plan, t.trace, t.name, device))
+            for t in self.terms
+            if t.name in inside
+        )
+        log_p, weights = self._log_sum([self._spread(name, policy[name]) for name in inside], terms, index)
+        log_q, _ = self._log_sum([self._spread(name, reference[name]) for name in inside], terms, index)
+        rewards = self.options.beta * (log_p - log_q)
+        metrics = self._candidate_metrics(policy, log_p.detach(), weights, index)
+        metrics |= _sides("logps", log_p)
+        for name, score in policy.items():
+            log_ratio = score - reference[name]
+            if name in inside:
+                log_ratio = torch.zeros_like(rewards).index_add(
+                    0, index, weights * self._spread(name, log_ratio).detach()
+                )
+            else:
+                log_p, rewards = log_p + score, rewards + self.options.beta * log_ratio
+            metrics |= _node_metrics(name, self.options.beta * log_ratio)
+        observed = Trace.concatenate(self.sides)
+        lengths = sum(term_lengths(self.plan, observed, name, device) for name in self.plan.system.outputs)
+        assert isinstance(lengths, Tensor)
+        return _pair_scores(rewards, lengths, -log_p[:count].sum() / lengths[:count].sum().clamp(min=1)), metrics
+
+    def _spread(self, name: str, values: Tensor) -> Tensor:
+        """One value for each side and candidate; a latent's is shared by the sides."""
+        return values.repeat(2) if name in self.latents else values
+
+    def _log_sum(self, scores: Sequence[Tensor], terms: Any, index: Tensor) -> tuple[Tensor, Tensor]:
+        """log p-hat(z|x) of every side, and the candidates' responsibilities (without gradient)."""
+        joint = sum(scores[1:], scores[0])
+        if self.drawn.log_weight is not None:
+            joint = joint + torch.tensor(self.drawn.log_weight, dtype=joint.dtype, device=joint.device).repeat(2)
+        if self.options.candidate_length_normalization:
+            joint = joint / terms.clamp(min=1)
+        temperature = self.options.responsibility_temperature
+        log_sum = temperature * candidate_log_sum(joint / temperature, index, 2 * self.count)
+        return log_sum, responsibilities(joint.detach() / temperature, index, 2 * self.count)
+
+    def _candidate_metrics(self, policy: Scores, log_p: Tensor, weights: Tensor, index: Tensor) -> dict[str, Tensor]:
+        count, rows = self.count, len(index) // 2
+        texts = [str(value) for name in self.latents for value in self.drawn.trace[name]]
+        metrics = {
+            "candidates/effective_sample_size": effective_sample_size(weights, index, 2 * count),
+            "candidates/count": torch.bincount(index[:rows], minlength=count).float(),
+            "candidates/responsibility_gap": (weights[:rows] - weights[rows:]).abs(),
+            "candidates/distinct_2": torch.tensor(distinct_ngrams(texts)),
+        }
+        if self.is_lower_bound:
+            latent = torch.stack([policy[name].detach() for name in self.latents]).sum(0)
+            coverage = latent.new_zeros(count).index_add(0, index[:rows], latent.exp())
+            metrics["candidates/coverage"] = coverage
+            if self.options.responsibility_temperature == 1 and not self.options.candidate_length_normalization:
+                lower, upper = certificate(log_p, coverage.repeat(2))
+                metrics |= {"candidates/certified_lower": lower[:count], "candidates/certified_upper": upper[:count]}
+        return metrics
+
+
+def _pair_scores(rewards: Tensor, lengths: Tensor, nll: Tensor) -> PairScores:
+    (chosen, rejected), (chosen_lengths, rejected_lengths) = rewards.chunk(2), lengths.chunk(2)
+    return PairScores(
+        chosen_rewards=chosen, rejected_rewards=rejected, chosen_lengths=chosen_lengths,
+        rejected_lengths=rejected_lengths, chosen_nll=nll,
+    )  # fmt: skip
+
+
+def _sides(name: str, values: Tensor) -> dict[str, Tensor]:
+    chosen, rejected = values.detach().chunk(2)
+    return {f"{name}/chosen": chosen, f"{name}/rejected": rejected}
+
+
+def _node_metrics(name: str, rewards: Tensor) -> dict[str, Tensor]:
+    chosen, rejected = rewards.detach().chunk(2)
+    return {**_sides(f"nodes/{name}/rewards", rewards), f"nodes/{name}/rewards/margins": chosen - rejected}
+
+
+def term_lengths(plan: Plan, trace: Trace, name: str, device: torch.device) -> Tensor:
+    """How many terms each row's score of a node sums."""
+    component = plan.system[name].component
+    return torch.tensor(
+        [float(sum(component.lengths(flat_draws([cell])))) for cell in trace.cells[name]], device=device
+    )
+
+
+def paired_noise(component: Component, cells: Sequence[Cell], generator: Generators) -> Any:
+    """Noise for winners followed by losers, one draw shared by the two sides of a pair (and of a plate's element).
+
+    With one generator for each pair, a pair's noise does not depend on the others in its batch.
+    """
+    if component.likelihood != "bound":
+        return None
+    count = len(cells) // 2
+    columns = [flat_draws([cell]) for cell in cells]
+    if isinstance(generator, Sequence):
+        parts = [paired_noise(component, [cells[p], cells[p + count]], own) for p, own in enumerate(generator)]
+        joined = [(side, p) for p in range(count) for side in (0, 1) for _ in columns[p + side * count]]
+        return parts[0].join(parts).select(sorted(range(len(joined)), key=joined.__getitem__))
+    longest = [max(columns[row], columns[row + count], key=len) for row in range(count)]
+    starts = [0]
+    for column in longest:
+        starts.append(starts[-1] + len(column))
+    noise = component.noise([draw for column in longest for draw in column], generator)
+    return noise.select(
+        [starts[row % count] + place for row, column in enumerate(columns) for place in range(len(column))]
+    )

@@ -1,0 +1,168 @@
+"""The options of an objective and of its nodes, checked when they are made."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from sysdag.errors import PlanError
+from sysdag.graph.plan import Objective
+from sysdag.objectives.losses import LOSSES, SMOOTHED_LOSSES
+
+_SAMPLING_ONLY = (
+    "responsibility_temperature",
+    "candidate_length_normalization",
+    "candidates_from",
+    "candidates_refresh_steps",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NodeOptions:
+    """What the objective knows of one node.
+
+    Attributes:
+        beta: the node's own strength of regularisation; the objective's by default.
+        scale: multiplies beta; a diffusion node's convention sets its natural size (see `Diffusion`).
+        trainable: whether the node's component learns.
+        learning_rate: the component's own; the trainer's by default.
+    """
+
+    beta: float | None = None
+    scale: float = 1.0
+    trainable: bool = True
+    learning_rate: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineOptions:
+    """How a step is computed; its gradient is the same either way.
+
+    Attributes:
+        engine: `one_pass` keeps the graphs of everything that a step scores. `two_pass` scores without graphs, then
+            runs each micro-batch forward and backward: one more forward, the memory of one micro-batch. `auto` takes
+            two passes on the first step, measures there what the graphs take, and one pass from then on if twice that
+            is free.
+        micro_batch_tokens: most tokens of a micro-batch, counted as the component does: packed tokens of a language
+            model, positions of a diffusion model's latents. Halved by itself when memory runs out.
+        offload_idle: keeps frozen weights (of references, under adapters, of frozen models) on the host while their
+            model does not work; in two passes only. They stay there after training, and come when the system runs.
+
+    Raises:
+        PlanError: naming the option that is out of range, or contradicts another.
+    """
+
+    engine: Literal["auto", "one_pass", "two_pass"] = "auto"
+    micro_batch_tokens: int = 8192
+    offload_idle: bool = False
+
+    def __post_init__(self) -> None:
+        if self.engine not in ("auto", "one_pass", "two_pass"):
+            raise PlanError(f"engine must be 'auto', 'one_pass' or 'two_pass', got {self.engine!r}.")
+        if self.micro_batch_tokens < 1:
+            raise PlanError(f"micro_batch_tokens must be 1 or more, got {self.micro_batch_tokens}.")
+        if self.offload_idle and self.engine == "one_pass":
+            raise PlanError(
+                "offload_idle=True needs two passes: the graphs of engine='one_pass' hold every model's weights."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReferenceOptions:
+    """What becomes of the reference during training; the names and defaults are TRL's.
+
+    Attributes:
+        precompute_ref_log_probs: scores the datasets by the reference once, before training, and keeps the numbers in
+            a file; see `sysdag.engine.precompute`.
+        sync_ref_model: moves the reference towards the policy every `ref_model_sync_steps` optimizer steps (TR-DPO,
+            Gorbatovski et al. 2024, arXiv 2404.09656): reference = alpha policy + (1 - alpha) reference.
+        ref_model_mixup_alpha: alpha, in (0, 1].
+        ref_model_sync_steps: optimizer steps between two moves.
+
+    Raises:
+        PlanError: naming the option that is out of range, has no effect, or contradicts another.
+    """
+
+    precompute_ref_log_probs: bool = False
+    sync_ref_model: bool = False
+    ref_model_mixup_alpha: float = 0.6
+    ref_model_sync_steps: int = 512
+
+    def __post_init__(self) -> None:
+        if self.sync_ref_model and self.precompute_ref_log_probs:
+            raise PlanError(
+                "sync_ref_model moves the reference, so its scores cannot be computed beforehand: drop it or "
+                "precompute_ref_log_probs."
+            )
+        if not 0 < self.ref_model_mixup_alpha <= 1:
+            raise PlanError(f"ref_model_mixup_alpha must be in (0, 1], got {self.ref_model_mixup_alpha}.")
+        if self.ref_model_sync_steps < 1:
+            raise PlanError(f"ref_model_sync_steps must be 1 or more, got {self.ref_model_sync_steps}.")
+        for option in ("ref_model_mixup_alpha", "ref_model_sync_steps"):
+            if not self.sync_ref_model and getattr(self, option) != getattr(ReferenceOptions, option):
+                raise PlanError(f"{option} has no effect without sync_ref_model=True.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveOptions:
+    """Which preference objective, and with what constants; the names are TRL's.
+
+    Attributes:
+        objective: `direct` or `sampling`.
+        beta: strength of the regularisation towards the reference.
+        loss_type, loss_weights: names in `sysdag.objectives.losses.LOSSES`, and one weight each (1 by default).
+        label_smoothing: probability that a preference is flipped, for `sigmoid` and `robust`.
+        responsibility_temperature: t in t log sum exp(joint / t) over candidates; above 1 it keeps one candidate from
+            taking the whole gradient. 1 is the paper's.
+        candidate_length_normalization: divides each candidate's joint log-probability by its number of tokens before
+            the sum, so that long candidates are not left out. Off in the paper.
+        candidates_from: whose distribution candidates are drawn from.
+        candidates_refresh_steps: optimizer steps for which a prompt's candidates are kept.
+
+    Raises:
+        PlanError: naming the option that is unknown, out of range, or that the chosen losses would ignore.
+    """
+
+    objective: Objective = "direct"
+    beta: float = 0.1
+    loss_type: tuple[str, ...] = ("sigmoid",)
+    loss_weights: tuple[float, ...] | None = None
+    label_smoothing: float = 0.0
+    responsibility_temperature: float = 1.0
+    candidate_length_normalization: bool = False
+    candidates_from: Literal["policy", "reference"] = "policy"
+    candidates_refresh_steps: int = 1
+
+    def __post_init__(self) -> None:
+        if self.objective not in ("direct", "sampling"):
+            raise PlanError(f"objective must be 'direct' or 'sampling', got {self.objective!r}.")
+        if not self.beta > 0:
+            raise PlanError(f"beta must be positive, got {self.beta}.")
+        unknown = [name for name in self.loss_type if name not in LOSSES]
+        if unknown or not self.loss_type:
+            raise PlanError(f"loss_type must name one or more of {sorted(LOSSES)}, got {list(self.loss_type)}.")
+        if self.loss_weights is not None and len(self.loss_weights) != len(self.loss_type):
+            raise PlanError(
+                f"loss_weights needs one weight for each of loss_type {list(self.loss_type)}, got {self.loss_weights}."
+            )
+        if not 0 <= self.label_smoothing < 0.5:
+            raise PlanError(f"label_smoothing must be in [0, 0.5), got {self.label_smoothing}.")
+        if self.label_smoothing and not set(self.loss_type) & set(SMOOTHED_LOSSES):
+            raise PlanError(
+                f"label_smoothing={self.label_smoothing} has no effect on loss_type {list(self.loss_type)}; it belongs "
+                f"to {list(SMOOTHED_LOSSES)}."
+            )
+        if not self.responsibility_temperature > 0:
+            raise PlanError(f"responsibility_temperature must be positive, got {self.responsibility_temperature}.")
+        if self.candidates_from not in ("policy", "reference"):
+            raise PlanError(f"candidates_from must be 'policy' or 'reference', got {self.candidates_from!r}.")
+        if self.candidates_refresh_steps < 1:
+            raise PlanError(f"candidates_refresh_steps must be 1 or more, got {self.candidates_refresh_steps}.")
+        if self.objective == "direct":
+            for option in _SAMPLING_ONLY:
+                if getattr(self, option) != getattr(ObjectiveOptions, option):
+                    raise PlanError(f"{option} has no effect on objective='direct', which observes the intermediates.")
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        return self.loss_weights or (1.0,) * len(self.loss_type)

@@ -1,0 +1,293 @@
+"""A system on disk: `system.json`, which holds no code, and one folder for each distinct component.
+
+The topology names each node's function by import path and source hash. Loading imports only functions that their own
+module declares as nodes, and refuses one that changed since: a saved system must not silently run other prompts.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from sysdag.errors import GraphError, SerializationError
+from sysdag.files.atomic import current, explaining_disk_errors, finish_where_possible, replacing
+from sysdag.files.hub import local_folder
+from sysdag.graph.import_path import function_path
+from sysdag.graph.source import import_node_function, source_hash
+from sysdag.graph.system import System
+from sysdag.graph.variables import Edge, Input, Node
+from sysdag.saving.component_folder import class_name, read_component, write_component
+from sysdag.saving.schema import FIELDS, FORMAT_VERSION, VALUE_TYPES, check_data, read_json, section_of, value_type
+
+FILE_NAME = "system.json"
+
+
+def system_to_dict(system: System) -> dict[str, Any]:
+    """The topology of a system as JSON-ready data: no code, no weights.
+
+    Nodes that share a component hold the same key of `component_keys`. An input's `value_type` is kept where it is one
+    of the builtins str, int, float, list, dict and bool.
+    """
+    key_of = {id(component): key for key, component in component_keys(system).items()}
+    name_of_type: dict[type | None, str] = {kind: name for name, kind in VALUE_TYPES.items()}
+    return {
+        "format_version": FORMAT_VERSION,
+        "inputs": [{"name": i.name, "value_type": name_of_type.get(i.value_type)} for i in system.inputs],
+        "nodes": [
+            {
+                "base_name": n.base_name,
+                "visit": n.visit,
+                "function": function_path(n.function),
+                "source_sha256": source_hash(n.function),
+                "component": key_of[id(n.component)] if n.is_random else None,
+            }
+            for n in system.nodes
+        ],
+        "edges": [
+            {"parent": e.parent, "child": e.child, "parameter": e.parameter, "each": e.each} for e in system.edges
+        ],
+        "outputs": list(system.outputs),
+    }
+
+
+def system_from_dict(
+    data: Mapping[str, Any],
+    *,
+    functions: Mapping[str, Callable[..., Any]] | None = None,
+    components: Mapping[str, Any] | None = None,
+) -> System:
+    """The system that `system_to_dict` described.
+
+    Args:
+        data: what `system_to_dict` returned.
+        functions: node functions by `base_name`, used as they are; one that differs from the saved one is warned of.
+            The others are imported by path, and must not have changed.
+        components: the components by key.
+
+    Raises:
+        SerializationError: for data that describes no system, or a node whose function or component is not to be had.
+    """
+    check_data(data)
+    functions, components = functions or {}, components or {}
+    base_names = {row["base_name"] for row in data["nodes"]}
+    for name in functions:
+        if name not in base_names:
+            raise SerializationError(f"The saved system has no node {name!r}; its nodes are {sorted(base_names)}.")
+    first_rows = {row["base_name"]: row for row in reversed(data["nodes"])}  # the visits of a loop share a function
+    function_of = {name: _function(row, functions) for name, row in first_rows.items()}
+    for row in data["nodes"]:
+        key = row["component"]
+        if key is not None and key not in components:
+            raise SerializationError(
+                f"Node {row['base_name']!r} is drawn by the component {key!r}, but the components are "
+                f"{sorted(components)}."
+            )
+    try:
+        return System.from_parts(
+            [Input(row["name"], value_type(row)) for row in data["inputs"]],
+            [
+                Node(
+                    function_of[row["base_name"]],
+                    None if row["component"] is None else components[row["component"]],
+                    row["base_name"],
+                    row["visit"],
+                )
+                for row in data["nodes"]
+            ],
+            [Edge(**{field: row[field] for field in FIELDS["edges"]}) for row in data["edges"]],
+            data["outputs"],
+        )
+    except GraphError as error:
+        raise SerializationError(f"The saved graph and its node functions form no system. {error}") from error
+
+
+def save_system(system: System, folder: str | Path) -> None:
+    """Writes `system.json` and one folder for each distinct component.
+
+    The old system in the folder is replaced as a whole, at one moment; see `sysdag.files.atomic`.
+
+    Raises:
+        SerializationError: naming the node whose component cannot be saved, or whose name is that of something else in
+            the folder, or the disk that is full; nothing has been replaced then.
+    """
+    from sysdag.components.component import Component
+
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise SerializationError(f"{folder} is a file; a system is saved to a folder.")
+    components = component_keys(system)
+    for key, component in components.items():
+        if not isinstance(component, Component):
+            raise SerializationError(
+                f"Node {key!r}: {component!r} cannot be saved; its class must be a subclass of sysdag.Component."
+            )
+    classes = {key: class_name(type(component), key) for key, component in components.items()}
+    _check_names(components, folder)
+    data = system_to_dict(system)
+    advice = "What the folder held before is as it was. Free some space, or save elsewhere."
+    with (
+        explaining_disk_errors("The system", folder, sum(map(_bytes_of, components.values())), advice),
+        replacing(folder) as temporary,
+    ):
+        data["components"] = {
+            key: {"class": classes[key], **write_component(component, temporary / key, key)}
+            for key, component in components.items()
+        }
+        (temporary / FILE_NAME).write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+    for key, row in data["components"].items():
+        if row["folder"] is None and (folder / key).exists():
+            shutil.rmtree(folder / key)  # the weights that an earlier component of this name had
+
+
+def read_system(
+    folder: str | Path,
+    functions: Mapping[str, Callable[..., Any]] | None = None,
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+) -> System:
+    """The system that `save_system` wrote.
+
+    Args:
+        folder: the folder; where there is none, a repository `org/name` on the Hub.
+        functions: node functions by `base_name`, in place of importing them; see `system_from_dict`.
+        revision, token: of a repository on the Hub; see `sysdag.files.hub.local_folder`.
+
+    Raises:
+        SerializationError: naming the file, and the node or field at fault; or the repository that cannot be read.
+    """
+    folder = local_folder(folder, revision=revision, token=token)
+    finish_where_possible(folder)
+    file = current(folder, FILE_NAME, FILE_NAME)
+    data = read_json(file)
+    try:
+        check_data(data)
+        rows = section_of(data, "components", dict)
+        components = {
+            key: read_component(row, current(folder, key, FILE_NAME).parent, key) for key, row in rows.items()
+        }
+        for component in components.values():
+            component.connect(components)
+        return system_from_dict(data, functions=functions, components=components)
+    except SerializationError as error:
+        raise SerializationError(f"{file}: {error}") from error
+
+
+def copy_system(source: Path, folder: Path) -> None:
+    """Copies what `save_system` wrote over the system in another folder, as a whole.
+
+    Raises:
+        SerializationError: as `save_system`.
+    """
+    rows = section_of(read_json(source / FILE_NAME), "components", dict)
+    _check_names(rows, folder)
+    needed = sum(path.stat().st_size for key in rows for path in (source / key).rglob("*"))
+    advice = "What the folder held before is as it was. Free some space."
+    with explaining_disk_errors("The system", folder, needed, advice), replacing(folder) as temporary:
+        for key, row in rows.items():
+            if row["folder"] is not None:
+                shutil.copytree(source / key, temporary / key)
+        shutil.copy(source / FILE_NAME, temporary / FILE_NAME)
+
+
+def load_weights(system: System, folder: str | Path) -> None:
+    """Replaces the weights of a system in place by those that `save_system` wrote of the same system.
+
+    Raises:
+        SerializationError: if the folder holds another system, the first difference is named and nothing is changed;
+            if a component's folder cannot be read, its node is named.
+    """
+    folder = Path(folder)
+    finish_where_possible(folder)
+    weighted = check_same_system(system, folder)
+    for key, (component, path) in weighted.items():
+        try:
+            component.load_weights(path)
+        except Exception as error:  # whatever the model's library raises, the node and its folder have to be named
+            raise SerializationError(
+                f"Node {key!r}: its weights cannot be loaded from {path} ({type(error).__name__}: {error})."
+            ) from error
+
+
+def check_same_system(system: System, folder: Path) -> dict[str, tuple[Any, Path]]:
+    """Compares a system with the saved one in a folder.
+
+    Returns:
+        Each component that has weights there, by its key, and their folder.
+
+    Raises:
+        SerializationError: naming the first difference.
+    """
+    saved, own = read_json(current(folder, FILE_NAME, FILE_NAME)), system_to_dict(system)
+    for section in ("inputs", "nodes", "edges", "outputs"):
+        if saved.get(section) != own[section]:
+            raise SerializationError(
+                f"{folder} holds another system: its {section} are {saved.get(section)}, expected {own[section]}."
+            )
+    rows = section_of(saved, "components", dict)
+    weighted: dict[str, tuple[Any, Path]] = {}
+    for key, component in component_keys(system).items():
+        kind = class_name(type(component), key)
+        if key not in rows or rows[key]["class"] != kind:
+            raise SerializationError(
+                f"{folder} holds another system: the component of node {key!r} is a "
+                f"{rows.get(key, {}).get('class')}, expected {kind}."
+            )
+        if rows[key]["folder"] is not None:
+            path = current(folder, key, FILE_NAME)
+            if not path.is_dir():
+                raise SerializationError(f"Node {key!r}: the folder {path} of its weights is missing.")
+            weighted[key] = component, path
+    return weighted
+
+
+def _check_names(components: Mapping[str, Any], folder: Path) -> None:
+    """Refuses to replace a file or folder that no saved system owns."""
+    file = current(folder, FILE_NAME, FILE_NAME)
+    owned = section_of(read_json(file), "components", dict) if file.exists() else {}
+    for key in components:
+        if (folder / key).exists() and key not in owned:
+            raise SerializationError(
+                f"Node {key!r}: {folder / key} exists and belongs to no system saved in {folder}; saving would replace "
+                "it. Rename the node, move what is there, or save to another folder."
+            )
+
+
+def _bytes_of(component: Any) -> int:
+    parameters = [] if component.module is None else component.module.parameters()
+    return sum(parameter.numel() * parameter.element_size() for parameter in parameters)
+
+
+def component_keys(system: System) -> dict[str, Any]:
+    """Each distinct component of a system under the base name of its first node (in `system.nodes`).
+
+    Keys are names of folders, so no two may differ only by case; a number tells apart those that would.
+    """
+    keys: dict[str, Any] = {}
+    for n in system.nodes:
+        if not n.is_random or any(n.component is component for component in keys.values()):
+            continue
+        key, number = n.base_name, 1
+        while key.casefold() in {taken.casefold() for taken in keys}:
+            number += 1
+            key = f"{n.base_name}-{number}"
+        keys[key] = n.component
+    return keys
+
+
+def _function(row: Mapping[str, Any], functions: Mapping[str, Callable[..., Any]]) -> Callable[..., Any]:
+    name = row["base_name"]
+    if name in functions:
+        function = functions[name]
+        function = function.function if isinstance(function, Node) else function
+        if source_hash(function) != row["source_sha256"]:
+            warnings.warn(
+                f"Node {name!r}: its function is not the one that the system was saved with; the one given is used.",
+                stacklevel=3,
+            )
+        return function
+    return import_node_function(name, row["function"], row["source_sha256"])

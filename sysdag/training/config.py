@@ -1,0 +1,179 @@
+"""The configuration of a training: transformers' TrainingArguments with the options of SysDPO, under TRL's names."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+
+from sysdag.errors import PlanError
+from sysdag.objectives.options import EngineOptions, NodeOptions, ObjectiveOptions, ReferenceOptions
+
+
+def _option(default: Any, about: str) -> Any:
+    """A field whose `about` is what `sysdag train --help` says of it."""
+    return field(default=default, metadata={"help": about})
+
+
+@dataclass
+class SysDPOConfig(TrainingArguments):
+    """`transformers.TrainingArguments` and the options of SysDPO, under TRL's names.
+
+    Args:
+        objective: `direct` (intermediates observed) or `sampling` (approximated by candidates).
+        beta: strength of the regularisation towards the reference.
+        loss_type: one or more of `sigmoid`, `ipo`, `hinge`, `robust`, `sft`; a plain name stands for a list of one.
+        loss_weights: one weight for each loss; all 1 by default.
+        label_smoothing: probability that a preference is flipped, for `sigmoid` (cDPO) and `robust`; in [0, 0.5).
+        nodes: options by node: `{"answer": {"beta": 0.2, "scale": 1.0, "learning_rate": 1e-5, "trainable": False}}`,
+            or the same as a text in JSON.
+        responsibility_temperature, candidate_length_normalization, candidates_from, candidates_refresh_steps: of
+            Sampling; see `sysdag.objectives.options.ObjectiveOptions`.
+        engine, micro_batch_tokens, offload_idle: how a step is computed; see `sysdag.objectives.options.EngineOptions`.
+        disable_dropout: sets the dropout probabilities of trained models to 0, as TRL does, so that policy and
+            reference agree at step 0.
+        precompute_ref_log_probs, sync_ref_model, ref_model_mixup_alpha, ref_model_sync_steps: what becomes of the
+            reference; see `sysdag.objectives.options.ReferenceOptions`.
+        check_reference: at step 0 of a training, stop unless policy and reference score alike on every node.
+        check_resume: refuse a checkpoint that was made with another objective, other data, other models or another
+            seed, and name the difference.
+        log_traces: number of prompts, the first of the evaluation data (or of the training data), whose runs before
+            and after training are kept in `output_dir/traces`. Training is the same with and without.
+        learning_rate: 1e-6 by default, as in TRL.
+
+    Raises:
+        PlanError: naming the option that is unknown, out of range, or contradicts another.
+    """
+
+    learning_rate: float = _option(1e-6, "The initial learning rate; 1e-6 as in TRL.")
+    remove_unused_columns: bool = _option(False, "Must be false: the columns are the system's inputs and nodes.")
+    objective: str = _option("direct", "'direct' (intermediates observed) or 'sampling' (approximated by candidates).")
+    beta: float = _option(0.1, "Strength of the regularisation towards the reference.")
+    loss_type: list[str] | str = field(
+        default_factory=lambda: ["sigmoid"],
+        metadata={"help": "One or more of sigmoid, ipo, hinge, robust, sft."},
+    )
+    loss_weights: list[float] | None = _option(None, "One weight for each loss; all 1 by default.")  # noqa: RUF009
+    label_smoothing: float = _option(
+        0.0, "Probability that a preference is flipped, for sigmoid (cDPO) and robust; in [0, 0.5)."
+    )
+    responsibility_temperature: float = _option(
+        1.0, "Of Sampling: above 1 it keeps one candidate from taking the whole gradient; 1 is the paper's."
+    )
+    candidate_length_normalization: bool = _option(
+        False, "Of Sampling: divide a candidate's log-probability by its number of tokens before the sum."
+    )
+    candidates_from: str = _option(
+        "policy", "Of Sampling: whose distribution candidates are drawn from, or 'reference'."
+    )
+    candidates_refresh_steps: int = _option(1, "Of Sampling: optimizer steps for which a prompt's candidates are kept.")
+    engine: str = _option(
+        "auto",
+        "'one_pass' keeps the graphs of a step, 'two_pass' needs the memory of one micro-batch; 'auto' measures.",
+    )
+    micro_batch_tokens: int = _option(8192, "Most tokens of a micro-batch; halved by itself when memory runs out.")
+    offload_idle: bool = _option(False, "Keep frozen weights on the host while their model does not work.")
+    nodes: dict[str, dict[str, Any]] | str | None = _option(  # noqa: RUF009
+        None,
+        'Options by node, as JSON: {"answer": {"beta": 0.2, "scale": 1, "learning_rate": 1e-5, "trainable": true}}.',
+    )
+    disable_dropout: bool = _option(True, "Set the dropout probabilities of trained models to 0.")
+    precompute_ref_log_probs: bool = _option(False, "Score the data by the reference once, before training.")
+    sync_ref_model: bool = _option(False, "Move the reference towards the policy during training (TR-DPO).")
+    ref_model_mixup_alpha: float = _option(0.6, "alpha in reference = alpha policy + (1 - alpha) reference.")
+    ref_model_sync_steps: int = _option(512, "Optimizer steps between two such moves.")
+    check_reference: bool = _option(True, "Stop unless policy and reference score alike at step 0.")
+    check_resume: bool = _option(
+        True, "Refuse a checkpoint that was made with another objective, data, models or seed."
+    )
+    log_traces: int = _option(
+        0, "Number of prompts whose runs before and after training are kept in output_dir/traces."
+    )
+
+    def __post_init__(self) -> None:
+        if isinstance(self.loss_type, str):
+            self.loss_type = [self.loss_type]
+        if isinstance(self.nodes, str):
+            self.nodes = _nodes_from_json(self.nodes)
+        if self.remove_unused_columns:
+            raise PlanError("remove_unused_columns must be False: the columns are the system's inputs and nodes.")
+        for name, (served, why) in _SERVED.items():
+            if getattr(self, name) not in served:
+                raise PlanError(f"{name}={getattr(self, name)!r} has no use here: {why}.")
+        if self.log_traces < 0:
+            raise PlanError(f"log_traces must be 0 or more, got {self.log_traces}.")
+        if self.ddp_find_unused_parameters is None:
+            self.ddp_find_unused_parameters = False  # what DDP sees depends on every trained parameter
+        if self.ddp_broadcast_buffers is None:
+            self.ddp_broadcast_buffers = False  # models hold constants in them, equal on all processes
+        if not torch.accelerator.is_available():
+            self.dataloader_pin_memory = False  # there is nothing to pin it for, of which torch would warn
+        self.objective_options()
+        self.engine_options()
+        self.reference_options()
+        self.node_options()
+        super().__post_init__()
+
+    def objective_options(self) -> ObjectiveOptions:
+        """The objective's part of the configuration, checked."""
+        taken = {option.name: getattr(self, option.name) for option in fields(ObjectiveOptions)}
+        for name in ("loss_type", "loss_weights"):
+            taken[name] = None if taken[name] is None else tuple(taken[name])
+        return ObjectiveOptions(**taken)
+
+    def engine_options(self) -> EngineOptions:
+        """The engine's part of the configuration, checked."""
+        return EngineOptions(**{option.name: getattr(self, option.name) for option in fields(EngineOptions)})
+
+    def reference_options(self) -> ReferenceOptions:
+        """The reference's part of the configuration, checked."""
+        return ReferenceOptions(**{option.name: getattr(self, option.name) for option in fields(ReferenceOptions)})
+
+    def node_options(self) -> dict[str, NodeOptions]:
+        """The nodes' part of the configuration, checked."""
+        known = {option.name for option in fields(NodeOptions)}
+        found = {}
+        assert not isinstance(self.nodes, str)  # __post_init__ has read it
+        for name, options in (self.nodes or {}).items():
+            if not isinstance(options, dict):
+                raise PlanError(f"nodes: {name!r} must have a dict of options, got {options!r}.")
+            unknown = set(options) - known
+            if unknown:
+                raise PlanError(
+                    f"nodes: {name!r} has the unknown option {sorted(unknown)[0]!r}; known: {sorted(known)}."
+                )
+            for option, value in options.items():
+                if not isinstance(value, _NODE_TYPES[option]) or (option != "trainable" and isinstance(value, bool)):
+                    kinds = " or ".join(kind.__name__ for kind in _NODE_TYPES[option])
+                    raise PlanError(f"nodes: {option} of {name!r} must be {kinds}, got {value!r}.")
+            found[name] = NodeOptions(**options)
+        return found
+
+
+# Values of options that TrainingArguments has and that would have no effect on a system, or another one.
+_SERVED: dict[str, tuple[tuple[Any, ...], str]] = {
+    "label_smoothing_factor": ((0.0,), "it is of a classifier's labels; label_smoothing is of preferences"),
+    "neftune_noise_alpha": ((None,), "policy and reference would score with different noise"),
+    "torch_empty_cache_steps": ((None,), "micro_batch_tokens bounds a step's memory"),
+    "train_sampling_strategy": (("random", "sequential"), "a pair has several values, and no one length"),
+    "use_liger_kernel": ((False,), "sysdag has kernels of its own, and uses them where they serve"),
+}
+_NODE_TYPES: dict[str, tuple[type, ...]] = {
+    "beta": (float, int, type(None)),
+    "scale": (float, int),
+    "trainable": (bool,),
+    "learning_rate": (float, int, type(None)),
+}
+
+
+def _nodes_from_json(text: str) -> dict[str, dict[str, Any]]:
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        raise PlanError(f"nodes must be JSON, got {text!r}: {error}.") from error
+    if not isinstance(found, dict):
+        raise PlanError(f"nodes must be a JSON object with options by node, got {text!r}.")
+    return found

@@ -1,0 +1,243 @@
+"""The options of `sysdag train`: all fields of `SysDPOConfig` as flags and as keys of a YAML file, and its own.
+
+Flags, their types and their help are made from the configuration's fields by transformers' `HfArgumentParser`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+import types
+import typing
+from collections.abc import Sequence
+from dataclasses import Field, dataclass, fields
+from pathlib import Path
+from typing import Any, NoReturn
+
+from transformers import HfArgumentParser, TrainingArguments
+
+from sysdag.errors import OptionError
+from sysdag.files.config_file import Setting, read_settings
+from sysdag.objectives.candidates import CandidateStrategy, DiverseBeamSearch
+from sysdag.objectives.strategies import STRATEGIES, strategy_from
+from sysdag.training.config import SysDPOConfig
+
+_FIELDS = tuple(field.name for field in fields(SysDPOConfig) if field.init)
+_INHERITED = {field.name for field in fields(TrainingArguments)}
+_POSITIONAL = ("system", "dataset")
+_OWN = (*_POSITIONAL, "eval_dataset", "split", "eval_split", "strict", "candidates")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainJob:
+    """What `sysdag train` was asked for.
+
+    Attributes:
+        system: what `sysdag.saving.loading.load_system` takes.
+        dataset, eval_dataset: what `sysdag.traces.readers.read_rows` takes; the second may be None.
+        split, eval_split: of a dataset that has several; the second is `test` by default.
+        strict: whether a row that should not be trained on is an error, and not dropped.
+        dry_run: whether to stop before weights load.
+        candidates: for Sampling.
+        args: the configuration.
+    """
+
+    system: str
+    dataset: str
+    eval_dataset: str | None = None
+    split: str = "train"
+    eval_split: str | None = None
+    strict: bool = False
+    dry_run: bool = False
+    candidates: CandidateStrategy | None = None
+    args: SysDPOConfig
+
+
+class TrainParser(HfArgumentParser):
+    """The parser of `sysdag train`; `print_help` lists its options in groups, SysDPO's own before the Trainer's."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            [],
+            prog="sysdag train",
+            usage="sysdag train SYSTEM [DATA] [--config FILE] [OPTION ...]",
+            description="Aligns all models of a system jointly from preferences about its outputs. Options may also "
+            "stand in a YAML file (--config), under the same names; a flag wins. Names take hyphens, too.",
+            formatter_class=_Formatter,
+            allow_abbrev=False,
+            add_help=False,
+        )
+        own = self.add_argument_group("system and data")
+        own.add_argument("system", nargs="?", metavar="SYSTEM", help="SYSTEM.py:name, package.module:name, or a saved "
+                         "system's folder; key `system` of the file.")  # fmt: skip
+        own.add_argument("dataset", nargs="?", metavar="DATA", help="Preferences: JSON lines, JSON, CSV, Parquet, a "
+                         "folder of `datasets`, or a name on the Hub; key `dataset` of the file.")  # fmt: skip
+        own.add_argument("--eval_dataset", "--eval-dataset", "--eval-data", metavar="DATA", help="Preferences to "
+                         "evaluate on; at the end of training in any case.")  # fmt: skip
+        own.add_argument("--split", default="train", help="Of a dataset that has several, the one to train on.")
+        own.add_argument("--eval_split", "--eval-split", help="The one to evaluate on; `test` by default.")
+        own.add_argument("--strict", action="store_true", help="End with an error where rows would be dropped.")
+        known = ", ".join(STRATEGIES)
+        own.add_argument("--candidates", metavar="NAME|JSON", help=f"For --objective sampling: {known}; "
+                         'with options: {"strategy": "diverse_beam_search", "num_candidates": 4}. '
+                         "diverse_beam_search by default.")  # fmt: skip
+        own.add_argument("--config", metavar="FILE", help="A YAML file of options.")
+        own.add_argument("--dry_run", "--dry-run", action="store_true", help="Check options, system and data, print "
+                         "what would be done, and stop before weights load.")  # fmt: skip
+        own.add_argument("-h", "--help", action="help", help="Show this and exit.")
+        self._of_sysdpo = self.add_argument_group("SysDPO (sysdag.SysDPOConfig)")
+        self._of_trainer = self.add_argument_group("training (transformers.TrainingArguments)")
+        self._add_dataclass_arguments(SysDPOConfig)  # type: ignore[arg-type]
+
+    def _parse_dataclass_field(self, parser: Any, field: Field) -> None:  # type: ignore[override]
+        group = self._of_trainer if field.name in _INHERITED else self._of_sysdpo
+        HfArgumentParser._parse_dataclass_field(group, field)  # type: ignore[arg-type]
+
+    def error(self, message: str) -> NoReturn:
+        raise OptionError(message)
+
+
+class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        has_default = action.default not in (None, argparse.SUPPRESS) and action.nargs != 0
+        return super()._get_help_string(action) if has_default and action.option_strings else action.help
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        """One of the spellings is enough."""
+        if not action.option_strings:
+            return super()._format_action_invocation(action)
+        name = next((each for each in action.option_strings if each.startswith("--")), action.option_strings[0])
+        if action.nargs == 0:
+            return name
+        kind = "BOOL" if action.nargs == "?" else getattr(action.type, "__name__", "text").upper()
+        return f"{name} {self._format_args(action, 'TEXT' if kind in ('STR', '<LAMBDA>') else kind)}"
+
+
+def parse(arguments: Sequence[str]) -> TrainJob:
+    """What a command line asks for, with what its configuration file says.
+
+    Raises:
+        OptionError: naming the option (and the file's line) that is unknown, has a value of another type, or cannot go
+            with the others.
+        SystemExit: after `--help`.
+    """
+    parser = TrainParser()
+    config, _ = _parsed(parser, arguments)
+    from_file = {setting.key: setting for setting in read_settings(config.config)} if config.config else {}
+    namespace = argparse.Namespace()
+    for setting in from_file.values():
+        _apply(parser, setting, namespace)
+    given, rest = _parsed(parser, arguments, namespace)
+    if rest:
+        raise OptionError(_unexpected(rest[0]))
+    for name in _POSITIONAL:
+        if getattr(given, name) is None:
+            value = from_file[name].value if name in from_file else None
+            setattr(given, name, value)
+    if not given.system or not given.dataset:
+        missing = "SYSTEM" if not given.system else "DATA"
+        raise OptionError(f"{missing} is missing: sysdag train SYSTEM DATA, or give it in the file of --config.")
+    options = {name: getattr(given, name) for name in _FIELDS}
+    try:
+        args = SysDPOConfig(**options)
+        candidates = _strategy(given, from_file.get("candidates"))
+    except (ValueError, ImportError, TypeError) as error:  # PlanError is a ValueError, as TrainingArguments raises
+        raise OptionError(str(error)) from error
+    _check(args, given.eval_dataset)
+    if args.objective == "sampling" and candidates is None:
+        candidates = DiverseBeamSearch()
+    if args.objective == "direct" and candidates is not None:
+        raise OptionError("candidates have no use with objective direct, which observes the intermediates; drop them.")
+    return TrainJob(
+        system=given.system, dataset=given.dataset, eval_dataset=given.eval_dataset, split=given.split,
+        eval_split=given.eval_split, strict=given.strict, dry_run=given.dry_run, candidates=candidates, args=args,
+    )  # fmt: skip
+
+
+def _check(args: SysDPOConfig, eval_dataset: str | None) -> None:
+    """Refuses what the Trainer would fail on, or silently not train with, after the weights are loaded."""
+    for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+        if getattr(args, name) < 1:
+            raise OptionError(f"{name} must be 1 or more, got {getattr(args, name)}.")
+    if args.max_steps <= 0 and args.num_train_epochs <= 0:
+        raise OptionError(f"num_train_epochs must be above 0 where max_steps is not, got {args.num_train_epochs}.")
+    if args.learning_rate < 0:
+        raise OptionError(f"learning_rate must be 0 or more, got {args.learning_rate}.")
+    if args.eval_strategy != "no" and eval_dataset is None:
+        raise OptionError(
+            f"eval_strategy is '{getattr(args.eval_strategy, 'value', args.eval_strategy)}', but there is nothing to "
+            "evaluate on; give --eval-dataset, or leave --eval-strategy out."
+        )
+    if args.output_dir is not None and Path(args.output_dir).is_file():
+        raise OptionError(f"output_dir {args.output_dir} is a file; name a folder.")
+
+
+def _parsed(
+    parser: TrainParser, arguments: Sequence[str], namespace: argparse.Namespace | None = None
+) -> tuple[argparse.Namespace, list[str]]:
+    # SYSTEM and DATA may stand before, between and after the options.
+    return parser.parse_known_intermixed_args(list(arguments), namespace)
+
+
+def _apply(parser: TrainParser, setting: Setting, namespace: argparse.Namespace) -> None:
+    """Puts a setting of the file into the namespace, checked like a flag."""
+    if setting.key not in (*_OWN, *_FIELDS):
+        raise setting.error(f"no such option{_nearest(setting.key, (*_OWN, *_FIELDS))}")
+    if setting.key in _POSITIONAL or setting.key == "candidates":
+        if setting.key != "candidates" and not isinstance(setting.value, str):
+            raise setting.error(f"expected a text, got {setting.value!r}.")
+        return
+    declared = typing.get_type_hints(SysDPOConfig).get(setting.key, bool if setting.key == "strict" else str | None)
+    if setting.value is None:
+        if type(None) not in _members(declared):
+            raise setting.error("must have a value, got null.")
+        setattr(namespace, setting.key, None)
+        return
+    if setting.key == "strict":
+        if str(setting.value).lower() not in ("true", "false"):
+            raise setting.error(f"expected true or false, got {setting.value!r}.")
+        namespace.strict = str(setting.value).lower() == "true"
+        return
+    kinds = [kind for kind in (list, dict) if kind in _members(declared)]
+    flags = setting.flags(kinds)
+    action = next(a for a in parser._actions if a.dest == setting.key and f"--{setting.key}" in a.option_strings)
+    if isinstance(setting.value, list) and action.nargs != "+":  # the parser knows a single value, the field a list
+        setattr(namespace, setting.key, setting.value)
+        return
+    try:
+        found, _ = parser.parse_known_args(flags)
+    except OptionError as error:
+        raise setting.error(str(error).removeprefix(f"argument {'/'.join(action.option_strings)}: ")) from error
+    setattr(namespace, setting.key, getattr(found, setting.key))
+
+
+def _members(declared: Any) -> set[Any]:
+    """The types of a union, without their parameters."""
+    is_union = typing.get_origin(declared) in (typing.Union, types.UnionType)
+    return {typing.get_origin(each) or each for each in (typing.get_args(declared) if is_union else (declared,))}
+
+
+def _strategy(given: argparse.Namespace, setting: Setting | None) -> CandidateStrategy | None:
+    if given.candidates is not None:
+        text = given.candidates
+        return strategy_from(json.loads(text) if text.lstrip().startswith("{") else text)
+    if setting is None or setting.value is None:
+        return None
+    try:
+        return strategy_from(setting.value)
+    except ValueError as error:
+        raise setting.error(str(error).removeprefix("candidates: ")) from error
+
+
+def _unexpected(argument: str) -> str:
+    if not argument.startswith("-"):
+        return f"unexpected argument {argument!r}; SYSTEM and DATA are the only ones without a flag."
+    name = argument.partition("=")[0].lstrip("-").replace("-", "_")
+    known = (*_OWN[2:], "config", "dry_run", "help", *_FIELDS)
+    return f"no such option: {argument.partition('=')[0]}{_nearest(name, known, '--')}"
+
+
+def _nearest(name: str, known: Sequence[str], dashes: str = "") -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {dashes}{close[0]}?" if close else "; `sysdag train --help` lists all."
