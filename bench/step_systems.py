@@ -222,7 +222,7 @@ class Step:
             sides = []
             for scorer in (self.model.components[key], self.model.references[key]):
                 assert isinstance(scorer, CausalLM)
-                with torch.set_grad_enabled(not sides), scorer._scoring() as module:
+                with torch.set_grad_enabled(not sides), scorer.lm.at_work() as module:
                     scores = concatenated_forward(scorer, module, elements.values, draws)
                 is_latent = isinstance(comparison, SamplingComparison) and term.name in comparison.latents
                 sides.append(scores.repeat(2) if is_latent else scores)

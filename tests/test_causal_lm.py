@@ -278,7 +278,7 @@ def test_an_adapter_switched_off_packs_as_it_does_switched_on():
     )
     found = []
     for off in (False, True):
-        lm._adapter_off = plain._adapter_off = off
+        lm.lm.adapter_off = plain.lm.adapter_off = off
         found.append(lm.log_prob(prompts, draws))
         torch.testing.assert_close(found[-1], plain.log_prob(prompts, draws), rtol=1e-5, atol=1e-5)
     assert not torch.allclose(*found)

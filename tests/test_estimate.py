@@ -91,7 +91,7 @@ def test_what_is_resident_is_counted_from_the_config_alone(tmp_path, adapter):
 
     plan = System(Input("question") >> answer).compile()
     found = plan.estimate({"answer": (20, 10)}).footprints["answer"]
-    assert component._model is None
+    assert component.lm._model is None
     parameters = list(component.module.parameters())
     trained = component.own_parameters().values()
     assert found.weights == sum(4 * p.numel() for p in parameters)

@@ -17,7 +17,7 @@ from fastapi.testclient import TestClient
 
 from sysdag.cli import app as command
 from sysdag.errors import LabelError
-from sysdag.labelling import serve
+from sysdag.labelling import server
 from sysdag.labelling.app import create_app
 from sysdag.labelling.guard import Access
 from sysdag.labelling.session import open_labels
@@ -244,23 +244,23 @@ def test_plates_and_images_are_shown_as_lists(make):
     ],
 )  # fmt: skip
 def test_what_is_loopback(host, loopback):
-    assert serve.is_loopback(host) is loopback
+    assert server.is_loopback(host) is loopback
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.0.7", ""])
 def test_other_addresses_are_refused_unless_asked_for(tmp_path, host):
     with open_labels(runs(), tmp_path / "labels.sqlite") as store, pytest.raises(LabelError, match="--allow-remote"):
-        serve.serve(store, runs(), host=host, browser=False)
+        server.serve(store, runs(), host=host, browser=False)
 
 
 def test_hosts_that_a_server_answers_to():
-    assert serve._hosts("127.0.0.1", 81) == {"127.0.0.1:81", "localhost:81", "[::1]:81"}
-    assert serve._hosts("Example.org", 81) == {"example.org:81"}
-    assert serve._hosts("Example.org", 80) == {"example.org:80", "example.org"}
+    assert server._hosts("127.0.0.1", 81) == {"127.0.0.1:81", "localhost:81", "[::1]:81"}
+    assert server._hosts("Example.org", 81) == {"example.org:81"}
+    assert server._hosts("Example.org", 80) == {"example.org:80", "example.org"}
     access = Access(hosts=None)
     assert access.cookie("[::1]") == access.cookie("localhost") == access.cookie("[::1]:80") == "sysdag_label_80"
     assert access.cookie("[::1]:81") == "sysdag_label_81"
-    assert serve._hosts("0.0.0.0", 80) is None
+    assert server._hosts("0.0.0.0", 80) is None
 
 
 def test_a_port_that_is_taken(tmp_path):
@@ -269,9 +269,9 @@ def test_a_port_that_is_taken(tmp_path):
         taken.listen()
         port = taken.getsockname()[1]
         with pytest.raises(LabelError, match=rf"127.0.0.1, port {port}: .*in use. --port 0 picks a free one"):
-            serve.serve(store, runs(), port=port, browser=False)
+            server.serve(store, runs(), port=port, browser=False)
         with pytest.raises(LabelError, match="give an address of this machine"):
-            serve.serve(store, runs(), host="203.0.113.7", allow_remote=True, browser=False)
+            server.serve(store, runs(), host="203.0.113.7", allow_remote=True, browser=False)
 
 
 def run(*arguments):
@@ -388,6 +388,6 @@ def test_the_command_imports_no_torch():
     import subprocess
     import sys
 
-    modules = ["commands.label", *(f"labelling.{name}" for name in ("session", "export", "summary", "serve"))]
+    modules = ["commands.label", *(f"labelling.{name}" for name in ("session", "export", "summary", "server"))]
     code = f"import sys; [__import__('sysdag.' + m) for m in {json.dumps(modules)}]; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "False"

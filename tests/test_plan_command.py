@@ -137,7 +137,7 @@ def test_the_estimate_by_node_with_its_total_from_configs_alone(systems):
     expected = plan.estimate(lengths, objective="sampling", num_candidates=3, device="cpu")
     assert text.endswith(f"\n\nmemory of a training, objective=sampling:\n{expected}\n")
     assert str(expected).splitlines()[-1].endswith("in all")
-    assert all(plan.system[name].component._model is None for name in plan.random_nodes)
+    assert all(plan.system[name].component.lm._model is None for name in plan.random_nodes)
 
 
 def test_every_option_of_the_estimate_reaches_it(systems):

@@ -233,7 +233,7 @@ def test_another_temperature_is_not_resumed(tmp_path):
     def file(temperature):
         component = CausalLM("somewhere", temperature=temperature)
         plan = System(sampled_systems.x >> node(component, name="draft")(lambda x: x)).compile()
-        assert component._model is None
+        assert component.lm._model is None
         return TraceFile(tmp_path / "t.jsonl", plan, Runs(inputs=INPUTS), existing="resume")
 
     file(1.0)._begin()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -16,13 +17,13 @@ from sysdag.components import adapter, hooks
 from sysdag.components.component import Component, named_source
 from sysdag.components.diffusion import footprint as diffusion_footprint
 from sysdag.components.diffusion import pipeline_folder
-from sysdag.components.diffusion.conditioning import Conditioner, Hook, repeated
+from sysdag.components.diffusion.conditioning import Conditioner, Hook
+from sysdag.components.diffusion.denoising_error import CONVENTIONS, denoising_errors, margin_scores
 from sysdag.components.diffusion.forward_process import DiffusionNoise, ForwardProcess
+from sysdag.components.diffusion.guidance import guided_latents
 from sysdag.components.diffusion.images import read_pixels, stack_latents, to_pil
 from sysdag.components.diffusion.pipeline import Pipeline
-from sysdag.components.diffusion.reverse_process import denoise
 from sysdag.errors import PlanError, SerializationError
-from sysdag.ops import diffusion_error
 from sysdag.traces.cells import Draw
 
 if TYPE_CHECKING:
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
 
     from sysdag.components.footprint import Footprint
 
-CONVENTIONS = ("sysdpo", "diffusion-dpo", "diffusers")
 _FUNCTIONS = ("condition", "weighting")
 _OPTIONS = (
     "sample_shape", "num_inference_steps", "guidance_scale", "convention", "num_noise_draws", "train_text_encoder",
@@ -227,23 +227,11 @@ class Diffusion(Component):
         return draws
 
     def _sample_latents(self, inputs: Sequence[Any], seeds: Sequence[int]) -> Float[Tensor, "n C H W"]:
-        conditioner, scheduler = self._conditioner(), self.pipeline.parts["scheduler"]
-        conditional = conditioner(inputs)
-        unconditional = conditioner.unconditional(inputs) if self.guidance_scale != 1 else None
-        channels = self.sample_shape[0]
-        learned_variance = str(scheduler.config.get("variance_type")).startswith("learned")
-
-        def predict(noisy: Tensor, times: Tensor) -> Tensor:
-            prediction = self.pipeline.predict(noisy, times, conditional)
-            mean, variance = prediction[:, :channels], prediction[:, channels:]
-            if unconditional is not None:
-                base = self.pipeline.predict(noisy, times, unconditional)[:, :channels]
-                mean = base + self.guidance_scale * (mean - base)
-            return torch.cat([mean, variance], dim=1) if learned_variance else mean
-
-        return denoise(
-            predict, scheduler, self.sample_shape, seeds, num_inference_steps=self.num_inference_steps,
-            device=self.device, patch_size=self.pipeline.denoiser.config.get("patch_size") or 1,
+        conditioner = self._conditioner()
+        return guided_latents(
+            self.pipeline, conditioner(inputs), conditioner.unconditional(inputs) if self.guidance_scale != 1 else None,
+            guidance_scale=self.guidance_scale, sample_shape=self.sample_shape, seeds=seeds,
+            num_inference_steps=self.num_inference_steps, device=self.device,
         )  # fmt: skip
 
     def observe(self, values: Sequence[Any]) -> list[Draw]:
@@ -340,14 +328,10 @@ class Diffusion(Component):
         Raises:
             PlanError: without noise, or with noise of another number of draws.
         """
-        errors = self._errors(inputs, draws, noise)
-        if self.convention == "sysdpo":
-            if self.weighting is not None:
-                snr = self.forward_process.snr(noise.timesteps.reshape(errors.shape))
-                errors = errors * self.weighting(snr).to(errors.device)
-            return -self.forward_process.num_timesteps * errors.mean(1)
-        elements = numpy.prod(self.sample_shape).item()
-        return -(0.5 if self.convention == "diffusion-dpo" else 1.0) * errors.mean(1) / elements
+        return margin_scores(
+            self._errors(inputs, draws, noise), noise, self.forward_process, convention=self.convention,
+            weighting=self.weighting, elements=math.prod(self.sample_shape),
+        )  # fmt: skip
 
     def _errors(self, inputs: Sequence[Any], draws: Sequence[Draw], noise: Any) -> Float[Tensor, "n M"]:
         if not isinstance(noise, DiffusionNoise) or not len(noise) == len(draws) == len(inputs):
@@ -358,17 +342,11 @@ class Diffusion(Component):
             )
         if not draws:
             return torch.zeros(0, 1, device=self.device)
-        process, device = self.forward_process, self.device
-        times = noise.timesteps.reshape(-1).to(device)
-        eps = noise.eps.reshape(-1, *self.sample_shape).to(device)
-        count = len(times) // len(draws)
-        clean = stack_latents(draws, self.sample_shape).to(device).repeat_interleave(count, dim=0)
         with self.pipeline.running():
-            arguments = repeated(self._conditioner()(inputs), count)
-            model_times = process.model_times.to(device)[times]
-            prediction = self.pipeline.predict(process.corrupt(clean, times, eps), model_times, arguments)
-        target = process.target(clean, times, eps)
-        return diffusion_error(target, prediction[:, : clean.shape[1]]).reshape(len(draws), count)
+            return denoising_errors(
+                self.pipeline, self.forward_process, self._conditioner()(inputs),
+                stack_latents(draws, self.sample_shape).to(self.device), noise,
+            )  # fmt: skip
 
     def reference(self) -> Diffusion:
         """This component frozen as it is now; its scores carry no gradient.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
-import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -14,14 +13,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from sysdag.components import adapter
-from sysdag.components.component import Component, check_max_tokens, named_source
+from sysdag.components.component import Component, check_max_tokens
 from sysdag.components.decoding import left_pad, sample_tokens
 from sysdag.components.language import footprint
 from sysdag.components.language.beam import diverse_beam_search
 from sysdag.components.language.prefix_scorer import PrefixScorer
+from sysdag.components.language.pretrained import PretrainedLM
 from sysdag.components.language.prompts import PromptEncoder
-from sysdag.errors import DataError, PlanError, SerializationError, shown
+from sysdag.errors import DataError, PlanError, shown
 from sysdag.traces.cells import Draw
 
 if TYPE_CHECKING:
@@ -29,8 +28,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
-# The component folder that each shared base was last written to, so that its other components can refer to it.
-_bases_written: weakref.WeakKeyDictionary[Any, Path] = weakref.WeakKeyDictionary()
+_OPTIONS = ("temperature", "top_p", "batch_size", "pack_prefixes")
 
 
 class CausalLM(Component):
@@ -78,8 +76,6 @@ class CausalLM(Component):
         pack_prefixes: bool = True,
         model_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
-        if not isinstance(model, (str, Path)) and tokenizer is None:
-            raise PlanError("CausalLM(model) was given a loaded model; pass its tokenizer too.")
         if (max_new_tokens is not None and max_new_tokens < 1) or (
             max_length is not None and max_length <= (max_new_tokens or 1)
         ):
@@ -89,17 +85,7 @@ class CausalLM(Component):
             )
         if temperature <= 0 or not 0 < top_p <= 1:
             raise PlanError(f"CausalLM needs temperature > 0 and 0 < top_p <= 1, got {temperature} and {top_p}.")
-        self._source = model
-        self._tokenizer_source = model if tokenizer is None else tokenizer
-        self._peft_config = peft_config
-        self._adapter_folder: Path | None = None
-        self._saved_base: str | None = None
-        self._base_owner: CausalLM | None = None
-        self._adapter: str | None = None
-        self._adapter_off = self._is_reference = False
-        self._model: Any = None
-        self._config: Any = None
-        self._tokenizer: Any = None
+        self.lm = PretrainedLM(model, tokenizer, peft_config=peft_config, model_kwargs=model_kwargs)
         self._warned: set[str] = set()
         self._scorer: PrefixScorer | None = None
         self._prompt_encoder: PromptEncoder | None = None
@@ -109,55 +95,27 @@ class CausalLM(Component):
         self.top_p = top_p
         self.batch_size = batch_size
         self.pack_prefixes = pack_prefixes
-        self.model_kwargs = dict(model_kwargs or {})
 
     def __repr__(self) -> str:
-        name = self._source if isinstance(self._source, (str, Path)) else type(self._source).__name__
-        adapted = " + adapter" if self._peft_config is not None or self._adapter_folder is not None else ""
-        return f"CausalLM({str(name)!r}{adapted})"
+        return repr(self.lm)
 
     @property
     def base_model(self) -> str | None:
-        return named_source(self._source) if self._base_owner is None else self._base_owner.base_model
+        return self.lm.base_model
 
     @property
     def module(self) -> Any:
-        if self._model is None:
-            self._model = self._load_model()
-        return self._model
+        return self.lm.module
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        if self._tokenizer is None:
-            if isinstance(self._tokenizer_source, (str, Path)):
-                from transformers import AutoTokenizer
-
-                try:
-                    self._tokenizer = AutoTokenizer.from_pretrained(self._tokenizer_source)
-                except OSError as error:
-                    raise OSError(f"{self!r}: its tokenizer cannot be loaded. {error}") from error
-            else:
-                self._tokenizer = self._tokenizer_source
-            if self._tokenizer.eos_token_id is None:
-                raise PlanError(f"{self!r}: the tokenizer has no end-of-sequence token; set tokenizer.eos_token.")
-        return self._tokenizer
+        """The model's, loaded on first access."""
+        return self.lm.tokenizer
 
     @property
     def config(self) -> Any:
         """The model's config; no weights are loaded for it."""
-        if self._model is None and self._base_owner is not None:
-            return self._base_owner.config
-        if self._model is None and self._config is None:
-            if isinstance(self._source, (str, Path)):
-                from transformers import AutoConfig
-
-                try:
-                    self._config = AutoConfig.from_pretrained(self._source)
-                except OSError as error:
-                    raise OSError(f"{self!r}: its config cannot be loaded. {error}") from error
-            else:
-                self._config = self._source.config
-        return self._config if self._model is None else self._model.config
+        return self.lm.config
 
     @property
     def max_length(self) -> int | None:
@@ -171,62 +129,12 @@ class CausalLM(Component):
             return self._max_new_tokens
         return 256 if self.max_length is None else min(256, self.max_length // 2)
 
-    def _load_model(self) -> Any:
-        model: Any = self._source if self._base_owner is None else self._base_owner.module
-        if isinstance(model, (str, Path)):
-            from transformers import AutoModelForCausalLM
-
-            model = AutoModelForCausalLM.from_pretrained(model, **self.model_kwargs)
-        if self._adapter_folder is not None:
-            self._adapter = adapter.attach(model, adapter.read_config(self._adapter_folder))
-            adapter.load(model, self._adapter, self._adapter_folder)
-        elif self._peft_config is not None:
-            self._adapter = adapter.attach(model, self._peft_config)
-        elif hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
-            model, self._adapter = adapter.adopt(model)
-        if self._adapter is not None:
-            adapter.prepare_quantized(model)
-        return model
-
-    def own_parameters(self) -> dict[str, nn.Parameter]:
-        """Those of its adapter, where it has one; none where that is switched off."""
-        if self._adapter_off:
-            return {}
-        model = self.module
-        return dict(model.named_parameters()) if self._adapter is None else adapter.parameters(model, self._adapter)
-
-    @property
-    def _eos_token_ids(self) -> list[int]:
-        configured = getattr(getattr(self.module, "generation_config", None), "eos_token_id", None)
-        listed = configured if isinstance(configured, list) else [] if configured is None else [configured]
-        return list(dict.fromkeys([self.tokenizer.eos_token_id, *listed]))
-
-    @property
-    def _pad_token_id(self) -> int:
-        pad = self.tokenizer.pad_token_id
-        return self.tokenizer.eos_token_id if pad is None else pad
-
-    @contextlib.contextmanager
-    def _scoring(self) -> Iterator[Any]:
-        """The model with this component's own adapter in charge, or none."""
-        model = self.module
-        if self._adapter_off or (self._adapter is None and adapter.names(model)):
-            with adapter.switched_off(model):
-                yield model
-        elif self._is_reference and self._adapter is not None:
-            with adapter.activated(model, self._adapter):
-                yield model
-        else:
-            if self._adapter is not None:
-                adapter.activate(model, self._adapter)
-            yield model
-
     @contextlib.contextmanager
     def _decoding(self) -> Iterator[Any]:
         was_training = self.module.training
         self.module.eval()
         try:
-            with self._scoring() as model, torch.no_grad():
+            with self.lm.at_work() as model, torch.no_grad():
                 yield model
         finally:
             self.module.train(was_training)
@@ -267,10 +175,10 @@ class CausalLM(Component):
         prompts = self.prompt_ids(inputs)
         with self._decoding() as model:
             for start in range(0, len(prompts), self.batch_size):
-                ids, mask = left_pad(prompts[start : start + self.batch_size], self._pad_token_id, self.device)
+                ids, mask = left_pad(prompts[start : start + self.batch_size], self.lm.pad_token_id, self.device)
                 sampled = sample_tokens(
-                    model, ids, mask, max_new_tokens=self.max_new_tokens, eos_token_ids=self._eos_token_ids,
-                    pad_token_id=self._pad_token_id, temperature=temperature, top_p=top_p, generator=generator,
+                    model, ids, mask, max_new_tokens=self.max_new_tokens, eos_token_ids=self.lm.eos_token_ids,
+                    pad_token_id=self.lm.pad_token_id, temperature=temperature, top_p=top_p, generator=generator,
                 )  # fmt: skip
                 for row, length, log_prob in zip(
                     sampled.token_ids.tolist(), sampled.lengths.tolist(), sampled.log_probs.tolist(), strict=True
@@ -294,12 +202,12 @@ class CausalLM(Component):
             step = max(1, self.batch_size // beams)
             for start in range(0, len(short), step):
                 places = short[start : start + step]
-                ids, mask = left_pad([prompts[place] for place in places], self._pad_token_id, self.device)
+                ids, mask = left_pad([prompts[place] for place in places], self.lm.pad_token_id, self.device)
                 with self._decoding() as model:
                     sequences, _ = diverse_beam_search(
                         model, ids, mask, num_beams=beams, num_beam_groups=num_candidates,
                         diversity_penalty=diversity_penalty, max_new_tokens=self.max_new_tokens,
-                        eos_token_id=self._eos_token_ids, pad_token_id=self._pad_token_id, ngram_size=ngram_size,
+                        eos_token_id=self.lm.eos_token_ids, pad_token_id=self.lm.pad_token_id, ngram_size=ngram_size,
                     )  # fmt: skip
                 for place, rows in zip(places, sequences.tolist(), strict=True):
                     for row in rows:
@@ -308,11 +216,11 @@ class CausalLM(Component):
         return [list(kept.values())[:num_candidates] for kept in found]
 
     def _ended(self, row: list[int]) -> list[int]:
-        ends = set(self._eos_token_ids)
+        ends = set(self.lm.eos_token_ids)
         return row[: next((place + 1 for place, token in enumerate(row) if token in ends), len(row))]
 
     def _draw(self, token_ids: list[int], log_prob: float | None) -> Draw:
-        finished = token_ids[-1] in self._eos_token_ids
+        finished = token_ids[-1] in self.lm.eos_token_ids
         text = self.tokenizer.decode(token_ids[:-1] if finished else token_ids, skip_special_tokens=True)
         return Draw(text, {"token_ids": list(token_ids), "finished": finished}, log_prob)
 
@@ -365,15 +273,15 @@ class CausalLM(Component):
 
     def log_prob(self, inputs: Sequence[Any], draws: Sequence[Draw]) -> Float[Tensor, " n"]:
         """Sum of the log-probabilities of the completion's tokens, its end of sequence included where it has one."""
-        with self._scoring() as model:
-            return self._scorer_of(model)(self._sequences(inputs, draws), self._pad_token_id)
+        with self.lm.at_work() as model:
+            return self._scorer_of(model)(self._sequences(inputs, draws), self.lm.pad_token_id)
 
     def micro_batches(self, inputs: Sequence[Any], draws: Sequence[Draw], max_tokens: int | None) -> list[list[int]]:
         """See `Component`; an element's tokens are those that are computed, padding included and shared ones once."""
         check_max_tokens(max_tokens)
         if max_tokens is None or not draws:
             return [list(range(len(draws)))] if draws else []
-        with self._scoring() as model:
+        with self.lm.at_work() as model:
             return self._scorer_of(model).groups(self._sequences(inputs, draws), max_tokens)
 
     def footprint(
@@ -381,13 +289,10 @@ class CausalLM(Component):
     ) -> footprint.Footprint:
         """See `sysdag.components.language.footprint`; reads the config, and the adapter's where one was saved."""
         config = self.config
-        named = self.model_kwargs.get("dtype") or getattr(config, "dtype", None) or torch.float32
+        named = self.lm.model_kwargs.get("dtype") or getattr(config, "dtype", None) or torch.float32
         dtype = getattr(torch, named) if isinstance(named, str) else named
-        peft_config = self._peft_config
-        if self._adapter_folder is not None:
-            peft_config = adapter.read_config(self._adapter_folder)
         return footprint.of_causal_lm(
-            config, dtype, peft_config, tokens=tokens, labels=labels, trains=trains, checkpoints=checkpoints,
+            config, dtype, self.lm.adapter_config, tokens=tokens, labels=labels, trains=trains, checkpoints=checkpoints,
             device=device,
         )  # fmt: skip
 
@@ -417,7 +322,7 @@ class CausalLM(Component):
 
         def is_finite(place: int) -> bool:
             ids = torch.tensor([prompt + completion[:place]], device=self.device)
-            with self._scoring() as model, torch.no_grad():
+            with self.lm.at_work() as model, torch.no_grad():
                 log_probs = model(input_ids=ids).logits[0, -1].float().log_softmax(-1)
             return bool(log_probs[completion[place]].isfinite())
 
@@ -435,6 +340,10 @@ class CausalLM(Component):
     def lengths(self, draws: Sequence[Draw]) -> list[int]:
         return [len(draw.record["token_ids"]) for draw in draws]
 
+    def own_parameters(self) -> dict[str, nn.Parameter]:
+        """Those of its adapter, where it has one; none where that is switched off."""
+        return self.lm.own_parameters()
+
     def reference(self) -> CausalLM:
         """The adapter switched off while it changes nothing yet, else a frozen copy of it, on the same model.
 
@@ -443,82 +352,31 @@ class CausalLM(Component):
         Raises:
             PlanError: if the model's own weights cannot train: quantised, or under adapters of other components.
         """
-        model, view = self.module, copy.copy(self)
-        view._is_reference = True
-        if self._adapter is None:
-            if adapter.names(model):
-                raise PlanError(
-                    f"{self!r} would train all weights of a model that carries the adapters {adapter.names(model)}. "
-                    "Give it a peft_config too, or a model of its own."
-                )
-            if adapter.is_quantized(model):
-                raise PlanError(f"{self!r}: quantised weights cannot train. Pass a peft_config, or trainable=False.")
-            view._model = copy.deepcopy(model).requires_grad_(False).eval()
-        elif adapter.is_identity(model, self._adapter):
-            view._adapter_off = True
-        else:
-            view._adapter = adapter.freeze_copy(model, self._adapter)
+        view = copy.copy(self)
+        view.lm = self.lm.reference()
         return view
 
     def save_pretrained(self, folder: Path) -> Mapping[str, Any]:
-        """Writes the model, or the adapter in peft's layout and beside it, in `base/`, a base that has no name.
+        """Writes tokenizer and model; or the adapter in peft's layout and beside it, in `base/`, a base without a name.
 
         Components that share their base and are saved into one parent folder write it once.
         """
-        self.tokenizer.save_pretrained(folder)
-        options: dict[str, Any] = {
-            "max_new_tokens": self._max_new_tokens,
-            "max_length": self._max_length,
-            "temperature": self.temperature,
-            "top_p": self.top_p,
-            "batch_size": self.batch_size,
-            "pack_prefixes": self.pack_prefixes,
-        }
-        if self._adapter is None:
-            self._save_base(folder)
-            return options
-        adapter.save(self.module, self._adapter, folder)
-        if isinstance(self._source, (str, Path)) and self._saved_base is None:
-            return {**options, "base": str(self._source)}
-        written = _bases_written.get(self.module)
-        if written is not None and written.parent == folder.parent and written != folder and written.is_dir():
-            return {**options, "base": None, "base_of": written.name}
-        self._save_base(folder / "base")
-        _bases_written[self.module] = folder
-        return {**options, "base": None}
-
-    def _save_base(self, folder: Path) -> None:
-        carries = bool(self._adapter or adapter.names(self.module))
-        self.module.save_pretrained(folder, **({"state_dict": adapter.base_state(self.module)} if carries else {}))
+        options = {name: getattr(self, name) for name in _OPTIONS}
+        limits = {"max_new_tokens": self._max_new_tokens, "max_length": self._max_length}
+        return {**limits, **options, **self.lm.save(folder)}
 
     @classmethod
     def from_pretrained(cls, folder: Path, options: Mapping[str, Any]) -> Self:
-        options = dict(options)
-        if "base" not in options:
-            return cls(folder, **options)
-        base, owner = options.pop("base"), options.pop("base_of", folder.name)
-        if Path(owner).name != owner:
-            raise SerializationError(f"base_of must name a component of the saved system, got {owner!r}.")
-        made = cls(folder.parent / owner / "base" if base is None else base, folder, **options)
-        made._adapter_folder = folder
-        made._saved_base = owner if base is None else None
+        saved = {name: options[name] for name in ("base", "base_of") if name in options}
+        made = cls(folder, **{name: value for name, value in options.items() if name not in saved})
+        made.lm = PretrainedLM.load(folder, saved)
         return made
 
     def connect(self, components: Mapping[str, Component]) -> None:
         """Shares the loaded base of the component that it was saved with."""
-        if self._saved_base is None:
-            return
-        owner = components.get(self._saved_base)
+        owner = components.get(self.lm.base_component or "")
         if owner is not self and isinstance(owner, CausalLM):
-            self._base_owner = owner
+            self.lm.share_base(owner.lm)
 
     def load_weights(self, folder: Path) -> None:
-        model = self.module
-        if self._adapter is not None:
-            adapter.load(model, self._adapter, folder)
-            return
-        own = adapter.base_state(model)
-        saved = type(model).from_pretrained(folder, dtype=model.dtype).state_dict()
-        adapter.check_same_tensors(own, saved, folder)
-        for key, tensor in own.items():
-            tensor.copy_(saved[key])
+        self.lm.load_weights(folder)
