@@ -105,7 +105,7 @@ class GivenPaths(MonteCarlo):
         super().__init__(num_candidates=num_candidates)
         self.size = size
 
-    def _paths(self, plan: Any, rows: Any, latents: Any, generator: Any) -> Candidates:
+    def paths(self, plan: Any, rows: Any, latents: Any, generator: Any) -> Candidates:
         prompt = tuple(p for p in range(len(rows)) for _ in range(self.num_candidates))
         cells = {
             name: plan.system[name].component.observe(

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_diffusion import from_vectors, images, vectors
 
-from sysdag import Draw, PlanError
+from sysdag import Component, Draw, PlanError
 from sysdag.components import Tabular
 
 
@@ -52,3 +52,27 @@ def test_a_diffusion_draw_weighs_its_positions_at_each_noise(noise_draws, expect
     for group in found:
         part = component.score([inputs[i] for i in group], [draws[i] for i in group], noise.select(group))
         torch.testing.assert_close(part, whole[group])
+
+
+class Lists(Tabular):
+    """Draws lists, and has weights; says nothing of references and keys."""
+
+    def __init__(self):
+        super().__init__({"a": {"x": 1.0}})
+        self._module = torch.nn.Linear(1, 1)
+
+    @property
+    def module(self):
+        return self._module
+
+    reference = Component.reference
+    key = Component.key
+
+
+def test_a_component_of_ones_own_is_told_which_method_it_lacks():
+    with pytest.raises(PlanError, match=r"override `reference\(self\)` in Lists .*'trainable': False"):
+        Lists().reference()
+    with pytest.raises(PlanError, match=r"drew \['x'\], which has no hash .* override `key\(self, draw\)` in Lists"):
+        Lists().key(Draw(["x"]))
+    assert Lists().key(Draw(("x",))) == ("x",)
+    assert Component.key(Lists(), Draw("x")) == "x"

@@ -123,7 +123,7 @@ class FixedDrafts(MonteCarlo):
 
     drafts = (("y", "n0", ""), ("a", "bb"))
 
-    def _paths(self, plan, rows, latents, generator):
+    def paths(self, plan, rows, latents, generator):
         from sysdag.objectives.candidates import Candidates
 
         prompt = tuple(p for p, drafts in enumerate(self.drafts) for _ in drafts)

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from sysdag.errors import PlanError
+from sysdag.errors import PlanError, shown
 from sysdag.graph.variables import LikelihoodKind
 from sysdag.traces.cells import Draw
 
@@ -177,7 +177,18 @@ class Component(ABC):
         return None
 
     def key(self, draw: Draw) -> Any:
-        """A hashable value that two draws share exactly when they are the same outcome."""
+        """A hashable value that two draws share exactly when they are the same outcome; by default the drawn value.
+
+        Raises:
+            PlanError: for a value without a hash, where a subclass does not override this.
+        """
+        try:
+            hash(draw.value)
+        except TypeError as error:
+            raise PlanError(
+                f"{self!r} drew {shown(draw.value)}, which has no hash ({error}), so that equal candidates cannot be "
+                f"told: override `key(self, draw)` in {type(self).__name__} to return something hashable, as a tuple."
+            ) from error
         return draw.value
 
     def search(
@@ -192,7 +203,13 @@ class Component(ABC):
 
         Its `module` may share weights with this one's (an adapter switched off).
         """
-        raise PlanError(f"{self!r} has no weights to compare with a reference.")
+        if self.module is None:
+            raise PlanError(f"{self!r} has no weights to compare with a reference.")
+        raise PlanError(
+            f"{self!r} has weights, but its reference is not known: override `reference(self)` in "
+            f"{type(self).__name__} to return a frozen copy (copy.copy(self) with a deep copy of its module that "
+            "requires no gradient), or keep it fixed with nodes={'<node>': {'trainable': False}}."
+        )
 
     def own_parameters(self) -> dict[str, nn.Parameter]:
         """The parameters that train as this component's, by name: those of its adapter, where several share a model.

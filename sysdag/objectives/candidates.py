@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 
-from sysdag.components.language.beam import diverse_beam_search
 from sysdag.errors import PlanError
 from sysdag.execution.execute import at_work, fill, flat_draws, node_inputs
 from sysdag.graph.plan import Plan
@@ -30,7 +29,6 @@ __all__ = [
     "ImportanceSampling",
     "MonteCarlo",
     "distinct_ngrams",
-    "diverse_beam_search",
 ]
 
 
@@ -86,6 +84,9 @@ class Candidates:
 class CandidateStrategy(ABC):
     """How candidates are found.
 
+    A strategy of one's own is a frozen dataclass that implements `paths`; its fields are its options. A configuration
+    file names it by its import path: `candidates: {strategy: "my_module:MyStrategy", num_candidates: 4}`.
+
     Args:
         num_candidates: k, most candidates for one prompt, at least 2.
 
@@ -126,11 +127,43 @@ class CandidateStrategy(ABC):
             elements = node_inputs(plan, fill(plan, rows), name)
             draws = at_work(plan, name).sample(elements.values, generator=generator)
             rows = rows.updated({name: elements.cells(draws)})
-        return self._paths(plan, rows, [name for name in latents if name not in shared], generator)
+        drawn = [name for name in latents if name not in shared]
+        found = self.paths(plan, rows, drawn, generator)
+        self._check(found, len(rows), drawn)
+        return found
 
     @abstractmethod
-    def _paths(self, plan: Plan, rows: Trace, latents: Sequence[str], generator: torch.Generator | None) -> Candidates:
-        """Joint paths of the latents for each row."""
+    def paths(self, plan: Plan, rows: Trace, latents: Sequence[str], generator: torch.Generator | None) -> Candidates:
+        """Joint paths of the latents for each row: the method that a strategy implements.
+
+        `sysdag.execution.fill(plan, rows)` adds the deterministic nodes that a latent's function reads.
+
+        Args:
+            rows: one row a prompt: its inputs, and the cells of latents that all candidates share.
+            latents: names of the nodes to be drawn, in topological order.
+            generator: the only source of randomness; a CPU generator, torch's global one for None.
+
+        Returns:
+            A trace of `rows`, each repeated for its candidates, with a cell for every latent; and the prompt of each,
+            ascending from 0.
+        """
+
+    def _check(self, found: Any, prompts: int, latents: Sequence[str]) -> None:
+        name = f"{type(self).__name__}.paths"
+        if not isinstance(found, Candidates):
+            raise PlanError(f"{name} must return Candidates, got {type(found).__name__}.")
+        if missing := [latent for latent in latents if latent not in found.trace.cells]:
+            raise PlanError(f"{name} returned no cells of the latents {missing}; it must draw each of {list(latents)}.")
+        if len(found.prompt) != len(found.trace) or list(found.prompt) != sorted(found.prompt):
+            raise PlanError(
+                f"{name} must return one prompt for each of its {len(found.trace)} rows, ascending; got "
+                f"{len(found.prompt)}{'' if len(found.prompt) != len(found.trace) else ' in another order'}."
+            )
+        if missing_prompts := sorted({*range(prompts)} ^ {*found.prompt}):
+            raise PlanError(
+                f"{name} must return candidates of the prompts 0 to {prompts - 1}; prompt {missing_prompts[0]} "
+                f"{'has none' if missing_prompts[0] < prompts else 'is none of them'}."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,7 +184,7 @@ class DiverseBeamSearch(CandidateStrategy):
     diversity_penalty: float = 20.0
     ngram_size: int = 1
 
-    def _paths(self, plan: Plan, rows: Trace, latents: Sequence[str], generator: torch.Generator | None) -> Candidates:
+    def paths(self, plan: Plan, rows: Trace, latents: Sequence[str], generator: torch.Generator | None) -> Candidates:
         prompt = list(range(len(rows)))
         for name in latents:
             _refuse_plate(plan, name, self)
@@ -183,7 +216,7 @@ class MonteCarlo(CandidateStrategy):
     def is_lower_bound(self) -> bool:
         return self.distinct
 
-    def _paths(self, plan: Plan, rows: Trace, latents: Sequence[str], generator: torch.Generator | None) -> Candidates:
+    def paths(self, plan: Plan, rows: Trace, latents: Sequence[str], generator: torch.Generator | None) -> Candidates:
         prompt = [row for row in range(len(rows)) for _ in range(self.num_candidates)]
         rows = rows.select(prompt)
         log_proposal = [0.0] * len(prompt)
@@ -217,8 +250,8 @@ class ImportanceSampling(MonteCarlo):
         if self.distinct:
             raise PlanError("ImportanceSampling needs every draw, repeated ones too; distinct must be False.")
 
-    def _paths(self, plan: Plan, rows: Trace, latents: Sequence[str], generator: torch.Generator | None) -> Candidates:
-        found = super()._paths(plan, rows, latents, generator)
+    def paths(self, plan: Plan, rows: Trace, latents: Sequence[str], generator: torch.Generator | None) -> Candidates:
+        found = super().paths(plan, rows, latents, generator)
         assert found.log_proposal is not None
         log_k = math.log(self.num_candidates)
         return replace(found, log_weight=tuple(-log_q - log_k for log_q in found.log_proposal))
@@ -234,7 +267,7 @@ class Exhaustive(CandidateStrategy):
 
     num_candidates: int = 4096
 
-    def _paths(self, plan: Plan, rows: Trace, latents: Sequence[str], generator: torch.Generator | None) -> Candidates:
+    def paths(self, plan: Plan, rows: Trace, latents: Sequence[str], generator: torch.Generator | None) -> Candidates:
         prompt = list(range(len(rows)))
         for name in latents:
             component = plan.system[name].component

@@ -78,7 +78,7 @@ class TrainParser(HfArgumentParser):
         own.add_argument("--split", default="train", help="Of a dataset that has several, the one to train on.")
         own.add_argument("--eval_split", "--eval-split", help="The one to evaluate on; `test` by default.")
         own.add_argument("--strict", action="store_true", help="End with an error where rows would be dropped.")
-        known = ", ".join(STRATEGIES)
+        known = ", ".join([*STRATEGIES, "FILE.py:Class"])
         own.add_argument("--candidates", metavar="NAME|JSON", help=f"For --objective sampling: {known}; "
                          'with options: {"strategy": "diverse_beam_search", "num_candidates": 4}. '
                          "diverse_beam_search by default.")  # fmt: skip
