@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 from sysdag import DataError, Input, PlanError, System, Trace, node
 from sysdag.cli import app
 from sysdag.components import CausalLM, Tabular
+from sysdag.components.language.pretrained import PretrainedLM
 from sysdag.data.inputs import inputs_of
 from sysdag.errors import RunError
 from sysdag.execution.batches import LocalEngine, Runs, generator_of, load
@@ -345,7 +346,7 @@ def test_inputs_are_checked_before_a_model_loads(tmp_path, monkeypatch):
         "@node(CausalLM('nowhere'))\ndef draft(question): return question\n"
         "system = System(Input('question', str) >> draft)\n"
     )
-    monkeypatch.setattr(CausalLM, "_load_model", lambda self: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(PretrainedLM, "_load_model", lambda self: pytest.fail("a model was loaded"))
     file = tmp_path / "inputs.jsonl"
     system, output = tmp_path / "far_system.py", tmp_path / "traces.jsonl"
     for line, message in (
