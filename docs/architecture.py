@@ -1,18 +1,26 @@
 """The packages of sysdag as their imports show them.
 
 `ROOMS` is the order from the bottom up, which tests/test_architecture.py holds: a package imports from those before it,
-never from those after it.
+never from those after it. `python docs/architecture.py` draws them into images/architecture.svg and writes the table of
+architecture.md.
 """
 
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
+import itertools
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import networkx
+
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "sysdag"
+PAGE = Path(__file__).with_name("architecture.md")
+PICTURE = Path(__file__).parent / "images" / "architecture.svg"
+START, END = "<!-- rooms -->", "<!-- /rooms -->"
 
 # From the bottom up, each with what it is for.
 ROOMS = {
@@ -102,3 +110,186 @@ def _imports_of(importer: str, path: Path, known: set[str]) -> Iterator[Import]:
             yield from visit(child, f"{scope}.{child.name}".strip(".") if named else scope)
 
     return visit(ast.parse(path.read_text(encoding="utf-8")), "")
+
+
+def arrows() -> networkx.DiGraph:
+    """Which room imports which, as few arrows as say so: what a path of others says is left out.
+
+    The façades' imports, which point up, are no arrows.
+    """
+    order = list(ROOMS)
+    graph = networkx.DiGraph()
+    graph.add_nodes_from(order)
+    for found in imports():
+        importer, imported = room_of(found.importer), room_of(found.imported)
+        if order.index(imported) < order.index(importer):
+            graph.add_edge(importer, imported)
+    return networkx.transitive_reduction(graph)
+
+
+def floors(graph: networkx.DiGraph) -> list[list[str]]:
+    """The rooms by height, from the ground up: every arrow goes to a floor below.
+
+    A room stands as low as it can; or just below what imports it, where that makes its arrows shorter.
+    """
+    downwards = sorted(graph, key=list(ROOMS).index, reverse=True)
+    height: dict[str, int] = {}
+    for room in reversed(downwards):
+        height[room] = 1 + max((height[below] for below in graph[room]), default=-1)
+    for room in downwards:
+        above = [height[importer] for importer in graph.predecessors(room)]
+        if above and graph.out_degree(room) < len(above):
+            height[room] = min(above) - 1
+    return [[room for room in ROOMS if height[room] == at] for at in range(max(height.values()) + 1)]
+
+
+Stop = str | tuple[str, str, int]
+"""What stands on a floor: a room, or an arrow that passes it (importer, imported, floor)."""
+
+
+def _routes(graph: networkx.DiGraph, plan: Sequence[Sequence[str]]) -> dict[tuple[str, str], list[Stop]]:
+    """The stops of each arrow, floor by floor downwards."""
+    height = {room: at for at, rooms in enumerate(plan) for room in rooms}
+    return {
+        (top, below): [top, *((top, below, at) for at in range(height[top] - 1, height[below], -1)), below]
+        for top, below in sorted(graph.edges, key=lambda edge: [list(ROOMS).index(room) for room in edge])
+    }
+
+
+def _ordered(plan: Sequence[Sequence[str]], routes: Mapping[tuple[str, str], list[Stop]]) -> list[list[Stop]]:
+    """The stops of each floor from left to right: by the middle of their neighbours, in sweeps; the fewest crossings."""
+    pairs = [pair for stops in routes.values() for pair in itertools.pairwise(stops)]
+    floor_of: dict[Stop, int] = {room: at for at, rooms in enumerate(plan) for room in rooms}
+    floor_of |= {stop: stop[2] for stops in routes.values() for stop in stops[1:-1]}
+    found: list[list[Stop]] = [[stop for stop in floor_of if floor_of[stop] == at] for at in range(len(plan))]
+    neighbours: dict[Stop, list[Stop]] = {stop: [] for stop in floor_of}
+    for top, below in pairs:
+        neighbours[top].append(below)
+        neighbours[below].append(top)
+
+    def crossings(floors_: list[list[Stop]]) -> int:
+        place = {stop: at for floor in floors_ for at, stop in enumerate(floor)}
+        return sum(
+            floor_of[a] == floor_of[c] and (place[a] - place[c]) * (place[b] - place[d]) < 0
+            for (a, b), (c, d) in itertools.combinations(pairs, 2)
+        )
+
+    best = found
+    for sweep in range(24):
+        upwards = sweep % 2 == 0
+        found = [list(floor) for floor in found]
+        for at in range(len(found)) if upwards else range(len(found) - 1, -1, -1):
+            place = {stop: (i + 0.5) / len(floor) for floor in found for i, stop in enumerate(floor)}
+
+            def middle(stop: Stop, place: dict[Stop, float] = place, at: int = at, upwards: bool = upwards) -> float:
+                asked = [place[n] for n in neighbours[stop] if (floor_of[n] < at) == upwards]
+                return sum(asked) / len(asked) if asked else place[stop]
+
+            found[at].sort(key=middle)
+        best = min(best, found, key=crossings)
+    return best
+
+
+def _columns(
+    ordered: Sequence[Sequence[Stop]], routes: Mapping[tuple[str, str], list[Stop]], widths: Mapping[Stop, float]
+) -> dict[Stop, float]:
+    """The middle of every stop, such that arrows lean as little as can be: a linear program over the distances."""
+    import numpy
+    from scipy.optimize import linprog
+
+    stops = [stop for floor in ordered for stop in floor]
+    column = {stop: number for number, stop in enumerate(stops)}
+    pairs = [pair for route in routes.values() for pair in itertools.pairwise(route)]
+    rows, bounds = [], []
+    for number, (top, below) in enumerate(pairs):  # |x_top - x_below| <= distance, the variables after the columns
+        for sign in (1, -1):
+            row = numpy.zeros(len(stops) + len(pairs))
+            row[column[top]], row[column[below]], row[len(stops) + number] = sign, -sign, -1
+            rows.append(row)
+            bounds.append(0.0)
+    for floor in ordered:
+        for left, right in itertools.pairwise(floor):
+            row = numpy.zeros(len(stops) + len(pairs))
+            row[column[left]], row[column[right]] = 1, -1
+            rows.append(row)
+            bounds.append(-(widths[left] + widths[right]) / 2)
+    inner = [sum(not isinstance(stop, str) for stop in pair) for pair in pairs]
+    cost = [*[0.0] * len(stops), *(1.0 + 2 * passing for passing in inner)]
+    solved = linprog(cost, A_ub=numpy.array(rows), b_ub=bounds, bounds=(0, None))
+    return dict(zip(stops, solved.x.tolist(), strict=False))
+
+
+def draw(path: Path) -> None:
+    """The rooms as a house: every arrow goes from a room to one that it imports, on a floor below.
+
+    Args:
+        path: of the picture; its ending chooses the format.
+    """
+    import matplotlib
+    from matplotlib.figure import Figure
+    from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
+    from matplotlib.path import Path as Line
+
+    matplotlib.rcParams["svg.hashsalt"] = "sysdag"  # the same file each time
+    os.environ["SOURCE_DATE_EPOCH"] = "0"
+    graph = arrows()
+    plan = floors(graph)
+    routes = _routes(graph, plan)
+    ordered = _ordered(plan, routes)
+    height = {stop: 0.72 * at for at, floor in enumerate(ordered) for stop in floor}
+    half = {stop: 0.048 * len(stop) + 0.15 if isinstance(stop, str) else 0.0 for stop in height}
+    x = _columns(ordered, routes, {stop: 2 * half[stop] + 0.3 for stop in height})
+    left = min(x[stop] - half[stop] for stop in x) - 0.1
+    right = max(x[stop] + half[stop] for stop in x) + 0.1
+    size = (right - left, 0.72 * len(ordered))
+    figure = Figure(figsize=size, dpi=150)
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.set(xlim=(left, right), ylim=(-0.36, size[1] - 0.36))
+    axes.set_axis_off()
+    for (top, below), stops in routes.items():
+        points, codes = [(x[top], height[top] - 0.2)], [Line.MOVETO]
+        for stop in stops[1:]:
+            end = (x[stop], height[stop] + (0.2 if stop == below else 0.0))
+            middle = (points[-1][1] + end[1]) / 2
+            points += [(points[-1][0], middle), (end[0], middle), end]
+            codes += [Line.CURVE4] * 3
+        arrow = FancyArrowPatch(path=Line(points, codes), arrowstyle="-|>", mutation_scale=9, color="#777777")
+        arrow.set_gid(f"arrow:{top}:{below}")
+        axes.add_patch(arrow)
+    for room in (stop for floor in reversed(ordered) for stop in floor if isinstance(stop, str)):
+        corner = (x[room] - half[room], height[room] - 0.2)
+        box = FancyBboxPatch(
+            corner, 2 * half[room], 0.4, boxstyle="round,pad=0,rounding_size=0.08",
+            facecolor="#fbe3c8" if "components" in room else "#dce9f7", edgecolor="#333333",
+        )  # fmt: skip
+        box.set_gid(f"room:{room}")
+        axes.add_patch(box)
+        axes.text(x[room], height[room], room, ha="center", va="center", fontsize=9)
+    path.parent.mkdir(exist_ok=True)
+    figure.savefig(path, facecolor="white")
+
+
+def table() -> str:
+    """The rooms from the top down, one line each."""
+    lines = [f"| `{_home(room)}` | {what} |" for room, what in reversed(ROOMS.items())]
+    return "\n".join(["| room | what it is for |", "|---|---|", *lines])
+
+
+def _home(room: str) -> str:
+    """The path of a room in the checkout: a folder, or one file."""
+    if room == "kernels":
+        return "kernels/"
+    path = PACKAGE / room.replace(".", "/")
+    return f"sysdag/{path.relative_to(PACKAGE)}/" if path.is_dir() else f"sysdag/{room}.py"
+
+
+def written(text: str) -> str:
+    """The page with its table made anew."""
+    before, _, rest = text.partition(START)
+    _, _, after = rest.partition(END)
+    return f"{before}{START}\n{table()}\n{END}{after}"
+
+
+if __name__ == "__main__":
+    draw(PICTURE)
+    PAGE.write_text(written(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
