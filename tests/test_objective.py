@@ -5,14 +5,18 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sysdag.errors import LoadingError, PlanError
 from sysdag.objectives.losses import (
     LOSSES,
+    SMOOTHED_LOSSES,
     PairScores,
     candidate_log_sum,
     effective_sample_size,
     preference_loss,
+    register_loss,
     responsibilities,
 )
+from sysdag.objectives.options import ObjectiveOptions
 
 
 def pair_scores(chosen, rejected, chosen_lengths=None, rejected_lengths=None, nll=0.0):
@@ -64,6 +68,75 @@ def test_preference_loss_weights_and_averages():
 def test_preference_loss_of_an_unknown_name_is_a_key_error():
     with pytest.raises(KeyError, match="exo_pair"):
         preference_loss(pair_scores([1.0], [0.0]), ["exo_pair"], [1.0], beta=0.1, label_smoothing=0.0)
+
+
+@pytest.fixture
+def known():
+    """What a test registers is forgotten."""
+    before, smoothed = LOSSES.copy(), [*SMOOTHED_LOSSES]
+    yield
+    LOSSES.clear()
+    LOSSES.update(before)
+    SMOOTHED_LOSSES[:] = smoothed
+
+
+def squared(scores, beta, label_smoothing):
+    """(m - 1 + e)^2"""
+    return (scores.margins - 1 + label_smoothing) ** 2
+
+
+def test_a_loss_of_ones_own_is_named_like_the_others(known):
+    register_loss("squared", squared, smoothed=True)
+    options = ObjectiveOptions(loss_type=("squared", "sft"), loss_weights=(0.5, 2.0), label_smoothing=0.25)
+    scores = pair_scores([1.0, -2.0], [0.5, 3.0], nll=2.0)
+    got = preference_loss(scores, options.loss_type, options.weights, beta=0.1, label_smoothing=0.25)
+    assert float(got) == pytest.approx(0.5 * ((0.5 - 0.75) ** 2 + (-5 - 0.75) ** 2) / 2 + 2 * 2.0)
+    register_loss("squared", squared)
+    with pytest.raises(PlanError, match=r"label_smoothing=0.1 has no effect on loss_type \['squared'\]"):
+        ObjectiveOptions(loss_type=("squared",), label_smoothing=0.1)
+
+
+def test_a_loss_of_ones_own_is_found_where_it_stands(known, tmp_path, monkeypatch):
+    (tmp_path / "lasting_losses.py").write_text(
+        "def doubled(scores, beta, label_smoothing):\n    return 2 * scores.margins"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in ("lasting_losses:doubled", f"{tmp_path / 'lasting_losses.py'}:doubled"):
+        assert ObjectiveOptions(loss_type=(name,)).loss_type == (name,)
+        got = preference_loss(pair_scores([1.0], [0.5]), [name], [1.0], beta=0.1, label_smoothing=0.0)
+        assert float(got) == 1.0
+    with pytest.raises(LoadingError, match=r"has no 'tripled'; its functions are \['doubled'\]"):
+        ObjectiveOptions(loss_type=("lasting_losses:tripled",))
+
+
+def test_losses_that_cannot_be_registered_are_refused_by_name(known):
+    with pytest.raises(PlanError, match="the name 'sigmoid' is taken by <function sigmoid_loss"):
+        register_loss("sigmoid", squared)
+    with pytest.raises(PlanError, match="name of a loss must be a text that is not empty, got ''"):
+        register_loss("", squared)
+    for wrong in (lambda scores: scores.margins, lambda scores, *, beta, label_smoothing: scores.margins, "sigmoid"):
+        with pytest.raises(PlanError, match=r"'own' must be a function loss\(scores, beta, label_smoothing\)"):
+            register_loss("own", wrong)
+    register_loss("own", squared)
+    register_loss("own", squared)
+    namesake = lambda scores, beta, label_smoothing: scores.margins
+    with pytest.raises(PlanError, match="'own' is taken by <function squared"):
+        register_loss("own", namesake)
+    assert LOSSES["own"] is squared
+
+
+@pytest.mark.parametrize(
+    ("wrong", "got"),
+    [
+        (lambda scores, beta, e: scores.margins.mean(), r"shape \(\)"),
+        (lambda scores, beta, e: scores.margins[:, None] - scores.margins, r"shape \(2, 2\)"),
+        (lambda scores, beta, e: 1.0, "float"),
+    ],
+)
+def test_a_loss_returns_one_number_a_pair(known, wrong, got):
+    register_loss("own", wrong)
+    with pytest.raises(PlanError, match=rf"'own' must return one loss a pair, shape \(2,\), got {got}"):
+        preference_loss(pair_scores([1.0, 2.0], [0.0, 1.0]), ["own"], [1.0], beta=0.1, label_smoothing=0.0)
 
 
 @given(st.lists(st.lists(st.floats(-300, 0), min_size=1, max_size=5), min_size=1, max_size=4))

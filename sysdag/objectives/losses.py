@@ -6,6 +6,7 @@ beta_i (log p_i - log q_i), winner minus loser. The loss functions are those of 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -13,6 +14,9 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
+
+from sysdag.errors import PlanError
+from sysdag.graph.import_path import function_path
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,14 +77,50 @@ def sft_loss(scores: PairScores, beta: float, label_smoothing: float) -> Float[T
     return scores.chosen_nll.expand_as(scores.chosen_rewards)
 
 
-LOSSES: dict[str, Callable[[PairScores, float, float], Float[Tensor, " P"]]] = {
+Loss = Callable[[PairScores, float, float], Float[Tensor, " P"]]
+
+LOSSES: dict[str, Loss] = {
     "sigmoid": sigmoid_loss,
     "ipo": ipo_loss,
     "hinge": hinge_loss,
     "robust": robust_loss,
     "sft": sft_loss,
 }
-SMOOTHED_LOSSES = ("sigmoid", "robust")
+SMOOTHED_LOSSES = ["sigmoid", "robust"]
+
+
+def register_loss(name: str, loss: Loss, *, smoothed: bool = False) -> None:
+    """Makes a loss of one's own known, so that `loss_type` can name it like the others.
+
+    Args:
+        name: what `loss_type` calls it.
+        loss: `loss(scores, beta, label_smoothing)` from `PairScores` of P pairs to a loss for each, (P,),
+            differentiable by the scores. beta is the objective's, which the rewards contain already.
+        smoothed: whether it makes use of `label_smoothing`, which is refused for losses that do not.
+
+    Raises:
+        PlanError: for a name that is taken (by another function: one that is defined again replaces itself), or what
+            cannot be called with these three arguments.
+    """
+    if not isinstance(name, str) or not name:
+        raise PlanError(f"register_loss: the name of a loss must be a text that is not empty, got {name!r}.")
+    try:
+        inspect.signature(loss).bind(None, 0.1, 0.0)
+    except (TypeError, ValueError) as error:
+        raise PlanError(
+            f"register_loss: {name!r} must be a function loss(scores, beta, label_smoothing); {loss!r} cannot be "
+            f"called with these three ({error})."
+        ) from error
+    known = LOSSES.get(name)
+    if known is not None and known is not loss:
+        path = function_path(loss)
+        if path is None or path != function_path(known):
+            raise PlanError(f"register_loss: the name {name!r} is taken by {known!r}; choose another.")
+    LOSSES[name] = loss
+    if name in SMOOTHED_LOSSES:
+        SMOOTHED_LOSSES.remove(name)
+    if smoothed:
+        SMOOTHED_LOSSES.append(name)
 
 
 def preference_loss(
@@ -90,10 +130,16 @@ def preference_loss(
 
     Raises:
         KeyError: for a name that is not in `LOSSES`.
+        PlanError: for a loss that does not return one number a pair.
     """
-    total = torch.zeros((), dtype=scores.margins.dtype, device=scores.margins.device)
+    margins = scores.margins
+    total = torch.zeros((), dtype=margins.dtype, device=margins.device)
     for name, weight in zip(loss_types, loss_weights, strict=True):
-        total = total + weight * LOSSES[name](scores, beta, label_smoothing).mean()
+        loss = LOSSES[name](scores, beta, label_smoothing)
+        if not isinstance(loss, Tensor) or loss.shape != margins.shape:
+            got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+            raise PlanError(f"loss_type {name!r} must return one loss a pair, shape {tuple(margins.shape)}, got {got}.")
+        total = total + weight * loss.mean()
     return total
 
 

@@ -7,7 +7,8 @@ from typing import Literal
 
 from sysdag.errors import PlanError
 from sysdag.graph.plan import Objective
-from sysdag.objectives.losses import LOSSES, SMOOTHED_LOSSES
+from sysdag.objectives.losses import LOSSES, SMOOTHED_LOSSES, register_loss
+from sysdag.saving.loading import load_function
 
 _SAMPLING_ONLY = (
     "responsibility_temperature",
@@ -110,7 +111,9 @@ class ObjectiveOptions:
     Attributes:
         objective: `direct` or `sampling`.
         beta: strength of the regularisation towards the reference.
-        loss_type, loss_weights: names in `sysdag.objectives.losses.LOSSES`, and one weight each (1 by default).
+        loss_type, loss_weights: names in `sysdag.objectives.losses.LOSSES`, and one weight each (1 by default). A loss
+            of one's own is named once it is registered (`sysdag.objectives.register_loss`), or by where it stands:
+            `FILE.py:function` or `package.module:function`.
         label_smoothing: probability that a preference is flipped, for `sigmoid` and `robust`.
         responsibility_temperature: t in t log sum exp(joint / t) over candidates; above 1 it keeps one candidate from
             taking the whole gradient. 1 is the paper's.
@@ -121,6 +124,7 @@ class ObjectiveOptions:
 
     Raises:
         PlanError: naming the option that is unknown, out of range, or that the chosen losses would ignore.
+        LoadingError: for a loss that is not where its name says.
     """
 
     objective: Objective = "direct"
@@ -138,9 +142,15 @@ class ObjectiveOptions:
             raise PlanError(f"objective must be 'direct' or 'sampling', got {self.objective!r}.")
         if not self.beta > 0:
             raise PlanError(f"beta must be positive, got {self.beta}.")
+        for name in self.loss_type:
+            if name not in LOSSES and ":" in name:
+                register_loss(name, load_function(name))
         unknown = [name for name in self.loss_type if name not in LOSSES]
         if unknown or not self.loss_type:
-            raise PlanError(f"loss_type must name one or more of {sorted(LOSSES)}, got {list(self.loss_type)}.")
+            raise PlanError(
+                f"loss_type must name one or more of {sorted(LOSSES)}, or a function of your own as FILE.py:function, "
+                f"got {list(self.loss_type)}."
+            )
         if self.loss_weights is not None and len(self.loss_weights) != len(self.loss_type):
             raise PlanError(
                 f"loss_weights needs one weight for each of loss_type {list(self.loss_type)}, got {self.loss_weights}."
@@ -150,7 +160,7 @@ class ObjectiveOptions:
         if self.label_smoothing and not set(self.loss_type) & set(SMOOTHED_LOSSES):
             raise PlanError(
                 f"label_smoothing={self.label_smoothing} has no effect on loss_type {list(self.loss_type)}; it belongs "
-                f"to {list(SMOOTHED_LOSSES)}."
+                f"to {SMOOTHED_LOSSES}."
             )
         if not self.responsibility_temperature > 0:
             raise PlanError(f"responsibility_temperature must be positive, got {self.responsibility_temperature}.")

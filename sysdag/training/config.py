@@ -25,7 +25,8 @@ class SysDPOConfig(TrainingArguments):
     Args:
         objective: `direct` (intermediates observed) or `sampling` (approximated by candidates).
         beta: strength of the regularisation towards the reference.
-        loss_type: one or more of `sigmoid`, `ipo`, `hinge`, `robust`, `sft`; a plain name stands for a list of one.
+        loss_type: one or more of `sigmoid`, `ipo`, `hinge`, `robust`, `sft`, or a loss of one's own: see
+            `sysdag.objectives.options.ObjectiveOptions`. A plain name stands for a list of one.
         loss_weights: one weight for each loss; all 1 by default.
         label_smoothing: probability that a preference is flipped, for `sigmoid` (cDPO) and `robust`; in [0, 0.5).
         nodes: options by node: `{"answer": {"beta": 0.2, "scale": 1.0, "learning_rate": 1e-5, "trainable": False}}`,
@@ -54,7 +55,7 @@ class SysDPOConfig(TrainingArguments):
     beta: float = _option(0.1, "Strength of the regularisation towards the reference.")
     loss_type: list[str] | str = field(
         default_factory=lambda: ["sigmoid"],
-        metadata={"help": "One or more of sigmoid, ipo, hinge, robust, sft."},
+        metadata={"help": "One or more of sigmoid, ipo, hinge, robust, sft, FILE.py:function."},
     )
     loss_weights: list[float] | None = _option(None, "One weight for each loss; all 1 by default.")  # noqa: RUF009
     label_smoothing: float = _option(
