@@ -21,6 +21,7 @@ PACKAGE = ROOT / "sysdag"
 PAGE = Path(__file__).with_name("architecture.md")
 PICTURE = Path(__file__).parent / "images" / "architecture.svg"
 START, END = "<!-- rooms -->", "<!-- /rooms -->"
+STOREY, HALF = 0.72, 0.2  # inches from floor to floor, and half a room's height
 
 # From the bottom up, each with what it is for.
 ROOMS = {
@@ -147,17 +148,19 @@ Stop = str | tuple[str, str, int]
 """What stands on a floor: a room, or an arrow that passes it (importer, imported, floor)."""
 
 
-def _routes(graph: networkx.DiGraph, plan: Sequence[Sequence[str]]) -> dict[tuple[str, str], list[Stop]]:
+def _routes(graph: networkx.DiGraph) -> dict[tuple[str, str], list[Stop]]:
     """The stops of each arrow, floor by floor downwards."""
-    height = {room: at for at, rooms in enumerate(plan) for room in rooms}
+    height = {room: at for at, rooms in enumerate(floors(graph)) for room in rooms}
     return {
         (top, below): [top, *((top, below, at) for at in range(height[top] - 1, height[below], -1)), below]
         for top, below in sorted(graph.edges, key=lambda edge: [list(ROOMS).index(room) for room in edge])
     }
 
 
-def _ordered(plan: Sequence[Sequence[str]], routes: Mapping[tuple[str, str], list[Stop]]) -> list[list[Stop]]:
+def ordered(graph: networkx.DiGraph) -> list[list[Stop]]:
     """The stops of each floor from left to right, by the middle of their neighbours: the best of 24 sweeps."""
+    plan = floors(graph)
+    routes = _routes(graph)
     pairs = [pair for stops in routes.values() for pair in itertools.pairwise(stops)]
     floor_of: dict[Stop, int] = {room: at for at, rooms in enumerate(plan) for room in rooms}
     floor_of |= {stop: stop[2] for stops in routes.values() for stop in stops[1:-1]}
@@ -191,13 +194,13 @@ def _ordered(plan: Sequence[Sequence[str]], routes: Mapping[tuple[str, str], lis
 
 
 def _columns(
-    ordered: Sequence[Sequence[Stop]], routes: Mapping[tuple[str, str], list[Stop]], widths: Mapping[Stop, float]
+    house: Sequence[Sequence[Stop]], routes: Mapping[tuple[str, str], list[Stop]], widths: Mapping[Stop, float]
 ) -> dict[Stop, float]:
     """The middle of every stop, such that arrows lean as little as can be: a linear program over the distances."""
     import numpy
     from scipy.optimize import linprog
 
-    stops = [stop for floor in ordered for stop in floor]
+    stops = [stop for floor in house for stop in floor]
     column = {stop: number for number, stop in enumerate(stops)}
     pairs = [pair for route in routes.values() for pair in itertools.pairwise(route)]
     rows, bounds = [], []
@@ -207,7 +210,7 @@ def _columns(
             row[column[top]], row[column[below]], row[len(stops) + number] = sign, -sign, -1
             rows.append(row)
             bounds.append(0.0)
-    for floor in ordered:
+    for floor in house:
         for left, right in itertools.pairwise(floor):
             row = numpy.zeros(len(stops) + len(pairs))
             row[column[left]], row[column[right]] = 1, -1
@@ -233,33 +236,34 @@ def draw(path: Path) -> None:
     matplotlib.rcParams["svg.hashsalt"] = "sysdag"  # the same file each time
     os.environ["SOURCE_DATE_EPOCH"] = "0"
     graph = arrows()
-    plan = floors(graph)
-    routes = _routes(graph, plan)
-    ordered = _ordered(plan, routes)
-    height = {stop: 0.72 * at for at, floor in enumerate(ordered) for stop in floor}
+    house, routes = ordered(graph), _routes(graph)
+    height = {stop: STOREY * at for at, floor in enumerate(house) for stop in floor}
     half = {stop: 0.048 * len(stop) + 0.15 if isinstance(stop, str) else 0.0 for stop in height}
-    x = _columns(ordered, routes, {stop: 2 * half[stop] + 0.3 for stop in height})
+    x = _columns(house, routes, {stop: 2 * half[stop] + 0.3 for stop in height})
     left = min(x[stop] - half[stop] for stop in x) - 0.1
     right = max(x[stop] + half[stop] for stop in x) + 0.1
-    size = (right - left, 0.72 * len(ordered))
+    size = (right - left, STOREY * len(house))
     figure = Figure(figsize=size, dpi=150)
     axes = figure.add_axes((0, 0, 1, 1))
-    axes.set(xlim=(left, right), ylim=(-0.36, size[1] - 0.36))
+    axes.set(xlim=(left, right), ylim=(-STOREY / 2, size[1] - STOREY / 2))
     axes.set_axis_off()
     for (top, below), stops in routes.items():
-        points, codes = [(x[top], height[top] - 0.2)], [Line.MOVETO]
+        points, codes = [(x[top], height[top] - HALF)], [Line.MOVETO]
         for stop in stops[1:]:
-            end = (x[stop], height[stop] + (0.2 if stop == below else 0.0))
+            end = (x[stop], height[stop] + HALF)
             middle = (points[-1][1] + end[1]) / 2
             points += [(points[-1][0], middle), (end[0], middle), end]
             codes += [Line.CURVE4] * 3
+            if stop != below:  # straight down between the rooms of that floor
+                points.append((x[stop], height[stop] - HALF))
+                codes.append(Line.LINETO)
         arrow = FancyArrowPatch(path=Line(points, codes), arrowstyle="-|>", mutation_scale=9, color="#777777")
         arrow.set_gid(f"arrow:{top}:{below}")
         axes.add_patch(arrow)
-    for room in (stop for floor in reversed(ordered) for stop in floor if isinstance(stop, str)):
-        corner = (x[room] - half[room], height[room] - 0.2)
+    for room in (stop for floor in reversed(house) for stop in floor if isinstance(stop, str)):
+        corner = (x[room] - half[room], height[room] - HALF)
         box = FancyBboxPatch(
-            corner, 2 * half[room], 0.4, boxstyle="round,pad=0,rounding_size=0.08",
+            corner, 2 * half[room], 2 * HALF, boxstyle="round,pad=0,rounding_size=0.08",
             facecolor="#fbe3c8" if "components" in room else "#dce9f7", edgecolor="#333333",
         )  # fmt: skip
         box.set_gid(f"room:{room}")

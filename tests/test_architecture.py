@@ -4,6 +4,7 @@ import ast
 import importlib
 import importlib.metadata
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -103,6 +104,34 @@ class A:
     assert found == [("sysdag.files.atomic", "")] * 3 + [("sysdag.engine.step", "A.f")]
     assert climbs(Import("sysdag.files.atomic", "sysdag.graph.plan", ""))
     assert not climbs(Import("sysdag.graph.plan", "sysdag.files.atomic", ""))
+
+
+def test_the_picture_and_the_table_are_those_of_the_code():
+    """Of the picture what can be read off it: the rooms floor by floor, and the arrows."""
+    graph = architecture.arrows()
+    drawn = architecture.PICTURE.read_text(encoding="utf-8")
+    again = "run: python docs/architecture.py"
+    assert sorted(re.findall(r'id="arrow:(.+?):(.+?)"', drawn)) == sorted(graph.edges), again
+    stops = [stop for floor in reversed(architecture.ordered(graph)) for stop in floor]
+    assert re.findall(r'id="room:(.+?)"', drawn) == [stop for stop in stops if isinstance(stop, str)], again
+    page = architecture.PAGE.read_text(encoding="utf-8")
+    assert architecture.written(page) == page, again
+
+
+def test_arrows_say_what_the_imports_say():
+    """Whatever a room imports is reached by arrows, each of which is an import that no path of others says."""
+    graph = architecture.arrows()
+    pairs = {(room_of(found.importer), room_of(found.imported)) for found in IMPORTS if not climbs(found)}
+    pairs = {(importer, imported) for importer, imported in pairs if importer != imported}
+    assert set(graph.edges) <= pairs
+    assert all(networkx.has_path(graph, *pair) for pair in pairs)
+    for edge in list(graph.edges):
+        graph.remove_edge(*edge)
+        assert not networkx.has_path(graph, *edge)
+        graph.add_edge(*edge)
+    height = {room: at for at, floor in enumerate(architecture.floors(graph)) for room in floor}
+    assert set(height) == set(ROOMS)
+    assert all(height[importer] > height[imported] for importer, imported in graph.edges)
 
 
 def run(code, cwd=ROOT):
