@@ -31,8 +31,8 @@ COMMANDS = OPS | {
     "sweep": "linear_logprob over the number of rows and the vocabulary",
     "study": "the paper's experiments on small systems that train from scratch here",
     "theory": "Theorem 1 and the bias of few candidates on an enumerable system",
-    "plots": "draws bench/results/*.svg from the CSVs there",
-    "tables": "writes README.md's table of kernels from the CSVs in bench/results",
+    "plots": "draws docs/images/benchmarks/*.svg from the CSVs in bench/results",
+    "tables": "writes the tables of docs/benchmarks.md from the CSVs in bench/results",
 }
 ALL = [name for name in (*OPS, "step", "decode") if name in COMMANDS]
 GROUPS = {"op": ("the ops, one after the other", list(OPS)), "all": (", ".join(ALL), ALL)}

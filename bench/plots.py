@@ -2,8 +2,8 @@
 
     python -m bench plots
 
-Reads bench/results/sweep-DEVICE.csv and writes linear_logprob-DEVICE.svg beside it. The dashed line is the floor: for
-the time the bare matrix products, for the memory the gradients that must exist when the call returns.
+Reads bench/results/sweep-DEVICE.csv and writes docs/images/benchmarks/linear_logprob-DEVICE.svg. The dashed line is the
+floor: for the time the bare matrix products, for the memory the gradients that must exist when the call returns.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bench import measure
+from bench.tables import FIGURES
 
 Row = dict[str, str]
 MODES = ("frozen", "trained")
@@ -73,14 +74,15 @@ def draw(rows: Sequence[Row], device: str, path: Path) -> None:
     pyplot.close(figure)
 
 
-def main(arguments: Sequence[str] | None = None, folder: Path = measure.RESULTS) -> None:
+def main(arguments: Sequence[str] | None = None, folder: Path = measure.RESULTS, figures: Path = FIGURES) -> None:
     if arguments:
         raise SystemExit("python -m bench plots takes no options.")
     found = sorted(folder.glob("sweep-*.csv"))
     if not found:
         print(f"nothing to draw: {folder} has no sweep-*.csv; python -m bench sweep --csv measures it")
     for file in found:
+        figures.mkdir(parents=True, exist_ok=True)
         device = file.stem.removeprefix("sweep-")
-        path = folder / f"linear_logprob-{device}.svg"
+        path = figures / f"linear_logprob-{device}.svg"
         draw(measure.read(file), device, path)
         print(f"wrote {path}")

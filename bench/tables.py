@@ -1,4 +1,4 @@
-"""Writes the tables of kernels and of steps in README.md from the CSVs in bench/results: `python -m bench tables`.
+"""Writes the tables of ops and of steps in docs/benchmarks.md from the CSVs in bench/results: `python -m bench tables`.
 
 The text between the markers is replaced; nothing in it is written by hand. Times are medians. "plain torch" is the
 benchmark's baseline, "fastest other" the fastest of all other rows that are not sysdag's, whatever their memory;
@@ -14,7 +14,8 @@ from typing import NamedTuple
 from bench import measure
 
 Row = dict[str, str]
-README = Path(__file__).resolve().parent.parent / "README.md"
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "benchmarks.md"
+FIGURES = PAGE.parent / "images" / "benchmarks"
 STEP_WAYS = {
     "sysdag": "sysdag, two passes",
     "one pass": "sysdag, one pass",
@@ -84,8 +85,7 @@ backward. The factor in brackets says how many times faster sysdag is; below 1 i
   100 % all else is free; what is above is the noise of the measurement.
 
 The benchmark ends without a time where sysdag's error against fp64 is above plain torch's by more than a rounding (beam
-step: where its tokens are others). Shapes that are left out here, minima and maxima are in
-[bench/results](bench/results)."""
+step: where its tokens are others). Shapes that are left out here, minima and maxima are in `bench/results`."""
 
 
 def groups(shown: Shown, rows: Sequence[Row]) -> list[list[Row]]:
@@ -188,13 +188,17 @@ def step_table(folder: Path = measure.RESULTS) -> str:
 
 def render(folder: Path = measure.RESULTS) -> str:
     """What stands between the ops' markers."""
-    drawn = sorted(folder.glob("linear_logprob-*.svg"))
-    pictures = [f"![time and peak memory of linear_logprob over N and V](bench/results/{path.name})" for path in drawn]
+    drawn = sorted(FIGURES.glob("linear_logprob-*.svg"))
+    about = "time and peak memory of linear_logprob over N and V"
+    pictures = [f"![{about}]({path.relative_to(PAGE.parent)})" for path in drawn]
     return "\n\n".join([table("cpu", folder), table("cuda", folder), MEANING, *pictures])
 
 
-def replaced(text: str, content: str, what: str = "ops") -> str:
+def replaced(text: str, content: str, what: str = "ops", page: str = PAGE.name) -> str:
     """The text with the content between the markers `<!-- bench:WHAT -->` and `<!-- /bench:WHAT -->`.
+
+    Args:
+        page: where the text stands, for errors.
 
     Raises:
         ValueError: unless each marker is there once, the first before the second.
@@ -203,17 +207,17 @@ def replaced(text: str, content: str, what: str = "ops") -> str:
     before, start, rest = text.partition(opening)
     _, end, after = rest.partition(closing)
     if not start or not end or opening in after or closing in after:
-        raise ValueError(f"README.md needs {opening} and, after it, {closing}, each once.")
+        raise ValueError(f"{page} needs {opening} and, after it, {closing}, each once.")
     return f"{before}{opening}\n{content}\n{closing}{after}"
 
 
 def written(text: str) -> str:
-    """The README with all its tables made anew."""
+    """The page with all its tables made anew."""
     return replaced(replaced(text, render()), step_table(), "step")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     if arguments:
         raise SystemExit("python -m bench tables takes no options.")
-    README.write_text(written(README.read_text()))
-    print(f"wrote {README}")
+    PAGE.write_text(written(PAGE.read_text()))
+    print(f"wrote {PAGE}")

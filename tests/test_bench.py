@@ -1,4 +1,4 @@
-"""The benchmarks' front, the gate, and what README.md and the plots take from the CSVs."""
+"""The benchmarks' front, the gate, and what docs/benchmarks.md and the plots take from the CSVs."""
 
 import csv
 import os
@@ -33,8 +33,8 @@ def tiny(monkeypatch):
     torch.set_num_threads(1)
 
 
-def test_readmes_table_is_what_the_command_writes():
-    text = tables.README.read_text()
+def test_the_pages_tables_are_what_the_command_writes():
+    text = tables.PAGE.read_text()
     assert tables.written(text) == text, "run: python -m bench tables"
 
 
@@ -82,7 +82,7 @@ def test_markers():
     text = f"a\n{START}\nold\n{END}\nb"
     assert tables.replaced(text, "new") == f"a\n{START}\nnew\n{END}\nb"
     for broken in ("no markers", f"{START} alone", f"{END}{START}", text + text):
-        with pytest.raises(ValueError, match="README.md needs <!-- bench:ops -->"):
+        with pytest.raises(ValueError, match="benchmarks.md needs <!-- bench:ops -->"):
             tables.replaced(broken, "new")
 
 
@@ -187,8 +187,8 @@ def test_the_sweep_measures_both_lines_and_is_drawn_with_its_floors(tiny, tmp_pa
     frozen = [row for row in rows if row["case"] == "frozen" and row["name"] == "sysdag"]
     assert [row["N"] for row in plots.lines(frozen, "N")] == ["4", "8", "16"]
     assert [row["V"] for row in plots.lines(frozen, "V")] == ["20", "40"]
-    plots.main(folder=tmp_path)
-    assert (tmp_path / "linear_logprob-cpu.svg").read_text().count("<path") > 50
+    plots.main(folder=tmp_path, figures=tmp_path / "figures")
+    assert (tmp_path / "figures" / "linear_logprob-cpu.svg").read_text().count("<path") > 50
 
 
 def test_the_memorys_floor():
@@ -198,7 +198,7 @@ def test_the_memorys_floor():
 
 
 def test_without_a_sweep_nothing_is_drawn(tmp_path, capsys):
-    plots.main(folder=tmp_path)
+    plots.main(folder=tmp_path, figures=tmp_path)
     assert "has no sweep-*.csv; python -m bench sweep --csv measures it" in capsys.readouterr().out
 
 

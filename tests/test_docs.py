@@ -47,7 +47,7 @@ GIVEN = {
     "README.md": "pairs = [dict(question=f'What is {i}?', chosen='a number', rejected='no idea') for i in range(4)]"
 }
 NOT_RUN = {
-    "README.md": ["the tutorial runs these"],
+    "docs/commands.md": ["the tutorial runs these"],
     "docs/multi-gpu.md": ["needs several GPUs, or two processes"],
     "docs/preferences.md": ["needs an endpoint", "waits for people"],
 }
@@ -222,6 +222,10 @@ def test_blocks_are_found_where_they_stand(tmp_path):
 def blocks_of_text(page: Path, text: str) -> list[Block]:
     page.write_text(text)
     return blocks_of(page)
+
+
+def test_the_readme_can_be_read_in_one_sitting():
+    assert len((ROOT / "README.md").read_bytes()) <= 12 * 1024
 
 
 def test_relative_links_and_pictures_of_the_readme_exist():

@@ -10,12 +10,11 @@ pytest.importorskip("matplotlib")
 from scipy import stats
 
 from bench.measure import RESULTS
-from bench.study import PAGE, document, figures, write
+from bench.study import PAGE, README, document, figures, write
 from bench.study.compare import Comparison, Variant, curves, rows
 from bench.study.document import Results, written
 from bench.study.tables import LOSSES, TABLES
 from bench.study.written import Table
-from bench.tables import README
 
 JOINT, SEPARATE = [0.85, 0.9, 0.83], [0.8, 0.82, 0.81]
 

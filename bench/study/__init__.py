@@ -2,7 +2,7 @@
 
 Every table is made of cells (one method on one seed) that are kept in the cache; what is there is not computed again,
 so a study that is stopped goes on where it was. Results go to bench/results/study, one CSV a table and one for its
-learning curves; docs/study.md and its figures are written from them.
+learning curves; docs/study.md, its figures and the lines in README.md are written from them.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from bench.study import document
 from bench.study.cells import machines, results, run_cells
 from bench.study.compare import Comparison, best_rates, curves, rows
 from bench.study.tables import TABLES
-from bench.tables import README
 
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "study.md"
+ROOT = Path(__file__).resolve().parents[2]
+PAGE, README = ROOT / "docs" / "study.md", ROOT / "README.md"
 
 
 def main(given: Sequence[str]) -> None:

@@ -1,6 +1,6 @@
 """Writes the study's document and its figures from the CSVs.
 
-The text is in study.md beside this file, and that of README.md's table in readme.md; what is measured stands there as
+The text is in study.md beside this file, and that of README.md's lines in readme.md; what is measured stands there as
 `{{...}}` and is filled in from the CSVs:
 
     {{table NAME | metric, metric | extra column, ... | method}}   a table; differences to the last-named method
@@ -189,5 +189,5 @@ def write(folder: Path, page: Path) -> None:
 
 
 def in_readme(text: str, folder: Path) -> str:
-    """The text of README.md with its table of the study written anew."""
-    return replaced(text, written(Results(folder), SUMMARY.read_text()), "study")
+    """The text of README.md with its lines about the study written anew."""
+    return replaced(text, written(Results(folder), SUMMARY.read_text().rstrip("\n")), "study", "README.md")
