@@ -236,6 +236,51 @@ def test_relative_links_and_pictures_of_the_readme_exist():
         assert (ROOT / link).exists(), link
 
 
+NAME = re.compile(r"(?<![\w./@:-])sysdag(?:\.[A-Za-z_]\w*)+")
+PATH = re.compile(r"(?<![\w./-])(?:sysdag|docs|tests|bench|kernels|csrc|examples)/[\w./*-]*[\w*/]")
+NOT_THERE = {
+    "sysdag.trace": "a key in Parquet files",
+    "sysdag/kernels/": "of a wheel",
+    "sysdag.kernels.squared_norm": "architecture.md shows how to add it",
+    "sysdag/ops/squared_norm.py": "architecture.md shows how to add it",
+    "kernels/squared_norm.py": "architecture.md shows how to add it",
+}
+
+
+def gone(text: str) -> list[str]:
+    """The dotted names of sysdag and the paths of the checkout in a text that stand for nothing."""
+    missing = []
+    for name in NAME.findall(text):
+        try:
+            found_at(name if not name.startswith("sysdag._C") else "sysdag")  # the extension may not be built
+        except AttributeError:
+            missing.append(name)
+    for path in PATH.findall(text):
+        pattern = re.sub(r"[A-Z]{3,}", "*", path.rstrip("/"))  # NAME-DEVICE.csv
+        if next(ROOT.glob(pattern), None) is None:
+            missing.append(path)
+    return [each for each in missing if each not in NOT_THERE]
+
+
+def test_names_and_paths_that_are_told_are_there():
+    """In the documents, and in the code's docstrings and comments."""
+    told = [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "Makefile", ROOT / "mkdocs.yml", *(ROOT / "csrc").glob("*.*")]
+    for folder in ("sysdag", "kernels", "bench", "examples", "docs"):
+        told += [path for ending in ("py", "md") for path in (ROOT / folder).rglob(f"*.{ending}")]
+    missing = {str(path.relative_to(ROOT)): gone(path.read_text(encoding="utf-8")) for path in told}
+    assert len(missing) > 200
+    assert {path: names for path, names in missing.items() if names} == {}
+
+
+def test_what_is_gone_is_seen():
+    assert gone("`sysdag.graph.System`, sysdag.ops.token_logprob, tests/ops/, `bench/results/op-DEVICE.csv`") == [
+        "bench/results/op-DEVICE.csv"
+    ]
+    assert gone("see `sysdag.readers`, `sysdag.graph.plan.Plans`, tests/test_layers.py and sysdag/engine.py.") == [
+        "sysdag.readers", "sysdag.graph.plan.Plans", "tests/test_layers.py", "sysdag/engine.py",
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize("picture", sorted((DOCS / "pictures").glob("*.svg")), ids=lambda picture: picture.stem)
 def test_pictures_show_the_examples_as_they_are(picture, monkeypatch):
     """`python docs/pictures.py` draws them; matplotlib writes each text into the file as a comment, too."""
