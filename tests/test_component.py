@@ -1,5 +1,7 @@
 """What every component inherits."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given
@@ -7,7 +9,7 @@ from hypothesis import strategies as st
 from tiny_diffusion import from_vectors, images, vectors
 
 from sysdag import Component, Draw, PlanError
-from sysdag.components import Tabular
+from sysdag.components import Opaque, Tabular
 
 
 class Weighing(Tabular):
@@ -55,7 +57,7 @@ def test_a_diffusion_draw_weighs_its_positions_at_each_noise(noise_draws, expect
 
 
 class Lists(Tabular):
-    """Draws lists, and has weights; says nothing of references and keys."""
+    """Draws lists, and has weights; says nothing of log-probabilities, references, keys and loading."""
 
     def __init__(self):
         super().__init__({"a": {"x": 1.0}})
@@ -65,8 +67,10 @@ class Lists(Tabular):
     def module(self):
         return self._module
 
+    log_prob = Component.log_prob
     reference = Component.reference
     key = Component.key
+    load_weights = Component.load_weights
 
 
 def test_a_component_of_ones_own_is_told_which_method_it_lacks():
@@ -74,5 +78,13 @@ def test_a_component_of_ones_own_is_told_which_method_it_lacks():
         Lists().reference()
     with pytest.raises(PlanError, match=r"drew \['x'\], which has no hash .* override `key\(self, draw\)` in Lists"):
         Lists().key(Draw(["x"]))
+    with pytest.raises(PlanError, match=r"override `log_prob\(self, inputs, draws\)` in Lists"):
+        Lists().log_prob(["a"], [Draw("x")])
+    with pytest.raises(PlanError, match=r"override `load_weights\(self, folder\)` in Lists"):
+        Lists().load_weights(Path())
+    with pytest.raises(PlanError, match=r"has no exact likelihood \(its kind is 'none'\)"):
+        Opaque(str).log_prob(["a"], [Draw("x")])
+    with pytest.raises(PlanError, match="has no weights to load"):
+        Opaque(str).load_weights(Path())
     assert Lists().key(Draw(("x",))) == ("x",)
     assert Component.key(Lists(), Draw("x")) == "x"

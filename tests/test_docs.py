@@ -169,6 +169,8 @@ def stand_ins(tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_what_a_page_shows_runs(page, stand_ins, tmp_path, monkeypatch):
+    if page.name == "architecture.md":
+        pytest.importorskip("triton")
     monkeypatch.chdir(tmp_path)
     shorten_completions(monkeypatch)
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])  # commands add to it
@@ -264,6 +266,8 @@ def gone(text: str) -> list[str]:
 
 def test_names_and_paths_that_are_told_are_there():
     """In the documents, and in the code's docstrings and comments."""
+    pytest.importorskip("fastapi")
+    pytest.importorskip("triton")
     told = [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "Makefile", ROOT / "mkdocs.yml", *(ROOT / "csrc").glob("*.*")]
     for folder in ("sysdag", "kernels", "bench", "examples", "docs"):
         told += [path for ending in ("py", "md") for path in (ROOT / folder).rglob(f"*.{ending}")]
@@ -308,7 +312,9 @@ def found_at(path: str) -> object:
     for length in range(len(parts), 0, -1):
         try:
             found: object = importlib.import_module(".".join(parts[:length]))
-        except ModuleNotFoundError:
+        except ModuleNotFoundError as error:
+            if not (error.name or "").startswith(parts[0]):
+                raise
             continue
         for part in parts[length:]:
             found = getattr(found, part)
@@ -342,6 +348,7 @@ PACKAGES = ["sysdag"] + [
 
 @pytest.mark.parametrize("name", PACKAGES)
 def test_every_public_name_has_one_home_in_the_reference(name):
+    pytest.importorskip("fastapi")
     package = importlib.import_module(name)
     reference = documented()
     for public in package.__all__:

@@ -110,7 +110,12 @@ class Component(ABC):
 
     def log_prob(self, inputs: Sequence[Any], draws: Sequence[Draw]) -> Float[Tensor, " n"]:
         """Natural log-probability of each draw given its input, differentiable, fp32 or better."""
-        raise PlanError(f"{self!r} has no exact likelihood (its kind is {self.likelihood!r}).")
+        if self.likelihood != "exact":
+            raise PlanError(f"{self!r} has no exact likelihood (its kind is {self.likelihood!r}).")
+        raise PlanError(
+            f"{self!r} has an exact likelihood, but no log-probabilities: override `log_prob(self, inputs, draws)` in "
+            f"{type(self).__name__}."
+        )
 
     def noise(self, draws: Sequence[Draw], generator: torch.Generator | None = None) -> Any:
         """What a bound's estimate is random in, for these draws; passed to both policy and reference.
@@ -233,7 +238,12 @@ class Component(ABC):
 
     def load_weights(self, folder: Path) -> None:
         """Replaces the weights in place by those that `save_pretrained` wrote (a checkpoint being resumed)."""
-        raise PlanError(f"{self!r} has no weights to load.")
+        if self.module is None:
+            raise PlanError(f"{self!r} has no weights to load.")
+        raise PlanError(
+            f"{self!r} has weights, but they cannot be loaded in place: override `load_weights(self, folder)` in "
+            f"{type(self).__name__} to read what `save_pretrained` wrote."
+        )
 
 
 @contextlib.contextmanager
