@@ -9,61 +9,119 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import json
 import sys
 import warnings
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from sysdag.components import adapter_support as support
+from sysdag.components.adapter_effect import effect
 from sysdag.errors import PlanError, SerializationError
+from sysdag.files.atomic import write_text
 
 if TYPE_CHECKING:
     from peft import PeftConfig
 
-_FILE = "adapter_model.safetensors"
+_CONFIG, _FILE = "adapter_config.json", "adapter_model.safetensors"
 _PEFT_PREFIX = "base_model.model."  # the names inside a PeftModel
 _NAME, _REFERENCE = "sysdag", "reference"
+_SHELL = "_sysdag_peft_model"  # where a model keeps the PeftModel around it, whose state its adapter's layers share
+_NO_MATTER = ("base_model_name_or_path", "inference_mode", "peft_version")  # of a config, to the scores
+_WRAPPED = ("base_layer", "original_module", "token_adapter")  # inside a layer of peft, what leads to the base's own
+_ROUNDING = 4.0  # units of machine precision by which a new adapter may change a layer's output
+_START_ADVICE = {
+    "FOURIERFT": " (init_weights=True starts its spectrum at zero)",
+    "UNILORA": " (its vector starts at random and cannot start at zero, where nothing would train)",
+}
 _adopted: weakref.WeakKeyDictionary[Any, set[str]] = weakref.WeakKeyDictionary()  # what PeftModels brought, by model
 
 
-def attach(model: Any, config: PeftConfig) -> str:
+def attach(model: Any, config: PeftConfig, owner: str = "") -> str:
     """Puts a new adapter on `model` in place and returns its name; of the weights, only adapters require gradients.
 
+    Args:
+        owner: what errors name; by default the class of the model.
+
     Raises:
-        PlanError: for a model that carries adapters from elsewhere, or a config whose adapter, switched off, would not
-            leave the model as it was.
+        PlanError: for a model that carries adapters from elsewhere, a config that peft cannot put on this model, or one
+            whose adapter changes the model before it has trained.
     """
-    _check(config)
+    owner = owner or f"The {type(model).__name__}"
+    support.check_config(config, owner)
+    name = _attach(model, config, owner)
+    size = effect(_layers(model), name)
+    if size is not None and size > _ROUNDING:
+        kind = support.kind_of(config)
+        _drop(model, name)
+        raise PlanError(
+            f"{owner}: a new adapter of this peft_config ({kind}) makes another model of the one that you gave before "
+            f"it has trained{_START_ADVICE.get(kind, '')}. Choose a start that changes nothing (init_lora_weights=True "
+            "or init_weights=True, where the config has it), or pass the model with the adapter on it "
+            "(peft.get_peft_model) and leave peft_config out: then the reference is that model as it starts."
+        )
+    return name
+
+
+def attach_saved(model: Any, folder: Path, owner: str = "") -> str:
+    """Puts the adapter that `save` wrote on `model` in place, ready to train on, and returns its name.
+
+    Raises:
+        PlanError, SerializationError: as `attach` and `load`.
+    """
+    owner, config = owner or f"The {type(model).__name__}", read_config(folder)
+    support.check_config(config, owner, new=False)
+    name = _attach(model, config, owner)
+    load(model, name, folder)
+    return name
+
+
+def _attach(model: Any, config: PeftConfig, owner: str) -> str:
     foreign = [name for name in _all_names(model) if name not in names(model)]
     if foreign:
         raise PlanError(
-            f"The {type(model).__name__} already carries adapters {foreign} of its own. Merge them into its weights "
-            "(merge_and_unload; fuse_lora and unload_lora in diffusers) before it gets one to train."
+            f"{owner}: the {type(model).__name__} already carries adapters {foreign} of its own. Merge them into its "
+            "weights (merge_and_unload; fuse_lora and unload_lora in diffusers) before it gets one to train."
         )
     config = copy.deepcopy(config)  # peft writes into it, and several components may be given the same
     config.base_model_name_or_path = config.base_model_name_or_path or getattr(model, "name_or_path", None)
-    return _inject(model, config, _NAME)
+    config.inference_mode = False
+    before = _base_storage(model)
+    name = _inject(model, config, _NAME, owner)
+    after = _base_storage(model)
+    changed = sorted(key for key in before.keys() | after.keys() if before.get(key) != after.get(key))
+    if changed:
+        raise PlanError(
+            f"{owner}: an adapter of this peft_config ({support.kind_of(config)}) changes the base model's weights "
+            f"({len(changed)} of them, the first is {changed[0]!r}): switched off, it would not leave the model that "
+            "you gave. Load the model anew and use a config that leaves it as it is."
+        )
+    return name
 
 
-def adopt(peft_model: Any) -> tuple[Any, str]:
+def adopt(peft_model: Any, owner: str = "") -> tuple[Any, str]:
     """The model inside a PeftModel, and the name of the adapter that is active in it.
 
     Raises:
         PlanError: for a kind of adapter that `attach` refuses, several active ones, or one that is merged.
     """
-    active = peft_model.active_adapters
+    owner, active = owner or f"The {type(peft_model).__name__}", peft_model.active_adapters
     if len(active) != 1:
-        raise PlanError(f"The PeftModel has the active adapters {active}; activate one of them (set_adapter).")
+        raise PlanError(f"{owner}: the PeftModel has the active adapters {active}; activate one (set_adapter).")
     config = peft_model.peft_config[active[0]]
-    _check(config, given=True)
+    support.check_config(config, owner, new=False)
     model = peft_model.get_base_model()
     if any(getattr(layer, "merged", False) for layer in _layers(model)):
-        raise PlanError("The PeftModel's adapter is merged into its weights; call unmerge_adapter() first.")
+        raise PlanError(f"{owner}: the PeftModel's adapter is merged into its weights; call unmerge_adapter() first.")
     _adopted.setdefault(model, set()).add(active[0])
+    if support.shares_state(config):
+        object.__setattr__(model, _SHELL, peft_model)
+    _settle_modes(model)
     return model, active[0]
 
 
@@ -77,62 +135,83 @@ def _all_names(model: Any) -> list[str]:
     return list(getattr(model, "peft_config", {}))
 
 
-def freeze_copy(model: Any, name: str) -> str:
-    """Puts a copy of an adapter as it is now on the same model, to be its reference; it never requires gradients."""
+def freeze_copy(model: Any, name: str) -> tuple[Any, str]:
+    """A copy of an adapter as it is now, to be its reference; it never requires gradients.
+
+    Returns:
+        The model that carries it and its name there: the same model, or a copy of all of it where the adapter's layers
+        share state, of which a model has one.
+    """
     config = copy.deepcopy(model.peft_config[name])
+    if support.shares_state(config):
+        return copy.deepcopy(model).requires_grad_(False).eval(), name
     if hasattr(config, "init_lora_weights"):
         config.init_lora_weights = True  # the weights are replaced, so no costlier start is needed
-    made = _inject(model, config, _REFERENCE)
+    made = _inject(model, config, _REFERENCE, f"The {type(model).__name__}")
     _fill(model, made, state(model, name))
+    _copy_buffers(model, name, made)
     for parameter in parameters(model, made).values():
         parameter.requires_grad_(False)
     activate(model, name)
-    return made
+    return model, made
 
 
-def _check(config: Any, given: bool = False) -> None:
-    from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
-
-    kind = getattr(config.peft_type, "value", config.peft_type)
-    bias, start = getattr(config, "bias", "none"), getattr(config, "init_lora_weights", None)
-    if bias != "none":
-        raise PlanError(
-            f"peft_config has bias={bias!r}, which trains biases of the base model: the reference could not be "
-            "the adapter switched off. Use bias='none'."
-        )
-    if isinstance(start, str) and (start.startswith("pissa") or start in ("olora", "loftq", "corda")):
-        raise PlanError(
-            f"peft_config has init_lora_weights={start!r}, which changes the base model's weights: switched off, the "
-            "adapter would not leave the model that you gave. Use init_lora_weights=True."
-        )
-    tuner = PEFT_TYPE_TO_TUNER_MAPPING.get(config.peft_type)
-    if getattr(config, "is_prompt_learning", False) or getattr(config, "is_adaption_prompt", False) or tuner is None:
-        raise PlanError(
-            f"peft_config is of type {kind}, which puts virtual tokens before each row or changes the model's forward; "
-            "it cannot be switched layer by layer. Use LoraConfig or another config that adapts layers."
-        )
-    if getattr(tuner, "uses_shared_state", False) and not given:
-        raise PlanError(
-            f"peft_config is of type {kind}, whose layers share state. Pass the model with the adapter on it: "
-            "peft.get_peft_model(model, peft_config), and leave peft_config out."
-        )
+def _copy_buffers(model: nn.Module, name: str, other: str) -> None:
+    """What an adapter holds beside its parameters: indices, masks and projections, some drawn at random."""
+    theirs = buffers(model, other)
+    with torch.no_grad():
+        for key, buffer in buffers(model, name).items():
+            theirs[key].copy_(buffer)
 
 
-def _inject(model: Any, config: PeftConfig, wanted: str) -> str:
+def _inject(model: Any, config: PeftConfig, wanted: str, owner: str) -> str:
     """Adds an adapter under a free name; what trained before still does, beside it only the new one."""
-    from peft import inject_adapter_in_model
+    from peft import PeftModel, inject_adapter_in_model
 
-    taken = _all_names(model)
+    taken, kind = _all_names(model), support.kind_of(config)
     free = [wanted, *(f"{wanted}_{number}" for number in range(1, len(taken) + 1))]
     name = next(candidate for candidate in free if candidate not in taken)
+    sharing = [
+        support.kind_of(other) for other in getattr(model, "peft_config", {}).values() if support.shares_state(other)
+    ]
+    if taken and (sharing or support.shares_state(config)):
+        raise PlanError(
+            f"{owner}: adapters of type {(sharing or [kind])[0]} share state between their layers, so that a model has "
+            f"no other adapter beside one of them; this one carries {taken}. Give it a model of its own."
+        )
     trained = {id(parameter): parameter.requires_grad and bool(taken) for parameter in model.parameters()}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several adapters are meant
-        inject_adapter_in_model(config, model, adapter_name=name)
+        try:
+            if support.shares_state(config):
+                shell = PeftModel(model, config, adapter_name=name)
+                object.__setattr__(model, _SHELL, shell)  # no submodule of the model that it wraps
+            else:
+                inject_adapter_in_model(config, model, adapter_name=name)
+        except torch.OutOfMemoryError:
+            raise
+        except (ValueError, TypeError, RuntimeError, AttributeError, ImportError) as error:
+            raise PlanError(f"{owner}: peft cannot put this adapter of type {kind} on it. {error}") from error
     for parameter in model.parameters():
         if id(parameter) in trained:  # some versions of peft freeze the adapters that were there
             parameter.requires_grad_(trained[id(parameter)])
+    _settle_modes(model)
     return name
+
+
+def _drop(model: Any, name: str) -> None:
+    """Takes a refused adapter off again."""
+    for layer in _layers(model):
+        layer.delete_adapter(name, *([[]] if hasattr(layer, "original_module") else []))
+    del model.peft_config[name]
+    model.__dict__.pop(_SHELL, None)
+
+
+def _settle_modes(model: nn.Module) -> None:
+    """Puts each layer of an adapter into the mode of the layer that it adapts; new modules come in train mode."""
+    for layer in _layers(model):
+        base = layer.original_module if hasattr(layer, "original_module") else layer.get_base_layer()
+        layer.train(base.training)
 
 
 def prepare_quantized(model: Any) -> None:
@@ -205,57 +284,78 @@ def switched_off(model: nn.Module) -> Iterator[None]:
 
 def is_identity(model: nn.Module, name: str) -> bool:
     """Whether the model computes the same with the adapter as without, as a new LoRA adapter does; False if unsure."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    for layer in _layers(model):
-        if name not in layer._get_available_adapters():
-            continue
-        if hasattr(layer, "trainable_tokens_delta"):
-            if not torch.equal(layer.trainable_tokens_delta[name], layer.trainable_tokens_original[name]):
-                return False
-        elif not isinstance(layer, BaseTunerLayer):
-            if hasattr(layer, "token_adapter"):  # a wrapper of the layer above
-                continue
-            original, trained = layer.original_module.state_dict(), getattr(layer, "modules_to_save", {})
-            if name not in trained or not _same(original, trained[name].state_dict()):
-                return False
-        elif not hasattr(layer, "get_delta_weight") or layer.get_delta_weight(name).any():
-            return False
-    return True
-
-
-def _same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+    return effect(_layers(model), name) == 0
 
 
 def parameters(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
-    """The adapter's parameters, under names that do not hold the adapter's own."""
-    found = {}
+    """The adapter's parameters, each once, under names that do not hold the adapter's own."""
+    return _own(model, name, lambda layer: layer.named_parameters())
+
+
+def buffers(model: nn.Module, name: str) -> dict[str, Tensor]:
+    """The adapter's tensors that never train, each once, named as its parameters are."""
+    return _own(model, name, lambda layer: layer.named_buffers())
+
+
+def _own(model: nn.Module, name: str, of: Callable[[Any], Iterable[tuple[str, Any]]]) -> dict[str, Any]:
+    found: dict[int, tuple[str, Any]] = {}
     for prefix, layer in _named_layers(model):
-        for key, parameter in layer.named_parameters():
+        for key, tensor in of(layer):
             parts = key.split(".")
             if name in parts:
                 parts.remove(name)
-                found[".".join([prefix, *parts])] = parameter
+                found.setdefault(id(tensor), (".".join([prefix, *parts]), tensor))  # layers may share it
+    return dict(found.values())
+
+
+def fingerprint(model: nn.Module, own: Iterable[nn.Parameter]) -> dict[str, Any]:
+    """What the scores of an adapter depend on beside its parameters: its config and buffers, by name.
+
+    Args:
+        own: the parameters of one component; adapters that hold none of them are left out.
+    """
+    held, found = {id(parameter) for parameter in own}, {}
+    for name in names(model):
+        if any(id(parameter) in held for parameter in parameters(model, name).values()):
+            options = {k: v for k, v in model.peft_config[name].to_dict().items() if k not in _NO_MATTER}
+            found |= {"config": json.dumps(options, sort_keys=True, default=_sorted), **buffers(model, name)}
     return found
+
+
+def _sorted(value: Any) -> Any:
+    return sorted(value) if isinstance(value, (set, frozenset)) else str(value)
 
 
 def base_state(model: nn.Module) -> dict[str, Tensor]:
     """The weights of the model without adapters, under the names they have there."""
-    adapted: dict[str, str] = {}
-    for prefix, layer in _named_layers(model):
-        if not any(prefix.startswith(outer) for outer in adapted):  # adapters inside adapters go with the outer one
-            inner = "base_layer" if hasattr(layer, "base_layer") else "original_module"
-            inner = "token_adapter.base_layer" if hasattr(layer, "token_adapter") else inner
-            adapted[prefix + "."] = f"{prefix}.{inner}."
-    found = {}
-    for key, tensor in model.state_dict().items():
-        owners = [prefix for prefix in adapted if key.startswith(prefix)]
-        if not owners:
-            found[key] = tensor
-        elif key.startswith(adapted[owners[0]]):
-            found[owners[0] + key.removeprefix(adapted[owners[0]])] = tensor
-    return found
+    base_name = _base_names(model)
+    return {name: tensor for key, tensor in model.state_dict().items() if (name := base_name(key)) is not None}
+
+
+def _base_names(model: nn.Module) -> Callable[[str], str | None]:
+    """From the name of a tensor to the one that it has without adapters, or None for one of an adapter."""
+    adapted = {id(layer) for layer in _layers(model)}
+
+    def name_of(key: str) -> str | None:
+        parts, module = [], model
+        for part in key.split("."):
+            if id(module) not in adapted:
+                parts.append(part)
+            elif part not in _WRAPPED:
+                return None
+            module = getattr(module, part, None)
+        return ".".join(parts)
+
+    return name_of
+
+
+def _base_storage(model: nn.Module) -> dict[str, Any]:
+    """Where the base's tensors lie and how often they were written to: the same, as long as nothing changes them."""
+    tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    base_name = _base_names(model)
+    return {
+        name: (tensor.data_ptr(), tensor._version) for key, tensor in tensors if (name := base_name(key)) is not None
+    }
 
 
 def state(model: nn.Module, name: str) -> dict[str, Tensor]:
@@ -263,17 +363,32 @@ def state(model: nn.Module, name: str) -> dict[str, Tensor]:
     from peft import get_peft_model_state_dict
 
     # What peft adds by itself, embeddings that were resized or targeted, belongs to the base, which is frozen.
-    own = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
-    return {_PEFT_PREFIX + key: value for key, value in own.items()}
+    shell = model.__dict__.get(_SHELL)
+    own = get_peft_model_state_dict(shell or model, adapter_name=name, save_embedding_layers=False)
+    return own if shell is not None else {_PEFT_PREFIX + key: value for key, value in own.items()}
 
 
 def save(model: Any, name: str, folder: Path) -> None:
-    """Writes `adapter_config.json` and `adapter_model.safetensors`."""
+    """Writes `adapter_config.json` and `adapter_model.safetensors`, the same bytes for the same adapter."""
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
-    model.peft_config[name].save_pretrained(str(folder))
+    config = copy.deepcopy(model.peft_config[name])
+    config.inference_mode = True
+    mapping = None
+    if config.task_type is None:  # as peft does, so that its AutoPeftModel finds the class
+        mapping = {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}
+    config.save_pretrained(str(folder), auto_mapping_dict=mapping)
+    path = folder / _CONFIG
+    written = json.loads(path.read_text(encoding="utf-8"))
+    sets = [key for key, value in vars(config).items() if isinstance(value, set)]  # in an order that varies
+    write_text(path, json.dumps(written | {key: sorted(written[key]) for key in sets}, indent=2, sort_keys=True))
     weights = {key: value.detach().cpu().contiguous() for key, value in state(model, name).items()}
+    seen: set[int] = set()
+    for key, tensor in weights.items():
+        if tensor.untyped_storage().data_ptr() in seen:  # of layers that share it; the format does not
+            weights[key] = tensor.clone()
+        seen.add(tensor.untyped_storage().data_ptr())
     save_file(weights, folder / _FILE, metadata={"format": "pt"})
 
 
@@ -316,9 +431,11 @@ def check_same_tensors(own: dict[str, Tensor], saved: dict[str, Tensor], folder:
 
 
 def read_config(folder: Path) -> PeftConfig:
-    """The config that `save` wrote, ready to train."""
+    """The config that `save` wrote, ready to train; its weights are read, so that no start is computed for them."""
     from peft import PeftConfig
 
     config = PeftConfig.from_pretrained(str(folder))
     config.inference_mode = False
+    if isinstance(getattr(config, "init_lora_weights", None), str):
+        config.init_lora_weights = True
     return config

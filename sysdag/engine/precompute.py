@@ -207,11 +207,17 @@ def _hash(content: Any) -> str:
 
 
 def weights_hash(component: Component) -> str:
-    """SHA-256 of the tensors that a component's scores depend on; another component's adapters are left out."""
+    """SHA-256 of what a component's scores depend on: its tensors, and the config of its adapter.
+
+    Another component's adapters are left out.
+    """
     weights: dict[str, Tensor] = dict(component.own_parameters())
-    if component.module is not None:
-        weights |= {f"base.{name}": tensor for name, tensor in adapter.base_state(component.module).items()}
     digest = hashlib.sha256()
+    if component.module is not None:
+        beside = adapter.fingerprint(component.module, weights.values())
+        digest.update(str(beside.pop("config", "")).encode())
+        weights |= {f"beside.{name}": tensor for name, tensor in beside.items()}
+        weights |= {f"base.{name}": tensor for name, tensor in adapter.base_state(component.module).items()}
     for name in sorted(weights):
         tensor = weights[name].detach().cpu().contiguous()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())

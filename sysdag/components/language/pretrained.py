@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Self
 from torch import nn
 
 from sysdag.components import adapter
+from sysdag.components.adapter_support import check_config
 from sysdag.components.component import named_source
 from sysdag.errors import PlanError, SerializationError
 
@@ -60,6 +61,8 @@ class PretrainedLM:
         self.adapter: str | None = None
         self.adapter_off = False
         self.model_kwargs = dict(model_kwargs or {})
+        if peft_config is not None:
+            check_config(peft_config, repr(self))
 
     def __repr__(self) -> str:
         name = self._source if isinstance(self._source, (str, Path)) else type(self._source).__name__
@@ -122,12 +125,12 @@ class PretrainedLM:
             from transformers import AutoModelForCausalLM
 
             model = AutoModelForCausalLM.from_pretrained(model, **self.model_kwargs)
-        if (config := self.adapter_config) is not None:
-            self.adapter = adapter.attach(model, config)
-            if self._adapter_folder is not None:
-                adapter.load(model, self.adapter, self._adapter_folder)
+        if self._adapter_folder is not None:
+            self.adapter = adapter.attach_saved(model, self._adapter_folder, repr(self))
+        elif self._peft_config is not None:
+            self.adapter = adapter.attach(model, self._peft_config, repr(self))
         elif hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
-            model, self.adapter = adapter.adopt(model)
+            model, self.adapter = adapter.adopt(model, repr(self))
         if self.adapter is not None:
             adapter.prepare_quantized(model)
         return model
@@ -189,7 +192,7 @@ class PretrainedLM:
         elif adapter.is_identity(model, self.adapter):
             view.adapter_off = True
         else:
-            view.adapter = adapter.freeze_copy(model, self.adapter)
+            view._model, view.adapter = adapter.freeze_copy(model, self.adapter)
         return view
 
     def save(self, folder: Path) -> dict[str, Any]:
