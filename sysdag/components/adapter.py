@@ -36,8 +36,8 @@ _NO_MATTER = ("base_model_name_or_path", "inference_mode", "peft_version")  # of
 _WRAPPED = ("base_layer", "original_module", "token_adapter")  # inside a layer of peft, what leads to the base's own
 _ROUNDING = 4.0  # units of machine precision by which a new adapter may change a layer's output
 _START_ADVICE = {
-    "FOURIERFT": " (init_weights=True starts its spectrum at zero)",
-    "UNILORA": " (its vector starts at random and cannot start at zero, where nothing would train)",
+    **dict.fromkeys(("C3A", "FOURIERFT"), " (init_weights=True starts it at zero)"),
+    **dict.fromkeys(("UNILORA", "VBLORA"), " (it starts at random: from zero, nothing of it would train)"),
 }
 _adopted: weakref.WeakKeyDictionary[Any, set[str]] = weakref.WeakKeyDictionary()  # what PeftModels brought, by model
 
@@ -62,7 +62,7 @@ def attach(model: Any, config: PeftConfig, owner: str = "") -> str:
         raise PlanError(
             f"{owner}: a new adapter of this peft_config ({kind}) makes another model of the one that you gave before "
             f"it has trained{_START_ADVICE.get(kind, '')}. Choose a start that changes nothing (init_lora_weights=True "
-            "or init_weights=True, where the config has it), or pass the model with the adapter on it "
+            "or init_weights=True, where the config has one), or pass the model with the adapter on it "
             "(peft.get_peft_model) and leave peft_config out: then the reference is that model as it starts."
         )
     return name
@@ -143,7 +143,7 @@ def freeze_copy(model: Any, name: str) -> tuple[Any, str]:
         share state, of which a model has one.
     """
     config = copy.deepcopy(model.peft_config[name])
-    if support.shares_state(config):
+    if _stands_alone(model, config):
         return copy.deepcopy(model).requires_grad_(False).eval(), name
     if hasattr(config, "init_lora_weights"):
         config.init_lora_weights = True  # the weights are replaced, so no costlier start is needed
@@ -171,13 +171,14 @@ def _inject(model: Any, config: PeftConfig, wanted: str, owner: str) -> str:
     taken, kind = _all_names(model), support.kind_of(config)
     free = [wanted, *(f"{wanted}_{number}" for number in range(1, len(taken) + 1))]
     name = next(candidate for candidate in free if candidate not in taken)
-    sharing = [
-        support.kind_of(other) for other in getattr(model, "peft_config", {}).values() if support.shares_state(other)
-    ]
-    if taken and (sharing or support.shares_state(config)):
+    others = {support.kind_of(other) for other in _configs(model)} - {kind}
+    alone = [support.kind_of(other) for other in [*_configs(model), config] if _stands_alone(model, other)]
+    if taken and (others or alone):
+        beside = (
+            f"of type {alone[0]} stands alone" if alone else f"of type {kind} cannot lie beside one of {others.pop()}"
+        )
         raise PlanError(
-            f"{owner}: adapters of type {(sharing or [kind])[0]} share state between their layers, so that a model has "
-            f"no other adapter beside one of them; this one carries {taken}. Give it a model of its own."
+            f"{owner}: an adapter {beside} on a model, and this one carries {taken}. Give it a model of its own."
         )
     trained = {id(parameter): parameter.requires_grad and bool(taken) for parameter in model.parameters()}
     with warnings.catch_warnings():
@@ -197,6 +198,20 @@ def _inject(model: Any, config: PeftConfig, wanted: str, owner: str) -> str:
             parameter.requires_grad_(trained[id(parameter)])
     _settle_modes(model)
     return name
+
+
+def _configs(model: Any) -> list[Any]:
+    return list(getattr(model, "peft_config", {}).values())
+
+
+def _stands_alone(model: Any, config: Any) -> bool:
+    """Whether peft can put no second adapter beside this one.
+
+    Its layers share state, or it adapts embeddings that are tied to the head, which peft 0.21 ties for the first alone.
+    """
+    tied = bool(getattr(getattr(model, "config", None), "tie_word_embeddings", False))
+    ties = support.kind_of(config) == "TRAINABLE_TOKENS" or getattr(config, "ensure_weight_tying", False)
+    return support.shares_state(config) or (tied and ties)
 
 
 def _drop(model: Any, name: str) -> None:
@@ -381,8 +396,10 @@ def save(model: Any, name: str, folder: Path) -> None:
     config.save_pretrained(str(folder), auto_mapping_dict=mapping)
     path = folder / _CONFIG
     written = json.loads(path.read_text(encoding="utf-8"))
-    sets = [key for key, value in vars(config).items() if isinstance(value, set)]  # in an order that varies
-    write_text(path, json.dumps(written | {key: sorted(written[key]) for key in sets}, indent=2, sort_keys=True))
+    for key, value in vars(config).items():
+        if isinstance(value, set) and key in written:
+            written[key] = sorted(value)  # peft writes them in the order of their hashes
+    write_text(path, json.dumps(written, indent=2, sort_keys=True))
     weights = {key: value.detach().cpu().contiguous() for key, value in state(model, name).items()}
     seen: set[int] = set()
     for key, tensor in weights.items():

@@ -35,10 +35,7 @@ def effect(layers: list[Any], name: str) -> float | None:
         if hasattr(layer, "token_adapter"):
             inside.add(id(layer.token_adapter))
         found = _of_layer(layer, name)
-        if found is None or largest is None:
-            largest = None
-        else:
-            largest = max(largest, found)
+        largest = None if found is None or largest is None else max(largest, found)
     return largest
 
 
@@ -108,9 +105,7 @@ def _inputs(layer: Any) -> list[tuple[Tensor, ...]] | None:
         shape, weight = (4, 1, base.embed_dim), base.out_proj.weight
     elif hasattr(base, "in_features"):
         shape = (_ROWS, base.in_features)
-    elif type(base).__name__ == "Conv1D" and weight is not None:  # of transformers: (in, out)
-        shape = (_ROWS, weight.shape[0])
-    elif weight is not None and weight.ndim == 1:
+    elif weight is not None and (weight.ndim == 1 or type(base).__name__ == "Conv1D"):  # of transformers: (in, out)
         shape = (_ROWS, weight.shape[0])
     else:
         return None

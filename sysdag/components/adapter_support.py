@@ -13,6 +13,7 @@ _OPTIONS = {
     "layer_replication": "gives the base model more layers",
     "monteclora_config": "draws its weights at random in every forward of a training, and needs a loss of its own",
     "save_only_topk_weights": "saves too little to be trained further",
+    "use_qalora": "acts on weights that GPTQ has quantised and is passed over by peft on others",
     "use_asa": "is told the step after each update (update_and_allocate), which no trainer here does",
 }
 _KINDS = {
@@ -34,7 +35,8 @@ def shares_state(config: Any) -> bool:
     """Whether the adapter's layers share tensors that belong to none of them, as VeRA's projections do."""
     from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 
-    return bool(getattr(PEFT_TYPE_TO_TUNER_MAPPING.get(config.peft_type), "uses_shared_state", False))
+    tuner = PEFT_TYPE_TO_TUNER_MAPPING.get(config.peft_type)
+    return bool(getattr(tuner, "uses_shared_state", False)) or kind_of(config) == "RANDLORA"
 
 
 def check_config(config: Any, owner: str, *, new: bool = True) -> None:
