@@ -102,7 +102,9 @@ METHODS = [
     lora("modules_to_save, tied", modules_to_save=["lm_head"], model=tied),
     lora("modules_to_save, both of a tie", modules_to_save=["embed_tokens", "lm_head"], model=tied),
     lora("ensure_weight_tying", modules_to_save=["embed_tokens"], ensure_weight_tying=True, model=tied),
-    lora("ensure_weight_tying, head", target_modules=["embed_tokens"], ensure_weight_tying=True, model=tied),
+    lora("ensure_weight_tying, tokens", trainable_token_indices=[3, 4], ensure_weight_tying=True, model=tied),
+    lora("ensure_weight_tying, adapted embeddings", target_modules=["embed_tokens"], ensure_weight_tying=True,
+         model=tied, refused="ensure_weight_tying.*modules_to_save"),
     lora("trainable_token_indices", trainable_token_indices=[3, 4, 5, 20]),
     lora("trainable_token_indices, tied", trainable_token_indices=[3, 4, 5, 20], model=tied),
     lora("init gaussian", init_lora_weights="gaussian"),
@@ -136,7 +138,7 @@ METHODS = [
     Method("LLaMA-Adapter", "AdaptionPromptConfig", {"adapter_len": 3, "adapter_layers": 1}, refused="ADAPTION_PROMPT"),
     Method("IA3", "IA3Config", {"target_modules": ["k_proj", "down_proj"], "feedforward_modules": ["down_proj"]}),
     Method("BEFT", "BeftConfig", ATTENTION),
-    Method("Lily", "LilyConfig", {"r": 4, **ATTENTION}),
+    Method("Lily", "LilyConfig", {"r": 4, **ATTENTION}, refused="LILY.*mean over all tokens"),
     Method("LoHa", "LoHaConfig", {"r": 4, **ATTENTION}),
     Method("LoKr", "LoKrConfig", {"r": 4, **ATTENTION}),
     Method("OFT", "OFTConfig", {"oft_block_size": 4, "r": 0, **ATTENTION}),
@@ -254,6 +256,8 @@ def compare(method: Method, folder: Path) -> Iterator[tuple[str, float]]:
     reference = component.reference()
     yield "the model that training starts from", worst(scores(reference), start)
     yield "margin before the first step, 0", worst(scores(component), scores(reference)) / 1e-30
+    own = {id(parameter) for parameter in component.own_parameters().values() if parameter.requires_grad}
+    assert own == {id(parameter) for parameter in component.module.parameters() if parameter.requires_grad}
     train(component)
     trained = scores(component)
     assert worst(trained, start) > 1e-3, "training moved nothing"

@@ -93,6 +93,13 @@ def _attach(model: Any, config: PeftConfig, owner: str) -> str:
     config.inference_mode = False
     before = _base_storage(model)
     name = _inject(model, config, _NAME, owner)
+    if tied := getattr(config, "target_modules_to_tie", None):
+        _drop(model, name)
+        raise PlanError(
+            f"{owner}: ensure_weight_tying with {sorted(tied)} among the target modules ties "
+            "an adapter's tensors by views, which do not follow the model to a device or into a copy. Leave it out, or "
+            "train the embeddings whole (modules_to_save)."
+        )
     after = _base_storage(model)
     changed = sorted(key for key in before.keys() | after.keys() if before.get(key) != after.get(key))
     if changed:
@@ -222,6 +229,20 @@ def _drop(model: Any, name: str) -> None:
     model.__dict__.pop(_SHELL, None)
 
 
+def disable_dropout(model: nn.Module) -> None:
+    """Sets the probability of every dropout in the model to 0, those of peft's layers included.
+
+    Beside `nn.Dropout` these are OFT's and BOFT's own modules, and what LoHa and LoKr draw from their layers' options.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Dropout) or "Dropout" in type(module).__name__ and hasattr(module, "p"):
+            module.p = 0.0
+    for layer in _layers(model):
+        for options in (getattr(layer, "rank_dropout", None), getattr(layer, "module_dropout", None)):
+            if isinstance(options, dict):
+                options.update(dict.fromkeys(options, 0.0))
+
+
 def _settle_modes(model: nn.Module) -> None:
     """Puts each layer of an adapter into the mode of the layer that it adapts; new modules come in train mode."""
     for layer in _layers(model):
@@ -323,13 +344,14 @@ def _own(model: nn.Module, name: str, of: Callable[[Any], Iterable[tuple[str, An
     return dict(found.values())
 
 
-def fingerprint(model: nn.Module, own: Iterable[nn.Parameter]) -> dict[str, Any]:
+def fingerprint(model: Any, own: Iterable[Tensor]) -> dict[str, Any]:
     """What the scores of an adapter depend on beside its parameters: its config and buffers, by name.
 
     Args:
         own: the parameters of one component; adapters that hold none of them are left out.
     """
-    held, found = {id(parameter) for parameter in own}, {}
+    held = {id(parameter) for parameter in own}
+    found: dict[str, Any] = {}
     for name in names(model):
         if any(id(parameter) in held for parameter in parameters(model, name).values()):
             options = {k: v for k, v in model.peft_config[name].to_dict().items() if k not in _NO_MATTER}
@@ -352,7 +374,8 @@ def _base_names(model: nn.Module) -> Callable[[str], str | None]:
     adapted = {id(layer) for layer in _layers(model)}
 
     def name_of(key: str) -> str | None:
-        parts, module = [], model
+        parts: list[str] = []
+        module: Any = model
         for part in key.split("."):
             if id(module) not in adapted:
                 parts.append(part)

@@ -40,7 +40,7 @@ def effect(layers: list[Any], name: str) -> float | None:
 
 
 def _of_layer(layer: Any, name: str) -> float | None:
-    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
 
     tensors = [*layer.parameters(), *layer.buffers()]
     if any(tensor.is_meta for tensor in tensors):
@@ -49,7 +49,7 @@ def _of_layer(layer: Any, name: str) -> float | None:
     with torch.no_grad():
         if hasattr(tokens, "trainable_tokens_delta"):
             return _distance(tokens.trainable_tokens_delta[name], tokens.trainable_tokens_original[name])
-        if not isinstance(layer, BaseTunerLayer):
+        if isinstance(layer, AuxiliaryTrainingWrapper):
             original, trained = layer.original_module.state_dict(), layer.modules_to_save[name].state_dict()
             same = original.keys() == trained.keys()
             return max(_distance(trained[key], original[key]) for key in original) if same else None

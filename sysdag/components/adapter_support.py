@@ -18,6 +18,7 @@ _OPTIONS = {
 }
 _KINDS = {
     "ADALORA": "adds a loss in PeftModel's own forward and is told the step after each update (update_and_allocate)",
+    "LILY": "routes by the mean over all tokens of a batch, so that a token's score depends on those behind it",
     "PVERA": "draws its weights at random in every forward of a training, so that no score belongs to its weights",
     "POLY": "chooses by the task_ids that only PeftModel's own forward takes",
     "SHADOW": "runs a second model in PeftModel's own forward",
@@ -53,8 +54,8 @@ def check_config(config: Any, owner: str, *, new: bool = True) -> None:
     reason = _KINDS.get(kind) or _of_its_own_forward(config)
     if reason is not None:
         raise PlanError(
-            f"{owner}: peft_config is of type {kind}, which {reason}; it cannot be switched layer by layer. "
-            "Use LoraConfig or another config that adapts layers."
+            f"{owner}: peft_config is of type {kind}, which {reason}. Use LoraConfig or another config that adapts "
+            "layers, each token by itself."
         )
     for option, reason in _OPTIONS.items():
         if getattr(config, option, None):

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers.trainer_callback import TrainerCallback
 
-from sysdag.components import acceleration
+from sysdag.components import acceleration, adapter
 from sysdag.data.preferences import PreferencePair, encode_pairs
 from sysdag.engine.distributed import gathered
 from sysdag.engine.replay import accumulate_gradients
@@ -69,7 +69,7 @@ class SysDPOTrainer(CheckpointTrainer):
             plan, args.objective_options(), args.node_options(), candidates, args.engine_options()
         )
         if args.disable_dropout:
-            _disable_dropout(system_model)
+            adapter.disable_dropout(system_model)
         self._metrics: dict[str, dict[str, list[float]]] = {"train": defaultdict(list), "eval": defaultdict(list)}
         self._evaluated_batches = 0
         self._warned_of_collapse = False
@@ -271,12 +271,6 @@ def _check_train_dataset(rows: Any) -> None:
         )
     if isinstance(rows, Sized) and not len(rows):
         raise DataError("train_dataset has no rows, so there is nothing to train on.")
-
-
-def _disable_dropout(model: nn.Module) -> None:
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
 
 
 def _check_reference(output: StepOutput) -> None:
