@@ -102,7 +102,6 @@ def test_a_loaded_adapter_scores_the_same_each_time(tmp_path):
     "config",
     [
         LoraConfig(r=2, lora_dropout=0.5, **ATTENTION),
-        OFTConfig(oft_block_size=4, r=0, module_dropout=0.5, **ATTENTION),
         BOFTConfig(boft_block_size=4, boft_dropout=0.5, **ATTENTION),
         LoHaConfig(r=4, rank_dropout=0.5, module_dropout=0.5, **ATTENTION),
         LoKrConfig(r=4, rank_dropout=0.5, module_dropout=0.5, **ATTENTION),
@@ -144,6 +143,18 @@ def test_stored_scores_belong_to_one_config_and_projection():
     assert hash_of(LoraConfig(r=2, **ATTENTION)) != hash_of(LoraConfig(r=2, lora_alpha=9, **ATTENTION))
     keys = [hash_of(VeraConfig(r=2, projection_prng_key=key, **ATTENTION)) for key in (0, 1)]
     assert keys[0] != keys[1]
+
+
+def test_memory_is_told_where_an_adapter_runs_without_numbers():
+    for config, told in (
+        (LoraConfig(**ATTENTION), True),
+        (VeraConfig(**ATTENTION), True),
+        (LoHaConfig(**ATTENTION), False),
+    ):
+        lm = CausalLM(dense(), char_tokenizer(), peft_config=config)
+        found = lm.footprint(tokens=16, labels=4, trains=True, checkpoints=False, device="cpu")
+        own = sum(parameter.nbytes for parameter in lm.own_parameters().values())
+        assert (found.trained if found else None) == (own if told else None)
 
 
 # Diffusion

@@ -42,20 +42,23 @@ _START_ADVICE = {
 _adopted: weakref.WeakKeyDictionary[Any, set[str]] = weakref.WeakKeyDictionary()  # what PeftModels brought, by model
 
 
-def attach(model: Any, config: PeftConfig, owner: str = "") -> str:
-    """Puts a new adapter on `model` in place and returns its name; of the weights, only adapters require gradients.
+def attach(model: Any, config: PeftConfig, owner: str = "", *, new: bool = True) -> str:
+    """Puts an adapter on `model` in place and returns its name; of the weights, only adapters require gradients.
+
+    Its layers are in the mode, train or eval, of those that they adapt.
 
     Args:
         owner: what errors name; by default the class of the model.
+        new: whether it starts to train from here; False for one whose weights `load` brings.
 
     Raises:
-        PlanError: for a model that carries adapters from elsewhere, a config that peft cannot put on this model, or one
-            whose adapter changes the model before it has trained.
+        PlanError: for a model that carries adapters from elsewhere, a config that peft cannot put on this model or that
+            `check_config` refuses, or a new adapter that changes what the model computes before it has trained.
     """
     owner = owner or f"The {type(model).__name__}"
-    support.check_config(config, owner)
+    support.check_config(config, owner, new=new)
     name = _attach(model, config, owner)
-    size = effect(_layers(model), name)
+    size = effect(_layers(model), name) if new else 0
     if size is not None and size > _ROUNDING:
         kind = support.kind_of(config)
         _drop(model, name)
@@ -65,19 +68,6 @@ def attach(model: Any, config: PeftConfig, owner: str = "") -> str:
             "or init_weights=True, where the config has one), or pass the model with the adapter on it "
             "(peft.get_peft_model) and leave peft_config out: then the reference is that model as it starts."
         )
-    return name
-
-
-def attach_saved(model: Any, folder: Path, owner: str = "") -> str:
-    """Puts the adapter that `save` wrote on `model` in place, ready to train on, and returns its name.
-
-    Raises:
-        PlanError, SerializationError: as `attach` and `load`.
-    """
-    owner, config = owner or f"The {type(model).__name__}", read_config(folder)
-    support.check_config(config, owner, new=False)
-    name = _attach(model, config, owner)
-    load(model, name, folder)
     return name
 
 
@@ -232,11 +222,11 @@ def _drop(model: Any, name: str) -> None:
 def disable_dropout(model: nn.Module) -> None:
     """Sets the probability of every dropout in the model to 0, those of peft's layers included.
 
-    Beside `nn.Dropout` these are OFT's and BOFT's own modules, and what LoHa and LoKr draw from their layers' options.
+    Beside torch's modules these are OFT's and BOFT's own, and what LoHa and LoKr draw by options of their layers.
     """
     for module in model.modules():
-        if isinstance(module, nn.Dropout) or "Dropout" in type(module).__name__ and hasattr(module, "p"):
-            module.p = 0.0
+        if "Dropout" in type(module).__name__ and hasattr(module, "p"):
+            module.p = 0.0  # type: ignore[assignment]
     for layer in _layers(model):
         for options in (getattr(layer, "rank_dropout", None), getattr(layer, "module_dropout", None)):
             if isinstance(options, dict):

@@ -24,6 +24,8 @@ _KINDS = {
     "SHADOW": "runs a second model in PeftModel's own forward",
     "XLORA": "mixes trained adapters in PeftModel's own forward",
 }
+# What peft makes from the weights themselves, or by numbers that it reads in the forward.
+_NEED_NUMBERS = frozenset({"ADAMSS", "BOFT", "FOURIERFT", "FROD", "LOHA", "LOKR", "SHIRA", "WAVEFT"})
 _PLAIN_STARTS = (True, False, "gaussian", "orthogonal")
 
 
@@ -38,6 +40,11 @@ def shares_state(config: Any) -> bool:
 
     tuner = PEFT_TYPE_TO_TUNER_MAPPING.get(config.peft_type)
     return bool(getattr(tuner, "uses_shared_state", False)) or kind_of(config) == "RANDLORA"
+
+
+def needs_numbers(config: Any) -> bool:
+    """Whether an adapter cannot be made or run without numbers (on the meta device), so that its memory is not told."""
+    return kind_of(config) in _NEED_NUMBERS or bool(getattr(config, "velora_config", None))
 
 
 def check_config(config: Any, owner: str, *, new: bool = True) -> None:

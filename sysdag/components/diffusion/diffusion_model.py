@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from sysdag.components import adapter, hooks
+from sysdag.components.adapter_support import check_config, needs_numbers
 from sysdag.components.component import Component, named_source
 from sysdag.components.diffusion import footprint as diffusion_footprint
 from sysdag.components.diffusion import pipeline_folder
@@ -149,6 +150,8 @@ class Diffusion(Component):
         self.max_text_length = max_text_length
         self.null_class = null_class
         self.batch_size = batch_size
+        if peft_config is not None:
+            check_config(peft_config, repr(self))
 
     def __repr__(self) -> str:
         is_object = isinstance(self._source, nn.Module)
@@ -297,9 +300,11 @@ class Diffusion(Component):
     def footprint(self, *, tokens: int, labels: int, trains: bool, checkpoints: bool, device: str) -> Footprint | None:
         """See `Component`; reads configs. What conditions the model is taken to be text where it has a text encoder.
 
-        None where `condition` makes the denoiser's arguments, whose sizes are its own say.
+        None where `condition` makes the denoiser's arguments, whose sizes are its own say, and under an adapter that
+        cannot be run without numbers (LoHa, BOFT, FourierFT and some others).
         """
-        if self.condition is not None:
+        config = self._adapter_config
+        if self.condition is not None or (config is not None and needs_numbers(config)):
             return None
         view = self._outlined()
         latents = numpy.zeros(view.sample_shape, dtype=numpy.float32)
@@ -312,6 +317,13 @@ class Diffusion(Component):
         return diffusion_footprint.of_diffusion(
             view.pipeline, score, trains=trains, checkpoints=checkpoints, new_adapter=new_adapter, device=device
         )
+
+    @property
+    def _adapter_config(self) -> PeftConfig | None:
+        if isinstance(self._source, nn.Module):
+            return self._peft_config
+        saved = Path(self._source) / pipeline_folder.ADAPTER
+        return adapter.read_config(saved) if saved.is_dir() else self._peft_config
 
     def _outlined(self) -> Diffusion:
         """This component with models of the same shapes that have no weights."""

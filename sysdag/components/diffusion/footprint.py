@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sysdag.components import acceleration, adapter
+from sysdag.components.adapter_support import needs_numbers
 from sysdag.components.diffusion import pipeline_folder
 from sysdag.components.diffusion.pipeline import Pipeline
 from sysdag.components.footprint import Footprint, bytes_of, make_fake
@@ -36,7 +37,10 @@ def outline(
     dtype: torch.dtype | None = None,
     **others: Any,
 ) -> Pipeline:
-    """The pipeline that `Pipeline.load` makes of the same arguments, its models on the meta device."""
+    """The pipeline that `Pipeline.load` makes of the same arguments, its models on the meta device.
+
+    An adapter that cannot be made there is left out.
+    """
     parts = {name: _emptied(part) if isinstance(part, nn.Module) else part for name, part in given.items()}
     if isinstance(source, nn.Module):
         denoiser = _emptied(source)
@@ -47,6 +51,8 @@ def outline(
         denoiser = parts.pop(pipeline_folder.denoiser_name(parts))
         if (saved := Path(source) / pipeline_folder.ADAPTER).is_dir():
             peft_config = adapter.read_config(saved)
+    if peft_config is not None and needs_numbers(peft_config):
+        peft_config = None
     with torch.device("meta"):
         return Pipeline.load(denoiser, parts, peft_config=peft_config, trains_text_encoder=trains_text_encoder)
 

@@ -79,7 +79,8 @@ class Pipeline:
         if saved_adapter is not None and saved_adapter.is_dir():
             if peft_config is not None:
                 raise PlanError(f"{str(saved_adapter)!r} holds an adapter; leave peft_config out to train that one.")
-            adapter = adapters.attach_saved(denoiser, saved_adapter)
+            adapter = adapters.attach(denoiser, adapters.read_config(saved_adapter), new=False)
+            adapters.load(denoiser, adapter, saved_adapter)
         elif peft_config is not None:
             adapter = adapters.attach(denoiser, peft_config)
         return cls(parts, adapter, trains_text_encoder=trains_text_encoder)

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from sysdag.components.adapter_support import needs_numbers
 from sysdag.components.component import Component, check_max_tokens
 from sysdag.components.decoding import left_pad, sample_tokens
 from sysdag.components.language import footprint
@@ -286,8 +287,13 @@ class CausalLM(Component):
 
     def footprint(
         self, *, tokens: int, labels: int, trains: bool, checkpoints: bool, device: str
-    ) -> footprint.Footprint:
-        """See `sysdag.components.language.footprint`; reads the config, and the adapter's where one was saved."""
+    ) -> footprint.Footprint | None:
+        """See `sysdag.components.language.footprint`; reads the config, and the adapter's where one was saved.
+
+        None under an adapter that cannot be run without numbers (LoHa, BOFT, FourierFT and some others).
+        """
+        if self.lm.adapter_config is not None and needs_numbers(self.lm.adapter_config):
+            return None
         config = self.config
         named = self.lm.model_kwargs.get("dtype") or getattr(config, "dtype", None) or torch.float32
         dtype = getattr(torch, named) if isinstance(named, str) else named

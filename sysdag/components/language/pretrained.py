@@ -125,10 +125,10 @@ class PretrainedLM:
             from transformers import AutoModelForCausalLM
 
             model = AutoModelForCausalLM.from_pretrained(model, **self.model_kwargs)
-        if self._adapter_folder is not None:
-            self.adapter = adapter.attach_saved(model, self._adapter_folder, repr(self))
-        elif self._peft_config is not None:
-            self.adapter = adapter.attach(model, self._peft_config, repr(self))
+        if (config := self.adapter_config) is not None:
+            self.adapter = adapter.attach(model, config, repr(self), new=self._adapter_folder is None)
+            if self._adapter_folder is not None:
+                adapter.load(model, self.adapter, self._adapter_folder)
         elif hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
             model, self.adapter = adapter.adopt(model, repr(self))
         if self.adapter is not None:
