@@ -34,11 +34,7 @@ _NAME, _REFERENCE = "sysdag", "reference"
 _SHELL = "_sysdag_peft_model"  # where a model keeps the PeftModel around it, whose state its adapter's layers share
 _NO_MATTER = ("base_model_name_or_path", "inference_mode", "peft_version")  # of a config, to the scores
 _WRAPPED = ("base_layer", "original_module", "token_adapter")  # inside a layer of peft, what leads to the base's own
-_ROUNDING = 4.0  # units of machine precision by which a new adapter may change a layer's output
-_START_ADVICE = {
-    **dict.fromkeys(("C3A", "FOURIERFT"), " (init_weights=True starts it at zero)"),
-    **dict.fromkeys(("UNILORA", "VBLORA"), " (it starts at random: from zero, nothing of it would train)"),
-}
+_ROUNDING, _UNITS = 1e-4, 4  # by which a new adapter may change a layer's output: relative, and in machine precisions
 _adopted: weakref.WeakKeyDictionary[Any, set[str]] = weakref.WeakKeyDictionary()  # what PeftModels brought, by model
 
 
@@ -59,15 +55,10 @@ def attach(model: Any, config: PeftConfig, owner: str = "", *, new: bool = True)
     support.check_config(config, owner, new=new)
     name = _attach(model, config, owner)
     size = effect(_layers(model), name) if new else 0
-    if size is not None and size > _ROUNDING:
-        kind = support.kind_of(config)
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    if size is not None and size > max(_ROUNDING, _UNITS * torch.finfo(dtype).eps):
         _drop(model, name)
-        raise PlanError(
-            f"{owner}: a new adapter of this peft_config ({kind}) makes another model of the one that you gave before "
-            f"it has trained{_START_ADVICE.get(kind, '')}. Choose a start that changes nothing (init_lora_weights=True "
-            "or init_weights=True, where the config has one), or pass the model with the adapter on it "
-            "(peft.get_peft_model) and leave peft_config out: then the reference is that model as it starts."
-        )
+        raise PlanError(f"{owner}: {support.of_its_start(config)}")
     return name
 
 
@@ -342,7 +333,7 @@ def fingerprint(model: Any, own: Iterable[Tensor]) -> dict[str, Any]:
     """
     held = {id(parameter) for parameter in own}
     found: dict[str, Any] = {}
-    for name in names(model):
+    for name in _all_names(model):
         if any(id(parameter) in held for parameter in parameters(model, name).values()):
             options = {k: v for k, v in model.peft_config[name].to_dict().items() if k not in _NO_MATTER}
             found |= {"config": json.dumps(options, sort_keys=True, default=_sorted), **buffers(model, name)}

@@ -24,8 +24,8 @@ def effect(layers: list[Any], name: str) -> float | None:
         layers: all layers of the model that peft has put in.
 
     Returns:
-        The root mean square of the change over that of the output, in units of the machine precision of the output's
-        dtype. None for a layer that cannot be run alone (one without numbers, on the meta device, or of another shape).
+        The root mean square of the change over that of the output. None for a layer that cannot be run alone (one
+        without numbers, on the meta device, or of another shape).
     """
     largest: float | None = 0.0
     inside: set[int] = set()
@@ -73,8 +73,7 @@ def _distance(one: Tensor, other: Tensor) -> float:
     if torch.equal(one, other):
         return 0.0
     change, size = (one - other).float().norm(), other.float().norm()
-    unit = torch.finfo(other.dtype).eps if other.is_floating_point() else 1.0
-    return float(change / size / unit) if size else math.inf
+    return float(change / size) if size else math.inf
 
 
 @contextlib.contextmanager

@@ -26,6 +26,12 @@ _KINDS = {
 }
 # What peft makes from the weights themselves, or by numbers that it reads in the forward.
 _NEED_NUMBERS = frozenset({"ADAMSS", "BOFT", "FOURIERFT", "FROD", "LOHA", "LOKR", "SHIRA", "WAVEFT"})
+_RANDOM_STARTS = {  # and the option that starts at zero, where there is one
+    "C3A": "init_weights",
+    "FOURIERFT": "init_weights",
+    "UNILORA": None,
+    "VBLORA": None,
+}
 _PLAIN_STARTS = (True, False, "gaussian", "orthogonal")
 
 
@@ -73,6 +79,9 @@ def check_config(config: Any, owner: str, *, new: bool = True) -> None:
             f"{owner}: peft_config ({kind}) has bias={bias!r}, which trains biases of the base model: the reference "
             "could not be the adapter switched off. Use bias='none'."
         )
+    kinds_option = _RANDOM_STARTS.get(kind)
+    if new and kind in _RANDOM_STARTS and (kinds_option is None or getattr(config, kinds_option, None) is not True):
+        raise PlanError(f"{owner}: {of_its_start(config)}")
     if start == "eva" and new:
         raise PlanError(
             f"{owner}: peft_config has init_lora_weights='eva', which needs data. Pass the model with the adapter on "
@@ -83,6 +92,20 @@ def check_config(config: Any, owner: str, *, new: bool = True) -> None:
             f"{owner}: peft_config has init_lora_weights={start!r}, which changes the base model's weights: switched "
             "off, the adapter would not leave the model that you gave. Use init_lora_weights=True."
         )
+
+
+def of_its_start(config: Any) -> str:
+    """What to say of a new adapter that changes the model before it has trained."""
+    kind = kind_of(config)
+    option = _RANDOM_STARTS.get(kind, "init_lora_weights" if hasattr(config, "init_lora_weights") else "init_weights")
+    advice = (
+        f"Set {option}=True, or pass" if option else "It cannot start at zero, where nothing of it would train; pass"
+    )
+    return (
+        f"a new adapter of this peft_config ({kind}) makes another model of the one that you gave before it has "
+        f"trained. {advice} the model with the adapter on it (peft.get_peft_model) and leave peft_config out: then the "
+        "reference is that model as it starts."
+    )
 
 
 def _of_its_own_forward(config: Any) -> str | None:
