@@ -4,6 +4,7 @@ Without a GPU, Triton's kernels run in its interpreter. That is decided when tri
 here, before any test module is; a process that compiles kernels for real starts without it (see test_aot.py).
 """
 
+import importlib.util
 import os
 import sys
 from collections.abc import Iterator
@@ -16,7 +17,12 @@ if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
     assert "triton" not in sys.modules, "triton was imported before tests/ops/conftest.py; set TRITON_INTERPRET=1"
     os.environ["TRITON_INTERPRET"] = "1"
 
+from interpreter import quicken
+
 from sysdag.ops._dispatch import Backend, use_backend, why_unavailable
+
+if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None:
+    quicken()
 
 
 class Served(NamedTuple):
