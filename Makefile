@@ -6,7 +6,7 @@ BIN := .venv/bin
 # What was compiled is kept: the tests start many processes, and compiling transformers takes longer than importing it.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test build bench study lint docs clean
+.PHONY: demo test test-all build bench study lint docs clean
 
 demo: .venv/ready
 	$(BIN)/python -m examples.demo --seed $(SEED) --output demo-output
@@ -14,6 +14,10 @@ demo: .venv/ready
 test: .venv/ready
 	@if command -v c++ > /dev/null; then $(MAKE) --no-print-directory build; else echo "no C++ compiler: testing on plain torch"; fi
 	$(BIN)/python -m pytest
+
+# And what only a release needs: every kernel compiled anew, whatever is recorded of it.
+test-all: .venv/ready build
+	$(BIN)/python -m pytest --release
 
 build: .venv/ready
 	$(BIN)/python setup.py --quiet build_ext --inplace

@@ -41,7 +41,11 @@ def _same_folder_afterwards():
     assert found == folder, f"the test left the working folder at {found}"
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--release", action="store_true", help="also what only a release needs (make test-all)")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     folder = os.path.dirname(__file__)
     place = {os.path.join(folder, *name.split("/")): order for order, name in enumerate(_LONGEST)}
     items.sort(key=lambda item: place.get(str(item.path), len(place)))
@@ -49,3 +53,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+    for item in items:
+        mark = item.get_closest_marker("release")
+        if mark and not config.getoption("release"):
+            item.add_marker(pytest.mark.skip(reason=f"only before a release (make test-all): {mark.args[0]}"))

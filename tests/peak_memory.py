@@ -1,10 +1,8 @@
 """Memory that steps take beyond weights and gradients, measured: `python peak_memory.py` prints a JSON object of bytes.
 
-Each step has a process of its own, forked from one that has imported everything: that takes longer than most steps.
+Each system has a process of its own, forked from one that has imported everything: that takes longer than most steps.
 """
 
-import contextlib
-import io
 import json
 import os
 import sys
@@ -15,6 +13,7 @@ from pathlib import Path
 
 import diffusion_memory
 import torch
+import torch._dynamo  # which torch imports at the first step, in every process that is forked before it
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -26,29 +25,33 @@ ENVIRONMENT = {
     "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1",
     "CUDA_VISIBLE_DEVICES": "",
 }  # fmt: skip
-LLMS = {
-    f"{name}, {'LoRA' if lora else 'full'}": (step_systems.Case("two LLMs", candidates=4, lora=lora), name)
-    for lora in (True, False)
-    for name in ("sysdag", "one pass")
-}
 
 
-def of_llms(case: step_systems.Case, name: str) -> float:
+def of_llms(case: step_systems.Case, names: list[str]) -> dict[str, float]:
     """As the benchmark measures it, which starts a process for each; one such is enough here."""
-    if case.lora and name == "sysdag":
-        return step.peak_mib(case, name) * 2**20
-    printed = io.StringIO()
-    with contextlib.redirect_stdout(printed):
-        step.peak(case, name, 1)
-    return float(printed.getvalue()) * 2**20
+    if case.lora and names == ["sysdag"]:
+        return {shown(case, "sysdag"): step.peak_mib(case, "sysdag") * 2**20}
+    made = step_systems.Step(case)
+    return {shown(case, name): step.peak_of(made, name, "cpu") * 2**20 for name in names}
 
 
-STEPS: dict[str, Callable[[], float]] = {name: partial(of_llms, *case) for name, case in LLMS.items()} | {
-    f"diffusion, {case}": partial(diffusion_memory.measured, case) for case in diffusion_memory.CASES
-}
+def of_diffusion(case: str) -> dict[str, float]:
+    return {f"diffusion, {case}": diffusion_memory.measured(case)}
 
 
-def in_a_fork(measured: Callable[[], float]) -> float | str:
+def shown(case: step_systems.Case, name: str) -> str:
+    return f"{name}, {'LoRA' if case.lora else 'full'}"
+
+
+LORA, FULL = (step_systems.Case("two LLMs", candidates=4, lora=lora) for lora in (True, False))
+LLMS = {shown(case, name): (case, name) for case in (LORA, FULL) for name in ("sysdag", "one pass")}
+PROCESSES: list[Callable[[], dict[str, float]]] = [
+    partial(of_llms, LORA, ["sysdag"]), partial(of_llms, LORA, ["one pass"]),
+    partial(of_llms, FULL, ["sysdag", "one pass"]), *(partial(of_diffusion, case) for case in diffusion_memory.CASES),
+]  # fmt: skip
+
+
+def in_a_fork(measured: Callable[[], dict[str, float]]) -> dict[str, float] | str:
     """What it returns, or the text of the error that it ended in."""
     reading, writing = os.pipe()
     child = os.fork()
@@ -68,4 +71,10 @@ def in_a_fork(measured: Callable[[], float]) -> float | str:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    print(json.dumps({name: in_a_fork(measured) for name, measured in STEPS.items()}))
+    peaks: dict[str, float] = {}
+    for process in PROCESSES:
+        found = in_a_fork(process)
+        if isinstance(found, str):
+            raise SystemExit(found)
+        peaks |= found
+    print(json.dumps(peaks))

@@ -37,7 +37,7 @@ measures = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def measured():
-    """The peak of each of `peak_memory.STEPS` in bytes."""
+    """The peak of each step of `peak_memory.PROCESSES` in bytes."""
     environment = os.environ | peak_memory.ENVIRONMENT
     ended = subprocess.run([sys.executable, peak_memory.__file__], stdout=subprocess.PIPE, text=True, env=environment)
     assert ended.returncode == 0

@@ -12,6 +12,7 @@ of what it calls, its arguments and options, Triton's version, ptxas's, and this
 import argparse
 import hashlib
 import importlib
+import inspect
 import json
 import re
 import subprocess
@@ -37,10 +38,9 @@ def key_of(kernel: Any, arguments: dict[str, Any], options: dict[str, int], arch
     import triton
     from triton.compiler import make_backend
 
-    parts = (
-        kernel.cache_key, arguments, options, triton.__version__, make_backend(target_of(arch)).hash(),
-        Path(__file__).read_text(encoding="utf-8"),
-    )  # fmt: skip
+    reading = [inspect.getsource(function) for function in (compile_kernel, resource_usage)]
+    compiler = [triton.__version__, make_backend(target_of(arch)).hash()]
+    parts = [kernel.cache_key, arguments, options, *compiler, *reading]
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
 
 
