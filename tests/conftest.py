@@ -1,3 +1,4 @@
+import gc
 import os
 
 # Of this process and of those that tests start, before any of them counts the cores: two workers, a thread each.
@@ -43,6 +44,12 @@ def _same_folder_afterwards():
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--release", action="store_true", help="also what only a release needs (make test-all)")
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays: the garbage collector need not look through it, at each training, for what is gone."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -27,12 +27,12 @@ ENVIRONMENT = {
 }  # fmt: skip
 
 
-def of_llms(case: step_systems.Case, names: list[str]) -> dict[str, float]:
-    """As the benchmark measures it, which starts a process for each; one such is enough here."""
-    if case.lora and names == ["sysdag"]:
-        return {shown(case, "sysdag"): step.peak_mib(case, "sysdag") * 2**20}
+def of_llms(case: step_systems.Case, by_the_benchmark: bool) -> dict[str, float]:
+    """Both ways of computing a step, one after the other, or each in a process of its own that the benchmark starts."""
+    if by_the_benchmark:
+        return {shown(case, name): step.peak_mib(case, name) * 2**20 for name in NAMES}
     made = step_systems.Step(case)
-    return {shown(case, name): step.peak_of(made, name, "cpu") * 2**20 for name in names}
+    return {shown(case, name): step.peak_of(made, name, "cpu") * 2**20 for name in NAMES}
 
 
 def of_diffusion(case: str) -> dict[str, float]:
@@ -43,12 +43,9 @@ def shown(case: step_systems.Case, name: str) -> str:
     return f"{name}, {'LoRA' if case.lora else 'full'}"
 
 
-LORA, FULL = (step_systems.Case("two LLMs", candidates=4, lora=lora) for lora in (True, False))
-LLMS = {shown(case, name): (case, name) for case in (LORA, FULL) for name in ("sysdag", "one pass")}
-PROCESSES: list[Callable[[], dict[str, float]]] = [
-    partial(of_llms, LORA, ["sysdag"]), partial(of_llms, LORA, ["one pass"]),
-    partial(of_llms, FULL, ["sysdag", "one pass"]), *(partial(of_diffusion, case) for case in diffusion_memory.CASES),
-]  # fmt: skip
+NAMES = ("sysdag", "one pass")
+SYSTEMS = [step_systems.Case("two LLMs", candidates=4, lora=lora) for lora in (True, False)]
+LLMS = {shown(case, name): (case, name) for case in SYSTEMS for name in NAMES}
 
 
 def in_a_fork(measured: Callable[[], dict[str, float]]) -> dict[str, float] | str:
@@ -71,8 +68,12 @@ def in_a_fork(measured: Callable[[], dict[str, float]]) -> dict[str, float] | st
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    processes: list[Callable[[], dict[str, float]]] = [
+        *(partial(of_llms, case, "--by-the-benchmark" in sys.argv) for case in SYSTEMS),
+        *(partial(of_diffusion, case) for case in diffusion_memory.CASES),
+    ]
     peaks: dict[str, float] = {}
-    for process in PROCESSES:
+    for process in processes:
         found = in_a_fork(process)
         if isinstance(found, str):
             raise SystemExit(found)

@@ -179,7 +179,7 @@ CELLS = {
 }
 
 
-@pytest.mark.slow
+@pytest.mark.release("the study is run by its authors, not by users")
 @pytest.mark.parametrize("function", CELLS)
 def test_every_system_is_trained_and_measured(function, tmp_path, monkeypatch):
     options, metric, trainings = CELLS[function]
@@ -208,7 +208,7 @@ def test_large_systems_have_longer_words_and_need_a_gpu(tmp_path, monkeypatch, c
     assert "draft-refine-large needs a CUDA device, and torch finds none" in capsys.readouterr().err
 
 
-@pytest.mark.slow
+@pytest.mark.release("the study is run by its authors, not by users")
 def test_a_table_from_end_to_end(tmp_path, monkeypatch):
     tiny = task.Size(base_steps=15, training=8, validation=2, heldout=4, steps=4, every=2, runs=4)
     monkeypatch.setitem(task.SIZES, "quick", tiny)

@@ -22,13 +22,17 @@ def real(trie):
     return [(row, column) for row, count in enumerate(trie.lengths.tolist()) for column in range(count)]
 
 
-def prefix_of(trie, row, column):
-    """The tokens from the start to this one, by following parents."""
-    found = []
-    while column != -1:
-        found.append(int(trie.tokens[row, column]))
-        column = int(trie.parent[row, column])
-    return tuple(reversed(found))
+def prefixes_of(trie):
+    """To each place (row, column), the tokens from the start to it, by following parents."""
+    found = {}
+    for row, (tokens, parents) in enumerate(zip(trie.tokens.tolist(), trie.parent.tolist(), strict=True)):
+        for place in range(len(tokens)):
+            path, column = [], place
+            while column != -1:
+                path.append(tokens[column])
+                column = parents[column]
+            found[row, place] = tuple(reversed(path))
+    return found
 
 
 @settings(max_examples=150, deadline=None)
@@ -38,16 +42,18 @@ def test_a_token_attends_to_its_prefix_and_nothing_else(sequences, hidden_size):
     mask = trie.mask()
     whole = {tuple([*prompt, *completion]) for prompt, completion in sequences}
     prefixes = {sequence[:size] for sequence in whole for size in range(1, len(sequence) + 1)}
-    assert {prefix_of(trie, *place) for place in real(trie)} == prefixes
+    prefix = prefixes_of(trie)
+    assert {prefix[place] for place in real(trie)} == prefixes
+    tokens, depth, attended = trie.tokens.tolist(), trie.depth.tolist(), mask.tolist()
     for row, column in real(trie):
-        seen = mask[row, column].nonzero()[:, 0].tolist()
-        assert tuple(trie.tokens[row, seen].tolist()) == prefix_of(trie, row, column)
-        assert trie.depth[row, seen].tolist() == list(range(len(seen)))
+        seen = [other for other, is_seen in enumerate(attended[row][column]) if is_seen]
+        assert tuple(tokens[row][other] for other in seen) == prefix[row, column]
+        assert [depth[row][other] for other in seen] == list(range(len(seen)))
         assert seen[-1] == column
     for row, column in set(map(tuple, (trie.tokens == 9).nonzero().tolist())):
-        assert mask[row, column].nonzero()[:, 0].tolist() == [column]
-        assert not mask[row, :column, column].any()
-        assert trie.depth[row, column] == 0
+        assert [other for other, is_seen in enumerate(attended[row][column]) if is_seen] == [column]
+        assert not any(attended[row][other][column] for other in range(column))
+        assert depth[row][column] == 0
 
 
 @settings(max_examples=150, deadline=None)
@@ -55,14 +61,13 @@ def test_a_token_attends_to_its_prefix_and_nothing_else(sequences, hidden_size):
 def test_each_sequence_has_its_completions_tokens_as_labels_after_their_prefixes(sequences, hidden_size):
     trie = pack(sequences, hidden_size)
     width = trie.tokens.shape[1]
+    prefix = prefixes_of(trie)
     for number, (prompt, completion) in enumerate(sequences):
         labels = trie.label[trie.sequence == number]
         assert trie.labels[labels].tolist() == list(completion)
         places = [divmod(int(row), width) for row in trie.rows[labels]]
         full = [*prompt, *completion]
-        assert [prefix_of(trie, *place) for place in places] == [
-            tuple(full[:size]) for size in range(len(prompt), len(full))
-        ]
+        assert [prefix[place] for place in places] == [tuple(full[:size]) for size in range(len(prompt), len(full))]
     assert trie.num_sequences == len(sequences)
     assert len(trie.rows) == len({*zip(trie.rows.tolist(), trie.labels.tolist(), strict=True)})
 
