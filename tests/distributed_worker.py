@@ -3,6 +3,7 @@
 Of two, rank 0 leaves FOLDER/result.pt: losses, final weights, what every rank scored.
 """
 
+import faulthandler
 import os
 import sys
 from pathlib import Path
@@ -149,6 +150,7 @@ def one_of_two(rank, port, how, folder, options):
     with open(f"{folder}/printed-{rank}", "w") as file:
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)
+    faulthandler.enable()  # a library that aborts says where
     losses, weights, seen = {"train": train, "shard": shard}[how](folder, **options)
     every = [None] * 2
     torch.distributed.all_gather_object(every, seen)
