@@ -18,7 +18,6 @@ sys.path.insert(0, str(ROOT / "docs"))
 import architecture  # noqa: E402
 from architecture import PACKAGE, ROOMS, Import, imports, modules, room_of  # noqa: E402
 
-IMPORTS = imports()
 # A user reaches everything from a System or a Plan: these methods import upwards when they are called.
 FACADES = {
     ("sysdag.graph.system", "System.save_pretrained"), ("sysdag.graph.system", "System.push_to_hub"),
@@ -47,6 +46,11 @@ def climbs(found: Import) -> bool:
     return order.index(room_of(found.imported)) > order.index(room_of(found.importer))
 
 
+@pytest.fixture(scope="module")
+def every_import():
+    return imports()
+
+
 def test_every_module_has_a_room_and_every_room_a_module():
     assert {room_of(name) for name in modules()} == set(ROOMS)
     assert {path.name for path in PACKAGE.glob("*.py")} == {
@@ -57,28 +61,28 @@ def test_every_module_has_a_room_and_every_room_a_module():
         assert package != module, f"{name} bears the name of its package"
 
 
-def test_imports_point_down():
-    upwards = {(found.importer, found.scope) for found in IMPORTS if climbs(found)}
+def test_imports_point_down(every_import):
+    upwards = {(found.importer, found.scope) for found in every_import if climbs(found)}
     assert upwards - FACADES == set()
     assert FACADES - upwards == set(), "a façade that no longer imports upwards"
 
 
-def test_modules_import_modules_and_not_the_names_that_a_package_hands_on():
+def test_modules_import_modules_and_not_the_names_that_a_package_hands_on(every_import):
     """A package's names are for users; between modules they would hide which file an import comes from."""
-    handed_on = [found for found in IMPORTS if found.imported in PUBLIC and found.imported != "sysdag.ops"]
+    handed_on = [found for found in every_import if found.imported in PUBLIC and found.imported != "sysdag.ops"]
     assert [found for found in handed_on if found.importer != "sysdag.saving.component_folder"] == []
 
 
-def test_leaves_do_not_import_each_other():
-    for found in IMPORTS:
+def test_leaves_do_not_import_each_other(every_import):
+    for found in every_import:
         ends = {room_of(found.importer), room_of(found.imported)}
         assert len(ends) == 1 or not ends <= LEAVES, found
 
 
-def test_no_circle_inside_a_package():
+def test_no_circle_inside_a_package(every_import):
     graph = networkx.DiGraph()
     graph.add_edges_from(
-        (found.importer, found.imported) for found in IMPORTS if room_of(found.importer) == room_of(found.imported)
+        (found.importer, found.imported) for found in every_import if room_of(found.importer) == room_of(found.imported)
     )
     assert not list(networkx.simple_cycles(graph))
 
@@ -118,10 +122,10 @@ def test_the_picture_and_the_table_are_those_of_the_code():
     assert architecture.written(page) == page, again
 
 
-def test_arrows_say_what_the_imports_say():
+def test_arrows_say_what_the_imports_say(every_import):
     """Whatever a room imports is reached by arrows, each of which is an import that no path of others says."""
     graph = architecture.arrows()
-    pairs = {(room_of(found.importer), room_of(found.imported)) for found in IMPORTS if not climbs(found)}
+    pairs = {(room_of(found.importer), room_of(found.imported)) for found in every_import if not climbs(found)}
     pairs = {(importer, imported) for importer, imported in pairs if importer != imported}
     assert set(graph.edges) <= pairs
     assert all(networkx.has_path(graph, *pair) for pair in pairs)
