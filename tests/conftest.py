@@ -24,11 +24,11 @@ install_import_hook([f"sysdag.{name}" for name in _TENSOR_MODULES], "beartype.be
 # Files that take longest, the longest first. A worker takes whole files (--dist loadfile), so that fixtures of a module
 # are made once; what is long must not begin when everything else is over.
 _LONGEST = [
-    "ops/test_aot.py", "test_estimate.py", "ops/test_diverse_beam_step.py", "test_distributed.py",
-    "ops/test_linear_logprob.py", "test_train_command.py", "test_demo.py", "ops/test_linear_logprob_fused.py",
-    "ops/test_diffusion_error.py", "ops/test_preference_loss.py", "test_acceleration.py", "test_ray.py",
-    "test_faults.py", "test_docs.py", "test_diffusion.py", "test_study.py", "test_malformed_files.py", "test_beam.py",
-    "test_examples.py", "test_labelling_browser.py",
+    "test_estimate.py", "test_faults.py", "test_ray.py", "test_distributed.py", "test_train_command.py",
+    "test_references.py", "test_docs.py", "test_two_pass.py", "test_demo.py", "test_trainer.py", "test_run_record.py",
+    "test_acceleration.py", "ops/test_preference_loss.py", "ops/test_linear_logprob_fused.py",
+    "ops/test_diverse_beam_step.py", "ops/test_linear_logprob.py", "test_malformed_files.py", "test_diffusion.py",
+    "test_pipeline_folder.py", "test_trace.py", "test_beam.py", "test_examples.py", "test_labelling_browser.py",
 ]  # fmt: skip
 
 
