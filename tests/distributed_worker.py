@@ -4,11 +4,13 @@ Of two, rank 0 leaves FOLDER/result.pt: losses, final weights, what every rank s
 """
 
 import faulthandler
+import gc
 import os
 import sys
 from pathlib import Path
 from unittest import mock
 
+import networkx  # noqa: F401 - a plan needs it, so each process would import it
 import torch
 from accelerate import DistributedType
 from accelerate.state import AcceleratorState, PartialState
@@ -151,6 +153,7 @@ def one_of_two(rank, port, how, folder, options):
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)
     faulthandler.enable()  # a library that aborts says where
+    gc.freeze()  # what was imported stays: neither looked through at each training nor copied for that
     losses, weights, seen = {"train": train, "shard": shard}[how](folder, **options)
     every = [None] * 2
     torch.distributed.all_gather_object(every, seen)

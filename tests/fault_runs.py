@@ -1,10 +1,12 @@
 """Trainings that die: each function runs in a process of its own, started from a server that has the imports done."""
 
+import gc
 import os
 import resource
 import signal
 from pathlib import Path
 
+import networkx  # noqa: F401 - a plan needs it, so each process would import it
 import torch
 from peft import LoraConfig
 from tiny import char_tokenizer, llama
@@ -91,6 +93,7 @@ def trainer_of(folder, case, *, system=None, data=None, eval_data=None, **change
 
 def run(folder, case, fault=None, resume=False, *, wide=False, **changes):
     """Trains, resuming if asked to, until the fault; `wide` models have tensors of several MiB."""
+    gc.freeze()  # what was imported stays: neither looked through at each training nor copied for that
     torch.set_num_threads(1)
     if wide:
         model = llama(0, hidden_size=256, intermediate_size=8192)

@@ -3,6 +3,7 @@
 Each system has a process of its own, forked from one that has imported everything: that takes longer than most steps.
 """
 
+import gc
 import json
 import os
 import sys
@@ -12,8 +13,8 @@ from functools import partial
 from pathlib import Path
 
 import diffusion_memory
+import networkx  # noqa: F401 - a plan needs it, so each process would import it
 import torch
-import torch._dynamo  # which torch imports at the first step, in every process that is forked before it
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -72,6 +73,7 @@ if __name__ == "__main__":
         *(partial(of_llms, case, "--by-the-benchmark" in sys.argv) for case in SYSTEMS),
         *(partial(of_diffusion, case) for case in diffusion_memory.CASES),
     ]
+    gc.freeze()  # what was imported is not looked through, and so not copied, by the processes
     peaks: dict[str, float] = {}
     for process in processes:
         found = in_a_fork(process)
