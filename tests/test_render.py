@@ -151,7 +151,7 @@ def test_draw_takes_the_format_from_the_name(plan, tmp_path):
 def test_plans_need_neither_torch_nor_matplotlib():
     code = (
         "import sys, sysdag.saving.serialization\n"
-        "from sysdag.graph.variables import Input, System, node\n"
+        "from sysdag import Input, System, node\n"
         "plan = System(Input('x') >> node(name='a')(lambda x: x)).compile()\n"
         "str(plan), plan.to_mermaid(), plan.to_dot(), plan.to_networkx()\n"
         "print(sorted({'torch', 'matplotlib', 'transformers'} & set(sys.modules)))"
