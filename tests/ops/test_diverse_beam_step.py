@@ -354,7 +354,7 @@ print(json.dumps(found))
 
 
 @pytest.fixture(scope="module")
-def compiled():
+def compiled_backends():
     """What became of each backend: nothing, or its error. A process of its own for all, without shape checks."""
     run = subprocess.run([sys.executable, "-c", COMPILED], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-4000:]
@@ -362,8 +362,8 @@ def compiled():
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpp"], indirect=True)
-def test_compiled_without_a_graph_break(backend, compiled):
-    assert compiled[backend.name] is None, compiled[backend.name]
+def test_compiled_without_a_graph_break(backend, compiled_backends):
+    assert compiled_backends[backend.name] is None, compiled_backends[backend.name]
 
 
 def test_what_a_backend_cannot_serve_is_an_error_when_it_is_forced():
