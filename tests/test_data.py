@@ -8,7 +8,8 @@ from tiny import char_tokenizer, llama
 
 from sysdag import DataError, Input, SysDPOConfig, SysDPOTrainer, System, Trace, node
 from sysdag.components import CausalLM, Tabular
-from sysdag.data.preferences import collate, encode_pairs
+from sysdag.data.encoding import encode_pairs
+from sysdag.data.preferences import collate
 from sysdag.traces.cells import Draw
 from sysdag.traces.pairs import preference_row, write_pairs
 from sysdag.traces.readers import read_rows

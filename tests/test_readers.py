@@ -14,7 +14,8 @@ from PIL import Image
 
 from sysdag.errors import DataError
 from sysdag.traces.cells import Draw
-from sysdag.traces.readers import read_all, read_rows, rows_of
+from sysdag.traces.dataset_rows import rows_of
+from sysdag.traces.readers import read_all, read_rows
 
 ROWS = [
     {"prompt": "größer", "chosen": "a\nb", "rejected": "", "n": 1},

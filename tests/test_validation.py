@@ -16,7 +16,8 @@ from sysdag.components.component import Component
 from sysdag.data.preferences import encode_row
 from sysdag.data.validation import validate_rows
 from sysdag.traces.cells import Draw
-from sysdag.traces.readers import Row, read_rows
+from sysdag.traces.readers import read_rows
+from sysdag.traces.rows import Row
 
 QUESTIONS = checked_systems.questions.compile()
 PICTURES = checked_systems.pictures.compile()
