@@ -23,10 +23,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from sysdag.components.component import Component
-from sysdag.data.preferences import PreferencePair, Problem, encode_row, read_columns
+from sysdag.data.columns import read_columns
+from sysdag.data.preferences import PreferencePair, Problem, encode_row
 from sysdag.errors import DataError, PlanError
 from sysdag.execution.execute import flat_draws, node_inputs
 from sysdag.files.encoding import encode_value
@@ -40,10 +41,8 @@ DROPPED = ("empty", "identical", "beginning", "unpaired", "over-long")
 NOTED = ("cut prompt", "messages as text")
 """Kinds of problems that are told of rows that are used; all others are errors."""
 
-Empty = Literal["drop", "keep"]
 
-
-def check_row(plan: Plan, row: Any, number: int, objective: Objective, empty: Empty) -> list[Problem]:
+def check_row(plan: Plan, row: Any, number: int, objective: Objective, empty: str) -> list[Problem]:
     """All that there is to say of a row; no weights load.
 
     Args:
@@ -77,7 +76,7 @@ class _Check:
     objective: Objective
     number: int
     source: str
-    empty: Empty
+    empty: str
     problems: list[Problem] = field(default_factory=list)
 
     def problems_of(self, pair: PreferencePair) -> list[Problem]:

@@ -7,9 +7,9 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from sysdag.data.checks import DROPPED, NOTED, Empty, check_row
+from sysdag.data.checks import DROPPED, NOTED, check_row
+from sysdag.data.columns import advice_on, told_unread, unread_columns
 from sysdag.data.preferences import PreferencePair, Problem, encode_row
-from sysdag.data.validation import advice_on, told_unread, unread_columns
 from sysdag.errors import DataError
 from sysdag.graph.plan import Objective, Plan
 from sysdag.traces.dataset_rows import rows_of
@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 
 def encode_pairs(
-    plan: Plan, rows: Iterable[Mapping[str, Any]], objective: Objective, *, empty: Empty = "drop"
+    plan: Plan, rows: Iterable[Mapping[str, Any]], objective: Objective, *, empty: str = "drop"
 ) -> list[PreferencePair]:
     """Preference rows as pairs that can be scored, those that `sysdag train` trains on.
 

@@ -10,10 +10,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sysdag.data.columns import is_unicode, read_inputs
 from sysdag.data.row_paths import whole_path
 from sysdag.data.trl_prompts import explicit_prompt
 from sysdag.errors import DataError, shown
-from sysdag.files.encoding import encode_value, is_text
+from sysdag.files.encoding import encode_value
 from sysdag.graph.plan import Objective, Plan
 from sysdag.traces.cells import Cell, Draw
 from sysdag.traces.trace import Trace
@@ -202,7 +203,7 @@ class _Reading:
 
     def _draws(self, name: str, values: list[Any], side: str) -> list[Draw]:
         component = self.plan.system[name].component
-        if not all(_is_unicode(value.value if isinstance(value, Draw) else value) for value in values):
+        if not all(is_unicode(value.value if isinstance(value, Draw) else value) for value in values):
             self._problem("invalid value", "half of a surrogate pair, which is no text.", name, side)
             return []
         if component is None:
@@ -221,48 +222,3 @@ class _Reading:
     def _given(self, component: Component, value: Any) -> Any:
         """What is observed: a draw without a record is its value."""
         return whole_path(component, value.value if isinstance(value, Draw) else value, self.folder)
-
-
-def input_column(plan: Plan, row: Mapping[str, Any], name: str) -> str:
-    """The key of a row under which an input stands: its name, or `prompt` for a system's only input."""
-    return "prompt" if len(plan.system.inputs) == 1 and name not in row and "prompt" in row else name
-
-
-def read_columns(plan: Plan, row: Mapping[str, Any], objective: Objective) -> set[str]:
-    """The keys of a row that are looked at."""
-    names = {input_column(plan, row, given.name) for given in plan.system.inputs}
-    if objective == "direct":
-        names |= {f"{side}_intermediates" for side in _SIDES}
-    return names | set(_SIDES)
-
-
-def read_inputs(plan: Plan, row: Mapping[str, Any]) -> tuple[dict[str, Any], list[tuple[str, str]]]:
-    """The inputs of a row that can be used, and of each other one the kind of its problem and what is wrong."""
-    found = {}
-    problems = []
-    for given in plan.system.inputs:
-        column = input_column(plan, row, given.name)
-        if column not in row:
-            keys = ", ".join(sorted(map(shown, row)))
-            problems.append(("missing", f"input {given.name!r} is missing; the row has [{keys}]."))
-        elif given.value_type is not None and not isinstance(row[column], given.value_type):
-            expected, got = given.value_type.__name__, f"{type(row[column]).__name__} {shown(row[column], 80)}"
-            told = f"input {given.name!r} must be {expected}, got {got}."
-            if given.value_type is str and isinstance(row[column], list):
-                told += f" Declare Input({given.name!r}) without a type to get chat messages as they are."
-            problems.append(("wrong type", told))
-        elif not _is_unicode(row[column]):
-            text = f"input {given.name!r} holds half of a surrogate pair, which is no text."
-            problems.append(("invalid value", text))
-        else:
-            found[given.name] = row[column]
-    return found, problems
-
-
-def _is_unicode(value: Any) -> bool:
-    """Whether all text in a value can be written down; JSON may hold half of a surrogate pair."""
-    if isinstance(value, str):
-        return is_text(value)
-    if isinstance(value, Mapping):
-        return all(_is_unicode(key) and _is_unicode(element) for key, element in value.items())
-    return not isinstance(value, (list, tuple)) or all(map(_is_unicode, value))

@@ -18,7 +18,7 @@ from sysdag.traces.rows import changed
 # Where the assistant begins to speak: the prompt ends behind these.
 _HEADERS = re.compile(
     r"""\n\nAssistant: | <\|im_start\|>assistant\n | \[/INST\] | <start_of_turn>model\n
-    | <\|start_header_id\|>assistant<\|end_header_id\|>\n\n | <\|assistant\|>\n? | <\|Assistant\|> | <\uff5cAssistant\uff5c>
+    | <\|start_header_id\|>assistant<\|end_header_id\|>\n\n | <\|assistant\|>\n? | <[|\uff5c]Assistant[|\uff5c]>
     | <\|START_OF_TURN_TOKEN\|><\|CHATBOT_TOKEN\|> | (?<!\S)ASSISTANT: | \#\#\#\ (?:Assistant|Response|Output):\n?""",
     re.VERBOSE,
 )
@@ -124,7 +124,7 @@ def _is_between_marks(text: str, place: int) -> bool:
 
 
 def _is_of_word(character: str) -> bool:
-    return character.isalnum() or character in "_'’-"
+    return character.isalnum() or character in "_'\u2019-"
 
 
 def _is_conversation(value: Any) -> bool:

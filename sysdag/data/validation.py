@@ -10,12 +10,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sysdag.data.checks import DROPPED, NOTED, Empty, check_row
-from sysdag.data.preferences import Problem, read_columns
+from sysdag.data.checks import DROPPED, NOTED, check_row
+from sysdag.data.columns import advice_on, told_unread, unread_columns
+from sysdag.data.preferences import Problem
 from sysdag.errors import DataError
 from sysdag.graph.plan import Objective, Plan
 from sysdag.traces.dataset_rows import rows_of
-from sysdag.traces.shapes import advice
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,11 +91,6 @@ class ValidationReport:
         return "\n".join(lines)
 
 
-def told_unread(names: Iterable[str]) -> str:
-    """Columns that no node reads, in words."""
-    return f"Columns that no node reads: {', '.join(name if name.strip() else repr(name) for name in names)}."
-
-
 def validate_rows(
     plan: Plan,
     rows: Iterable[Any],
@@ -103,7 +98,7 @@ def validate_rows(
     *,
     limit: int = 20,
     strict: bool = False,
-    empty: Empty = "drop",
+    empty: str = "drop",
     damaged: Sequence[tuple[str, str]] = (),
 ) -> ValidationReport:
     """Looks at every row and loads no weights.
@@ -132,29 +127,6 @@ def validate_rows(
         problems=tuple(found.problems), strict=strict, unread=unread_columns(plan, given, objective),
         advice=advice_on(plan, given),
     )  # fmt: skip
-
-
-def advice_on(plan: Plan, rows: Iterable[Any]) -> str:
-    """What to do where a column that every row needs is in none of them; or ""."""
-    columns = {str(key) for row in rows if isinstance(row, Mapping) for key in row}
-    needed = {"chosen", "rejected"} | {given.name for given in plan.system.inputs}
-    if len(plan.system.inputs) == 1 and "prompt" in columns:
-        needed -= {plan.system.inputs[0].name}
-    if not columns or needed <= columns:
-        return ""
-    has_implicit = len(plan.system.inputs) == 1 and columns <= {"chosen", "rejected"}
-    return "" if has_implicit else advice(columns)
-
-
-def unread_columns(plan: Plan, rows: Iterable[Any], objective: Objective) -> tuple[str, ...]:
-    """The columns that no node reads in any row, in order."""
-    found: dict[str, None] = {}
-    read: set[str] = set()
-    for row in rows:
-        if isinstance(row, Mapping):
-            found |= dict.fromkeys(map(str, row))
-            read |= read_columns(plan, row, objective)
-    return tuple(name for name in found if name not in read)
 
 
 class _Findings:

@@ -55,8 +55,8 @@ def held_out(plan: Plan, rows: Sequence[Mapping[str, Any]], *, distinct: bool) -
     told = [each.row for each in (explicit_prompt(plan, row) for row in rows) if not each.has_no_prompt]
     if len(told) < len(rows):
         logger.warning(
-            "%d of %d rows are left out: chosen is rejected, or one is the other's beginning, so where their prompt ends "
-            "cannot be told.", len(rows) - len(told), len(rows),
+            "%d of %d rows are left out: chosen is rejected, or one is the other's beginning, so where their prompt "
+            "ends cannot be told.", len(rows) - len(told), len(rows),
         )  # fmt: skip
     inputs, _ = inputs_of(plan, told)
     names = list(inputs)

@@ -105,7 +105,7 @@ def _rows(text: str, path: Path, delimiter: str) -> Rows:
         try:
             cells = next(reader, None)
         except csv.Error as error:
-            found.damaged.append((f"line {line}", f"not CSV, and what follows is not read: {error}."))
+            found.damage(f"line {line}", f"not CSV, and what follows is not read: {error}.")
             return found
         if cells is None:
             return found
@@ -115,12 +115,12 @@ def _rows(text: str, path: Path, delimiter: str) -> Rows:
                 raise DataError(f"{path}, line 1: the header names a column twice: {header}.")
         elif cells and len(cells) != len(header):
             message = f"expected {len(header)} cells, one for each of {header}, got {len(cells)}."
-            found.damaged.append((f"line {line}", message))
+            found.damage(f"line {line}", message)
         elif cells:
             try:
                 values = _nested({name: _value(cell, name) for name, cell in zip(header, cells, strict=True)})
             except ValueError as error:
-                found.damaged.append((f"line {line}", str(error)))
+                found.damage(f"line {line}", str(error))
                 continue
             found.rows.append(Row(values, place=f"line {line}", folder=path.parent))
 

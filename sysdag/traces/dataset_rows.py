@@ -123,8 +123,7 @@ def _cloned(folder: Path, configuration: str, split: str, read_file: Callable[[P
             for number, row in enumerate(part.rows):
                 row.place = f"{name}, {row.place or f'row {number}'}"
             part.damaged = [(f"{name}, {place}", text) for place, text in part.damaged]
-        found.rows += part.rows
-        found.damaged += part.damaged
+        found.extend(part)
     return found
 
 

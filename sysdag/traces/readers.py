@@ -126,8 +126,8 @@ def _read_file(path: Path, options: Mapping[str, Any]) -> Rows:
     raw = _content(path)
     if form in (".csv", ".tsv"):
         expected = "," if form == ".csv" else "\t"
-        named = options.get("delimiter") or options.get("sep")
-        is_certain = named is not None and named != ","  # which is also what is said where nothing was
+        named = str(options.get("delimiter") or options.get("sep") or ",")
+        is_certain = named != ","  # which is also what is said where nothing was
         return read_csv(raw, path, named if is_certain else expected, is_certain=is_certain)
     if form == ".json":
         return read_json(raw, path, member=options.get("field"))

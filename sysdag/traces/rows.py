@@ -17,13 +17,17 @@ class Row(dict):
         place: where it stands in the file, as `line 7`; "" where its number says it all.
         folder: of the file, which paths in the row may be relative to.
         unpaired: why it holds no preference (a tie, say), or "".
+        damage: of what stands for a part of the file that is no row (see `Rows.in_order`), what is wrong with it.
     """
 
-    def __init__(self, values: Any = (), *, place: str = "", folder: Path | None = None, unpaired: str = "") -> None:
+    def __init__(
+        self, values: Any = (), *, place: str = "", folder: Path | None = None, unpaired: str = "", damage: str = ""
+    ) -> None:
         super().__init__(values)
         self.place = place
         self.folder = folder
         self.unpaired = unpaired
+        self.damage = damage
 
 
 def changed(row: Mapping[str, Any], values: Any, *, unpaired: str = "") -> Row:
@@ -43,6 +47,29 @@ class Rows:
 
     rows: list[Row] = field(default_factory=list)
     damaged: list[tuple[str, str]] = field(default_factory=list)
+    _before: list[int] = field(default_factory=list)  # for each part that is damaged, how many rows stand before it
+
+    def damage(self, place: str, text: str) -> None:
+        """Tells of a part that could not be read, behind the rows that are there."""
+        self.damaged.append((place, text))
+        self._before.append(len(self.rows))
+
+    def extend(self, other: Rows) -> None:
+        """Takes what another source holds behind what is there."""
+        self._before += [len(self.rows) + count for count in other._before]
+        self.damaged += other.damaged
+        self.rows += other.rows
+
+    def in_order(self) -> list[Row]:
+        """The rows, with an empty one where a part is damaged, so that each has the number that it has in the file."""
+        found: list[Row] = []
+        parts = list(zip(self._before, self.damaged, strict=True))
+        for number in range(len(self.rows) + 1):
+            while parts and parts[0][0] == number:
+                place, text = parts.pop(0)[1]
+                found.append(Row(place=place, damage=text))
+            found += self.rows[number : number + 1]
+        return found
 
     def add(self, parse: Callable[[], Any], place: str, folder: Path) -> None:
         """Reads a row, which `parse` gives as JSON does; what it raises is told of its place."""
@@ -52,7 +79,7 @@ class Rows:
                 raise ValueError(f"a row is an object, got {type(data).__name__} {data!r:.60}.")
             values = {name: _without_empty_members(decode_row_value(value)) for name, value in data.items()}
         except Exception as error:  # noqa: BLE001 - whatever a damaged image or array raises, its line has to be named
-            self.damaged.append((place, str(error) or type(error).__name__))
+            self.damage(place, str(error) or type(error).__name__)
             return
         self.rows.append(Row(values, place=place, folder=folder))
 

@@ -1,19 +1,19 @@
 """The columns of known public preference sets, and how their rows become `prompt`, `chosen` and `rejected`.
 
-| shape                 | prompt                                       | chosen and rejected                                   |
-|-----------------------|----------------------------------------------|-------------------------------------------------------|
-| `orca_dpo_pairs`      | `question`, behind `system` as messages      | as they are                                           |
-| `ultrafeedback`       | `instruction`                                | of `completions` the best and the worst by score      |
-| `helpsteer3`          | `context`, messages                          | `response1`, `response2` by `overall_preference`      |
-| `nectar`              | `prompt`                                     | of `answers` the best and the worst by rank           |
-| `shp`                 | `history`                                    | `human_ref_A`, `human_ref_B` by `labels`              |
-| `llamafactory_alpaca` | `instruction` and `input`, behind `system`   | as they are                                           |
-|                       | and `history` as messages                    |                                                       |
-| `llamafactory_sharegpt` | `conversations`, behind `system`           | one message each                                      |
-| `pickapic`            | `caption`                                    | `jpg_0`, `jpg_1` by `label_0`                         |
+| shape                   | prompt                            | chosen and rejected                              |
+|-------------------------|-----------------------------------|--------------------------------------------------|
+| `orca_dpo_pairs`        | `question`, behind `system`       | as they are                                      |
+| `ultrafeedback`         | `instruction`                     | of `completions` the best and the worst by score |
+| `helpsteer3`            | `context`                         | `response1`, `response2` by `overall_preference` |
+| `nectar`                | `prompt`                          | of `answers` the best and the worst by rank      |
+| `shp`                   | `history`                         | `human_ref_A`, `human_ref_B` by `labels`         |
+| `llamafactory_alpaca`   | `instruction` and `input`, behind | as they are                                      |
+|                         | `system` and `history`            |                                                  |
+| `llamafactory_sharegpt` | `conversations`, behind `system`  | one message each                                 |
+| `pickapic`              | `caption`                         | `jpg_0`, `jpg_1` by `label_0`                    |
 
-Where a set has system prompts or earlier turns, every prompt is a list of messages; where it has none, a text. Other
-columns stay as they are.
+Prompts that are conversations in the set are lists of messages; the others are, too, where any row has a system prompt
+or earlier turns, and texts where none has. Other columns stay as they are.
 """
 
 from __future__ import annotations
@@ -87,9 +87,12 @@ def reshaped(found: Rows, name: str, source: str) -> Rows:
             f"{sorted(columns)}.{_has_pairs(columns)}"
         )
     as_messages = any(row.get("system") or row.get("history") for row in found.rows) and "system" in shape.others
-    made = Rows(damaged=list(found.damaged))
+    made = Rows()
     taken = shape.columns | shape.others
-    for number, row in enumerate(found.rows):
+    for number, row in enumerate(found.in_order()):
+        if row.damage:
+            made.damage(row.place, row.damage)
+            continue
         rest = {column: value for column, value in row.items() if column not in taken}
         unpaired = ""
         try:
@@ -98,7 +101,7 @@ def reshaped(found: Rows, name: str, source: str) -> Rows:
         except _Unpaired as reason:
             unpaired = str(reason)
         except ValueError as error:
-            made.damaged.append((row.place or f"row {number}", f"not of the shape {name!r}: {error}"))
+            made.damage(row.place or f"row {number}", f"not of the shape {name!r}: {error}")
             continue
         made.rows.append(changed(row, {**values, **rest}, unpaired=unpaired))
     return made
@@ -136,6 +139,23 @@ def renamed(rows: Sequence[Row], names: Mapping[str, str], source: str) -> list[
     return [changed(row, {names.get(column, column): value for column, value in row.items()}) for row in rows]
 
 
+def rename_from(texts: Iterable[str]) -> dict[str, str]:
+    """The new names of columns by the old ones, of texts as `question=prompt`.
+
+    Raises:
+        ValueError: for a text that is not so, or an old name that comes twice.
+    """
+    names: dict[str, str] = {}
+    for text in texts:
+        old, mark, new = text.partition("=")
+        if not mark or not old or not new or "=" in new:
+            raise ValueError(f"--rename {text}: expected OLD=NEW, as question=prompt.")
+        if old in names:
+            raise ValueError(f"--rename {text}: {old!r} is renamed twice.")
+        names[old] = new
+    return names
+
+
 def told_shape(columns: Iterable[str]) -> str | None:
     """The name of the known set that has these columns, or None."""
     given = set(columns)
@@ -158,8 +178,8 @@ def advice(columns: Iterable[str]) -> str:
         return text
     if {"completion", "label"} <= given:
         return (
-            "These rows are unpaired preferences (a completion and a label, as for KTO): put a good and a bad completion "
-            "of each prompt into one row, as chosen and rejected."
+            "These rows are unpaired preferences (a completion and a label, as for KTO): put a good and a bad "
+            "completion of each prompt into one row, as chosen and rejected."
         )
     return "--rename OLD=NEW gives a column the name that is read (in Python: read_rows(..., rename={'OLD': 'NEW'}))."
 
