@@ -31,7 +31,8 @@ def reading(split: str, rename: list[str] | None, shape: str | None) -> dict[str
     Raises:
         typer.BadParameter: for a name that cannot be read, or an unknown shape.
     """
-    from sysdag.traces.shapes import SHAPES, rename_from
+    from sysdag.traces.reshaping import rename_from
+    from sysdag.traces.shapes import SHAPES
 
     if shape is not None and shape not in SHAPES:
         raise typer.BadParameter(f"--shape {shape} is unknown; those that are known: {', '.join(SHAPES)}.")

@@ -8,7 +8,7 @@ from typing import Any
 from sysdag.errors import shown
 from sysdag.files.encoding import is_text
 from sysdag.graph.plan import Objective, Plan
-from sysdag.traces.shapes import advice
+from sysdag.traces.reshaping import advice
 
 SIDES = ("chosen", "rejected")
 

@@ -20,8 +20,8 @@ from sysdag.files.arrow import read_parquet
 from sysdag.traces.csv_rows import read_csv
 from sysdag.traces.dataset_rows import rows_in_folder, rows_of_table, rows_on_hub
 from sysdag.traces.json_rows import read_json, read_lines
+from sysdag.traces.reshaping import renamed, reshaped
 from sysdag.traces.rows import Rows
-from sysdag.traces.shapes import renamed, reshaped
 
 FORMS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 _DECOMPRESS = {".gz": gzip.decompress, ".bz2": bz2.decompress, ".xz": lzma.decompress}

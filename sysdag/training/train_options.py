@@ -21,7 +21,8 @@ from sysdag.errors import OptionError
 from sysdag.files.config_file import Setting, read_settings
 from sysdag.objectives.candidates import CandidateStrategy, DiverseBeamSearch
 from sysdag.objectives.strategies import STRATEGIES, strategy_from
-from sysdag.traces.shapes import SHAPES, rename_from
+from sysdag.traces.reshaping import rename_from
+from sysdag.traces.shapes import SHAPES
 from sysdag.training.config import SysDPOConfig
 
 _FIELDS = tuple(field.name for field in fields(SysDPOConfig) if field.init)
