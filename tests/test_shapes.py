@@ -291,8 +291,8 @@ def test_an_error_names_the_option_that_reads_the_set(tmp_path, name):
     if name == "pickapic":
         pytest.skip("its pairs are images")
     path = write(tmp_path / "rows.jsonl", [row for row, _ in CASES[name]])
-    (tmp_path / "chat_system.py").write_text(CHAT_SYSTEM)
-    system = f"{tmp_path / 'chat_system.py'}:system"
+    (tmp_path / f"chat_{name}.py").write_text(CHAT_SYSTEM)
+    system = f"{tmp_path}/chat_{name}.py:system"
     shown = CliRunner().invoke(app, ["validate", system, str(path)])
     assert shown.exit_code == 1
     assert f"--shape {name} " in shown.stdout
