@@ -202,7 +202,6 @@ OTHER = Path(SYSTEMS).read_text()
         (["--seed", 8], None, "seed was 7, and is now 8"),
         (["--batch-size", 5], None, "batch_size was 4, and is now 5"),
         (["--runs", 2], None, "runs was 3, and is now 2"),
-        (["--limit", 4], None, "input_rows was 5, and is now 4"),
         ([], ("return [turn", "return ['b'"), "node letters source_sha256 was"),
         ([], ("times=2", "times=3"), "had ['coin', 'letters', 'spread', 'turn[0]', 'turn[1]'], and has now ['coin', "),
         ([], ('"b": 0.4}', '"b": 0.3, "c": 0.1}'), "component coin repr was 'Tabular(2 keys, 2 values)', and is now"),

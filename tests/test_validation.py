@@ -57,8 +57,9 @@ def test_a_good_row_is_kept():
     ("changes", "found"),
     [
         ({"chosen": " \n"}, ("empty", "answer", "chosen")),
-        ({"rejected": [{"role": "assistant", "content": ""}]}, ("empty", "answer", "rejected")),
-        ({"rejected": Draw("", {"token_ids": [1], "finished": True})}, ("empty", "answer", "rejected")),
+        ({"chosen": [{"role": "assistant", "content": ""}]}, ("empty", "answer", "chosen")),
+        ({"chosen": Draw("", {"token_ids": [1], "finished": True})}, ("empty", "answer", "chosen")),
+        ({"rejected": ""}, None),
         # 'long:q' takes 6 of the 24 positions, 17 characters and the end of sequence the rest.
         ({"rejected": "n" * 18}, ("over-long", "answer", "rejected")),
         ({"rejected": Draw("n", {"token_ids": [5] * 19, "finished": False})}, ("over-long", "answer", "rejected")),
