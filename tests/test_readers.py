@@ -403,8 +403,7 @@ configs:
   - split: held_out
     path: data/held_out.jsonl.gz
 - config_name: other
-  data_files: other/*.csv
-  sep: "|"
+  data_files: other/*.jsonl
 ---
 # About
 """
@@ -422,7 +421,7 @@ def cloned(tmp_path, monkeypatch):
         text = lines([{"prompt": f"{number}{line}"} for line in range(2)]).encode()
         write(folder / "data" / f"train-{number}.jsonl.gz", gzip.compress(text))
     write(folder / "data" / "held_out.jsonl.gz", gzip.compress(b'{"prompt": "h"}\n'))
-    write(folder / "other" / "a.csv", "prompt,chosen|b\n1,2|3\n")
+    write(folder / "other" / "a.jsonl", '{"prompt": "o"}\n')
     return folder
 
 
@@ -434,7 +433,7 @@ def test_a_cloned_data_set(cloned):
     assert found[0].folder == cloned / "data"
     assert read_rows(pairs, split="held_out") == [{"prompt": "h"}]
     assert [row["prompt"] for row in read_rows(pairs, split="train[1:3]")] == ["01", "10"]
-    assert read_rows(f"{cloned}:other") == [{"prompt,chosen": "1,2", "b": "3"}]
+    assert read_rows(f"{cloned}:other") == [{"prompt": "o"}]
     with pytest.raises(DataError, match=r"set has the splits \['held_out', 'train'\], and no 'test'; name one of them"):
         read_rows(pairs, split="test")
     for name, which in (("", "none of them was named"), (":none", "no 'none'")):
@@ -455,6 +454,21 @@ def test_a_cloned_data_set_of_one_configuration(cloned):
     write(cloned / "data" / "held_out.csv", "prompt\nh\n")
     with pytest.raises(DataError, match="set cannot be loaded as a dataset: Couldn't infer the same data file format"):
         read_rows(cloned)
+
+
+def test_options_of_a_readme(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    cases = {
+        "csv": ('sep: "|"', "prompt,chosen|b\n1,2|3\n", [{"prompt,chosen": "1,2", "b": "3"}]),
+        "json": ("field: pairs", '{"pairs": [{"prompt": "q"}], "data": [{"prompt": "r"}]}', [{"prompt": "q"}]),
+    }
+    for form, (option, text, expected) in cases.items():
+        folder = tmp_path / form
+        folder.mkdir()
+        write(folder / f"a.{form}", text)
+        readme = f'---\nconfigs:\n- config_name: default\n  data_files: "*.{form}"\n  {option}\n---\n'
+        write(folder / "README.md", readme)
+        assert read_rows(folder) == expected
 
 
 def test_a_folder_of_files_without_a_readme(tmp_path, monkeypatch):
