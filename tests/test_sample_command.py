@@ -354,7 +354,8 @@ def test_rows_stay_skipped_where_their_batch_is_written(bad, tmp_path):
     again(bad, output, "--on-error", "skip")
     lines = output.read_bytes().splitlines(keepends=True)
     # 3 runs a row and 4 a batch: the runs of row 1 are in batches 0 and 1, those of row 5 in 3 and 4.
-    output.write_bytes(b"".join(lines[:4]))  # batches 0 to 2 are whole, with 3 runs, none and none; one of 3 is left of batch 3
+    # Of what is left, batches 0 to 2 are whole, with 3 runs, none and none; batch 3 has lost two of its 3.
+    output.write_bytes(b"".join(lines[:4]))
     bad.write_text("\n".join('{"x": "b"}' if number in (1, 5) else line for number, line in enumerate(BAD)))
     shown = again(bad, output, "--on-error", "skip", "--resume")
     assert runs_of(output) == [(row, run) for row in (0, 4, 5, 6) for run in range(3)]
