@@ -2,7 +2,14 @@
 
 
 class SysdagError(Exception):
-    """Base of all errors that sysdag raises on purpose."""
+    """Base of all errors that sysdag raises on purpose.
+
+    Attributes:
+        input_row: of an error in a run, the number of the row of inputs that alone is at fault; None where it is not
+            known to be one.
+    """
+
+    input_row: int | None = None
 
 
 class GraphError(SysdagError, ValueError):

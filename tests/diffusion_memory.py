@@ -10,7 +10,7 @@ from tiny_diffusion import clip, word_tokenizer
 
 from sysdag import Input, System, node
 from sysdag.components import Diffusion
-from sysdag.data.preferences import encode_pairs
+from sysdag.data.encoding import encode_pairs
 from sysdag.engine.replay import accumulate_gradients
 from sysdag.engine.step import SystemModel
 from sysdag.objectives.options import EngineOptions, ObjectiveOptions

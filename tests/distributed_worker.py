@@ -20,7 +20,7 @@ from torch.distributed.fsdp import fully_shard
 from trained_systems import rows, two_llms
 
 from sysdag import DiverseBeamSearch, SysDPOConfig, SysDPOTrainer
-from sysdag.data.preferences import encode_pairs
+from sysdag.data.encoding import encode_pairs
 from sysdag.engine.replay import accumulate_gradients
 from sysdag.engine.step import SystemModel
 from sysdag.objectives.options import EngineOptions, ObjectiveOptions

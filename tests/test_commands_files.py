@@ -100,7 +100,10 @@ def test_validate_writes_no_file_without_rows(folder):
 
 def test_a_row_that_cannot_be_used_is_told_with_its_file(folder):
     Path("wrong.jsonl").write_text('{"y": "a"}\n')
-    told = "Error: wrong.jsonl: Row 0 (line 1): input 'x' is missing; the row has ['y'].\n"
+    told = (
+        "Error: wrong.jsonl: Row 0 (line 1): input 'x' is missing; the row has ['y']. --rename OLD=NEW gives a column "
+        "the name that is read (in Python: read_rows(..., rename={'OLD': 'NEW'})).\n"
+    )
     assert run("sample", SYSTEM, "wrong.jsonl", "--output", "new.jsonl") == (1, told)
     assert run("eval", SYSTEM, "wrong.jsonl", "--against", SYSTEM, "--by", "unasked.py:score") == (1, told)
 

@@ -1,21 +1,25 @@
 import copy
 import json
+import logging
 
 import datasets
 import numpy
 import pytest
 from tiny import char_tokenizer, llama
 
-from sysdag import DataError, Input, SysDPOConfig, SysDPOTrainer, System, Trace, node
+from sysdag import DataError, Input, PlanError, SysDPOConfig, SysDPOTrainer, System, Trace, node
 from sysdag.components import CausalLM, Tabular
-from sysdag.data.preferences import collate, encode_pairs
+from sysdag.data.encoding import encode_pairs
+from sysdag.data.preferences import collate
+from sysdag.data.validation import validate_rows
 from sysdag.traces.cells import Draw
 from sysdag.traces.pairs import preference_row, write_pairs
 from sysdag.traces.readers import read_rows
+from sysdag.traces.rows import Row
 
 X = Input("question")
 SIDES = ("chosen", "rejected")
-LM = CausalLM(llama(), char_tokenizer(), max_new_tokens=4)
+LM = CausalLM(llama(), char_tokenizer(chat=True), max_new_tokens=4)
 TABLE = Tabular({k: {"s": 0.5, "t": 0.5} for k in ("a", "b", "c")})
 
 
@@ -56,7 +60,8 @@ def test_draws_of_a_trace_keep_their_token_ids():
     trace = PLAN.sample({"question": ["q"]}, seed=0)
     cell = trace.cells["draft"][0]
     ids = cell.record["token_ids"]
-    (pair,) = encode_pairs(PLAN, [{**ROW, "chosen_intermediates": {"draft": cell}}], "direct")
+    row = {**ROW, "chosen": ["s"] * len(cell.value), "chosen_intermediates": {"draft": cell}}
+    (pair,) = encode_pairs(PLAN, [row], "direct")
     assert pair.chosen["draft"].record["token_ids"] is ids
 
 
@@ -99,7 +104,6 @@ def test_collate_gives_one_trace_a_side():
     ("change", "message"),
     [
         ({"chosen": None}, "Row 1, chosen, node 'pick': a plate needs a list.*None"),
-        ({"chosen": []}, "Row 1, chosen, node 'pick': a plate needs a list"),
         ({"rejected": ["s", "w"]}, "Row 1, rejected, node 'pick': .*'w' is none of its values"),
         ({"chosen_intermediates": {}}, "Row 1: chosen has no value of node 'draft'.*Give it in chosen_intermediates"),
         ({"chosen_intermediates": None}, "Row 1: chosen has no value of node 'draft'"),
@@ -130,7 +134,7 @@ def test_a_row_without_its_columns_is_named(row, message):
 
 
 def test_datasets_and_files_are_rows_like_any_others(tmp_path):
-    drafts = {f"{side}_intermediates": {"draft": "ab"} for side in SIDES}
+    drafts = {f"{side}_intermediates": {"draft": "a"} for side in SIDES}
     rows = [
         {"prompt": "q", "chosen": ["s"], "rejected": ["t"], **drafts},
         {"prompt": "r", "chosen": ["t"], "rejected": ["s"], **drafts},
@@ -279,12 +283,117 @@ def test_arrays_where_texts_should_be_are_told():
 @pytest.mark.parametrize(
     "row",
     [
-        {"chosen": "same", "rejected": "same"},
         {"chosen": "a", "rejected": "b"},
-        {"chosen": "a", "rejected": "ab"},
         {"chosen": CONVERSATION[1:], "rejected": [{"role": "assistant", "content": "b"}]},
     ],
 )
 def test_rows_that_share_no_prompt_lack_one(row):
     with pytest.raises(DataError, match="Row 0: input 'question' is missing"):
         encode_pairs(System(X >> draft).compile(), [row], "direct")
+
+
+TEXTS = System(Input("question", str) >> node(LM, name="draft")(lambda question: question)).compile()
+TEXT = {"question": "q", "chosen": "yes", "rejected": "no"}
+DROPPED = {
+    "identical": {"rejected": "yes"},
+    "empty": {"chosen": " \n"},
+    "over-long": {"rejected": "n" * 300},
+    "unpaired": None,
+}
+
+
+def rows_of_every_kind():
+    rows = [{**TEXT, **(change or {})} for change in DROPPED.values()]
+    rows[-1] = Row(rows[-1], unpaired="a tie")
+    return [TEXT, *rows, {**TEXT, "rejected": ""}, {**TEXT, "rejected": "maybe"}]
+
+
+def test_python_trains_on_the_rows_that_the_command_trains_on(caplog):
+    """Those that `validate_rows` keeps; what is dropped is said."""
+    rows = rows_of_every_kind()
+    report = validate_rows(TEXTS, rows, "direct")
+    assert report.kept == (0, 5, 6)
+    assert report.counts == dict.fromkeys(DROPPED, 1)
+    with caplog.at_level(logging.WARNING):
+        pairs = encode_pairs(TEXTS, rows, "direct")
+    assert [pair.rejected["draft"].value for pair in pairs] == ["no", "", "maybe"]
+    assert "4 of 7 rows are dropped. identical (1 of 7): Row 1: chosen and rejected are the same." in caplog.text
+    assert "unpaired (1 of 7): Row 4: it holds no preference: a tie." in caplog.text
+    with pytest.raises(DataError, match=r"No row is left\. identical \(2 of 2\): Row 0: chosen and rejected"):
+        encode_pairs(TEXTS, rows[1:2] * 2, "direct")
+
+
+def test_an_empty_rejected_or_intermediate_text_is_a_preference():
+    """Its score is that of the end of sequence alone."""
+    (pair,) = encode_pairs(TEXTS, [{**TEXT, "rejected": ""}], "direct")
+    assert pair.rejected["draft"].record["token_ids"] == [LM.tokenizer.eos_token_id]
+    chained = System(X >> draft, draft >> node(LM, name="last")(lambda draft: draft)).compile()
+    row = {**TEXT, "chosen_intermediates": {"draft": ""}, "rejected_intermediates": {"draft": "a"}}
+    assert validate_rows(chained, [row], "sampling").kept == (0,)
+    row["chosen"] = ""
+    assert validate_rows(chained, [row], "sampling").counts == {"empty": 1}
+
+
+def test_empty_chosen_texts_can_be_kept(tmp_path):
+    row = {**TEXT, "chosen": ""}
+    assert validate_rows(TEXTS, [row], "direct", empty="keep").kept == (0,)
+    (pair,) = encode_pairs(TEXTS, [row], "direct", empty="keep")
+    assert pair.chosen["draft"].value == ""
+    for empty, count in (("drop", 1), ("keep", 2)):
+        args = SysDPOConfig(output_dir=str(tmp_path), report_to=[], use_cpu=True, empty=empty)
+        assert len(SysDPOTrainer(TEXTS.system, args, train_dataset=[row, TEXT]).train_dataset) == count
+    for make in (
+        lambda: SysDPOConfig(output_dir=str(tmp_path), report_to=[], use_cpu=True, empty="no"),
+        lambda: encode_pairs(TEXTS, [TEXT], "direct", empty="no"),
+        lambda: validate_rows(TEXTS, [TEXT], "direct", empty="no"),
+    ):
+        with pytest.raises(PlanError, match="empty must be 'drop' or 'keep', got 'no'"):
+            make()
+
+
+def test_columns_that_no_node_reads_are_said_once(caplog):
+    rows = [{**TEXT, "score": 1, "": "0"}, {**TEXT, "chosen_intermediates": None, "id": 2}]
+    report = validate_rows(TEXTS, rows, "direct")
+    assert report.unread == ("score", "", "id")
+    assert str(report).endswith("\n\nColumns that no node reads: score, '', id.")
+    assert validate_rows(TEXTS, rows, "sampling").unread == ("score", "", "chosen_intermediates", "id")
+    with caplog.at_level(logging.WARNING):
+        encode_pairs(TEXTS, rows, "direct")
+    assert caplog.text.count("Columns that no node reads: score, '', id.") == 1
+    assert validate_rows(TEXTS, [{"prompt": "q", **TEXT}], "direct").unread == ("prompt",)
+    assert validate_rows(TEXTS, [{**TEXT, "prompt": "q"}, {"prompt": "q", **TEXT}], "direct").unread == ("prompt",)
+
+
+def test_prompts_that_would_be_cut_are_counted(caplog):
+    """128 positions, of which 4 are for the completion: a prompt of 130 characters loses 6 tokens."""
+    rows = [{**TEXT, "question": "q" * 124}, {**TEXT, "question": "q" * 130}, TEXT]
+    report = validate_rows(TEXTS, rows, "direct")
+    assert report.kept == (0, 1, 2)
+    assert (report.counts, report.dropped, report.errors) == ({"cut prompt": 1}, 0, 0)
+    assert (
+        "cut prompt (kept): 1 row\n  Row 1, node 'draft': the prompt loses 6 tokens, for which there is no room "
+        "(max_length)." in str(report)
+    )
+    assert len(LM.prompt_ids(["q" * 130])[0]) == 124
+    assert validate_rows(TEXTS, rows, "direct", strict=True).errors == 0
+    # Under Sampling the latent node's prompt is known, too.
+    chained = System(X >> draft, draft >> node(LM, name="last")(lambda draft: draft)).compile()
+    assert validate_rows(chained, rows, "sampling").counts == {"cut prompt": 1}
+    with caplog.at_level(logging.WARNING):
+        assert len(encode_pairs(TEXTS, rows, "direct")) == 3
+    assert "cut prompt (1 of 3): Row 1" in caplog.text
+
+
+def test_messages_that_are_written_down_as_a_text_are_said():
+    text = json.dumps(CONVERSATION[1:])
+    report = validate_rows(TEXTS, [{**TEXT, "chosen": text}], "direct")
+    assert report.kept == (0,)
+    assert str(report.problems[0]) == (
+        "Row 0: chosen is a text that is chat messages, written down; it is used as a text. Give the list of messages "
+        "itself."
+    )
+
+
+def test_an_input_of_text_says_how_messages_are_taken():
+    with pytest.raises(DataError, match=r"must be str, got list .* Declare Input\('question'\) without a type to get"):
+        encode_pairs(TEXTS, [{**TEXT, "question": CONVERSATION[:1]}], "direct")

@@ -8,7 +8,7 @@ from tiny import char_tokenizer, llama
 
 from sysdag import DiverseBeamSearch, ImportanceSampling, Input, MonteCarlo, PlanError, System, TrainingError, node
 from sysdag.components import CausalLM, Opaque, Tabular
-from sysdag.data.preferences import encode_pairs
+from sysdag.data.encoding import encode_pairs
 from sysdag.engine.step import SystemModel
 from sysdag.objectives.options import EngineOptions, NodeOptions, ObjectiveOptions
 

@@ -20,7 +20,8 @@ from tiny_diffusion import plain_unet, scheduler_of
 
 from sysdag import DataError, Input, System, node
 from sysdag.components import CausalLM, Diffusion, Tabular
-from sysdag.data.preferences import PreferencePair, encode_pairs
+from sysdag.data.encoding import encode_pairs
+from sysdag.data.preferences import PreferencePair
 from sysdag.data.validation import validate_rows
 from sysdag.files.encoding import encode_value
 from sysdag.traces.cells import Draw

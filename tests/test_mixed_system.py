@@ -10,7 +10,7 @@ from tiny_diffusion import drift, from_text, images, seed
 
 from sysdag import DiverseBeamSearch, Input, PlanError, System, node
 from sysdag.components import CausalLM
-from sysdag.data.preferences import encode_pairs
+from sysdag.data.encoding import encode_pairs
 from sysdag.engine.step import SystemModel
 from sysdag.objectives.options import EngineOptions, NodeOptions, ObjectiveOptions
 

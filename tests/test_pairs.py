@@ -9,7 +9,7 @@ from any_values import draws, same, values
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sysdag.data.preferences import encode_pairs
+from sysdag.data.encoding import encode_pairs
 from sysdag.errors import DataError
 from sysdag.traces.cells import Draw
 from sysdag.traces.pairs import output_names, preference_row, runs_by_input, write_pairs

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from sysdag import DiverseBeamSearch, Exhaustive, PlanError, SerializationError, SysDPOTrainer, System, node
 from sysdag.components import Categorical, CausalLM, adapter
-from sysdag.data.preferences import encode_pairs
+from sysdag.data.encoding import encode_pairs
 from sysdag.engine.precompute import weights_hash
 from sysdag.engine.step import SystemModel
 from sysdag.objectives.options import EngineOptions, NodeOptions, ObjectiveOptions, ReferenceOptions

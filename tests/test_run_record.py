@@ -17,7 +17,8 @@ from trained_systems import rows, two_llms
 
 from sysdag import DiverseBeamSearch, MonteCarlo, PlanError, SysDPOConfig, SysDPOTrainer, System, Trace, TrainingError
 from sysdag.components import CausalLM
-from sysdag.data.preferences import PreferencePair, encode_pairs
+from sysdag.data.encoding import encode_pairs
+from sysdag.data.preferences import PreferencePair
 from sysdag.engine.replay import accumulate_gradients
 from sysdag.files import run_files
 from sysdag.files.run_files import read_log, read_run

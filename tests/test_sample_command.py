@@ -202,7 +202,6 @@ OTHER = Path(SYSTEMS).read_text()
         (["--seed", 8], None, "seed was 7, and is now 8"),
         (["--batch-size", 5], None, "batch_size was 4, and is now 5"),
         (["--runs", 2], None, "runs was 3, and is now 2"),
-        (["--limit", 4], None, "input_rows was 5, and is now 4"),
         ([], ("return [turn", "return ['b'"), "node letters source_sha256 was"),
         ([], ("times=2", "times=3"), "had ['coin', 'letters', 'spread', 'turn[0]', 'turn[1]'], and has now ['coin', "),
         ([], ('"b": 0.4}', '"b": 0.3, "c": 0.1}'), "component coin repr was 'Tabular(2 keys, 2 values)', and is now"),
@@ -227,7 +226,186 @@ def test_another_run_is_not_resumed(whole, rows, tmp_path, options, edit, messag
 
 def test_other_inputs_are_not_resumed(whole, rows, tmp_path):
     rows.write_text(rows.read_text().replace('"b"', '"a"', 1))
-    assert "inputs_sha256 was" in again(rows, whole, "--resume", code=1)
+    shown = again(rows, whole, "--resume", code=1)
+    assert "was begun on other inputs and cannot be resumed: row 1 has been run, and is another now." in shown
+    assert "Give those inputs back that it was begun on" in shown
+
+
+@pytest.mark.parametrize("cut", [0, 3, 4, 8, 12])  # so many of the 15 runs are there, in batches of 4
+def test_inputs_that_have_not_been_run_may_change(whole, rows, tmp_path, cut):
+    """The first 4 runs are of rows 0 and 1, the first 8 of rows up to 2, the first 12 of rows up to 3."""
+    lines = whole.read_bytes().splitlines(keepends=True)
+    done = {0: 0, 3: 0, 4: 2, 8: 3, 12: 4}[cut]  # rows of which a run in a whole batch is there
+    for row in range(5):
+        values = [*INPUTS["x"]]
+        values[row] = "a" if values[row] == "b" else "b"
+        rows.write_text("".join(json.dumps({"x": value}) + "\n" for value in values))
+        path = copied(whole, tmp_path / f"{row}.jsonl", len(b"".join(lines[:cut])))
+        if row < done:
+            assert f"row {row} has been run, and is another now" in again(rows, path, "--resume", code=1)
+        else:
+            again(rows, path, "--resume")
+            again(rows, tmp_path / "expected.jsonl", "--overwrite")
+            assert path.read_bytes() == (tmp_path / "expected.jsonl").read_bytes()
+            again(rows, path, "--resume")  # its record says what it is of
+
+
+@pytest.mark.parametrize("count", [3, 4, 6, 9])
+def test_rows_may_be_added_or_taken_away_behind_those_that_were_run(whole, rows, tmp_path, count):
+    lines = whole.read_bytes().splitlines(keepends=True)
+    values = (INPUTS["x"] * 2)[:count]
+    rows.write_text("".join(json.dumps({"x": value}) + "\n" for value in values))
+    for cut in (8, 15):
+        path = copied(whole, tmp_path / "cut.jsonl", len(b"".join(lines[:cut])))
+        if 3 * count < cut:
+            assert "more than the" in again(rows, path, "--resume", code=1)
+            continue
+        again(rows, path, "--resume")
+        again(rows, tmp_path / "expected.jsonl", "--overwrite")
+        assert path.read_bytes() == (tmp_path / "expected.jsonl").read_bytes()
+
+
+def test_a_file_of_an_earlier_version_is_not_resumed(whole, rows):
+    side = Path(f"{whole}.run.json")
+    begun = json.loads(side.read_text())
+    side.write_text(json.dumps({**begun, "format_version": 1, "inputs_sha256": "x"}))
+    assert "format_version was 1, and is now 2" in again(rows, whole, "--resume", code=1)
+    for change in ({"skipped": [1]}, {"skipped": {"a": {}}}, {"skipped": {"1": {"who": 1}}}, {"rows_sha256": 3}):
+        side.write_text(json.dumps({**begun, **change}))
+        assert "whole.jsonl.run.json cannot be read" in again(rows, whole, "--resume", code=1)
+
+
+# Bad rows
+
+
+BAD = [
+    '{"x": "a"}',
+    '{"x": ',
+    '{"x": 3}',
+    '{"z": "a"}',
+    '{"x": "b"}',
+    '{"x": "c"}',  # which the table of the node `coin` has not
+    '{"x": "b"}',
+]
+
+
+def runs_of(path):
+    return [(row["columns"]["prompt"], row["columns"]["run"]) for row in map(json.loads, path.read_text().splitlines())]
+
+
+@pytest.fixture
+def bad(tmp_path):
+    file = tmp_path / "bad.jsonl"
+    file.write_text("\n".join(BAD) + "\n")
+    return file
+
+
+def test_bad_rows_are_skipped_and_named(bad, tmp_path):
+    output = tmp_path / "traces.jsonl"
+    shown = again(bad, output, "--on-error", "skip")
+    assert runs_of(output) == [(row, run) for row in (0, 4, 6) for run in range(3)]
+    assert Trace.from_jsonl(output)["x"] == ["a"] * 3 + ["b"] * 6
+    assert "Wrote 9 runs to" in shown
+    named = shown.partition("Skipped 4 of 7 rows; ")[2].splitlines()
+    assert named[0] == f"{output}.run.json has them all:"
+    assert named[1].startswith("  Row 1 (line 2): not JSON: ")
+    assert named[2] == "  Row 2 (line 3): input 'x' must be str, got int 3."
+    assert named[3].startswith("  Row 3 (line 4): input 'x' is missing; the row has ['z'].")
+    assert named[4].startswith("  Row 5 (line 6): Node 'coin', row 5, run 0: ")
+    record = json.loads(Path(f"{output}.run.json").read_text())["skipped"]
+    assert sorted(record) == ["1", "2", "3", "5"]
+    assert record["2"] == {"why": "input 'x' must be str, got int 3.", "from_run": 0}
+
+
+@pytest.mark.parametrize("line", ['{"x": ', '{"x": 3}', '{"x": "c"}'])
+def test_a_bad_row_stops_by_default(rows, tmp_path, line):
+    lines = rows.read_text().splitlines()
+    rows.write_text("\n".join([*lines[:3], line, lines[4]]))
+    output = tmp_path / "traces.jsonl"
+    assert again(rows, output, code=1).startswith("Error: ")
+    assert again(rows, output, "--on-error", "stop", "--overwrite", code=1).startswith("Error: ")
+    # It is corrected, and what was run is kept.
+    kept = output.read_bytes() if output.exists() else b""
+    assert len(kept.splitlines()) == (8 if line.endswith('"c"}') else 0)
+    rows.write_text("\n".join([*lines[:3], '{"x": "b"}', lines[4]]))
+    again(rows, output, "--resume")
+    again(rows, tmp_path / "expected.jsonl")
+    assert output.read_bytes() == (tmp_path / "expected.jsonl").read_bytes()
+    assert output.read_bytes().startswith(kept)
+
+
+def test_other_rows_run_as_they_do_in_one_go(bad, tmp_path):
+    """Resuming a file that was cut anywhere gives the same file, and the same rows skipped."""
+    whole = tmp_path / "whole.jsonl"
+    again(bad, whole, "--on-error", "skip")
+    for size in range(0, len(whole.read_bytes()), 97):
+        cut = copied(whole, tmp_path / "cut.jsonl", size)
+        shown = again(bad, cut, "--on-error", "skip", "--resume")
+        assert cut.read_bytes() == whole.read_bytes()
+        assert "Skipped 4 of 7 rows; " in shown
+    assert Path(f"{cut}.run.json").read_bytes() == Path(f"{whole}.run.json").read_bytes()
+    shown = again(bad, whole, "--on-error", "skip", "--resume")
+    assert "is complete: 9 runs." in shown
+    assert "Row 5 (line 6): Node 'coin'" in shown
+
+
+def test_rows_stay_skipped_where_their_batch_is_written(bad, tmp_path):
+    output = tmp_path / "traces.jsonl"
+    again(bad, output, "--on-error", "skip")
+    lines = output.read_bytes().splitlines(keepends=True)
+    # 3 runs a row and 4 a batch: the runs of row 1 are in batches 0 and 1, those of row 5 in 3 and 4.
+    # Of what is left, batches 0 to 2 are whole, with 3 runs, none and none; batch 3 has lost two of its 3.
+    output.write_bytes(b"".join(lines[:4]))
+    bad.write_text("\n".join('{"x": "b"}' if number in (1, 5) else line for number, line in enumerate(BAD)))
+    shown = again(bad, output, "--on-error", "skip", "--resume")
+    assert runs_of(output) == [(row, run) for row in (0, 4, 5, 6) for run in range(3)]
+    assert "Skipped 3 of 7 rows" in shown
+    assert "Row 1 (line 2): not JSON" in shown
+    assert "Row 5" not in shown
+
+
+def test_a_row_that_fails_in_its_second_batch_keeps_its_first_runs(tmp_path):
+    file, output = tmp_path / "inputs.json", tmp_path / "traces.jsonl"
+    file.write_text(json.dumps([{"y": value} for value in (1, 2, 0, 4)]))
+    options = (f"{SYSTEMS}:dividing", file, "--runs", 3, "--batch-size", 4, "--output", output)
+    shown = sample(*options, "--on-error", "skip")
+    assert runs_of(output) == [(row, run) for row in (0, 1, 3) for run in range(3)]
+    assert "Row 2 (row 2): ZeroDivisionError: division by zero. In the function of node 'reciprocal'" in shown
+    whole = output.read_bytes()
+    for size in range(0, len(whole), 61):
+        output.write_bytes(whole[:size])
+        sample(*options, "--on-error", "skip", "--resume")
+        assert output.read_bytes() == whole
+
+
+def test_nothing_but_bad_rows(tmp_path):
+    file, output = tmp_path / "inputs.jsonl", tmp_path / "traces.jsonl"
+    file.write_text('{"x": 1}\n{\n')
+    shown = again(file, output, "--on-error", "skip", code=1)
+    assert "None of the 2 rows can be used. Row 0 (line 1): input 'x' must be str" in shown
+    file.write_text('{"x": "c"}\n{"x": "d"}\n')
+    shown = again(file, output, "--on-error", "skip", code=1)
+    assert "Wrote 0 runs" in shown
+    assert "Skipped 2 of 2 rows" in shown
+
+
+def test_what_is_no_rows_fault_is_not_skipped(tmp_path, monkeypatch):
+    monkeypatch.setattr(sampled_systems.shared, "sample", lambda inputs, generator=None: 1 / 0)
+    file = tmp_path / "inputs.jsonl"
+    file.write_text('{"x": "a"}\n{"x": "b"}\n')
+    shown = again(file, tmp_path / "traces.jsonl", "--on-error", "skip", code=1)
+    assert "ZeroDivisionError: division by zero. In node 'coin', rows 0, run 0 to 1, run 0." in shown
+
+
+def test_inputs_of_a_known_shape_and_of_renamed_columns(tmp_path):
+    file, output = tmp_path / "inputs.jsonl", tmp_path / "traces.jsonl"
+    file.write_text(json.dumps({"history": "a", "human_ref_A": "b", "human_ref_B": "c", "labels": 1}) + "\n")
+    sample(f"{SYSTEMS}:looped", file, "--output", output, "--shape", "shp")
+    assert Trace.from_jsonl(output)["x"] == ["a"]
+    sample(f"{SYSTEMS}:looped", file, "--output", output, "--rename", "human_ref_A=x", "--overwrite")
+    assert Trace.from_jsonl(output)["x"] == ["b"]
+    shown = sample(f"{SYSTEMS}:looped", file, "--output", output, "--overwrite", code=1)
+    assert "These are the columns of shp: --shape shp makes pairs of them" in shown
 
 
 def test_another_temperature_is_not_resumed(tmp_path):
@@ -395,6 +573,10 @@ def test_columns_that_are_no_inputs_are_ignored_with_a_note(tmp_path):
         (["--engine", "ray", "--actors", "coin=0"], "--actors coin=0: expected NODE=N"),
         (["--batch-size", "0"], "--batch-size"),
         (["--engine", "slurm"], "--engine"),
+        (["--on-error", "ignore"], "--on-error"),
+        (["--rename", "prompt"], "--rename prompt: expected OLD=NEW, as question=prompt."),
+        (["--rename", "a=b", "--rename", "a=c"], "'a' is renamed twice."),
+        (["--shape", "shq"], "--shape shq is unknown; those that are known: orca_dpo_pairs,"),
     ],
 )
 def test_wrong_options_end_in_exit_code_2(rows, tmp_path, options, message):

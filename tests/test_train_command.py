@@ -214,6 +214,38 @@ def test_a_training_that_was_stopped_goes_on(place, monkeypatch):
     assert "There is no checkpoint in new yet" in result.stderr
 
 
+def test_the_columns_of_other_data_sets(place):
+    rows = [
+        {"history": "q", "human_ref_A": "a", "human_ref_B": "b", "labels": 1, "score": 3},
+        {"history": "r", "human_ref_A": "", "human_ref_B": "b", "labels": 1, "score": 4},
+    ]
+    (place / "shp.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = [f"{MODULE}.py", "shp.jsonl", "--objective", "sampling", "--dry-run", "--output_dir", "out"]
+    told = run(*given, "--shape", "shp").stdout
+    assert "shp.jsonl: 2 rows: 1 can be used, 1 are dropped, 0 cannot." in told
+    assert "Columns that no node reads: score." in told
+    assert "2 rows: 2 can be used, 0 are dropped" in run(*given, "--shape", "shp", "--empty", "keep").stdout
+    assert "--shape shp makes pairs of them" in run(*given, code=1).stderr
+    names = {"history": "prompt", "human_ref_A": "chosen", "human_ref_B": "rejected"}
+    options = [part for old, new in names.items() for part in ("--rename", f"{old}={new}")]
+    assert "Columns that no node reads: labels, score." in run(*given, *options).stdout
+    (place / "train.yaml").write_text(yaml.safe_dump({"rename": names, "empty": "keep"}))
+    assert "2 rows: 2 can be used" in run(*given, "--config", "train.yaml").stdout
+    job = parse([*given, "--config", "train.yaml", "--rename", "history=question", "--shape", "shp"])
+    assert (dict(job.rename), job.shape) == ({"history": "question"}, "shp")
+    for options, message in (
+        (["--shape", "shq"], "shape 'shq' is unknown; those that are known: orca_dpo_pairs, "),
+        (["--rename", "history"], "--rename history: expected OLD=NEW, as question=prompt."),
+        (["--empty", "no"], "empty must be 'drop' or 'keep', got 'no'"),
+    ):
+        assert message in run(*given, *options, code=2).stderr
+    (place / "train.yaml").write_text("rename: [history]\n")
+    assert (
+        "train.yaml, line 1: rename: expected old and new names of columns, as {question: prompt}"
+        in run(*given, "--config", "train.yaml", code=2).stderr
+    )
+
+
 def test_a_dry_run_checks_the_data_and_loads_no_weights(place):
     for name in ("drafter", "refiner"):
         (place / name / "model.safetensors").unlink()

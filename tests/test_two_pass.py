@@ -16,7 +16,7 @@ from tiny_diffusion import seed
 
 from sysdag import Input, System, TrainingError, loop, node
 from sysdag.components import CausalLM
-from sysdag.data.preferences import encode_pairs
+from sysdag.data.encoding import encode_pairs
 from sysdag.engine.replay import accumulate_gradients
 from sysdag.engine.step import SystemModel
 from sysdag.objectives.options import EngineOptions, ObjectiveOptions

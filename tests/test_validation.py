@@ -16,7 +16,8 @@ from sysdag.components.component import Component
 from sysdag.data.preferences import encode_row
 from sysdag.data.validation import validate_rows
 from sysdag.traces.cells import Draw
-from sysdag.traces.readers import Row, read_rows
+from sysdag.traces.readers import read_rows
+from sysdag.traces.rows import Row
 
 QUESTIONS = checked_systems.questions.compile()
 PICTURES = checked_systems.pictures.compile()
@@ -56,8 +57,9 @@ def test_a_good_row_is_kept():
     ("changes", "found"),
     [
         ({"chosen": " \n"}, ("empty", "answer", "chosen")),
-        ({"rejected": [{"role": "assistant", "content": ""}]}, ("empty", "answer", "rejected")),
-        ({"rejected": Draw("", {"token_ids": [1], "finished": True})}, ("empty", "answer", "rejected")),
+        ({"chosen": [{"role": "assistant", "content": ""}]}, ("empty", "answer", "chosen")),
+        ({"chosen": Draw("", {"token_ids": [1], "finished": True})}, ("empty", "answer", "chosen")),
+        ({"rejected": ""}, None),
         # 'long:q' takes 6 of the 24 positions, 17 characters and the end of sequence the rest.
         ({"rejected": "n" * 18}, ("over-long", "answer", "rejected")),
         ({"rejected": Draw("n", {"token_ids": [5] * 19, "finished": False})}, ("over-long", "answer", "rejected")),

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sysdag.commands import judge_options
+from sysdag.commands.arguments import RenameOption, ShapeOption, SplitOption, reading
 from sysdag.commands.files import check_output, naming
 from sysdag.commands.given import refuse
 from sysdag.errors import DataError, JudgeError, SysdagError
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from sysdag.evaluation.measures import Matched
 
 SEED_OF_THE_OTHER = 2**32  # more than that of the first: with equal ones the runs would not be independent
-_OF_SAMPLING = ("against", "runs", "batch_size", "device", "limit", "split", "keep_traces")
+_OF_SAMPLING = ("against", "runs", "batch_size", "device", "limit", "split", "rename", "shape", "keep_traces")
 
 
 def evaluate(
@@ -48,7 +49,9 @@ def evaluate(
         str, typer.Option(help="Where models are put: auto (a GPU where there is one), cpu, cuda:0, ...")
     ] = "auto",
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first rows.")] = None,
-    split: Annotated[str, typer.Option(help="Of a dataset that has splits.")] = "train",
+    split: SplitOption = "train",
+    rename: RenameOption = None,
+    shape: ShapeOption = None,
     keep_traces: Annotated[
         Path | None,
         typer.Option(metavar="FOLDER", help="Write the runs there as they are made; a later command goes on behind."),
@@ -77,6 +80,7 @@ def evaluate(
     --threshold shares of successes. Function judges also see the rows' other columns, as a reference answer.
     """
     _check(context, system, data, against, traces)
+    options = reading(split, rename, shape)
     if output is not None and output.suffix != ".json":
         raise typer.BadParameter(f"--output {output}: its ending must be .json.")
     check_output("--output", output, [] if data is None else [data])
@@ -104,12 +108,12 @@ def evaluate(
         assert data is not None
         assert against is not None
         matched, outputs = _sampled(
-            system, data, against, node, split=split, limit=limit, keep=keep_traces, runs=runs, seed=seed,
+            system, data, against, node, reading=options, limit=limit, keep=keep_traces, runs=runs, seed=seed,
             batch_size=batch_size, device=device,
         )  # fmt: skip
         names = system, against
         sources = {
-            "system": system, "against": against, "data": data, "split": split, "limit": limit, "runs": runs,
+            "system": system, "against": against, "data": data, **options, "limit": limit, "runs": runs,
             "batch_size": batch_size, "seeds": [seed, seed + SEED_OF_THE_OTHER],
         }  # fmt: skip
     for count, name in zip(matched.unmatched, names, strict=True):
@@ -158,7 +162,7 @@ def _sampled(
     against: str,
     nodes: list[str] | None,
     *,
-    split: str,
+    reading: dict[str, Any],
     limit: int | None,
     keep: Path | None,
     runs: int,
@@ -179,7 +183,7 @@ def _sampled(
                 f"{spec} has no node {missing[0]!r}, which is judged; its nodes are {list(each.order)}. Name nodes "
                 "that both systems have (--node)."
             )
-    rows = read_rows(data, split=split)[:limit]
+    rows = read_rows(data, **reading)[:limit]
     with naming(data):
         given = held_out(plan, rows, distinct=other is not None)
     if other is None:

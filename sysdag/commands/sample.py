@@ -5,15 +5,28 @@ from __future__ import annotations
 import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sysdag.commands.arguments import SystemArgument
+from sysdag.commands.arguments import RenameOption, ShapeOption, SplitOption, SystemArgument, reading
 from sysdag.commands.files import check_output, naming
+from sysdag.errors import SysdagError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
     from sysdag.execution.batches import Engine
+    from sysdag.execution.trace_file import TraceFile
+    from sysdag.graph.plan import Plan
+    from sysdag.traces.trace import Trace
+
+_MOST_NAMED = 20  # of the rows that were skipped; the record beside the output has all
+
+
+class OnError(StrEnum):
+    stop = "stop"
+    skip = "skip"
 
 
 class EngineName(StrEnum):
@@ -37,7 +50,16 @@ def sample(
     seed: Annotated[int, typer.Option(help="Of all that is drawn.")] = 0,
     batch_size: Annotated[int, typer.Option(min=1, help="Runs that go through the system together.")] = 16,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first rows of the inputs.")] = None,
-    split: Annotated[str, typer.Option(help="Of a dataset that has splits.")] = "train",
+    split: SplitOption = "train",
+    rename: RenameOption = None,
+    shape: ShapeOption = None,
+    on_error: Annotated[
+        OnError,
+        typer.Option(
+            help="At a row that cannot be read, or at which a node fails: stop, or leave the row out and name it at "
+            "the end."
+        ),
+    ] = OnError.stop,
     device: Annotated[
         str, typer.Option(help="Where models are put: auto (a GPU where there is one), cpu, cuda:0, ...")
     ] = "auto",
@@ -53,7 +75,8 @@ def sample(
     """Run a system over a file of inputs and write every variable of every run, one line a run.
 
     Each line also has the columns `prompt` (the input's row, from 0) and `run`. The same seed, inputs and batch size
-    give the same file whatever the engine; a command that was cut off goes on with --resume.
+    give the same file whatever the engine; a command that was cut off goes on with --resume, also where inputs were
+    corrected that have not been run yet. Rows that --on-error skip left out of what is written stay left out.
     """
     if resume and overwrite:
         raise typer.BadParameter("--resume and --overwrite exclude each other.")
@@ -61,36 +84,35 @@ def sample(
         raise typer.BadParameter("--actors and --gpus-per-actor belong to --engine ray.")
     sizes = dict(_size(given) for given in actors or ())
     check_output("--output", output, [inputs])
+    options = reading(split, rename, shape)
 
     from tqdm import tqdm
 
     from sysdag.data.inputs import inputs_of
-    from sysdag.execution.batches import Runs
-    from sysdag.execution.running import run
+    from sysdag.execution.batches import Runs, Skipped
     from sysdag.execution.trace_file import TraceFile
     from sysdag.saving.loading import load_system
-    from sysdag.traces.readers import read_rows
+    from sysdag.traces.readers import read_all, read_rows
 
     plan = load_system(system).compile()
-    rows = read_rows(inputs, split=split)[:limit]
+    bad: dict[int, str] | None = {} if on_error is OnError.skip else None
+    rows = (read_rows(inputs, **options) if bad is None else read_all(inputs, **options).in_order())[:limit]
     with naming(inputs):
-        columns, ignored = inputs_of(plan, rows)
+        columns, ignored = inputs_of(plan, rows, bad)
     if ignored:
         typer.echo(f"Columns that are no inputs of the system are ignored: {', '.join(ignored)}.", err=True)
-    wanted = Runs(inputs=columns, runs=runs, seed=seed, batch_size=batch_size)
+    skipped = {number: Skipped(why=why) for number, why in (bad or {}).items()}
+    wanted = Runs(inputs=columns, runs=runs, seed=seed, batch_size=batch_size, skipped=skipped)
     file = TraceFile(output, plan, wanted, existing="resume" if resume else "overwrite" if overwrite else "refuse")
     if file.batches == wanted.batches:
-        typer.echo(f"{output} is complete: {wanted.total} runs.", err=True)
+        typer.echo(f"{output} is complete: {file.runs.made} runs.", err=True)
+        _tell_skipped(file, rows)
         return
-    first = file.batches
-    done = first * batch_size
-    traces = run(
-        plan, columns, runs=runs, seed=seed, batch_size=batch_size, first_batch=first,
-        engine=_engine(engine, device, sizes, gpus_per_actor),
-    )  # fmt: skip
+    done = sum(len(file.runs.pairs(number)) for number in range(file.batches))
+    chosen = _engine(engine, device, sizes, gpus_per_actor)
     with tqdm(total=wanted.total, initial=done, unit="run", file=sys.stderr, disable=not sys.stderr.isatty()) as bar:
         try:
-            for trace in traces:
+            for trace in _traces(plan, file, chosen, skips=bad is not None):
                 file.append(trace)
                 bar.update(len(trace))
                 done += len(trace)
@@ -98,7 +120,46 @@ def sample(
             raise KeyboardInterrupt(
                 f"{done} of {wanted.total} runs are in {output}; the same command with --resume goes on."
             ) from error
-    typer.echo(f"Wrote {wanted.total} runs to {output}.", err=True)
+    typer.echo(f"Wrote {file.runs.made} runs to {output}.", err=True)
+    _tell_skipped(file, rows)
+    if not file.runs.made:
+        raise typer.Exit(1)
+
+
+def _traces(plan: Plan, file: TraceFile, engine: Engine, *, skips: bool) -> Iterator[Trace]:
+    """The batches that the file has not got, each to be appended before the next is asked for.
+
+    Args:
+        skips: leaves out a row at which a node fails, and makes the batch again without it.
+    """
+    from sysdag.execution.running import run
+
+    while file.batches < file.runs.batches:
+        runs = file.runs
+        try:
+            yield from run(
+                plan, runs.inputs, runs=runs.runs, seed=runs.seed, batch_size=runs.batch_size, skipped=runs.skipped,
+                first_batch=file.batches, engine=engine,
+            )  # fmt: skip
+        except SysdagError as error:
+            if not skips or error.input_row is None:
+                raise
+            file.skip(error.input_row, str(error))
+
+
+def _tell_skipped(file: TraceFile, rows: Sequence[Any]) -> None:
+    """Names the rows that are not in the file."""
+    skipped = file.runs.skipped
+    if not skipped:
+        return
+    lines = [f"Skipped {len(skipped)} of {len(rows)} rows; {file.side_path} has them all:"]
+    for number, each in sorted(skipped.items())[:_MOST_NAMED]:
+        place = getattr(rows[number], "place", "") if number < len(rows) else ""
+        runs = f", from run {each.from_run} on" if each.from_run else ""
+        lines.append(f"  Row {number}{f' ({place})' if place else ''}{runs}: {each.why}")
+    if len(skipped) > _MOST_NAMED:
+        lines.append("  ...")
+    typer.echo("\n".join(lines), err=True)
 
 
 def _size(given: str) -> tuple[str, int]:

@@ -9,8 +9,13 @@ from typing import Annotated
 
 import typer
 
-from sysdag.commands.arguments import SystemArgument
+from sysdag.commands.arguments import RenameOption, ShapeOption, SplitOption, SystemArgument, reading
 from sysdag.commands.files import check_output
+
+
+class Empty(StrEnum):
+    drop = "drop"
+    keep = "keep"
 
 
 class Objective(StrEnum):
@@ -24,12 +29,17 @@ def validate(
         str,
         typer.Argument(
             metavar="DATA",
-            help="Preference rows: a .jsonl, .json, .csv or .parquet file, a folder that the library datasets saved, "
-            "or a name on the Hub.",
+            help="Preference rows: a .jsonl, .json, .csv or .parquet file, a folder that the library datasets saved "
+            "or that was cloned from the Hub, or a name on the Hub.",
         ),
     ],
     objective: Annotated[Objective, typer.Option(help="What the rows are for.")] = Objective.direct,
-    split: Annotated[str, typer.Option(help="Of a dataset that has splits.")] = "train",
+    split: SplitOption = "train",
+    rename: RenameOption = None,
+    shape: ShapeOption = None,
+    empty: Annotated[
+        Empty, typer.Option(help="Whether rows whose chosen output is empty are dropped, or kept.")
+    ] = Empty.drop,
     strict: Annotated[
         bool, typer.Option("--strict", help="Rows that would be dropped (empty, identical, over-long) are errors.")
     ] = False,
@@ -44,6 +54,7 @@ def validate(
     if output is not None and output.suffix.lower() not in (".jsonl", ".parquet"):
         raise typer.BadParameter(f"--output {output}: its ending must be .jsonl or .parquet.")
     check_output("--output", output, [data])
+    options = reading(split, rename, shape)
 
     from sysdag.data.row_paths import with_whole_paths
     from sysdag.data.validation import validate_rows
@@ -53,8 +64,10 @@ def validate(
 
     plan = load_system(system).compile()
     plan.check(objective.value)
-    found = read_all(data, split=split)
-    report = validate_rows(plan, found.rows, objective.value, limit=limit, strict=strict, damaged=found.damaged)
+    found = read_all(data, **options)
+    report = validate_rows(
+        plan, found.rows, objective.value, limit=limit, strict=strict, empty=empty.value, damaged=found.damaged
+    )
     typer.echo(json.dumps(report.to_dict(), indent=2) if as_json else str(report))
     if output is not None and not report.kept:
         typer.echo(f"{output} is not written: no row can be used.", err=True)

@@ -108,6 +108,10 @@ class Component(ABC):
         """
         return None
 
+    def cut_from(self, input: Any) -> int:
+        """How many positions of an input are cut off because there is no room for them, without loading weights."""
+        return 0
+
     def log_prob(self, inputs: Sequence[Any], draws: Sequence[Draw]) -> Float[Tensor, " n"]:
         """Natural log-probability of each draw given its input, differentiable, fp32 or better."""
         if self.likelihood != "exact":

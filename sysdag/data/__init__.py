@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 from sysdag import exports
 
 if TYPE_CHECKING:
-    from sysdag.data.preferences import PreferencePair, Problem, encode_pairs
+    from sysdag.data.encoding import encode_pairs
+    from sysdag.data.preferences import PreferencePair, Problem
     from sysdag.data.validation import ValidationReport, validate_rows
 
 __all__ = [
@@ -20,7 +21,8 @@ __all__ = [
 __getattr__ = exports(
     __name__,
     {
-        "preferences": ["PreferencePair", "Problem", "encode_pairs"],
+        "encoding": ["encode_pairs"],
+        "preferences": ["PreferencePair", "Problem"],
         "validation": ["ValidationReport", "validate_rows"],
     },
 )

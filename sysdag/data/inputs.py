@@ -5,13 +5,22 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sysdag.data.preferences import input_column, read_inputs
+from sysdag.data.columns import advice_on, input_column, read_inputs
+from sysdag.data.trl_prompts import explicit_prompt
 from sysdag.errors import DataError, PlanError
 from sysdag.graph.plan import Plan
 
 
-def inputs_of(plan: Plan, rows: Sequence[Mapping[str, Any]]) -> tuple[dict[str, list[Any]], list[str]]:
+def inputs_of(
+    plan: Plan, rows: Sequence[Mapping[str, Any]], bad: dict[int, str] | None = None
+) -> tuple[dict[str, list[Any]], list[str]]:
     """The columns that the system reads: those of its inputs' names, or `prompt` for a system with one input.
+
+    The prompt of preference rows may be implicit (see `sysdag.data.encode_pairs`).
+
+    Args:
+        bad: gets what is wrong with each row that cannot be used, by its number, which is no error then; its inputs
+            are None.
 
     Returns:
         For each input one value a row, and the names of the columns that are no inputs.
@@ -28,11 +37,21 @@ def inputs_of(plan: Plan, rows: Sequence[Mapping[str, Any]]) -> tuple[dict[str, 
     columns: dict[str, list[Any]] = {name: [] for name in names}
     ignored: set[str] = set()
     for number, row in enumerate(rows):
+        row = explicit_prompt(plan, row).row
         found, problems = read_inputs(plan, row)
-        if problems:
-            line = getattr(row, "place", "")
-            raise DataError(f"Row {number}{f' ({line})' if line else ''}: {problems[0][1]}")
+        damage = getattr(row, "damage", "") or (problems[0][1] if problems else "")
+        if damage and bad is None:
+            raise DataError(f"Row {number}{_place(row)}: {damage} {advice_on(plan, rows, ())}".rstrip())
+        if damage and bad is not None:
+            bad[number] = damage
         for name, column in columns.items():
-            column.append(found[name])
+            column.append(None if damage else found[name])
         ignored |= {str(key) for key in row} - {input_column(plan, row, name) for name in names}
+    if bad and len(bad) == len(rows):
+        raise DataError(f"None of the {len(rows)} rows can be used. Row 0{_place(rows[0])}: {bad[0]}")
     return columns, sorted(ignored)
+
+
+def _place(row: Mapping[str, Any]) -> str:
+    place = getattr(row, "place", "")
+    return f" ({place})" if place else ""

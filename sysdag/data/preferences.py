@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sysdag.data.columns import is_unicode, read_inputs
 from sysdag.data.row_paths import whole_path
 from sysdag.data.trl_prompts import explicit_prompt
 from sysdag.errors import DataError, shown
-from sysdag.files.encoding import encode_value, is_text
+from sysdag.files.encoding import encode_value
 from sysdag.graph.plan import Objective, Plan
 from sysdag.traces.cells import Cell, Draw
-from sysdag.traces.readers import rows_of
 from sysdag.traces.trace import Trace
 
 if TYPE_CHECKING:
@@ -74,8 +74,9 @@ class Problem:
 
     Attributes:
         row: its number, from 0; None for a part of a file that is no row.
-        kind: `missing`, `wrong type`, `unknown node`, `invalid value`; `malformed`, for what is no row; and of rows
-            that could be scored but should not be (see `sysdag.data.validation`) `empty`, `identical`, `over-long`.
+        kind: `missing`, `wrong type`, `unknown node`, `invalid value`; `malformed`, for what is no row; those of
+            `sysdag.data.checks.DROPPED`, of rows that teach nothing, or something else than they say; and those of
+            `sysdag.data.checks.NOTED`, of rows that are used all the same.
         node: the node's name, or "".
         side: `chosen`, `rejected`, or "".
         text: what is wrong with it.
@@ -99,39 +100,13 @@ class Problem:
         return f"{where}: {self.text}"
 
 
-def encode_pairs(plan: Plan, rows: Iterable[Mapping[str, Any]], objective: Objective) -> list[PreferencePair]:
-    """Preference rows as pairs that can be scored.
-
-    A row holds the inputs by name (or `prompt`, for a system with one input), `chosen` and `rejected` (the output's
-    value, or a dict by node for several outputs), and for Direct `chosen_intermediates` and `rejected_intermediates`,
-    dicts by node of every other random node. A plate's value is a list. Values may be given as they are, or as the
-    `Draw` (list of draws for a plate) that a sampled trace holds, which keeps the token ids that were sampled.
-
-    TRL's formats are taken too: a text may be a list of one assistant message, a prompt a list of messages, which the
-    node's function gets as it is; and a prompt may be implicit, the beginning that `chosen` and `rejected` share.
-
-    Args:
-        rows: dicts (of a file: see `sysdag.traces.readers.read_rows`), or a dataset of the library `datasets`.
-
-    Raises:
-        DataError: naming the row and the node, and the file's line where the row knows it.
-    """
-    pairs = []
-    for number, row in enumerate(rows_of(rows)):
-        pair, problems = encode_row(plan, row, number, objective)
-        if pair is None:
-            raise DataError(str(problems[0]))
-        pairs.append(pair)
-    return pairs
-
-
 def encode_row(
     plan: Plan, row: Any, number: int, objective: Objective, *, loads: bool = True
 ) -> tuple[PreferencePair | None, list[Problem]]:
     """One row's pair, or None and all that is wrong with it.
 
     Args:
-        plan, row, objective: see `encode_pairs`.
+        plan, row, objective: see `sysdag.data.encoding.encode_pairs`.
         number: the row's, for its problems.
         loads: False checks values as far as that is possible without any weights; the pair then has no records.
     """
@@ -152,7 +127,19 @@ class _Reading:
         if not isinstance(row, Mapping):
             self._problem("wrong type", f"expected a dict, got {type(row).__name__}.")
             return None, self.problems
-        row = explicit_prompt(self.plan, row)
+        if reason := getattr(row, "unpaired", ""):
+            self._problem("unpaired", f"it holds no preference: {reason}.")
+            return None, self.problems
+        told = explicit_prompt(self.plan, row)
+        if told.identical:
+            self._problem("identical", "chosen and rejected are the same.")
+        if told.beginning:
+            other = "rejected" if told.beginning == "chosen" else "chosen"
+            text = f"{told.beginning} is the beginning of {other}, so where their prompt ends cannot be told."
+            self._problem("beginning", f"{text} Give the prompt in a column of its own.")
+        if self.problems:
+            return None, self.problems
+        row = told.row
         inputs = self._inputs(row)
         sides = {side: self._side(row, side) for side in _SIDES}
         if self.problems:
@@ -216,7 +203,7 @@ class _Reading:
 
     def _draws(self, name: str, values: list[Any], side: str) -> list[Draw]:
         component = self.plan.system[name].component
-        if not all(_is_unicode(value.value if isinstance(value, Draw) else value) for value in values):
+        if not all(is_unicode(value.value if isinstance(value, Draw) else value) for value in values):
             self._problem("invalid value", "half of a surrogate pair, which is no text.", name, side)
             return []
         if component is None:
@@ -235,37 +222,3 @@ class _Reading:
     def _given(self, component: Component, value: Any) -> Any:
         """What is observed: a draw without a record is its value."""
         return whole_path(component, value.value if isinstance(value, Draw) else value, self.folder)
-
-
-def input_column(plan: Plan, row: Mapping[str, Any], name: str) -> str:
-    """The key of a row under which an input stands: its name, or `prompt` for a system's only input."""
-    return "prompt" if len(plan.system.inputs) == 1 and name not in row and "prompt" in row else name
-
-
-def read_inputs(plan: Plan, row: Mapping[str, Any]) -> tuple[dict[str, Any], list[tuple[str, str]]]:
-    """The inputs of a row that can be used, and of each other one the kind of its problem and what is wrong."""
-    found = {}
-    problems = []
-    for given in plan.system.inputs:
-        column = input_column(plan, row, given.name)
-        if column not in row:
-            keys = ", ".join(sorted(map(shown, row)))
-            problems.append(("missing", f"input {given.name!r} is missing; the row has [{keys}]."))
-        elif given.value_type is not None and not isinstance(row[column], given.value_type):
-            expected, got = given.value_type.__name__, f"{type(row[column]).__name__} {shown(row[column], 80)}"
-            problems.append(("wrong type", f"input {given.name!r} must be {expected}, got {got}."))
-        elif not _is_unicode(row[column]):
-            text = f"input {given.name!r} holds half of a surrogate pair, which is no text."
-            problems.append(("invalid value", text))
-        else:
-            found[given.name] = row[column]
-    return found, problems
-
-
-def _is_unicode(value: Any) -> bool:
-    """Whether all text in a value can be written down; JSON may hold half of a surrogate pair."""
-    if isinstance(value, str):
-        return is_text(value)
-    if isinstance(value, Mapping):
-        return all(_is_unicode(key) and _is_unicode(element) for key, element in value.items())
-    return not isinstance(value, (list, tuple)) or all(map(_is_unicode, value))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,6 +22,8 @@ from sysdag.files.encoding import encode_value
 from sysdag.graph.plan import Plan
 from sysdag.traces.cells import Cell, Draw
 from sysdag.traces.trace import Trace
+
+logger = logging.getLogger(__name__)
 
 _OF_PAIRS = {"prompt", "chosen", "rejected", "chosen_intermediates", "rejected_intermediates"}
 
@@ -49,7 +52,12 @@ def held_out(plan: Plan, rows: Sequence[Mapping[str, Any]], *, distinct: bool) -
     Raises:
         DataError: naming the row in which an input is missing or of another type.
     """
-    told = [explicit_prompt(plan, row) for row in rows]
+    told = [each.row for each in (explicit_prompt(plan, row) for row in rows) if not each.has_no_prompt]
+    if len(told) < len(rows):
+        logger.warning(
+            "%d of %d rows are left out: chosen is rejected, or one is the other's beginning, so where their prompt "
+            "ends cannot be told.", len(rows) - len(told), len(rows),
+        )  # fmt: skip
     inputs, _ = inputs_of(plan, told)
     names = list(inputs)
     if distinct:

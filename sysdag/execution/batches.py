@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 from sysdag.errors import PlanError, RunError, SysdagError
-from sysdag.execution.execute import Sampler, component_sampler, draw, row_names
+from sysdag.execution.execute import Sampler, component_sampler, draw, failed_row, row_names
 from sysdag.graph.plan import Plan
 from sysdag.traces.trace import Trace
 
@@ -23,6 +23,19 @@ if TYPE_CHECKING:
     import torch
 
     from sysdag.components.component import Component
+
+
+@dataclass(frozen=True, kw_only=True)
+class Skipped:
+    """Why a row of inputs is not run.
+
+    Attributes:
+        why: what is wrong with it.
+        from_run: its first run that is left out; earlier ones were made before it failed.
+    """
+
+    why: str
+    from_run: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +47,8 @@ class Runs:
         runs: how often each row is run.
         seed: of all randomness that components draw from their generators; an `Opaque` component's is its own.
         batch_size: runs that go through the system together.
+        skipped: rows that are not run, by number. They keep their place: the other runs stay in the batches that they
+            are in without them.
 
     Raises:
         PlanError: for an option out of range, or inputs without a row.
@@ -43,6 +58,7 @@ class Runs:
     runs: int = 1
     seed: int = 0
     batch_size: int = 16
+    skipped: Mapping[int, Skipped] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.runs < 1 or self.batch_size < 1:
@@ -52,7 +68,7 @@ class Runs:
 
     @property
     def total(self) -> int:
-        """Number of runs in all."""
+        """Number of runs in all, those of skipped rows among them."""
         return self.runs * len(next(iter(self.inputs.values())))
 
     @property
@@ -60,10 +76,20 @@ class Runs:
         """Number of batches; the last one may be smaller."""
         return -(-self.total // self.batch_size)
 
-    def batch(self, number: int) -> Trace:
-        """The inputs of a batch, with the columns `prompt` (the input's row) and `run`."""
+    @property
+    def made(self) -> int:
+        """Number of runs that are made."""
+        return self.total - sum(self.runs - skipped.from_run for skipped in self.skipped.values())
+
+    def pairs(self, number: int) -> list[tuple[int, int]]:
+        """Row and run of every run of a batch."""
         first = number * self.batch_size
         pairs = [divmod(place, self.runs) for place in range(first, min(first + self.batch_size, self.total))]
+        return [(row, run) for row, run in pairs if row not in self.skipped or run < self.skipped[row].from_run]
+
+    def batch(self, number: int) -> Trace:
+        """The inputs of a batch, with the columns `prompt` (the input's row) and `run`."""
+        pairs = self.pairs(number)
         inputs = {name: [column[prompt] for prompt, _ in pairs] for name, column in self.inputs.items()}
         return Trace(inputs, {}, {"prompt": [prompt for prompt, _ in pairs], "run": [run for _, run in pairs]})
 
@@ -105,7 +131,7 @@ class LocalEngine:
             load(names[0], plan.system[names[0]].component, self.device)
         for number in range(first, runs.batches):
             trace = runs.batch(number)
-            for name in plan.order:
+            for name in plan.order if len(trace) else ():
                 sampler = component_sampler(plan, name, generator_of(runs.seed, number, name))
                 trace = with_node(plan, trace, name, sampler)
             yield trace
@@ -120,11 +146,16 @@ def with_node(plan: Plan, trace: Trace, name: str, sampler: Sampler) -> Trace:
     try:
         return trace.updated({name: draw(plan, trace, name, sampler)})
     except Exception as error:  # a node's function is the user's, a component's model anybody's
+        failed = failed_row(error)
+        prompt = trace.columns["prompt"][failed] if failed is not None and "prompt" in trace.columns else None
         if isinstance(error, SysdagError) and name in str(error):
+            error.input_row = prompt
             raise
         rows = row_names(trace)
         notes = getattr(error, "__notes__", [f"In node {name!r}, rows {rows[0]} to {rows[-1]}."])
-        raise RunError(f"{type(error).__name__}: {error}. {' '.join(notes)}") from error
+        raised = RunError(f"{type(error).__name__}: {error}. {' '.join(notes)}")
+        raised.input_row = prompt
+        raise raised from error
 
 
 def check_device(device: str | None) -> None:

@@ -20,7 +20,9 @@ if TYPE_CHECKING:
     import torch
 
     from sysdag.components.component import Component
+    from sysdag.graph.variables import Edge
 
+_FAILED_ROW = "_sysdag_failed_row"
 Sampler = Callable[[Sequence[Any]], list[Draw]]
 
 
@@ -77,25 +79,45 @@ def node_inputs(plan: Plan, trace: Trace, name: str) -> Elements:
     counts: list[int] = []
     for row, place in enumerate(row_names(trace)):
         arguments = {parameter: column[row] for parameter, column in columns.items()}
-        if not plates:
-            values.append(_call(function, arguments, name, place))
-            continue
-        lengths = {}
-        for edge in plates:
-            value = arguments[edge.parameter]
-            if not isinstance(value, (list, tuple)):
-                raise PlanError(
-                    f"{edge.parent}.each() >> {name}, row {place}: a plate needs a list, but {edge.parent!r} is "
-                    f"{type(value).__name__} {value!r:.100}."
-                )
-            lengths[edge.parent] = len(value)
-        if len(set(lengths.values())) > 1:
-            raise PlanError(f"Node {name!r}, row {place}: its plates have different lengths {lengths}.")
-        counts.append(next(iter(lengths.values())))
-        for element in range(counts[-1]):
-            picked = {edge.parameter: arguments[edge.parameter][element] for edge in plates}
-            values.append(_call(function, {**arguments, **picked}, name, place))
+        with at_row(row):
+            if not plates:
+                values.append(_call(function, arguments, name, place))
+                continue
+            counts.append(_plate_length(plates, arguments, name, place))
+            for element in range(counts[-1]):
+                picked = {edge.parameter: arguments[edge.parameter][element] for edge in plates}
+                values.append(_call(function, {**arguments, **picked}, name, place))
     return Elements(values, counts if plates else None)
+
+
+def _plate_length(plates: Sequence[Edge], arguments: Mapping[str, Any], name: str, place: int | str) -> int:
+    lengths = {}
+    for edge in plates:
+        value = arguments[edge.parameter]
+        if not isinstance(value, (list, tuple)):
+            raise PlanError(
+                f"{edge.parent}.each() >> {name}, row {place}: a plate needs a list, but {edge.parent!r} is "
+                f"{type(value).__name__} {value!r:.100}."
+            )
+        lengths[edge.parent] = len(value)
+    if len(set(lengths.values())) > 1:
+        raise PlanError(f"Node {name!r}, row {place}: its plates have different lengths {lengths}.")
+    return next(iter(lengths.values()))
+
+
+@contextlib.contextmanager
+def at_row(row: int) -> Iterator[None]:
+    """Context in which whatever is raised is the fault of one row of the trace; see `failed_row`."""
+    try:
+        yield
+    except Exception as error:
+        error.__dict__[_FAILED_ROW] = row
+        raise
+
+
+def failed_row(error: BaseException) -> int | None:
+    """The row of the trace that alone is at fault for an error; None where it is not known to be one."""
+    return getattr(error, _FAILED_ROW, None)
 
 
 def _call(function: Any, arguments: Mapping[str, Any], name: str, place: int | str) -> Any:
@@ -171,7 +193,12 @@ def draw(plan: Plan, trace: Trace, name: str, sampler: Sampler | None = None) ->
     assert sampler is not None
     names = row_names(trace)
     with naming(name, [names[row] for row in elements.rows]):
-        draws = sampler(elements.values)
+        try:
+            draws = sampler(elements.values)
+        except DataError as error:
+            if error.element is not None:
+                error.__dict__[_FAILED_ROW] = elements.rows[error.element]
+            raise
     return elements.cells(draws)
 
 
@@ -198,7 +225,9 @@ def naming(name: str, rows: Sequence[int | str]) -> Iterator[None]:
     except DataError as error:
         if error.element is None:
             raise
-        raise DataError(f"Node {name!r}, row {rows[error.element]}: {error}") from error
+        named = DataError(f"Node {name!r}, row {rows[error.element]}: {error}")
+        named.__dict__[_FAILED_ROW] = failed_row(error)
+        raise named from error
 
 
 def check_inputs(plan: Plan, inputs: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:

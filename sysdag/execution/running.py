@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from sysdag.errors import PlanError
-from sysdag.execution.batches import Engine, LocalEngine, Runs
+from sysdag.execution.batches import Engine, LocalEngine, Runs, Skipped
 from sysdag.execution.execute import check_inputs
 from sysdag.execution.ray_engine import RayEngine
 from sysdag.graph.plan import Plan
@@ -20,13 +20,14 @@ def run(
     runs: int = 1,
     seed: int = 0,
     batch_size: int = 16,
+    skipped: Mapping[int, Skipped] | None = None,
     engine: Engine | Literal["local", "ray"] = "local",
     first_batch: int = 0,
 ) -> Iterator[Trace]:
     """Runs a system over inputs, batch by batch.
 
     Args:
-        inputs, runs, seed, batch_size: see `Runs`.
+        inputs, runs, seed, batch_size, skipped: see `Runs`.
         engine: `local`, `ray`, or one with options: `LocalEngine(...)`, `sysdag.execution.ray_engine.RayEngine(...)`.
         first_batch: skips the batches before it; those from it on are the same all the same.
 
@@ -38,7 +39,7 @@ def run(
         RunError: naming the node, the input's row and the run, whatever a node's function or component raises. (An
             error of sysdag that names node and row already is raised as it is.)
     """
-    wanted = Runs(inputs=check_inputs(plan, inputs), runs=runs, seed=seed, batch_size=batch_size)
+    wanted = Runs(inputs=check_inputs(plan, inputs), runs=runs, seed=seed, batch_size=batch_size, skipped=skipped or {})
     return engine_of(engine).traces(plan, wanted, first_batch)
 
 

@@ -2,50 +2,59 @@
 
 Batches are appended to the JSON lines of `Trace`, each with one write of whole lines. A file beside them,
 `<name>.run.json`, says what they are the traces of. A process that dies may leave a part of a batch; what goes on
-removes that and makes it again, so the file becomes the one of a run that was never cut off, byte for byte.
+removes that and makes it again, so the file becomes the one of a run that was never cut off, byte for byte. Inputs
+may have been corrected by then, where they have not been run yet: the file of their hashes tells.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import re
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 from sysdag.errors import DataError
-from sysdag.execution.batches import Runs
+from sysdag.execution.batches import Runs, Skipped
 from sysdag.files.atomic import write_text
 from sysdag.files.encoding import encode_value
 from sysdag.graph.plan import Plan
 from sysdag.saving.serialization import component_keys, system_to_dict
 from sysdag.traces.trace import Trace
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 _LIMITS = ("_max_new_tokens", "_max_length")  # as given; asking a language model for them would load it
 
 
+def row_hashes(runs: Runs) -> list[str]:
+    """A hash of each row's inputs; "" of a row that has none, as it cannot be read."""
+    found = []
+    for row in range(runs.total // runs.runs):
+        digest = hashlib.sha256()
+        for name in sorted(runs.inputs):
+            digest.update(json.dumps([name, encode_value(runs.inputs[name][row], name)], sort_keys=True).encode())
+        found.append("" if row in runs.skipped and not runs.skipped[row].from_run else digest.hexdigest()[:16])
+    return found
+
+
 def identity(plan: Plan, runs: Runs) -> dict[str, Any]:
-    """What a file of traces depends on, JSON-ready: the runs, the inputs' hash, the system and its components.
+    """What a file of traces depends on beside its rows, JSON-ready: the runs, the system and its components.
 
     Of a component that is its repr (for a model, where it is loaded from) and its plain options; that weights were
     replaced in the folder they are loaded from is not noticed.
     """
-    digest = hashlib.sha256()
-    for name in sorted(runs.inputs):
-        for value in runs.inputs[name]:
-            digest.update(json.dumps([name, encode_value(value, name)], sort_keys=True).encode())
     saved = system_to_dict(plan.system)
     return {
         "format_version": FORMAT_VERSION,
         "seed": runs.seed,
         "batch_size": runs.batch_size,
         "runs": runs.runs,
-        "input_rows": runs.total // runs.runs,
-        "inputs_sha256": digest.hexdigest(),
         "component": {key: _options(component) for key, component in component_keys(plan.system).items()},
         "input": {row["name"]: row for row in saved["inputs"]},
         "node": {n.name: row for n, row in zip(plan.system.nodes, saved["nodes"], strict=True)},
@@ -70,10 +79,12 @@ class TraceFile:
 
     Attributes:
         batches: how many whole batches the file holds that are kept: the number of the batch to go on with.
+        runs: what is run, without the rows that are skipped: those of the given runs, and those that were skipped in
+            the batches that are kept.
 
     Raises:
-        DataError: if the file exists and neither is asked for; if what is to be resumed was made by another run, with
-            the difference named, or is damaged; or for another ending.
+        DataError: if the file exists and neither is asked for; if what is to be resumed was made by another run or of
+            other inputs, with the difference named, or is damaged; or for another ending.
     """
 
     def __init__(
@@ -82,7 +93,7 @@ class TraceFile:
         self.path = Path(path)
         self.side_path = self.path.with_name(f"{self.path.name}.run.json")
         self.batches = 0
-        self._runs = runs
+        self.runs = runs
         self._identity = identity(plan, runs)
         self._kept_bytes = 0
         self._size = 0  # of the file, unless somebody else writes to it
@@ -98,8 +109,23 @@ class TraceFile:
             )
         was_begun = self._size or self.side_path.exists()  # if not, it was cut off before all else
         if existing == "resume" and was_begun:
-            self._compare()
-            self._count()
+            begun, earlier = self._begun()
+            self._count(replace(runs, skipped=earlier))
+            done = self.batches * runs.batch_size
+            kept = {row: each for row, each in earlier.items() if row * runs.runs + each.from_run < done}
+            self.runs = replace(runs, skipped={**runs.skipped, **kept})
+            self._compare_rows(begun, kept, done)
+
+    def skip(self, row: int, why: str) -> None:
+        """Leaves a row out of the batch that is next, and of those behind it.
+
+        Args:
+            why: what is wrong with it.
+        """
+        from_run = next(run for place, run in self.runs.pairs(self.batches) if place == row)
+        self.runs = replace(self.runs, skipped={**self.runs.skipped, row: Skipped(why=why, from_run=from_run)})
+        if self._is_open:
+            self._write_side()
 
     def append(self, trace: Trace) -> None:
         """Writes a batch behind what is there; what an interrupted run left of it is removed first.
@@ -124,10 +150,14 @@ class TraceFile:
         with self.path.open("ab") as file:
             self._check_alone(file.tell())
             file.truncate(self._kept_bytes)
-        if not self._kept_bytes:
-            write_text(self.side_path, json.dumps(self._identity, indent=2) + "\n")
+        self._write_side()
         self._size = self._kept_bytes
         self._is_open = True
+
+    def _write_side(self) -> None:
+        skipped = {str(row): vars(each) for row, each in sorted(self.runs.skipped.items())}
+        facts = self._identity | {"skipped": skipped, "rows_sha256": row_hashes(self.runs)}
+        write_text(self.side_path, json.dumps(facts, indent=2) + "\n")
 
     def _check_alone(self, size: int) -> None:
         if size != self._size:
@@ -136,42 +166,72 @@ class TraceFile:
                 "the two, and resume."
             )
 
-    def _compare(self) -> None:
-        """Refuses to resume another run."""
+    def _begun(self) -> tuple[list[str], dict[int, Skipped]]:
+        """The rows' hashes and the skipped rows that the file was begun with; another run is refused."""
         try:
             begun = json.loads(self.side_path.read_text(encoding="utf-8"))
+            hashes = [str(each) for each in begun.pop("rows_sha256", ())]
+            skipped = {int(row): Skipped(**each) for row, each in begun.pop("skipped", {}).items()}
         except FileNotFoundError as error:
             raise DataError(
                 f"{self.path} cannot be resumed: {self.side_path.name}, which says what made it, is not beside it. "
                 "Overwrite it (--overwrite), or write to another file."
             ) from error
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, TypeError, AttributeError) as error:
             raise DataError(
                 f"{self.side_path} cannot be read ({error}); {self.path.name} cannot be resumed."
             ) from error
-        if difference := _difference(begun, self._identity):
+        version = {"format_version": begun.get("format_version")}
+        if difference := _difference(version, {"format_version": FORMAT_VERSION}) or _difference(begun, self._identity):
             raise DataError(
                 f"{self.path} was begun by another run and cannot be resumed: {difference}. Make them the same, "
                 "overwrite it (--overwrite), or write to another file."
             )
+        return hashes, skipped
 
-    def _count(self) -> None:
-        """Finds the whole batches of the file and checks the last run of the last one."""
-        size, total = self._runs.batch_size, self._runs.total
-        end, count, last = 0, 0, b""
+    def _compare_rows(self, begun: list[str], skipped: Mapping[int, Skipped], done: int) -> None:
+        """Refuses inputs of which one that has been run is another now.
+
+        Args:
+            begun: the hash of each row when the file was begun.
+            skipped: rows that stay skipped, whatever they are now.
+            done: how many runs are kept, skipped ones among them.
+        """
+        now = row_hashes(self.runs)
+        for row in range(min(-(-done // self.runs.runs), len(begun))):
+            if row in skipped or (row < len(now) and now[row] == begun[row]):
+                continue
+            what = "is another now" if row < len(now) else "is not there any more"
+            raise DataError(
+                f"{self.path} was begun on other inputs and cannot be resumed: row {row} has been run, and {what}. "
+                "Rows that have not been run may change. Give those inputs back that it was begun on, overwrite it "
+                "(--overwrite), or write to another file."
+            )
+
+    def _count(self, begun: Runs) -> None:
+        """Finds the whole batches of the file and checks the last run of the last one.
+
+        Args:
+            begun: the runs, without the rows that were skipped when the file was written.
+        """
+        ends = itertools.accumulate(len(begun.pairs(number)) for number in range(begun.batches))
+        count, end, last, kept_last = 0, 0, b"", b""
+        wanted = next(ends, None)
         with self.path.open("rb") as file:
-            for line in file:
-                end += len(line)
-                if not line.endswith(b"\n"):
+            lines = (line for line in file if line.endswith(b"\n"))
+            while wanted is not None:
+                while count < wanted and (line := next(lines, None)) is not None:
+                    count, end, last = count + 1, end + len(line), line
+                if count < wanted:
                     break
-                count += 1
-                if count > total:
-                    raise DataError(f"{self.path} holds more than the {total} runs that are asked for; it was changed.")
-                if count % size == 0 or count == total:
-                    self._kept_bytes, self.batches, last = end, -(-count // size), line
-        if not self.batches:
+                self.batches, self._kept_bytes, kept_last = self.batches + 1, end, last
+                wanted = next(ends, None)
+            if wanted is None and next(lines, None) is not None:
+                raise DataError(f"{self.path} holds more than the {count} runs that are asked for; it was changed.")
+        if not kept_last:
             return
-        prompt, run = divmod(min(self.batches * size, total) - 1, self._runs.runs)
+        last = kept_last
+        prompt, run = next(pairs[-1] for number in range(self.batches - 1, -1, -1) if (pairs := begun.pairs(number)))
         try:
             columns = json.loads(last)["columns"]
             found = columns["prompt"], columns["run"]

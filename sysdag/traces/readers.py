@@ -1,4 +1,4 @@
-"""Rows out of files: JSON lines, a JSON array, CSV, Parquet, a folder of the library `datasets`, or a name on the Hub.
+"""Rows out of JSON lines, JSON, CSV, Parquet (compressed or not), folders of data sets, or a name on the Hub.
 
 Values are what `sysdag.traces.row_format` says: texts, numbers, lists and dicts as they stand, the named kinds of
 `sysdag.files.encoding` (`{"__png__": ...}`, `{"__bytes__": ...}`), and draws. What is null in Parquet or in a dataset
@@ -7,252 +7,156 @@ is not there at all. Every row knows where it came from, so an error about it na
 
 from __future__ import annotations
 
-import csv
-import io
-import json
+import bz2
+import gzip
+import lzma
 import re
-import sys
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
-from functools import partial
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from sysdag.errors import DataError
 from sysdag.files.arrow import read_parquet
-from sysdag.traces.row_format import decode_row_value, from_arrow
+from sysdag.traces.csv_rows import read_csv
+from sysdag.traces.dataset_rows import rows_in_folder, rows_of_table, rows_on_hub
+from sysdag.traces.json_rows import read_json, read_lines
+from sysdag.traces.reshaping import renamed, reshaped
+from sysdag.traces.rows import Rows
 
 FORMS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
+_DECOMPRESS = {".gz": gzip.decompress, ".bz2": bz2.decompress, ".xz": lzma.decompress}
+_MARKS = {  # what a file of text begins with, and the encoding that it stands for; the longer ones first
+    b"\xff\xfe\0\0": "utf-32",
+    b"\0\0\xfe\xff": "utf-32",
+    b"\xff\xfe": "utf-16",
+    b"\xfe\xff": "utf-16",
+    b"\xef\xbb\xbf": "utf-8-sig",
+}
 _NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
-_NESTED = ("chosen", "rejected", "chosen_intermediates", "rejected_intermediates")  # as `chosen.node` in CSV
 
 
-class Row(dict):
-    """A row of a file, which knows its place there.
-
-    Attributes:
-        place: where it stands in the file, as `line 7`; "" where its number says it all.
-        folder: of the file, which paths in the row may be relative to.
-    """
-
-    def __init__(self, values: Any = (), *, place: str = "", folder: Path | None = None) -> None:
-        super().__init__(values)
-        self.place = place
-        self.folder = folder
-
-
-@dataclass
-class Rows:
-    """What a source holds.
-
-    Attributes:
-        rows: those that could be read.
-        damaged: for each part that could not, its place and what is wrong with it.
-    """
-
-    rows: list[Row] = field(default_factory=list)
-    damaged: list[tuple[str, str]] = field(default_factory=list)
-
-
-def read_rows(source: str | Path, *, split: str = "train") -> list[dict[str, Any]]:
+def read_rows(
+    source: str | Path, *, split: str = "train", rename: Mapping[str, str] | None = None, shape: str | None = None
+) -> list[dict[str, Any]]:
     """The rows of a file, a folder or a dataset on the Hub.
 
     Args:
-        source: a file by its ending (`.jsonl`, `.json`, `.csv`, `.tsv`, `.parquet`), a folder that `save_to_disk` of
-            `datasets` wrote, or a name on the Hub, `org/name` or `org/name:configuration`.
+        source: a file by its ending (`.jsonl`, `.json`, `.csv`, `.tsv`, `.parquet`; those of text may be compressed:
+            `.jsonl.gz`, `.bz2`, `.xz`), a folder that `save_to_disk` of `datasets` wrote, a data set's folder cloned
+            from the Hub, or a name on the Hub. `org/name:configuration` and `folder:configuration` name one of
+            several configurations.
         split: of a dataset that has splits.
+        rename: for columns their other names, as `{"question": "prompt"}`; applied after `shape`.
+        shape: of the files of a known data set, whose rows become `prompt`, `chosen` and `rejected`: one of
+            `sysdag.traces.shapes.SHAPES`, as `helpsteer3`. A row that holds no preference (a tie) stays, and is
+            dropped with its reason where rows are used.
 
     Raises:
-        DataError: naming the file and its first line or row that cannot be read; or a dataset that cannot be loaded.
+        DataError: naming the file and its first line or row that cannot be read; a dataset that cannot be loaded; or
+            columns that are not those of the shape, or not there to be renamed.
     """
-    found = read_all(source, split=split)
+    found = read_all(source, split=split, rename=rename, shape=shape)
     if found.damaged:
         place, text = found.damaged[0]
         raise DataError(f"{source}, {place}: {text}")
     return list(found.rows)
 
 
-def read_all(source: str | Path, *, split: str = "train") -> Rows:
+def read_all(
+    source: str | Path, *, split: str = "train", rename: Mapping[str, str] | None = None, shape: str | None = None
+) -> Rows:
     """As `read_rows`, with what is damaged line by line told beside the rows.
 
     Raises:
-        DataError: if nothing can be read: another kind of file, a damaged Parquet file, no such dataset.
+        DataError: if nothing can be read: another kind of file, a damaged Parquet file, no such dataset; or as
+            `read_rows` for `shape` and `rename`.
     """
+    found = _read(source, split)
+    if shape is not None:
+        found = reshaped(found, shape, str(source))
+    if rename:
+        found.rows = renamed(found.rows, rename, str(source))
+    return found
+
+
+def _read(source: str | Path, split: str) -> Rows:
     path = Path(source)
-    if path.is_dir():
-        return Rows(rows_of(_dataset(source, split, _from_disk), path))
-    form = path.suffix.lower()
-    if form not in FORMS or not path.exists():
-        if not path.exists() and form not in FORMS and _NAME.fullmatch(str(source)):
-            return Rows(rows_of(_dataset(source, split, _from_hub)))
-        if not path.exists():
-            raise DataError(f"There is no file, folder or dataset {source}.")
-        raise DataError(f"{source}: rows are read from files that end in {', '.join(FORMS)}.")
+    folder, _, configuration = str(source).rpartition(":")
+    if path.is_dir() or (folder and Path(folder).is_dir()):
+        if path.is_dir():
+            folder, configuration = str(source), ""
+        return rows_in_folder(Path(folder), configuration, split, _read_part)
+    if not path.exists():
+        if _form(path) not in FORMS and _NAME.fullmatch(str(source)):
+            return rows_on_hub(str(source), split)
+        raise DataError(f"There is no file, folder or dataset {source}.")
+    if _form(path) not in FORMS:
+        raise DataError(
+            f"{source}: rows are read from files that end in {', '.join(FORMS)}, of text also compressed (.jsonl.gz)."
+        )
     if split != "train":
         raise DataError(f"{source} is one file, which has no split {split!r}; give the file of that split.")
+    return _read_file(path, {})
+
+
+def _form(path: Path) -> str:
+    """The ending that says what a file holds, compressed or not; "" for Parquet, which compresses itself."""
+    endings = [ending.lower() for ending in path.suffixes[-2:]]
+    if endings and endings[-1] in _DECOMPRESS:
+        return endings[0] if len(endings) == 2 and endings[0] != ".parquet" else ""
+    return endings[-1] if endings else ""
+
+
+def _read_part(path: Path, options: Mapping[str, Any]) -> Rows:
+    """A file of a data set; NotImplementedError for a form that is not read here."""
+    if _form(path) not in FORMS:
+        raise NotImplementedError
+    return _read_file(path, options)
+
+
+def _read_file(path: Path, options: Mapping[str, Any]) -> Rows:
+    """The rows of one file.
+
+    Args:
+        options: of a builder of `datasets`: `sep` or `delimiter` of CSV, `field` of JSON.
+    """
+    form = _form(path)
     if form == ".parquet":
-        return Rows(_rows_of_table(read_parquet(path), str(source), path.parent))
-    raw = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
+        return Rows(rows_of_table(read_parquet(path), str(path), path.parent))
+    raw = _content(path)
     if form in (".csv", ".tsv"):
-        return _read_csv(raw, path, "," if form == ".csv" else "\t")
-    if form == ".json" and raw.lstrip()[:1] == b"[":
-        return _read_array(raw, path)
-    return _read_lines(raw, path)
+        expected = "," if form == ".csv" else "\t"
+        named = str(options.get("delimiter") or options.get("sep") or ",")
+        is_certain = named != ","  # which is also what is said where nothing was
+        return read_csv(raw, path, named if is_certain else expected, is_certain=is_certain)
+    if form == ".json":
+        return read_json(raw, path, member=options.get("field"))
+    return read_lines(raw, path)
 
 
-def rows_of(data: Any, folder: Path | None = None) -> list[Any]:
-    """The rows of a `datasets.Dataset`, its images undecoded, or what its transform (`with_transform`) makes of them;
-    those of any other iterable as they are.
+def _content(path: Path) -> bytes:
+    """A file of text as UTF-8 without a mark.
 
     Raises:
-        DataError: naming the column and row of a damaged value.
+        DataError: for a compressed file that is damaged or has no ending that says so, or another encoding.
     """
-    datasets = sys.modules.get("datasets")
-    if datasets is not None and isinstance(data, datasets.Dataset) and data.format["type"] != "custom":
-        return _rows_of_table(data.with_format("arrow")[:], "the dataset", folder)
-    if datasets is not None and isinstance(data, (datasets.Dataset, datasets.IterableDataset)):
-        return [Row({name: from_arrow(value) for name, value in row.items() if value is not None}) for row in data]
-    return list(data)
-
-
-def _dataset(source: str | Path, split: str, load: Callable[[Any, str, str], Any]) -> Any:
+    raw = path.read_bytes()
+    decompress = _DECOMPRESS.get(path.suffix.lower())
+    if decompress is not None:
+        try:
+            raw = decompress(raw)
+        except Exception as error:  # of several types: EOFError, zlib.error, OSError, LZMAError
+            raise DataError(f"{path} is no {path.suffix} file, or is damaged: {error}.") from error
+    elif raw[:2] == b"\x1f\x8b":
+        raise DataError(f"{path} is compressed with gzip; name it {path.name}.gz.")
+    encoding = next((name for mark, name in _MARKS.items() if raw.startswith(mark)), None)
+    if encoding is None:
+        if b"\0" in raw[:2] and raw[:2] != b"\0\0":
+            raise DataError(f"{path} is no UTF-8: it looks like UTF-16 without its mark. Write it as UTF-8.")
+        return raw
+    if encoding == "utf-8-sig":
+        return raw[3:]
     try:
-        import datasets
-    except ImportError as error:
-        raise DataError(f'{source}: reading it needs the library datasets: pip install "sysdag[data]".') from error
-    try:
-        return load(datasets, str(source), split)
-    except Exception as error:  # the library raises what a network, a file system or a parser may raise
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise DataError(f"{source} cannot be loaded as a dataset: {reason}") from error
-
-
-def _from_disk(datasets: Any, source: str, split: str) -> Any:
-    found = datasets.load_from_disk(source)
-    if isinstance(found, datasets.DatasetDict):
-        if split not in found:
-            raise ValueError(f"it has the splits {sorted(found)}, and no {split!r}.")
-        return found[split]
-    if split != "train":
-        raise ValueError(f"it has no splits, so there is no {split!r}.")
-    return found
-
-
-def _from_hub(datasets: Any, source: str, split: str) -> Any:
-    name, _, configuration = source.partition(":")
-    return datasets.load_dataset(name, configuration or None, split=split)
-
-
-def _read_lines(raw: bytes, path: Path) -> Rows:
-    found = Rows()
-    for number, line in enumerate(raw.split(b"\n"), start=1):
-        if line.strip():
-            _add(found, partial(_parsed, line), f"line {number}", path)
-    return found
-
-
-def _parsed(line: bytes) -> Any:
-    try:
-        text = line.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"not UTF-8 (byte {error.object[error.start]:#04x} at {error.start}).") from error
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON: {error.msg} at character {error.pos + 1} of {text[:60]!r}.") from error
-    except RecursionError as error:
-        raise ValueError("nested too deeply.") from error
-
-
-def _read_array(raw: bytes, path: Path) -> Rows:
-    found = Rows()
-    try:
-        rows = _parsed(raw)
-    except ValueError as error:
-        raise DataError(f"{path}: {error}") from error
-    for number, row in enumerate(rows):
-        _add(found, partial(_same, row), f"row {number}", path)
-    return found
-
-
-def _same(row: Any) -> Any:
-    return row
-
-
-def _add(found: Rows, parse: Callable[[], Any], place: str, path: Path) -> None:
-    try:
-        data = parse()
-        if not isinstance(data, dict):
-            raise ValueError(f"a row is an object, got {type(data).__name__} {data!r:.60}.")
-        values = {name: decode_row_value(value) for name, value in data.items()}
-    except Exception as error:  # noqa: BLE001 - whatever a damaged image or array raises, its line has to be named
-        found.damaged.append((place, str(error) or type(error).__name__))
-        return
-    found.rows.append(Row(values, place=place, folder=path.parent))
-
-
-def _read_csv(raw: bytes, path: Path, delimiter: str) -> Rows:
-    found = Rows()
-    try:
-        text = raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
-        raise DataError(f"{path}, line {line}: not UTF-8 (byte {raw[error.start]:#04x}).") from error
-    limit = csv.field_size_limit(max(len(text), 1))
-    try:
-        reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-        header: list[str] | None = None
-        while True:
-            line = reader.line_num + 1
-            try:
-                cells = next(reader, None)
-            except csv.Error as error:
-                found.damaged.append((f"line {line}", f"not CSV, and what follows is not read: {error}."))
-                return found
-            if cells is None:
-                return found
-            if header is None:
-                header = cells
-                if len(set(header)) < len(header):
-                    raise DataError(f"{path}, line 1: the header names a column twice: {header}.")
-            elif cells and len(cells) != len(header):
-                message = f"expected {len(header)} cells, one for each of {header}, got {len(cells)}."
-                found.damaged.append((f"line {line}", message))
-            elif cells:
-                values = _nested(zip(header, cells, strict=True))
-                found.rows.append(Row(values, place=f"line {line}", folder=path.parent))
-    finally:
-        csv.field_size_limit(limit)
-
-
-def _nested(cells: Iterable[tuple[str, str]]) -> dict[str, Any]:
-    """Cells by column; those of `chosen_intermediates.draft` become a dict by node."""
-    values: dict[str, Any] = {}
-    for name, cell in cells:
-        side, dot, inner = name.partition(".")
-        if dot and side in _NESTED and isinstance(values.setdefault(side, {}), dict):
-            values[side][inner] = cell
-        else:
-            values[name] = cell
-    return values
-
-
-def _rows_of_table(table: Any, source: str, folder: Path | None) -> list[Row]:
-    names = table.column_names
-    if len(set(names)) < len(names):
-        raise DataError(f"{source} has two columns of one name: {names}.")
-    columns = {name: _column(table, name, source) for name in names}
-    return [
-        Row({name: column[row] for name, column in columns.items() if column[row] is not None}, folder=folder)
-        for row in range(table.num_rows)
-    ]
-
-
-def _column(table: Any, name: str, source: str) -> list[Any]:
-    values: list[Any] = []
-    try:
-        for element in table.column(name):
-            values.append(from_arrow(element.as_py()))
-    except Exception as error:  # whatever a damaged image or text raises, its place has to be named
-        raise DataError(f"{source}, row {len(values)}, column {name!r}: {error}") from error
-    return values
+        return raw.decode(encoding).encode("utf-8")
+    except UnicodeError as error:
+        raise DataError(f"{path} begins as {encoding.upper()} and is damaged: {error}. Write it as UTF-8.") from error

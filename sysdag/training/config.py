@@ -29,6 +29,7 @@ class SysDPOConfig(TrainingArguments):
             `sysdag.objectives.options.ObjectiveOptions`. A plain name stands for a list of one.
         loss_weights: one weight for each loss; all 1 by default.
         label_smoothing: probability that a preference is flipped, for `sigmoid` (cDPO) and `robust`; in [0, 0.5).
+        empty: `drop` leaves out rows whose chosen output is empty, `keep` trains on them.
         nodes: options by node: `{"answer": {"beta": 0.2, "scale": 1.0, "learning_rate": 1e-5, "trainable": False}}`,
             or the same as a text in JSON.
         responsibility_temperature, candidate_length_normalization, candidates_from, candidates_refresh_steps: of
@@ -61,6 +62,7 @@ class SysDPOConfig(TrainingArguments):
     label_smoothing: float = _option(
         0.0, "Probability that a preference is flipped, for sigmoid (cDPO) and robust; in [0, 0.5)."
     )
+    empty: str = _option("drop", "'drop' leaves out rows whose chosen output is empty, 'keep' trains on them.")
     responsibility_temperature: float = _option(
         1.0, "Of Sampling: above 1 it keeps one candidate from taking the whole gradient; 1 is the paper's."
     )
@@ -104,6 +106,8 @@ class SysDPOConfig(TrainingArguments):
         for name, (served, why) in _SERVED.items():
             if getattr(self, name) not in served:
                 raise PlanError(f"{name}={getattr(self, name)!r} has no use here: {why}.")
+        if self.empty not in ("drop", "keep"):
+            raise PlanError(f"empty must be 'drop' or 'keep', got {self.empty!r}.")
         if self.log_traces < 0:
             raise PlanError(f"log_traces must be 0 or more, got {self.log_traces}.")
         if self.ddp_find_unused_parameters is None:

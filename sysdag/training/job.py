@@ -105,9 +105,9 @@ def _rows(job: TrainJob, plan: Plan, source: str, split: str, told: Callable[[st
     Raises:
         DataError: for a source that cannot be read; with all that is wrong, if a row cannot be used or none is left.
     """
-    found = read_all(source, split=split)
+    found = read_all(source, split=split, rename=job.rename, shape=job.shape)
     objective: Any = job.args.objective
-    report = validate_rows(plan, found.rows, objective, strict=job.strict, damaged=found.damaged)
+    report = validate_rows(plan, found.rows, objective, strict=job.strict, empty=job.args.empty, damaged=found.damaged)
     report.raise_if_unusable(source)
     told(f"{source}: {report}\n")
     return [found.rows[number] for number in report.kept]

@@ -10,8 +10,8 @@ import difflib
 import json
 import types
 import typing
-from collections.abc import Sequence
-from dataclasses import Field, dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -21,12 +21,15 @@ from sysdag.errors import OptionError
 from sysdag.files.config_file import Setting, read_settings
 from sysdag.objectives.candidates import CandidateStrategy, DiverseBeamSearch
 from sysdag.objectives.strategies import STRATEGIES, strategy_from
+from sysdag.traces.reshaping import rename_from
+from sysdag.traces.shapes import SHAPES
 from sysdag.training.config import SysDPOConfig
 
 _FIELDS = tuple(field.name for field in fields(SysDPOConfig) if field.init)
 _INHERITED = {field.name for field in fields(TrainingArguments)}
 _POSITIONAL = ("system", "dataset")
-_OWN = (*_POSITIONAL, "eval_dataset", "split", "eval_split", "strict", "candidates")
+_STRUCTURED = ("candidates", "rename")  # which the file writes in another way than the flag
+_OWN = (*_POSITIONAL, "eval_dataset", "split", "eval_split", "shape", "strict", *_STRUCTURED)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +40,7 @@ class TrainJob:
         system: what `sysdag.saving.loading.load_system` takes.
         dataset, eval_dataset: what `sysdag.traces.readers.read_rows` takes; the second may be None.
         split, eval_split: of a dataset that has several; the second is `test` by default.
+        rename, shape: of the columns of both; see `sysdag.traces.readers.read_rows`.
         strict: whether a row that should not be trained on is an error, and not dropped.
         dry_run: whether to stop before weights load.
         candidates: for Sampling.
@@ -48,6 +52,8 @@ class TrainJob:
     eval_dataset: str | None = None
     split: str = "train"
     eval_split: str | None = None
+    rename: Mapping[str, str] = field(default_factory=dict)
+    shape: str | None = None
     strict: bool = False
     dry_run: bool = False
     candidates: CandidateStrategy | None = None
@@ -77,6 +83,10 @@ class TrainParser(HfArgumentParser):
                          "evaluate on; at the end of training in any case.")  # fmt: skip
         own.add_argument("--split", default="train", help="Of a dataset that has several, the one to train on.")
         own.add_argument("--eval_split", "--eval-split", help="The one to evaluate on; `test` by default.")
+        own.add_argument("--rename", action="append", metavar="OLD=NEW", help="Give a column another name, as "
+                         "question=prompt; repeatable. In the file: {question: prompt}.")  # fmt: skip
+        own.add_argument("--shape", metavar="NAME", help="Make prompt, chosen and rejected of the columns of a known "
+                         f"data set: {', '.join(SHAPES)}.")  # fmt: skip
         own.add_argument("--strict", action="store_true", help="End with an error where rows would be dropped.")
         known = ", ".join([*STRATEGIES, "FILE.py:Class"])
         own.add_argument("--candidates", metavar="NAME|JSON", help=f"For --objective sampling: {known}; "
@@ -145,13 +155,17 @@ def parse(arguments: Sequence[str]) -> TrainJob:
     except (ValueError, ImportError, TypeError) as error:  # PlanError is a ValueError, as TrainingArguments raises
         raise OptionError(str(error)) from error
     _check(args, given.eval_dataset)
+    rename = _renamed(given, from_file.get("rename"))
+    if given.shape is not None and given.shape not in SHAPES:
+        raise OptionError(f"shape {given.shape!r} is unknown; those that are known: {', '.join(SHAPES)}.")
     if args.objective == "sampling" and candidates is None:
         candidates = DiverseBeamSearch()
     if args.objective == "direct" and candidates is not None:
         raise OptionError("candidates have no use with objective direct, which observes the intermediates; drop them.")
     return TrainJob(
         system=given.system, dataset=given.dataset, eval_dataset=given.eval_dataset, split=given.split,
-        eval_split=given.eval_split, strict=given.strict, dry_run=given.dry_run, candidates=candidates, args=args,
+        eval_split=given.eval_split, rename=rename, shape=given.shape, strict=given.strict, dry_run=given.dry_run,
+        candidates=candidates, args=args,
     )  # fmt: skip
 
 
@@ -184,8 +198,8 @@ def _apply(parser: TrainParser, setting: Setting, namespace: argparse.Namespace)
     """Puts a setting of the file into the namespace, checked like a flag."""
     if setting.key not in (*_OWN, *_FIELDS):
         raise setting.error(f"no such option{_nearest(setting.key, (*_OWN, *_FIELDS))}")
-    if setting.key in _POSITIONAL or setting.key == "candidates":
-        if setting.key != "candidates" and not isinstance(setting.value, str):
+    if setting.key in (*_POSITIONAL, *_STRUCTURED):
+        if setting.key in _POSITIONAL and not isinstance(setting.value, str):
             raise setting.error(f"expected a text, got {setting.value!r}.")
         return
     declared = typing.get_type_hints(SysDPOConfig).get(setting.key, bool if setting.key == "strict" else str | None)
@@ -228,6 +242,20 @@ def _strategy(given: argparse.Namespace, setting: Setting | None) -> CandidateSt
         return strategy_from(setting.value)
     except ValueError as error:
         raise setting.error(str(error).removeprefix("candidates: ")) from error
+
+
+def _renamed(given: argparse.Namespace, setting: Setting | None) -> dict[str, str]:
+    """The new names of columns, by the old ones."""
+    try:
+        if given.rename is not None:
+            return rename_from(given.rename)
+    except ValueError as error:
+        raise OptionError(str(error)) from error
+    names = {} if setting is None or setting.value is None else setting.value
+    if not isinstance(names, dict) or not all(isinstance(each, str) for pair in names.items() for each in pair):
+        assert setting is not None
+        raise setting.error(f"expected old and new names of columns, as {{question: prompt}}, got {names!r}.")
+    return names
 
 
 def _unexpected(argument: str) -> str:

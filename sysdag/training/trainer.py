@@ -13,7 +13,8 @@ from torch import nn
 from transformers.trainer_callback import TrainerCallback
 
 from sysdag.components import acceleration, adapter
-from sysdag.data.preferences import PreferencePair, encode_pairs
+from sysdag.data.encoding import encode_pairs
+from sysdag.data.preferences import PreferencePair
 from sysdag.engine.distributed import gathered
 from sysdag.engine.replay import accumulate_gradients
 from sysdag.engine.step import StepOutput, SystemModel
@@ -79,7 +80,7 @@ class SysDPOTrainer(CheckpointTrainer):
                 return rows
             if isinstance(rows, dict):
                 return {name: encode(part) for name, part in rows.items()}
-            return encode_pairs(plan, rows, system_model.options.objective)
+            return encode_pairs(plan, rows, system_model.options.objective, empty=args.empty)
 
         datasets = {"train_dataset": encode(train_dataset), "eval_dataset": encode(eval_dataset)}
         output_dir = args.output_dir or "trainer_output"

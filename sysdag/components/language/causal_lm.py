@@ -146,20 +146,33 @@ class CausalLM(Component):
         Raises:
             DataError: for a prompt that is neither a string nor chat messages, or that has no tokens.
         """
-        room = None if self.max_length is None else self.max_length - self.max_new_tokens
-        if room is not None and room < 1:
-            raise PlanError(
-                f"{self!r}: max_new_tokens={self.max_new_tokens} leaves no room in {self.max_length} positions."
-            )
-        if self._prompt_encoder is None:
-            self._prompt_encoder = PromptEncoder(repr(self), self.tokenizer)
-        rows = []
-        for ids in self._prompt_encoder(prompts):
+        room, rows = self._room, []
+        for ids in self._whole_prompts(prompts):
             if room is not None and len(ids) > room:
                 self._warn_once("prompt", f"a prompt of {len(ids)} tokens was cut to its last {room} (max_length)")
                 ids = ids[-room:]
             rows.append(ids)
         return rows
+
+    def cut_from(self, input: Any) -> int:
+        """See `Component`; tokens of the prompt."""
+        [ids] = self._whole_prompts([input])
+        return 0 if self._room is None else max(len(ids) - self._room, 0)
+
+    @property
+    def _room(self) -> int | None:
+        """Most tokens of a prompt."""
+        room = None if self.max_length is None else self.max_length - self.max_new_tokens
+        if room is not None and room < 1:
+            raise PlanError(
+                f"{self!r}: max_new_tokens={self.max_new_tokens} leaves no room in {self.max_length} positions."
+            )
+        return room
+
+    def _whole_prompts(self, prompts: Sequence[Any]) -> list[list[int]]:
+        if self._prompt_encoder is None:
+            self._prompt_encoder = PromptEncoder(repr(self), self.tokenizer)
+        return self._prompt_encoder(prompts)
 
     def _warn_once(self, kind: str, message: str) -> None:
         if kind not in self._warned:

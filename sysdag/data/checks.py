@@ -1,0 +1,198 @@
+"""What keeps a row from being trained on, though its values are all there and of the right types.
+
+A row that cannot be used is an error. One that could be scored, but would teach nothing or something else than it
+says, is dropped:
+
+| kind        | the row is dropped because                                                                         |
+|-------------|----------------------------------------------------------------------------------------------------|
+| `empty`     | a chosen output has no text but white space, or a plate has no element                             |
+| `identical` | `chosen` and `rejected` are the same in everything that is observed, so there is no preference     |
+| `beginning` | of two whole texts or conversations one begins the other: where their prompt ends is not known     |
+| `unpaired`  | it holds no preference: a tie, or one that nobody rated (see `sysdag.traces.shapes`)               |
+| `over-long` | a completion has more tokens than its component can score behind its prompt; the rest would be cut |
+
+A rejected output or an intermediate may be empty: that a text is better than none is a preference. A row whose prompt
+is cut is used, and told (`cut prompt`); so is one with chat messages that are written down as one text (`messages as
+text`).
+
+The functions of those nodes run whose parents are all observed, so a row that one of them fails on is found, too.
+Values are checked by tokenizers and configs (see `Component.check`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from sysdag.components.component import Component
+from sysdag.data.columns import read_columns
+from sysdag.data.preferences import PreferencePair, Problem, encode_row
+from sysdag.errors import DataError, PlanError
+from sysdag.execution.execute import flat_draws, node_inputs
+from sysdag.files.encoding import encode_value
+from sysdag.graph.plan import Objective, Plan
+from sysdag.traces.cells import Cell, Draw
+from sysdag.traces.csv_rows import is_written_messages
+from sysdag.traces.trace import Trace
+
+DROPPED = ("empty", "identical", "beginning", "unpaired", "over-long")
+"""Kinds of problems that rows are dropped for."""
+NOTED = ("cut prompt", "messages as text")
+"""Kinds of problems that are told of rows that are used; all others are errors."""
+
+
+def check_row(plan: Plan, row: Any, number: int, objective: Objective, empty: str) -> list[Problem]:
+    """All that there is to say of a row; no weights load.
+
+    Args:
+        plan, row, number, objective: see `encode_row`.
+        empty: what becomes of a row whose chosen output is empty.
+
+    Raises:
+        PlanError: for an `empty` that is neither `drop` nor `keep`.
+    """
+    if empty not in ("drop", "keep"):
+        raise PlanError(f"empty must be 'drop' or 'keep', got {empty!r}.")
+    pair, problems = encode_row(plan, row, number, objective, loads=False)
+    if pair is None:
+        return problems
+    source = getattr(row, "place", "")
+    written = [
+        name
+        for name in sorted(read_columns(plan, row, objective))
+        if isinstance(row.get(name), str) and is_written_messages(row[name])
+    ]
+    text = "a text that is chat messages, written down; it is used as a text. Give the list of messages itself."
+    noted = [Problem(number, "messages as text", "", "", f"{name} is {text}", source) for name in written]
+    return _Check(plan, objective, number, source, empty).problems_of(pair) + noted
+
+
+@dataclass
+class _Check:
+    """What there is to say of one row whose values are all there and of the right types."""
+
+    plan: Plan
+    objective: Objective
+    number: int
+    source: str
+    empty: str
+    problems: list[Problem] = field(default_factory=list)
+
+    def problems_of(self, pair: PreferencePair) -> list[Problem]:
+        names = self.plan.observed(self.objective)
+        cut: dict[str, str] = {}
+        for side in ("chosen", "rejected"):
+            trace = self._filled(pair, side)
+            for name in names:
+                self._check_node(trace, name, side)
+            if not self.problems:
+                cut = self._cut_prompts(trace, side) | cut
+        if not self.problems and all(_same(pair.chosen[name], pair.rejected[name]) for name in names):
+            self._add("identical", "", "", "chosen and rejected are the same.")
+        for name, text in cut.items():
+            self._add("cut prompt", name, "", text)
+        return self.problems
+
+    def _add(self, kind: str, name: str, side: str, text: str) -> None:
+        self.problems.append(Problem(self.number, kind, name, side, text, self.source))
+
+    def _filled(self, pair: PreferencePair, side: str) -> Trace:
+        """The row's values of one side, with the deterministic nodes that they determine."""
+        cells: dict[str, Sequence[Cell]] = {name: [cell] for name, cell in getattr(pair, side).items()}
+        trace = Trace({name: [value] for name, value in pair.inputs.items()}, cells)
+        for name in self.plan.order:
+            if name in trace.cells or self.plan.system[name].is_random or not self._has_parents(trace, name):
+                continue
+            elements = self._elements(trace, name, side)
+            if elements is not None:
+                trace = trace.updated({name: elements.cells([Draw(value) for value in elements.values])})
+        return trace
+
+    def _has_parents(self, trace: Trace, name: str) -> bool:
+        return all(edge.parent in trace.inputs or edge.parent in trace.cells for edge in self.plan.parents(name))
+
+    def _elements(self, trace: Trace, name: str, side: str) -> Any:
+        """What the node's function makes of its parents' values; None, and a problem, if it fails."""
+        try:
+            return node_inputs(self.plan, trace, name)
+        except PlanError as error:
+            what = str(error).partition(", row 0: ")[2]  # of a trace of one row, whose number says nothing
+            self._add("invalid value", name, side, what or str(error))
+        except Exception as error:  # noqa: BLE001 - a user's function may raise anything
+            self._add("invalid value", name, side, f"its function fails on this row: {type(error).__name__}: {error}")
+        return None
+
+    def _check_node(self, trace: Trace, name: str, side: str) -> None:
+        component = self.plan.system[name].component
+        assert component is not None  # random nodes alone are observed
+        draws = flat_draws(trace.cells[name])
+        is_chosen = side == "chosen" and name in self.plan.system.outputs
+        if is_chosen and self.empty == "drop" and any(map(component.is_empty, draws)):
+            self._add("empty", name, side, "the completion is empty.")
+        inputs: list[Any] = [None] * len(draws)
+        if self._has_parents(trace, name):
+            elements = self._elements(trace, name, side)
+            if elements is None:
+                return
+            if len(elements.values) != len(draws):
+                text = f"its plate has {len(elements.values)} elements, but {len(draws)} values are given."
+                self._add("invalid value", name, side, text)
+                return
+            inputs = elements.values
+        try:
+            self._check_lengths(component, inputs, draws, name, side)
+        except DataError as error:
+            self._add("invalid value", name, side, str(error))
+
+    def _cut_prompts(self, trace: Trace, side: str) -> dict[str, str]:
+        """Of every node whose prompts are known and lose a part, what is lost of the longest."""
+        found = {}
+        for name in self.plan.random_nodes:
+            if not self._has_parents(trace, name):
+                continue
+            component = self.plan.system[name].component
+            assert component is not None
+            elements = self._elements(trace, name, side)
+            if elements is None:
+                continue
+            try:
+                lost = max(map(component.cut_from, elements.values), default=0)
+            except DataError as error:
+                self._add("invalid value", name, side, str(error))
+                continue
+            if lost:
+                found[name] = f"the prompt loses {lost} tokens, for which there is no room (max_length)."
+        return found
+
+    def _check_lengths(
+        self, component: Component, inputs: Sequence[Any], draws: Sequence[Draw], name: str, side: str
+    ) -> None:
+        for given, length in zip(inputs, component.lengths(draws), strict=True):
+            longest = component.longest_draw(given)
+            if longest is not None and length > longest:
+                behind = "" if given is None else " behind its prompt"
+                text = f"the completion has {length} tokens, of which {longest} can be scored{behind}."
+                self._add("over-long", name, side, text)
+                return
+
+
+def _same(first: Cell, second: Cell) -> bool:
+    """Whether two cells are one outcome: in values, and in records where both have one."""
+    ours, theirs = flat_draws([first]), flat_draws([second])
+    return len(ours) == len(theirs) and all(map(_same_draw, ours, theirs))
+
+
+def _same_draw(first: Draw, second: Draw) -> bool:
+    if first is second:
+        return True
+    try:
+        if first.record and second.record:
+            return _content(dict(first.record)) == _content(dict(second.record))
+        return _content(first.value) == _content(second.value)
+    except DataError:  # a type that only the component knows
+        return first.value is second.value and not (first.record and second.record)
+
+
+def _content(value: Any) -> Any:
+    return encode_value(value, "value")

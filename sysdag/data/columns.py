@@ -1,0 +1,90 @@
+"""Which columns of rows a system reads, the inputs out of them, and what is said of the others."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from sysdag.errors import shown
+from sysdag.files.encoding import is_text
+from sysdag.graph.plan import Objective, Plan
+from sysdag.traces.reshaping import advice
+
+SIDES = ("chosen", "rejected")
+
+
+def input_column(plan: Plan, row: Mapping[str, Any], name: str) -> str:
+    """The key of a row under which an input stands: its name, or `prompt` for a system's only input."""
+    return "prompt" if len(plan.system.inputs) == 1 and name not in row and "prompt" in row else name
+
+
+def read_columns(plan: Plan, row: Mapping[str, Any], objective: Objective) -> set[str]:
+    """The keys of a row that are looked at."""
+    names = {input_column(plan, row, given.name) for given in plan.system.inputs}
+    if objective == "direct":
+        names |= {f"{side}_intermediates" for side in SIDES}
+    return names | set(SIDES)
+
+
+def read_inputs(plan: Plan, row: Mapping[str, Any]) -> tuple[dict[str, Any], list[tuple[str, str]]]:
+    """The inputs of a row that can be used, and of each other one the kind of its problem and what is wrong."""
+    found = {}
+    problems = []
+    for given in plan.system.inputs:
+        column = input_column(plan, row, given.name)
+        if column not in row:
+            keys = ", ".join(sorted(map(shown, row)))
+            problems.append(("missing", f"input {given.name!r} is missing; the row has [{keys}]."))
+        elif given.value_type is not None and not isinstance(row[column], given.value_type):
+            expected, got = given.value_type.__name__, f"{type(row[column]).__name__} {shown(row[column], 80)}"
+            told = f"input {given.name!r} must be {expected}, got {got}."
+            if given.value_type is str and isinstance(row[column], list):
+                told += f" Declare Input({given.name!r}) without a type to get chat messages as they are."
+            problems.append(("wrong type", told))
+        elif not is_unicode(row[column]):
+            text = f"input {given.name!r} holds half of a surrogate pair, which is no text."
+            problems.append(("invalid value", text))
+        else:
+            found[given.name] = row[column]
+    return found, problems
+
+
+def is_unicode(value: Any) -> bool:
+    """Whether all text in a value can be written down; JSON may hold half of a surrogate pair."""
+    if isinstance(value, str):
+        return is_text(value)
+    if isinstance(value, Mapping):
+        return all(is_unicode(key) and is_unicode(element) for key, element in value.items())
+    return not isinstance(value, (list, tuple)) or all(map(is_unicode, value))
+
+
+def told_unread(names: Iterable[str]) -> str:
+    """Columns that no node reads, in words."""
+    return f"Columns that no node reads: {', '.join(name if name.strip() else repr(name) for name in names)}."
+
+
+def advice_on(plan: Plan, rows: Iterable[Any], needed: Iterable[str] = SIDES) -> str:
+    """What to do where a column that every row needs is in none of them; or "".
+
+    Args:
+        needed: the columns besides the inputs.
+    """
+    columns = {str(key) for row in rows if isinstance(row, Mapping) for key in row}
+    needed = {*needed, *(given.name for given in plan.system.inputs)}
+    if len(plan.system.inputs) == 1 and "prompt" in columns:
+        needed -= {plan.system.inputs[0].name}
+    if not columns or needed <= columns:
+        return ""
+    has_implicit = len(plan.system.inputs) == 1 and columns <= {"chosen", "rejected"}
+    return "" if has_implicit else advice(columns)
+
+
+def unread_columns(plan: Plan, rows: Iterable[Any], objective: Objective) -> tuple[str, ...]:
+    """The columns that no node reads in any row, in order."""
+    found: dict[str, None] = {}
+    read: set[str] = set()
+    for row in rows:
+        if isinstance(row, Mapping):
+            found |= dict.fromkeys(map(str, row))
+            read |= read_columns(plan, row, objective)
+    return tuple(name for name in found if name not in read)

@@ -1,0 +1,70 @@
+"""Preference rows as the pairs that are trained on: the rows that `sysdag.data.validation` keeps."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from sysdag.data.checks import DROPPED, NOTED, check_row
+from sysdag.data.columns import advice_on, told_unread, unread_columns
+from sysdag.data.preferences import PreferencePair, Problem, encode_row
+from sysdag.errors import DataError
+from sysdag.graph.plan import Objective, Plan
+from sysdag.traces.dataset_rows import rows_of
+
+logger = logging.getLogger(__name__)
+
+
+def encode_pairs(
+    plan: Plan, rows: Iterable[Mapping[str, Any]], objective: Objective, *, empty: str = "drop"
+) -> list[PreferencePair]:
+    """Preference rows as pairs that can be scored, those that `sysdag train` trains on.
+
+    A row holds the inputs by name (or `prompt`, for a system with one input), `chosen` and `rejected` (the output's
+    value, or a dict by node for several outputs), and for Direct `chosen_intermediates` and `rejected_intermediates`,
+    dicts by node of every other random node. A plate's value is a list. Values may be given as they are, or as the
+    `Draw` (list of draws for a plate) that a sampled trace holds, which keeps the token ids that were sampled.
+
+    TRL's formats are taken too: a text may be a list of one assistant message, a prompt a list of messages, which the
+    node's function gets as it is; and a prompt may be implicit, the beginning that `chosen` and `rejected` share.
+
+    Rows that would teach nothing, or something else than they say, are dropped (see `sysdag.data.checks`); their
+    number and the first of each kind are logged, and so are columns that no node reads.
+
+    Args:
+        rows: dicts (of a file: see `sysdag.traces.readers.read_rows`), or a dataset of the library `datasets`.
+        empty: what becomes of rows whose chosen output is empty; `keep` teaches the model to say nothing there.
+
+    Raises:
+        DataError: naming the row and the node, and the file's line where the row knows it; or if no row is left.
+        PlanError: for an `empty` that is neither `drop` nor `keep`.
+    """
+    pairs = []
+    first: dict[str, Problem] = {}
+    counts: Counter[str] = Counter()
+    given = rows_of(rows)
+    for number, row in enumerate(given):
+        problems = check_row(plan, row, number, objective, empty)
+        pair = None
+        if all(problem.kind in NOTED for problem in problems):
+            pair, wrong = encode_row(plan, row, number, objective)
+            problems += wrong
+        for problem in problems:
+            if problem.kind not in (*DROPPED, *NOTED):
+                raise DataError(f"{problem} {advice_on(plan, given)}".rstrip())
+            first.setdefault(problem.kind, problem)
+        counts.update({problem.kind for problem in problems})
+        if pair is not None:
+            pairs.append(pair)
+    told = [f"{kind} ({counts[kind]} of {len(given)}): {problem}" for kind, problem in first.items()]
+    if given and not pairs:
+        raise DataError("No row is left. " + " ".join(told))
+    if len(pairs) < len(given):
+        logger.warning("%d of %d rows are dropped. %s", len(given) - len(pairs), len(given), " ".join(told))
+    elif told:
+        logger.warning("%s", " ".join(told))
+    if unread := unread_columns(plan, given, objective):
+        logger.warning("%s", told_unread(unread))
+    return pairs
