@@ -15,12 +15,12 @@ from torch import Tensor, nn
 
 from sysdag.components.adapter_support import needs_numbers
 from sysdag.components.component import Component, check_max_tokens
-from sysdag.components.decoding import left_pad, sample_tokens
 from sysdag.components.language import footprint
 from sysdag.components.language.beam import diverse_beam_search
 from sysdag.components.language.prefix_scorer import PrefixScorer
 from sysdag.components.language.pretrained import PretrainedLM
 from sysdag.components.language.prompts import PromptEncoder
+from sysdag.components.language.sampling import left_pad, sample_tokens
 from sysdag.errors import DataError, PlanError, shown
 from sysdag.traces.cells import Draw
 

@@ -154,6 +154,15 @@ def inner_model(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
 
 
+def argument_names(model: Any) -> set[str]:
+    """What the language model's own forward takes, under a PEFT, DDP or torch.compile wrapper."""
+    if callable(getattr(model, "get_base_model", None)):
+        return argument_names(model.get_base_model())
+    names = set(inspect.signature(model.forward).parameters)
+    inner = getattr(model, "_orig_mod", getattr(model, "module", None))
+    return names if "input_ids" in names or inner is None else argument_names(inner)
+
+
 def _output_embedding(model: Any) -> Any:
     inner = inner_model(model)
     return inner.get_output_embeddings() if hasattr(inner, "get_output_embeddings") else None
