@@ -12,7 +12,7 @@ VOCABULARY = 45
 # By the names that configs give them; a family gets those that its config has.
 SMALL = dict(
     vocab_size=VOCABULARY, hidden_size=32, n_embd=32, d_model=32, embedding_dim=32, num_hidden_layers=2, n_layer=2, n_layers=2,
-    num_layers=2, num_blocks=2, encoder_layers=1, decoder_layers=2, num_attention_heads=4, n_head=4, n_heads=4, num_heads=4,
+    num_layers=2, num_blocks=2, encoder_layers=2, decoder_layers=2, num_attention_heads=4, n_head=4, n_heads=4, num_heads=4,
     encoder_attention_heads=4, decoder_attention_heads=4, attention_heads=4, num_key_value_heads=2, multi_query_group_num=2,
     intermediate_size=48, ffn_dim=48, ffn_hidden_size=48, encoder_ffn_dim=48, decoder_ffn_dim=48, n_inner=48, dff=48, d_inner=48,
     head_dim=8, max_position_embeddings=128, n_positions=128, n_ctx=128, max_seq_len=128, context_length=128,

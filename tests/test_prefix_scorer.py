@@ -227,7 +227,7 @@ def refuses_masks(model):
     forward = model.forward
 
     def picky(input_ids=None, attention_mask=None, position_ids=None, **options):
-        if attention_mask.ndim != 2:
+        if attention_mask is not None and attention_mask.ndim != 2:
             raise ValueError("expected a mask of two dimensions")
         return forward(input_ids, attention_mask, position_ids=position_ids, **options)
 

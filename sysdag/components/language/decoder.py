@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from sysdag.components.language.cached_decoder import CachedDecoder
 from sysdag.components.language.language_head import argument_names, inner_model
-from sysdag.components.language.probe import RAISED, Expected, expected, probing
+from sysdag.components.language.probe import probing, token_ids
 from sysdag.errors import PlanError
 
 logger = logging.getLogger(__name__)
@@ -121,27 +121,22 @@ def decoder_of(model: nn.Module) -> Decoder:
     """
     inner = _innermost(model)
     if inner not in _chosen:
-        size = _vocabulary(inner)
-        chosen = None if size is None else _choose(model, size)
+        config = getattr(inner, "config", None)
+        chosen = None if config is None else _choose(model, token_ids(config.get_text_config(decoder=True), 22))
         if chosen is None:  # no model of transformers, or weights that are not finite: nothing can be told
             return CachedDecoder(model)
         _chosen[inner] = chosen
     return _WAYS[_chosen[inner]](model)
 
 
-def _choose(model: nn.Module, vocabulary: int) -> str | None:
+def _choose(model: nn.Module, ids: list[int]) -> str | None:
+    tokens = _Tokens(model, ids)
     reasons: list[str] = []
-    with probing(model):
-        wanted = _Tokens(model, vocabulary).expected()
+    with probing(model, tokens.alone) as wanted:
         if wanted is None:
             return None
         for way, make in _WAYS.items():
-            try:
-                reasons.append(wanted.complaint(_Tokens(model, vocabulary).decoded(make(model))))
-            except torch.OutOfMemoryError:
-                raise
-            except RAISED as raised:
-                reasons.append(f"a probe raised {type(raised).__name__}: {raised!s:.200}")
+            reasons.append(wanted.complaint(lambda: tokens.decoded(make(model))))  # noqa: B023 (called at once)
             if not reasons[-1]:
                 if way:
                     logger.warning("%s decodes %s: %s.", _name(model), way, reasons[-2])
@@ -156,9 +151,8 @@ def _choose(model: nn.Module, vocabulary: int) -> str | None:
 class _Tokens:
     """Two prompts of different lengths, each continued in two ways, whose rows change places; then one prompt ends."""
 
-    def __init__(self, model: nn.Module, vocabulary: int) -> None:
+    def __init__(self, model: nn.Module, ids: list[int]) -> None:
         self.model, self.device = model, next(model.parameters()).device
-        ids = [(2 + 5 * place) % vocabulary for place in range(30)]
         self.prompts = [ids[:7], ids[7:10]]
         self.steps = [(ids[10:14], [0, 1, 2, 3]), (ids[14:18], [1, 1, 3, 2]), (ids[18:20], [3, 2]), (ids[20:22], [1, 0])]
 
@@ -170,19 +164,15 @@ class _Tokens:
             found += rows
         return found
 
-    def expected(self) -> Expected | None:
-        """By plain forwards of whole sequences, each alone: what ends inside a longer one is read there."""
+    def alone(self) -> Tensor:
+        """Their logits by plain forwards of whole sequences; what begins a longer one is read there."""
         histories = self.histories()
-        longest = [h for h in histories if not any(o[: len(h)] == h and len(o) > len(h) for o in histories)]
-
-        def compute() -> Tensor:
-            rows = {}
-            for ids in longest:
-                logits = self.model(input_ids=torch.tensor([ids], device=self.device), use_cache=False).logits[0]
-                rows.update({tuple(ids[: end + 1]): logits[end] for end in range(len(ids))})
-            return torch.stack([rows[tuple(history)] for history in histories])
-
-        return expected(self.model, compute)
+        longest = [ids for ids in histories if not any(one[: len(ids)] == ids != one for one in histories)]
+        logits = {}
+        for ids in longest:
+            found = self.model(input_ids=torch.tensor([ids], device=self.device), use_cache=False).logits[0]
+            logits.update({tuple(ids[: end + 1]): found[end] for end in range(len(ids))})
+        return torch.stack([logits[tuple(ids)] for ids in histories])
 
     def decoded(self, decoder: Decoder) -> Tensor:
         width = max(map(len, self.prompts))
@@ -200,11 +190,6 @@ def _innermost(model: Any) -> Any:
     inner = inner_model(model)
     wrapped = getattr(inner, "_orig_mod", getattr(inner, "module", None))
     return inner if wrapped is None or not isinstance(wrapped, nn.Module) else _innermost(wrapped)
-
-
-def _vocabulary(inner: Any) -> int | None:
-    config = getattr(inner, "config", None)
-    return None if config is None else getattr(config.get_text_config(decoder=True), "vocab_size", None)
 
 
 def _name(model: Any) -> str:
