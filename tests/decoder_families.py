@@ -51,7 +51,15 @@ _MAMBA2 = dict(mamba_n_heads=4, mamba_d_head=16, mamba_n_groups=1, mamba_chunk_s
 _MLA = dict(qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=8, head_dim=4, num_key_value_heads=4)
 _TWO_KINDS = dict(layer_types=["linear_attention", "full_attention"])
 # What the names above do not say.
+_LINEAR = dict(
+    linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=8, linear_value_head_dim=8,
+)  # fmt: skip
+_ENCODERS = (
+    "bert", "bert-generation", "big_bird", "camembert", "data2vec-text", "electra", "ernie", "megatron-bert", "rembert", "roberta",
+    "roberta-prelayernorm", "roc_bert", "roformer", "xlm-roberta", "xlm-roberta-xl", "xmod",
+)  # fmt: skip
 OPTIONS: dict[str, dict[str, Any]] = {
+    **{family: dict(is_decoder=True) for family in _ENCODERS},
     "axk1": _MLA,
     "axk2": _MLA,
     "deepseek_v2": _MLA,
@@ -66,11 +74,18 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "mamba2": dict(num_heads=4, head_dim=16, n_groups=1, chunk_size=4),
     "jamba": dict(attn_layer_period=2, attn_layer_offset=1, expert_layer_period=2, use_mamba_kernels=False),
     "gpt_neo": dict(attention_types=[[["global", "local"], 1]], window_size=8),
-    "qwen3_next": _TWO_KINDS | dict(linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=8, linear_value_head_dim=8),
-    "qwen3_5_text": _TWO_KINDS | dict(linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=8, linear_value_head_dim=8),
-    "qwen3_5_moe_text": _TWO_KINDS | dict(linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=8, linear_value_head_dim=8),
+    "qwen3_next": _TWO_KINDS | _LINEAR,
+    "qwen3_5_text": _TWO_KINDS | _LINEAR,
+    "qwen3_5_moe_text": _TWO_KINDS | _LINEAR,
+    "roc_bert": dict(is_decoder=True, pronunciation_embed_dim=16, shape_embed_dim=16, pronunciation_vocab_size=5, shape_vocab_size=5),
+    "xmod": dict(is_decoder=True, default_language="en_XX"),
+    "qwen4_exp_text": _LINEAR,
+    "falcon_h1": _MAMBA2 | dict(mamba_d_ssm=64),
+    "bailing_hybrid": _MLA | dict(num_hidden_layers=2, layer_group_size=2),
+    "kimi_linear": _MLA,
     "recurrent_gemma": dict(num_hidden_layers=3, lru_width=32, attention_window_size=8, num_key_value_heads=1),
-    "reformer": dict(is_decoder=True),
+    "reformer": dict(is_decoder=True, axial_pos_embds=False, attn_layers=["local", "local"], attention_head_size=8, feed_forward_size=32,
+                     local_attn_chunk_length=4),
     "lfm3": dict(layer_types=["conv", "full_attention"]),
     "lfm2_moe": dict(layer_types=["conv", "full_attention"]),
     "gemma4_text": dict(vocab_size_per_layer_input=VOCABULARY, hidden_size_per_layer_input=4, num_hidden_layers=4, num_kv_shared_layers=2,
@@ -79,7 +94,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
                          layer_types=["sliding_attention", "full_attention"] * 2, laurel_rank=4, altup_num_inputs=2,
                          activation_sparsity_pattern=[0.0] * 4, intermediate_size=[48] * 4),
     "xlm": dict(emb_dim=32, n_words=VOCABULARY),
-    "zamba": dict(num_hidden_layers=3, layers_block_type=["mamba", "hybrid", "mamba"], n_mamba_heads=2, use_mamba_kernels=False),
+    "zamba": dict(num_hidden_layers=4, layers_block_type=["mamba", "hybrid", "mamba", "hybrid"], n_mamba_heads=2, use_mamba_kernels=False),
     "zamba2": dict(num_hidden_layers=3, layers_block_type=["mamba", "hybrid", "mamba"], n_mamba_heads=4, mamba_headdim=16, mamba_ngroups=1,
                    chunk_size=4),
     "nemotron_h": dict(layers_block_type=["mamba", "attention"], mamba_num_heads=4, mamba_head_dim=8, n_groups=1, chunk_size=4),

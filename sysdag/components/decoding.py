@@ -2,9 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+from sysdag.errors import PlanError
+
+
+def check_truncation(owner: str, temperature: Any, top_p: Any, top_k: Any) -> None:
+    """Raises a PlanError for options of sampling that are out of range; None is left to whoever draws."""
+    if (temperature is not None and not temperature > 0) or (top_p is not None and not 0 < top_p <= 1):
+        raise PlanError(f"{owner} needs temperature > 0 and 0 < top_p <= 1, got {temperature} and {top_p}.")
+    if top_k is not None and (not isinstance(top_k, int) or isinstance(top_k, bool) or top_k < 0):
+        raise PlanError(f"{owner} needs a top_k of 1 or more tokens, or 0 or None for all, got {top_k!r}.")
 
 
 def proposal_log_probs(

@@ -20,11 +20,15 @@ _CACHES = ("past_key_values", "cache_params", "state")  # the names that forward
 class CachedDecoder:
     """A causal language model with the cache of its rows.
 
+    Args:
+        pass_positions: say each token's place among those that are no padding, where the forward takes it; False
+            leaves that to the model, which is right without padding whatever it counts from.
+
     Raises:
         ValueError: for a model that takes no cache, or that keeps none as it is now.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, *, pass_positions: bool = True) -> None:
         if model.training and any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
             raise ValueError(
                 "model: expected one that keeps a cache, got train mode with gradient checkpointing, which keeps none; "
@@ -34,7 +38,10 @@ class CachedDecoder:
         name = next((each for each in _CACHES if each in self.accepts), None)
         if name is None:
             raise ValueError(f"model: expected a forward that takes a cache ({', '.join(_CACHES)}), got none of them.")
-        self._name, self.cache = name, None
+        if not pass_positions:
+            self.accepts = self.accepts - {"position_ids"}
+        self._name: str = name
+        self.cache: Any = None
 
     def start(self, input_ids: Tensor, mask: Tensor, beams: int) -> Tensor:
         """Reads the prompts once, then gives each `beams` rows; returns the logits after them (B,V)."""

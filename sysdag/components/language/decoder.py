@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from sysdag.components.language.cached_decoder import CachedDecoder
 from sysdag.components.language.language_head import argument_names, inner_model
-from sysdag.components.language.probe import probing, token_ids
+from sysdag.components.language.probe import forwards, probing, token_ids
 from sysdag.errors import PlanError
 
 logger = logging.getLogger(__name__)
@@ -107,7 +107,7 @@ class UncachedDecoder:
 
 _WAYS: dict[str, Callable[[nn.Module], Decoder]] = {
     "": CachedDecoder,
-    "a batch for each length of prompt": lambda model: ByLength(partial(CachedDecoder, model)),
+    "a batch for each length of prompt": lambda model: ByLength(partial(CachedDecoder, model, pass_positions=False)),
     "whole sequences for each token, which takes longer": lambda model: ByLength(partial(UncachedDecoder, model)),
 }
 _chosen: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()
@@ -139,7 +139,7 @@ def _choose(model: nn.Module, ids: list[int]) -> str | None:
             reasons.append(wanted.complaint(lambda: tokens.decoded(make(model))))  # noqa: B023 (called at once)
             if not reasons[-1]:
                 if way:
-                    logger.warning("%s decodes %s: %s.", _name(model), way, reasons[-2])
+                    logger.warning("%s decodes %s: %s.", _name(model), way, reasons[-2].rstrip("."))
                 return way
     raise PlanError(
         f"{_name(model)} cannot be sampled or searched: its logits after a prompt are not those that it gives when more "
@@ -169,9 +169,8 @@ class _Tokens:
         histories = self.histories()
         longest = [ids for ids in histories if not any(one[: len(ids)] == ids != one for one in histories)]
         logits = {}
-        for ids in longest:
-            found = self.model(input_ids=torch.tensor([ids], device=self.device), use_cache=False).logits[0]
-            logits.update({tuple(ids[: end + 1]): found[end] for end in range(len(ids))})
+        for ids, found in forwards(self.model, longest).items():
+            logits.update({ids[: end + 1]: found[end] for end in range(len(ids))})
         return torch.stack([logits[tuple(ids)] for ids in histories])
 
     def decoded(self, decoder: Decoder) -> Tensor:

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from sysdag.components.language import token_trie
 from sysdag.components.language.language_head import TokenScorer, inner_model
-from sysdag.components.language.probe import probing, token_ids
+from sysdag.components.language.probe import forwards, probing, token_ids
 from sysdag.components.language.token_trie import Ids, TokenTrie
 from sysdag.errors import PlanError
 
@@ -248,33 +248,35 @@ def _found(model: Any, *, tries: bool) -> _Found | None:
 def _probe(model: Any, *, tries: bool) -> _Found | None:
     a, b, c, d, e, f, g, h = token_ids(_config(model), 8)
     sequences = [([a, b], [c, d, e]), ([a, b], [c, f]), ([a, b], [g, h, c]), ([d, e], [a, g, b]), ([b], [f, d])]
+    before = [(*prompt, *completion[:place]) for prompt, completion in sequences for place in range(len(completion))]
     device = _device(model)
 
     def alone() -> Tensor:
         """Each label's logits from what stands before it, and nothing else."""
-        before = [(*prompt, *completion[:place]) for prompt, completion in sequences for place in range(len(completion))]
-        logits = {
-            ids: model(input_ids=torch.tensor([ids], device=device), use_cache=False).logits[0, -1]
-            for ids in dict.fromkeys(before)
-        }
-        return torch.stack([logits[ids] for ids in before])
+        logits = forwards(model, before)
+        return torch.stack([logits[ids][-1] for ids in before])
 
-    def packed(which: Sequence[tuple[Ids, Ids]], width: float) -> Tensor:
-        trie = token_trie.pack(which, width)
+    def together() -> Tensor:
+        """The same from whole sequences."""
+        logits = forwards(model, [[*prompt, *completion] for prompt, completion in sequences])
+        return torch.cat([logits[*prompt, *completion][len(prompt) - 1 : -1] for prompt, completion in sequences])
+
+    def packed(width: float) -> Tensor:
+        trie = token_trie.pack(sequences, width)
         logits = model(**model_inputs(model, trie, device), use_cache=False).logits
         return logits.flatten(0, 1)[trie.rows.to(device)[trie.label.to(device)]]
 
     with probing(model, alone) as wanted:
         if wanted is None:
             return None
-        whole = wanted.complaint(lambda: torch.cat([packed([sequence], 0) for sequence in sequences]))
+        whole = wanted.complaint(together)
         if whole:
             raise PlanError(
                 f"{type(inner_model(model)).__name__} cannot be scored: its logits depend on the tokens behind them "
                 f"({whole}), so it is no causal language model as it is. Some are with is_decoder=True in their config."
             )
-        padding = wanted.complaint(lambda: packed(sequences, 0))
-        return _Found(padding, wanted.complaint(lambda: packed(sequences, math.inf)) if tries else "")
+        padding = wanted.complaint(lambda: packed(0))
+        return _Found(padding, wanted.complaint(lambda: packed(math.inf)) if tries else "")
 
 
 def _say_unpacked(model: Any, reason: str) -> None:

@@ -3,13 +3,13 @@
 In bfloat16 another order of the same sums moves a deep model's logits by up to a fifth of their spread, which is what
 wrong positions do to a short text. Whether masks and positions are honoured does not depend on the dtype, so a probe
 computes in fp32 from the weights as they are: each operation gets its half-precision arguments in fp32, one weight at a
-time, so no copy of the model is made. There the rounding is some 1e-5 of the spread and a mistake above 1e-2.
+time, so no copy of the model is made. There the rounding is some 1e-5 of the spread and a mistake above 1e-3.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from sysdag.components.component import evaluating
 
 # Of the logits' spread.
-_LIMIT = 1e-3
+_LIMIT = 3e-4
 _LIMIT_IN_HALF = 0.3  # for kernels that know half precision alone; whole rows of wrong tokens are above
 _HALF = (torch.float16, torch.bfloat16)
 RAISED = (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError, NotImplementedError)
@@ -42,7 +42,7 @@ class Expected:
     def error(self, found: Float[Tensor, "n V"]) -> float:
         """The largest distance of a row, in units of the row's own spread over the vocabulary."""
         spread = self.logits - self.logits.mean(-1, keepdim=True)
-        return float(((found - self.logits).norm(dim=-1) / spread.norm(dim=-1).clamp_min(1e-30)).max())
+        return float(((found.float() - self.logits).norm(dim=-1) / spread.norm(dim=-1).clamp_min(1e-30)).max())
 
     def complaint(self, compute: Callable[[], Float[Tensor, "n V"]]) -> str:
         """What is wrong with the logits that another computation gives; "" where nothing is."""
@@ -60,21 +60,39 @@ def probing(model: nn.Module, compute: Callable[[], Float[Tensor, "n V"]]) -> It
     """What `compute`, a plain way to the logits, gives, and fp32 arithmetic to try other ways in.
 
     None where that is not finite and so tells nothing. In evaluation mode, without gradients; modes and random states
-    are put back. A model whose kernels take half precision alone is tried in that.
+    are put back. A model whose kernels take half precision alone, or whose weights are sharded, is tried in its own
+    dtype.
     """
     device = next(model.parameters()).device
     with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []), evaluating(model):
         with contextlib.ExitStack() as arithmetic:
+            logits = None
+            if not _is_sharded(model):
+                arithmetic.enter_context(_in_fp32(device.type))
+                try:
+                    logits = compute()
+                except torch.OutOfMemoryError:
+                    raise
+                except RAISED:
+                    arithmetic.close()
             limit = _LIMIT
-            arithmetic.enter_context(_in_fp32(device.type))
-            try:
+            if logits is None:
                 logits = compute()
-            except torch.OutOfMemoryError:
-                raise
-            except RAISED:
-                arithmetic.close()
-                logits, limit = compute(), _LIMIT_IN_HALF
+                limit = _LIMIT_IN_HALF if logits.dtype in _HALF or _is_half(model) else _LIMIT
+                logits = logits.float()
             yield Expected(logits, limit) if logits.isfinite().all() else None
+
+
+def _is_sharded(model: nn.Module) -> bool:
+    """Whether other libraries gather its weights by operations of their own, which must stay as they are."""
+    return any(hasattr(each, "device_mesh") or hasattr(each, "ds_id") for each in model.parameters()) or any(
+        type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()
+    )
+
+
+def _is_half(model: nn.Module) -> bool:
+    device = next(model.parameters()).device.type
+    return torch.is_autocast_enabled(device) or any(each.dtype in _HALF for each in model.parameters())
 
 
 @contextlib.contextmanager
@@ -97,8 +115,9 @@ class _Fp32(TorchFunctionMode):
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(function, "__name__", "")
-        if name in ("__get__", "__set__") or (name.endswith("_") and not name.endswith("__")) or name == "__setitem__":
-            return function(*args, **(kwargs or {}))  # attributes, and what is written in place
+        in_place = name == "__setitem__" or (name.endswith("_") and not name.endswith("__")) or "out" in (kwargs or {})
+        if in_place or name in ("__get__", "__set__"):  # written to, or an attribute
+            return function(*args, **(kwargs or {}))
         args, kwargs = _raised(args), _raised(kwargs or {})
         with torch.autocast(self._device_type, enabled=False):
             return function(*args, **kwargs)
@@ -112,6 +131,17 @@ def _raised(value: Any) -> Any:
     if type(value) in (list, tuple):
         return type(value)(_raised(each) for each in value)
     return {key: _raised(each) for key, each in value.items()} if type(value) is dict else value
+
+
+def forwards(model: Any, sequences: Sequence[Sequence[int]]) -> dict[tuple[int, ...], Tensor]:
+    """The logits (L, V) of each sequence by plain forwards: those of one length side by side, without padding."""
+    device = next(model.parameters()).device
+    found: dict[tuple[int, ...], Tensor] = {}
+    for length in sorted({len(ids) for ids in sequences}):
+        batch = list(dict.fromkeys(tuple(ids) for ids in sequences if len(ids) == length))
+        logits = model(input_ids=torch.tensor(batch, device=device), use_cache=False).logits
+        found.update(zip(batch, logits, strict=True))
+    return found
 
 
 def token_ids(config: Any, count: int) -> list[int]:
