@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -45,6 +46,26 @@ def tiny_decoder(family: str, *, seed: int = 0, **options: Any) -> Any:
                     parameter.normal_(0, 0.3)
     return model.eval()
 
+
+
+def plain_log_prob(model: Any, prompt: Sequence[int], completion: Sequence[int]) -> float:
+    """Sum of a completion's log-probabilities by one forward of the row alone, without mask, padding or cache."""
+    if not completion:
+        return 0.0
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([[*prompt, *completion]]), use_cache=False).logits
+    log_probs = logits[0, len(prompt) - 1 : -1].double().log_softmax(-1)
+    return float(log_probs.gather(1, torch.tensor(completion)[:, None]).sum())
+
+
+def greedy(model: Any, prompt: Sequence[int], count: int, end: int = 1) -> list[int]:
+    """The likeliest tokens one after the other, each by a forward of everything before it."""
+    ids = list(prompt)
+    while len(ids) < len(prompt) + count and (len(ids) == len(prompt) or ids[-1] != end):
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([ids]), use_cache=False).logits
+        ids.append(int(logits[0, -1].argmax()))
+    return ids[len(prompt) :]
 
 
 _MAMBA2 = dict(mamba_n_heads=4, mamba_d_head=16, mamba_n_groups=1, mamba_chunk_size=4)

@@ -235,6 +235,58 @@ def refuses_masks(model):
     return model
 
 
+def ignores_masks(model):
+    """Has every token attend to all before it in the row, whatever the mask of a packed row says."""
+    forward = model.forward
+
+    def causal(input_ids=None, attention_mask=None, **options):
+        if attention_mask is not None and attention_mask.ndim == 4:
+            attention_mask = None
+        return forward(input_ids, attention_mask, **options)
+
+    model.forward = causal
+    return model
+
+
+def deep():
+    """Rounding to bfloat16 moves its logits by more than a tenth of their spread, as in real models."""
+    return llama(num_hidden_layers=12)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_rounding_in_bfloat16_is_no_wrong_mask(autocast, caplog):
+    model = deep() if autocast else deep().bfloat16()
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        with torch.no_grad():
+            ids = torch.tensor([[5, 9, 13, 17, 21, 25]])
+            rounded = model(ids).logits.float()
+        with caplog.at_level(logging.INFO):
+            PrefixScorer(model)(BATCH, 0)
+        seen = calls(model)
+        PrefixScorer(model)(BATCH, 0)
+    truth = deep() if autocast else model.float()
+    with torch.no_grad():
+        exact = truth(ids).logits
+    noise = (rounded - exact).norm(dim=-1) / (exact - exact.mean(-1, keepdim=True)).norm(dim=-1)
+    assert noise.max() > 0.06
+    assert "shared prefixes once: a probe agreed" in caplog.text
+    assert [call["attention_mask"].ndim for call in seen] == [4], "decided once for the model"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("spoil", [places_by_row, ignores_masks])
+@pytest.mark.parametrize("build", [llama, deep])
+def test_wrong_masks_and_positions_are_seen_in_any_dtype(build, spoil, dtype, caplog):
+    model = spoil(build().to(dtype))
+    assert obstacle(model) is None
+    with caplog.at_level(logging.WARNING):
+        PrefixScorer(model)(BATCH, 0)
+    assert "for each sequence anew: a probe's logits differed by" in caplog.text
+    seen = calls(model)
+    PrefixScorer(model)(BATCH, 0)
+    assert [call["attention_mask"].ndim for call in seen] == [2]
+
+
 @pytest.mark.parametrize(
     ("spoil", "reason"),
     [(places_by_row, "logits differed by"), (refuses_masks, "raised ValueError: expected a mask of two dimensions")],
