@@ -3,6 +3,7 @@
 `python tests/decoder_families.py` goes through all families of the installed transformers.
 """
 
+import inspect
 import logging
 from functools import cache
 
@@ -77,7 +78,7 @@ def test_scores_draws_and_searches_are_those_of_plain_forwards(family, caplog):
 @pytest.mark.parametrize("family", ["mistral", "mamba2", "minimax", "bart", "openai-gpt"])
 def test_a_beam_search_is_that_of_generate_on_each_prompt_alone(family):
     lm = component(family)
-    lm.module.generation_config.eos_token_id = None
+    lm.module.generation_config.update(eos_token_id=None, forced_eos_token_id=None)
     prompts = lm.prompt_ids(PROMPTS)
     ids, mask = left_pad(prompts, 0, lm.device)
     found, _ = diverse_beam_search(
@@ -116,11 +117,11 @@ def test_a_prompts_last_logits_alone_are_asked_for_and_the_draws_stay():
 
     found = sample_tokens(model, ids, mask, **options, generator=torch.Generator().manual_seed(0))
     model.forward = all_of_them
-    all_of_them.__signature__ = __import__("inspect").signature(forward)
+    all_of_them.__signature__ = inspect.signature(forward)
     wanted = sample_tokens(model, ids, mask, **options, generator=torch.Generator().manual_seed(0))
     assert set(asked) == {1}
     assert torch.equal(found.token_ids, wanted.token_ids)
-    assert torch.equal(found.log_probs, wanted.log_probs)
+    torch.testing.assert_close(found.log_probs, wanted.log_probs, rtol=1e-6, atol=1e-6)  # a head of other shape rounds
 
 
 @pytest.fixture(scope="module")

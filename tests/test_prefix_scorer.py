@@ -239,9 +239,10 @@ def ignores_masks(model):
     """Has every token attend to all before it in the row, whatever the mask of a packed row says."""
     forward = model.forward
 
-    def causal(input_ids=None, attention_mask=None, **options):
+    def causal(input_ids=None, attention_mask=None, position_ids=None, logits_to_keep=0, **options):
         if attention_mask is not None and attention_mask.ndim == 4:
             attention_mask = None
+        options = {**options, "position_ids": position_ids, "logits_to_keep": logits_to_keep}
         return forward(input_ids, attention_mask, **options)
 
     model.forward = causal
@@ -249,8 +250,8 @@ def ignores_masks(model):
 
 
 def deep():
-    """Rounding to bfloat16 moves its logits by more than a tenth of their spread, as in real models."""
-    return llama(num_hidden_layers=12)
+    """Rounding to bfloat16 moves its logits by as much of their spread as in real models."""
+    return llama(num_hidden_layers=24)
 
 
 @pytest.mark.parametrize("autocast", [False, True])

@@ -105,10 +105,15 @@ class UncachedDecoder:
         return self._model(input_ids=ids, use_cache=False, **self._options).logits[:, -1].to(ids.device)
 
 
+def _whole(model: nn.Module) -> Decoder:
+    return ByLength(partial(UncachedDecoder, model))
+
+
+_WHOLE = "whole sequences for each token, which takes longer"
 _WAYS: dict[str, Callable[[nn.Module], Decoder]] = {
     "": CachedDecoder,
     "a batch for each length of prompt": lambda model: ByLength(partial(CachedDecoder, model, pass_positions=False)),
-    "whole sequences for each token, which takes longer": lambda model: ByLength(partial(UncachedDecoder, model)),
+    _WHOLE: _whole,
 }
 _chosen: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()
 
@@ -131,21 +136,24 @@ def decoder_of(model: nn.Module) -> Decoder:
 
 def _choose(model: nn.Module, ids: list[int]) -> str | None:
     tokens = _Tokens(model, ids)
-    reasons: list[str] = []
-    with probing(model, tokens.alone) as wanted:
+    with probing(model, lambda: tokens.decoded(_whole(model)), tokens.alone) as wanted:
         if wanted is None:
             return None
+        if wanted.looks_ahead:
+            raise PlanError(
+                f"{_name(model)} cannot be sampled or searched: its logits after a prompt are not those that it gives "
+                f"when more tokens follow ({wanted.looks_ahead}), so it is no causal language model as it is. Some are "
+                "with is_decoder=True in their config."
+            )
+        reason = ""
         for way, make in _WAYS.items():
-            reasons.append(wanted.complaint(lambda: tokens.decoded(make(model))))  # noqa: B023 (called at once)
-            if not reasons[-1]:
+            complaint = "" if way == _WHOLE else wanted.complaint(lambda: tokens.decoded(make(model)))  # noqa: B023
+            if not complaint:
                 if way:
-                    logger.warning("%s decodes %s: %s.", _name(model), way, reasons[-2].rstrip("."))
+                    logger.warning("%s decodes %s: %s.", _name(model), way, reason.rstrip("."))
                 return way
-    raise PlanError(
-        f"{_name(model)} cannot be sampled or searched: its logits after a prompt are not those that it gives when more "
-        f"tokens follow ({reasons[-1]}), so it is no causal language model as it is. Some are with is_decoder=True in "
-        "their config."
-    )
+            reason = complaint
+    raise AssertionError("whole sequences always serve")
 
 
 class _Tokens:
@@ -165,7 +173,7 @@ class _Tokens:
         return found
 
     def alone(self) -> Tensor:
-        """Their logits by plain forwards of whole sequences; what begins a longer one is read there."""
+        """Their logits by plain forwards without padding; what begins a longer one is read there."""
         histories = self.histories()
         longest = [ids for ids in histories if not any(one[: len(ids)] == ids != one for one in histories)]
         logits = {}

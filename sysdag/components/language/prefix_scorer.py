@@ -266,14 +266,14 @@ def _probe(model: Any, *, tries: bool) -> _Found | None:
         logits = model(**model_inputs(model, trie, device), use_cache=False).logits
         return logits.flatten(0, 1)[trie.rows.to(device)[trie.label.to(device)]]
 
-    with probing(model, alone) as wanted:
+    with probing(model, alone, together) as wanted:
         if wanted is None:
             return None
-        whole = wanted.complaint(together)
-        if whole:
+        if wanted.looks_ahead:
             raise PlanError(
                 f"{type(inner_model(model)).__name__} cannot be scored: its logits depend on the tokens behind them "
-                f"({whole}), so it is no causal language model as it is. Some are with is_decoder=True in their config."
+                f"({wanted.looks_ahead}), so it is no causal language model as it is. Some are with is_decoder=True in "
+                "their config."
             )
         padding = wanted.complaint(lambda: packed(0))
         return _Found(padding, wanted.complaint(lambda: packed(math.inf)) if tries else "")

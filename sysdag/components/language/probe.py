@@ -3,7 +3,8 @@
 In bfloat16 another order of the same sums moves a deep model's logits by up to a fifth of their spread, which is what
 wrong positions do to a short text. Whether masks and positions are honoured does not depend on the dtype, so a probe
 computes in fp32 from the weights as they are: each operation gets its half-precision arguments in fp32, one weight at a
-time, so no copy of the model is made. There the rounding is some 1e-5 of the spread and a mistake above 1e-3.
+time, so no copy of the model is made. There the rounding is some 1e-5 of the spread. It is measured, as the difference
+of two plain computations that are equal but for it, and what is to be tried may differ by a few times as much.
 """
 
 from __future__ import annotations
@@ -21,8 +22,10 @@ from torch.overrides import TorchFunctionMode
 from sysdag.components.component import evaluating
 
 # Of the logits' spread.
-_LIMIT = 3e-4
-_LIMIT_IN_HALF = 0.3  # for kernels that know half precision alone; whole rows of wrong tokens are above
+_LEAST = 1e-4
+_MOST = 1e-3
+_IN_HALF = 0.3  # for kernels that know half precision alone; whole rows of wrong tokens are above
+_TIMES = 4
 _HALF = (torch.float16, torch.bfloat16)
 RAISED = (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError, NotImplementedError)
 
@@ -34,10 +37,12 @@ class Expected:
     Attributes:
         logits: (n, V).
         limit: the largest error that is taken for rounding, as `error` measures it.
+        looks_ahead: what differs where more tokens follow; "" for a causal language model.
     """
 
     logits: Float[Tensor, "n V"]
-    limit: float = _LIMIT
+    limit: float = 0.0
+    looks_ahead: str = ""
 
     def error(self, found: Float[Tensor, "n V"]) -> float:
         """The largest distance of a row, in units of the row's own spread over the vocabulary."""
@@ -56,12 +61,19 @@ class Expected:
 
 
 @contextlib.contextmanager
-def probing(model: nn.Module, compute: Callable[[], Float[Tensor, "n V"]]) -> Iterator[Expected | None]:
-    """What `compute`, a plain way to the logits, gives, and fp32 arithmetic to try other ways in.
+def probing(
+    model: nn.Module,
+    before: Callable[[], Float[Tensor, "n V"]],
+    whole: Callable[[], Float[Tensor, "n V"]],
+) -> Iterator[Expected | None]:
+    """What the model's plain forwards give, and the arithmetic to try other ways in; None where it is not finite.
 
-    None where that is not finite and so tells nothing. In evaluation mode, without gradients; modes and random states
-    are put back. A model whose kernels take half precision alone, or whose weights are sharded, is tried in its own
-    dtype.
+    In evaluation mode, without gradients; modes and random states are put back. A model whose kernels take half
+    precision alone, or whose weights are sharded, is tried in its own dtype.
+
+    Args:
+        before: logits from forwards of what stands before each token and nothing more.
+        whole: the same from forwards of whole sequences, which tells rounding from looking ahead.
     """
     device = next(model.parameters()).device
     with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []), evaluating(model):
@@ -70,17 +82,23 @@ def probing(model: nn.Module, compute: Callable[[], Float[Tensor, "n V"]]) -> It
             if not _is_sharded(model):
                 arithmetic.enter_context(_in_fp32(device.type))
                 try:
-                    logits = compute()
+                    logits = before()
                 except torch.OutOfMemoryError:
                     raise
                 except RAISED:
                     arithmetic.close()
-            limit = _LIMIT
+            least, most = _LEAST, _MOST
             if logits is None:
-                logits = compute()
-                limit = _LIMIT_IN_HALF if logits.dtype in _HALF or _is_half(model) else _LIMIT
-                logits = logits.float()
-            yield Expected(logits, limit) if logits.isfinite().all() else None
+                logits = before()
+                if logits.dtype in _HALF or _is_half(model):
+                    least = most = _IN_HALF
+            if not logits.isfinite().all():
+                yield None
+                return
+            plain = Expected(logits.float(), most)
+            found = whole()
+            limit = min(most, max(least, _TIMES * plain.error(found)))
+            yield Expected(plain.logits, limit, plain.complaint(lambda: found))
 
 
 def _is_sharded(model: nn.Module) -> bool:
