@@ -1,8 +1,14 @@
-"""Tiny models with random weights of transformers' decoder families, built from their configs alone."""
+"""Tiny models with random weights of transformers' decoder families, built from their configs alone.
+
+`python tests/decoder_families.py [FAMILY ...]` scores, samples and searches with each family of `AutoModelForCausalLM`
+and holds that against its plain forwards; a line a family (minutes for all).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+import sys
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -45,7 +51,6 @@ def tiny_decoder(family: str, *, seed: int = 0, **options: Any) -> Any:
                 if parameter.ndim > 1:
                     parameter.normal_(0, 0.3)
     return model.eval()
-
 
 
 def plain_log_prob(model: Any, prompt: Sequence[int], completion: Sequence[int]) -> float:
@@ -104,6 +109,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "falcon_h1": _MAMBA2 | dict(mamba_d_ssm=64),
     "bailing_hybrid": _MLA | dict(num_hidden_layers=2, layer_group_size=2),
     "kimi_linear": _MLA,
+    "longcat_flash": _MLA | dict(num_layers=2, ffn_hidden_size=48, expert_ffn_hidden_size=16, n_routed_experts=4, zero_expert_num=1),
     "recurrent_gemma": dict(num_hidden_layers=3, lru_width=32, attention_window_size=8, num_key_value_heads=1),
     "reformer": dict(is_decoder=True, axial_pos_embds=False, attn_layers=["local", "local"], attention_head_size=8, feed_forward_size=32,
                      local_attn_chunk_length=4),
@@ -126,3 +132,84 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "mistral": dict(sliding_window=4),
     "deepseek_v4": dict(),
 }  # fmt: skip
+
+
+def _worst(pairs: Sequence[tuple[float, float]]) -> str:
+    error = max(abs(found - wanted) for found, wanted in pairs)
+    return "ok" if error < 2e-3 else f"WRONG by {error:.2g} nats"
+
+
+def report(family: str) -> str:
+    """What scoring, sampling and searching with the family come to."""
+    from tiny import char_tokenizer
+
+    from sysdag import Draw, SysdagError
+    from sysdag.components import CausalLM
+    from sysdag.components.language.beam import diverse_beam_search
+    from sysdag.components.language.sampling import left_pad
+
+    try:
+        with torch.device("meta"):
+            size = sum(p.numel() for p in AutoModelForCausalLM.from_config(tiny_config(family)).parameters())
+        if size > 4_000_000:
+            return f"not built: {size} parameters with the small values that are known"
+        model = tiny_decoder(family)
+    except Exception as raised:  # noqa: BLE001 (a family whose config needs more than the small values)
+        return f"not built: {type(raised).__name__}: {str(raised)[:80]!r}"
+    texts = ["ab", "a longer prompt", "z? yes"]
+    lm = CausalLM(model, char_tokenizer(), max_new_tokens=6, max_length=64)
+    prompts = lm.prompt_ids(texts)
+
+    def score() -> str:
+        completions = [[4, 5, 6, 1], [7, 8], [9, 10, 11]]
+        found = lm.log_prob(texts, [Draw("", {"token_ids": ids}) for ids in completions]).tolist()
+        return _worst([(f, plain_log_prob(model, *each)) for f, *each in zip(found, prompts, completions, strict=True)])
+
+    def sample() -> str:
+        draws = lm.sample(texts * 2, generator=torch.Generator().manual_seed(1))
+        return _worst(
+            [
+                (d.log_prob, plain_log_prob(model, p, d.record["token_ids"]))
+                for p, d in zip(prompts * 2, draws, strict=True)
+            ]
+        )
+
+    def search() -> str:
+        ids, mask = left_pad(prompts, 0, torch.device("cpu"))
+        options = dict(max_new_tokens=6, pad_token_id=0, num_beam_groups=1, diversity_penalty=0.0)
+        best, _ = diverse_beam_search(model, ids, mask, num_beams=1, eos_token_id=1, **options)
+        for prompt, row in zip(prompts, best, strict=True):
+            wanted = greedy(model, prompt, 6)
+            if row[0, : len(wanted)].tolist() != wanted:
+                return "WRONG tokens"
+        found, scores = diverse_beam_search(model, ids, mask, num_beams=4, **options)
+        return _worst(
+            [
+                (6 * float(scores[b, n]), plain_log_prob(model, prompt, found[b, n].tolist()))
+                for b, prompt in enumerate(prompts)
+                for n in range(4)
+            ]
+        )
+
+    def told(do: Callable[[], str]) -> str:
+        try:
+            return do()
+        except SysdagError as raised:
+            return f"refused ({str(raised)[:70]}...)"
+
+    return f"score {told(score)}, sample {told(sample)}, search {told(search)}"
+
+
+def main(families: Sequence[str]) -> None:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    logging.basicConfig(format="    %(message)s", stream=sys.stdout)
+    for family in families or MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        print(f"{family}: {report(family)}", flush=True)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main(sys.argv[1:])

@@ -98,7 +98,9 @@ def test_how_a_model_is_decoded_is_found_out_once_and_said_once(caplog):
     calls = []
     with caplog.at_level(logging.WARNING):
         lm.sample(["ab"], generator=torch.Generator().manual_seed(0))
-        lm.module.register_forward_pre_hook(lambda m, a, options: calls.append(options["input_ids"].shape), with_kwargs=True)
+        lm.module.register_forward_pre_hook(
+            lambda m, a, options: calls.append(options["input_ids"].shape), with_kwargs=True
+        )
         lm.sample(["ab"], generator=torch.Generator().manual_seed(0))
     assert calls == [(1, 2), (1, 3), (1, 4)]
     assert caplog.text.count("OpenAIGPTLMHeadModel decodes whole sequences") == 1
@@ -143,7 +145,9 @@ def test_a_model_that_looks_ahead_is_refused_by_name(encoder):
         lambda: encoder.search(["ab"], 2, 1.0),
         lambda: encoder.log_prob(["ab"], [Draw("x", {"token_ids": [4, 5]})]),
     ):
-        with pytest.raises(PlanError, match=r"BertLMHeadModel cannot be .* tokens .*no causal language model.*is_decoder=True"):
+        with pytest.raises(
+            PlanError, match=r"BertLMHeadModel cannot be .* tokens .*no causal language model.*is_decoder=True"
+        ):
             use()
 
 

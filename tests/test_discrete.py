@@ -114,13 +114,19 @@ def test_padding_does_not_change_a_classifiers_score():
     torch.testing.assert_close(torch.cat([component.logits([text]) for text in texts]), together, atol=1e-6, rtol=1e-5)
 
 
-GPT2 = dict(vocab_size=50, n_embd=16, n_layer=2, n_head=2, n_positions=32, num_labels=3, bos_token_id=None, eos_token_id=1)
+GPT2 = dict(
+    vocab_size=50, n_embd=16, n_layer=2, n_head=2, n_positions=32, num_labels=3, bos_token_id=None, eos_token_id=1
+)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize(
     ("kind", "pad"),  # the tokenizer's padding token, another one, none
-    [*((kind, pad) for kind in (GPT2Config, LlamaConfig) for pad in (0, 1, None)), (RobertaConfig, 0), (RobertaConfig, 1)],
+    [
+        *((kind, pad) for kind in (GPT2Config, LlamaConfig) for pad in (0, 1, None)),
+        (RobertaConfig, 0),
+        (RobertaConfig, 1),
+    ],
 )
 def test_classifiers_read_a_text_in_a_batch_as_they_read_it_alone(kind, pad, side):
     torch.manual_seed(0)

@@ -251,7 +251,11 @@ def ignores_masks(model):
 
 def deep():
     """Rounding to bfloat16 moves its logits by as much of their spread as in real models."""
-    return llama(num_hidden_layers=24)
+    model = llama(num_hidden_layers=12)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.q_proj.weight.mul_(6)
+    return model
 
 
 @pytest.mark.parametrize("autocast", [False, True])

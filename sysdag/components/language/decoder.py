@@ -162,7 +162,12 @@ class _Tokens:
     def __init__(self, model: nn.Module, ids: list[int]) -> None:
         self.model, self.device = model, next(model.parameters()).device
         self.prompts = [ids[:7], ids[7:10]]
-        self.steps = [(ids[10:14], [0, 1, 2, 3]), (ids[14:18], [1, 1, 3, 2]), (ids[18:20], [3, 2]), (ids[20:22], [1, 0])]
+        self.steps = [
+            (ids[10:14], [0, 1, 2, 3]),
+            (ids[14:18], [1, 1, 3, 2]),
+            (ids[18:20], [3, 2]),
+            (ids[20:22], [1, 0]),
+        ]
 
     def histories(self) -> list[list[int]]:
         """The sequences whose last logits are asked for, in the order of `decoded`."""
