@@ -190,7 +190,8 @@ def test_candidates_of_a_search_end_at_a_stop_string_too():
     (draws,) = stopped.search(["ab"], 4, 2.0)
     assert all(stop not in draw.value for draw in draws)
     ended = [draw for draw in draws if lm.tokenizer.decode(draw.record["token_ids"]).endswith(stop)]
-    assert ended and all(draw.record["finished"] for draw in ended)
+    assert ended
+    assert all(draw.record["finished"] for draw in ended)
     assert len({stopped.key(draw) for draw in draws}) == len(draws)
 
 

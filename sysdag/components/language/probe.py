@@ -76,29 +76,31 @@ def probing(
         whole: the same from forwards of whole sequences, which tells rounding from looking ahead.
     """
     device = next(model.parameters()).device
-    with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []), evaluating(model):
-        with contextlib.ExitStack() as arithmetic:
-            logits = None
-            if not _is_sharded(model):
-                arithmetic.enter_context(_in_fp32(device.type))
-                try:
-                    logits = before()
-                except torch.OutOfMemoryError:
-                    raise
-                except RAISED:
-                    arithmetic.close()
-            least, most = _LEAST, _MOST
-            if logits is None:
+    with contextlib.ExitStack() as outside, contextlib.ExitStack() as arithmetic:
+        outside.enter_context(torch.no_grad())
+        outside.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
+        outside.enter_context(evaluating(model))
+        logits = None
+        if not _is_sharded(model):
+            arithmetic.enter_context(_in_fp32(device.type))
+            try:
                 logits = before()
-                if logits.dtype in _HALF or _is_half(model):
-                    least = most = _IN_HALF
-            if not logits.isfinite().all():
-                yield None
-                return
-            plain = Expected(logits.float(), most)
-            found = whole()
-            limit = min(most, max(least, _TIMES * plain.error(found)))
-            yield Expected(plain.logits, limit, plain.complaint(lambda: found))
+            except torch.OutOfMemoryError:
+                raise
+            except RAISED:
+                arithmetic.close()
+        least, most = _LEAST, _MOST
+        if logits is None:
+            logits = before()
+            if logits.dtype in _HALF or _is_half(model):
+                least = most = _IN_HALF
+        if not logits.isfinite().all():
+            yield None
+            return
+        plain = Expected(logits.float(), most)
+        found = whole()
+        limit = min(most, max(least, _TIMES * plain.error(found)))
+        yield Expected(plain.logits, limit, plain.complaint(lambda: found))
 
 
 def _is_sharded(model: nn.Module) -> bool:

@@ -48,8 +48,8 @@ def sample_tokens(
 ) -> SampledTokens:
     """Ancestral sampling from left-padded prompts, as `decoder` finds out that the model can.
 
-    Unlike `generate`, nothing of the model's generation config applies (no top-k of its own, no repetition penalty): the draws
-    come from the distribution whose log-probability is returned.
+    Unlike `generate`, nothing of the model's generation config applies (no top-k of its own, no repetition penalty):
+    the draws come from the distribution whose log-probability is returned.
 
     Args:
         model: any transformers causal language model.
