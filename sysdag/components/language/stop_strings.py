@@ -57,10 +57,10 @@ class StopStrings:
         while whole and len(self._decoded(token_ids[:whole])) > place:
             whole -= 1
         rest = self._decoded(token_ids)[len(self._decoded(token_ids[:whole])) : place]
-        return self._tokenizer.decode(list(token_ids[:whole]), skip_special_tokens=True) + rest
+        return str(self._tokenizer.decode(list(token_ids[:whole]), skip_special_tokens=True)) + rest
 
     def _decoded(self, token_ids: Sequence[int]) -> str:
-        return self._tokenizer.decode(list(token_ids), skip_special_tokens=False)
+        return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=False))
 
     def _place(self, text: str) -> int | None:
         return min((text.index(each) for each in self._strings if each in text), default=None)
