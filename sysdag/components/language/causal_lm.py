@@ -252,7 +252,7 @@ class CausalLM(Component):
         finished = token_ids[-1] in self.lm.eos_token_ids
         text = None if stops is None else stops.text_before(token_ids)
         if text is None:
-            text = self.tokenizer.decode(token_ids[:-1] if finished else token_ids, skip_special_tokens=True)
+            text = str(self.tokenizer.decode(token_ids[:-1] if finished else token_ids, skip_special_tokens=True))
         else:
             finished = True
         return Draw(text, {"token_ids": list(token_ids), "finished": finished}, log_prob)
