@@ -15,8 +15,8 @@ settings.load_profile("sysdag")
 
 # Modules of pure tensor functions: their shape annotations are checked on every call that a test makes.
 _TENSOR_MODULES = [
-    "objectives.losses", "components.decoding", "components.language.beam", "ops.preference_loss",
-    "ops.diverse_beam_step",
+    "objectives.losses", "components.decoding", "components.language.sampling", "components.language.beam",
+    "ops.preference_loss", "ops.diverse_beam_step",
     *(f"components.diffusion.{n}" for n in ("forward_process", "reverse_process", "images")),
 ]  # fmt: skip
 install_import_hook([f"sysdag.{name}" for name in _TENSOR_MODULES], "beartype.beartype")

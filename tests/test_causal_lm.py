@@ -1,14 +1,19 @@
 import copy
+import json
 import logging
+import math
+from collections import Counter
 
 import pytest
 import torch
 from peft import LoraConfig
 from tiny import ALPHABET, char_tokenizer, llama
 from transformers import AutoModelForCausalLM
+from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from sysdag import DataError, Draw, PlanError
+from sysdag import DataError, Draw, MonteCarlo, PlanError
 from sysdag.components import CausalLM
+from sysdag.components.language.stop_strings import StopStrings
 
 PROMPTS = ["ab", "a longer prompt than that", "z?"]
 
@@ -74,6 +79,129 @@ def test_temperature_and_top_p_are_part_of_the_proposal():
     for draw in draws:
         (token,) = draw.record["token_ids"]
         assert draw.log_prob == pytest.approx(expected[token], abs=1e-5)
+
+
+def chi_square(counts, expected):
+    return float(((counts - expected) ** 2 / expected).sum())
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.7])
+def test_top_k_is_drawn_from_and_scored_as_transformers_truncates(top_p):
+    model = llama(3, vocab_size=12)
+    lm = CausalLM(model, char_tokenizer("abcdefghi"), max_new_tokens=1, temperature=1.5, top_p=top_p, top_k=4)
+    logits = model(torch.tensor([lm.prompt_ids(["ab"])[0]])).logits[:, -1].detach()
+    for warper in (TemperatureLogitsWarper(1.5), TopKLogitsWarper(4), TopPLogitsWarper(top_p)):
+        logits = warper(None, logits)
+    expected = logits[0].softmax(-1)
+    draws = lm.sample(["ab"] * 4000, generator=torch.Generator().manual_seed(0))
+    tokens = torch.tensor([draw.record["token_ids"][0] for draw in draws])
+    kept = expected > 0
+    assert 1 < int(kept.sum()) <= 4
+    counts = torch.bincount(tokens, minlength=12)
+    assert int(counts[~kept].sum()) == 0
+    assert chi_square(counts[kept], expected[kept] * 4000) < 16.3  # the 0.999 quantile at 3 degrees of freedom
+    assert [d.log_prob for d in draws] == pytest.approx(expected[tokens].log().tolist(), abs=1e-5)
+
+
+def test_options_of_a_proposal_replace_the_components_own_one_by_one():
+    lm = CausalLM(llama(3), char_tokenizer(), max_new_tokens=1, top_k=1, temperature=0.5)
+    draws = lm.propose(["ab"] * 20, temperature=3.0, generator=torch.Generator().manual_seed(0))
+    assert {d.value for d in draws} == {lm.sample(["ab"])[0].value}
+    assert [d.log_prob for d in draws] == [0.0] * 20
+    assert len({d.value for d in lm.propose(["ab"] * 20, temperature=3.0, top_k=0)}) > 1
+    assert MonteCarlo(num_candidates=2, top_k=3).top_k == 3
+    with pytest.raises(PlanError, match="MonteCarlo needs a top_k"):
+        MonteCarlo(num_candidates=2, top_k=-3)
+
+
+def stopped_by_enumeration(model, prompt, limit, is_end):
+    """Every completion that can be drawn, and its probability by plain forwards."""
+    found, waiting = {}, {(): 0.0}
+    while waiting:
+        ids, log_prob = waiting.popitem()
+        step = model(torch.tensor([[*prompt, *ids]])).logits[0, -1].detach().double().log_softmax(-1).tolist()
+        for token, each in enumerate(step):
+            new = (*ids, token)
+            into = found if is_end(new) or len(new) == limit else waiting
+            into[new] = log_prob + each
+    return found
+
+
+def test_draws_end_at_the_token_that_completes_a_stop_string_and_their_probabilities_sum_to_1():
+    model = llama(3, vocab_size=6, peaked=1.0)
+    (prompt,) = CausalLM(model, char_tokenizer("abc")).prompt_ids(["ab"])
+    pairs = stopped_by_enumeration(model, prompt, 2, lambda ids: ids[-1] == 1)
+    stop = max((ids for ids in pairs if min(ids) >= 3), key=pairs.__getitem__)  # the likeliest of two letters
+    lm = CausalLM(model, char_tokenizer("abc"), max_new_tokens=4, stop="".join("abc"[token - 3] for token in stop))
+    possible = stopped_by_enumeration(model, prompt, 4, lambda ids: ids[-1] == 1 or ids[-2:] == stop)
+    draws = lm.sample(["ab"] * 6000, generator=torch.Generator().manual_seed(0))
+    assert sum(map(math.exp, possible.values())) == pytest.approx(1)
+    seen = Counter(tuple(draw.record["token_ids"]) for draw in draws)
+    assert seen.keys() <= possible.keys()
+    for draw in draws:
+        ids = tuple(draw.record["token_ids"])
+        assert draw.log_prob == pytest.approx(possible[ids], abs=1e-4)
+        assert draw.record["finished"] == (ids[-1] == 1 or ids[-2:] == stop)
+        if ids[-2:] == stop:
+            assert draw.value == lm.tokenizer.decode(list(ids[:-2]), skip_special_tokens=True)
+    likely = [ids for ids in possible if possible[ids] > math.log(20 / 6000)]
+    rest = 1 - sum(math.exp(possible[ids]) for ids in likely)
+    counts = torch.tensor([*(seen[ids] for ids in likely), 6000 - sum(seen[ids] for ids in likely)]).double()
+    expected = torch.tensor([*(math.exp(possible[ids]) for ids in likely), rest]).double() * 6000
+    assert any(ids[-2:] == stop for ids in likely)
+    degrees = len(expected) - 1
+    assert chi_square(counts, expected) < degrees + 3.1 * math.sqrt(2 * degrees) + 8  # near the 0.999 quantile
+    assert lm.log_prob(["ab"] * 50, draws[:50]).tolist() == pytest.approx([d.log_prob for d in draws[:50]], abs=1e-4)
+
+
+def test_stop_strings_end_draws_where_generate_ends_them():
+    model, tokenizer = llama(5), char_tokenizer()
+    for stop in (["x"], ["9", " "], "<eos>"):
+        lm = CausalLM(model, tokenizer, max_new_tokens=40, stop=stop, top_k=1)
+        for prompt in ("ab", "hello"):
+            ids = torch.tensor(lm.prompt_ids([prompt]))
+            wanted = model.generate(
+                ids, attention_mask=torch.ones_like(ids), max_new_tokens=40, do_sample=False, stop_strings=stop,
+                tokenizer=tokenizer,
+            )  # fmt: skip
+            (draw,) = lm.sample([prompt])
+            assert draw.record["token_ids"] == wanted[0, ids.shape[1] :].tolist()
+
+
+def test_a_stop_string_that_a_token_overshoots_is_cut_and_special_tokens_have_text():
+    tokenizer = char_tokenizer()
+    tokenizer.add_tokens(["ops:ab"])
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|end|>"]})
+    stops = StopStrings(["s:", "<|end|>"], tokenizer)
+    overshot = tokenizer("xops:ab")["input_ids"]
+    assert len(overshot) == 2
+    assert stops.first_end([*overshot, 5]) == 2
+    assert stops.text_before(overshot) == "xop"
+    ended = tokenizer("xy<|end|>", add_special_tokens=False)["input_ids"]
+    assert stops.ends(ended)
+    assert not stops.ends(ended[:-1])
+    assert stops.text_before(ended) == "xy"
+    assert stops.first_end(ended[:-1]) is None
+
+
+def test_candidates_of_a_search_end_at_a_stop_string_too():
+    lm = CausalLM(llama(5), char_tokenizer(), max_new_tokens=12)
+    texts = [draw.value for draw in lm.search(["ab"], 4, 2.0)[0]]
+    stop = max(Counter("".join(texts)).items(), key=lambda item: item[1])[0]
+    stopped = CausalLM(lm.module, char_tokenizer(), max_new_tokens=12, stop=[stop])
+    (draws,) = stopped.search(["ab"], 4, 2.0)
+    assert all(stop not in draw.value for draw in draws)
+    ended = [draw for draw in draws if lm.tokenizer.decode(draw.record["token_ids"]).endswith(stop)]
+    assert ended
+    assert all(draw.record["finished"] for draw in ended)
+    assert len({stopped.key(draw) for draw in draws}) == len(draws)
+
+
+def test_stop_and_top_k_are_saved_with_the_component(tmp_path):
+    lm = CausalLM(llama(), char_tokenizer(), max_new_tokens=4, top_k=3, stop=["x", "yy"])
+    loaded = CausalLM.from_pretrained(tmp_path, json.loads(json.dumps(lm.save_pretrained(tmp_path))))
+    assert (loaded.top_k, loaded.stop) == (3, ["x", "yy"])
+    assert CausalLM(llama(), char_tokenizer(), stop="x").stop == ["x"]
 
 
 def test_the_same_seed_draws_the_same_and_the_global_seed_counts_without_one(lm):
@@ -189,6 +317,10 @@ def test_a_limit_without_room_is_refused():
         ({"max_new_tokens": 9, "max_length": 9}, "max_length > max_new_tokens"),
         ({"temperature": 0.0}, "temperature > 0"),
         ({"top_p": 0.0}, "top_p"),
+        ({"top_k": -1}, "a top_k of 1 or more tokens, or 0 or None for all, got -1"),
+        ({"top_k": 2.5}, "a top_k of 1 or more"),
+        ({"stop": ["ok", ""]}, "stop strings that are not empty"),
+        ({"stop": [3]}, "stop strings that are not empty"),
     ],
 )
 def test_options_out_of_range_are_refused(options, message):

@@ -5,7 +5,15 @@ import math
 import pytest
 import torch
 from tiny import char_tokenizer
-from transformers import BertConfig, BertForSequenceClassification
+from transformers import (
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertForSequenceClassification,
+    FNetConfig,
+    GPT2Config,
+    LlamaConfig,
+    RobertaConfig,
+)
 
 from sysdag import DataError, PlanError, SerializationError
 from sysdag.components import Categorical, Opaque, Tabular
@@ -104,6 +112,58 @@ def test_padding_does_not_change_a_classifiers_score():
     texts = ["a", "a much longer text"]
     together = component.logits(texts)
     torch.testing.assert_close(torch.cat([component.logits([text]) for text in texts]), together, atol=1e-6, rtol=1e-5)
+
+
+GPT2 = dict(
+    vocab_size=50, n_embd=16, n_layer=2, n_head=2, n_positions=32, num_labels=3, bos_token_id=None, eos_token_id=1
+)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize(
+    ("kind", "pad"),  # the tokenizer's padding token, another one, none
+    [
+        *((kind, pad) for kind in (GPT2Config, LlamaConfig) for pad in (0, 1, None)),
+        (RobertaConfig, 0),
+        (RobertaConfig, 1),
+    ],
+)
+def test_classifiers_read_a_text_in_a_batch_as_they_read_it_alone(kind, pad, side):
+    torch.manual_seed(0)
+    small = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16)
+    options = GPT2 if kind is GPT2Config else dict(vocab_size=50, num_labels=3, max_position_embeddings=40, **small)
+    config = kind(**{**options, "pad_token_id": pad})
+    model = AutoModelForSequenceClassification.from_config(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(0, 0.5)
+    tokenizer = char_tokenizer()
+    tokenizer.padding_side = side
+    component = Categorical(["math", "code", "chat"], model, tokenizer)
+    texts = ["a", "a much longer text", "abc", "xyz"]
+    with torch.no_grad():
+        alone = [model(input_ids=torch.tensor([tokenizer(text)["input_ids"]])).logits[0] for text in texts]
+        torch.testing.assert_close(component.logits(texts), torch.stack(alone), atol=1e-5, rtol=1e-5)
+
+
+def test_a_classifier_that_takes_no_mask_reads_texts_of_one_length_together():
+    torch.manual_seed(0)
+    config = FNetConfig(
+        vocab_size=50, hidden_size=16, num_hidden_layers=2, intermediate_size=16, max_position_embeddings=32,
+        num_labels=3, pad_token_id=0,
+    )  # fmt: skip
+    model = AutoModelForSequenceClassification.from_config(config).eval()
+    tokenizer = char_tokenizer()
+    texts = ["a", "a much longer text", "b"]
+    with torch.no_grad():
+        alone = [model(input_ids=torch.tensor([tokenizer(text)["input_ids"]])).logits[0] for text in texts]
+    sizes = []
+    model.register_forward_pre_hook(lambda m, a, options: sizes.append(len(options["input_ids"])), with_kwargs=True)
+    tokenizer.model_input_names = ["input_ids"]
+    found = Categorical(["math", "code", "chat"], model, tokenizer).logits(texts)
+    torch.testing.assert_close(found, torch.stack(alone), atol=1e-5, rtol=1e-5)
+    assert sizes == [2, 1]
 
 
 def test_a_linear_classifier_starts_uniform():

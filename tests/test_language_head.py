@@ -2,6 +2,7 @@ import logging
 
 import pytest
 import torch
+from decoder_families import tiny_decoder
 from peft import LoraConfig, get_peft_model
 from tiny import char_tokenizer, llama
 from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, GPT2Config, GraniteConfig
@@ -38,6 +39,7 @@ MODELS = {
     "cohere": lambda: made(CohereConfig(**SIZES, logit_scale=0.0625)),
     "granite": lambda: made(GraniteConfig(**SIZES, logits_scaling=8.0)),
     "gpt2": lambda: made(GPT2Config(vocab_size=45, n_embd=32, n_layer=2, n_head=4, n_positions=128, bos_token_id=None)),
+    "gemma4": lambda: tiny_decoder("gemma4_text"),  # leaves out hidden states, too, where logits_to_keep is a number
     "lora": lambda: lora(llama(), "q_proj", "v_proj"),
 }
 

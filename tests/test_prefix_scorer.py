@@ -227,12 +227,70 @@ def refuses_masks(model):
     forward = model.forward
 
     def picky(input_ids=None, attention_mask=None, position_ids=None, **options):
-        if attention_mask.ndim != 2:
+        if attention_mask is not None and attention_mask.ndim != 2:
             raise ValueError("expected a mask of two dimensions")
         return forward(input_ids, attention_mask, position_ids=position_ids, **options)
 
     model.forward = picky
     return model
+
+
+def ignores_masks(model):
+    """Has every token attend to all before it in the row, whatever the mask of a packed row says."""
+    forward = model.forward
+
+    def causal(input_ids=None, attention_mask=None, position_ids=None, logits_to_keep=0, **options):
+        if attention_mask is not None and attention_mask.ndim == 4:
+            attention_mask = None
+        options = {**options, "position_ids": position_ids, "logits_to_keep": logits_to_keep}
+        return forward(input_ids, attention_mask, **options)
+
+    model.forward = causal
+    return model
+
+
+def deep():
+    """Rounding to bfloat16 moves its logits by as much of their spread as in real models."""
+    model = llama(num_hidden_layers=12)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.q_proj.weight.mul_(6)
+    return model
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_rounding_in_bfloat16_is_no_wrong_mask(autocast, caplog):
+    model = deep() if autocast else deep().bfloat16()
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        with torch.no_grad():
+            ids = torch.tensor([[5, 9, 13, 17, 21, 25]])
+            rounded = model(ids).logits.float()
+        with caplog.at_level(logging.INFO):
+            PrefixScorer(model)(BATCH, 0)
+        seen = calls(model)
+        PrefixScorer(model)(BATCH, 0)
+        masks = [call["attention_mask"].ndim for call in seen]
+    truth = deep() if autocast else model.float()
+    with torch.no_grad():
+        exact = truth(ids).logits
+    noise = (rounded - exact).norm(dim=-1) / (exact - exact.mean(-1, keepdim=True)).norm(dim=-1)
+    assert noise.max() > 0.06
+    assert "shared prefixes once: a probe agreed" in caplog.text
+    assert masks == [4], "decided once for the model"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("spoil", [places_by_row, ignores_masks])
+@pytest.mark.parametrize("build", [llama, deep])
+def test_wrong_masks_and_positions_are_seen_in_any_dtype(build, spoil, dtype, caplog):
+    model = spoil(build().to(dtype))
+    assert obstacle(model) is None
+    with caplog.at_level(logging.WARNING):
+        PrefixScorer(model)(BATCH, 0)
+    assert "for each sequence anew: a probe's logits differed by" in caplog.text
+    seen = calls(model)
+    PrefixScorer(model)(BATCH, 0)
+    assert [call["attention_mask"].ndim for call in seen] == [2]
 
 
 @pytest.mark.parametrize(

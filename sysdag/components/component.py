@@ -71,10 +71,20 @@ class Component(ABC):
         """
 
     def propose(
-        self, inputs: Sequence[Any], *, temperature: float, top_p: float, generator: torch.Generator | None = None
+        self,
+        inputs: Sequence[Any],
+        *,
+        temperature: float | None = None,
+        top_p: float | None = None,
+        top_k: int | None = None,
+        generator: torch.Generator | None = None,
     ) -> list[Draw]:
-        """Draws at another temperature and nucleus; `Draw.log_prob` is under the distribution they were drawn from."""
-        raise PlanError(f"{self!r} cannot be sampled at another temperature or top_p.")
+        """Draws with other options than `sample`; `Draw.log_prob` is under the distribution they were drawn from.
+
+        Args:
+            temperature, top_p, top_k: None leaves the component's own; top_k=0 is all.
+        """
+        raise PlanError(f"{self!r} cannot be sampled at another temperature, top_p or top_k.")
 
     @abstractmethod
     def observe(self, values: Sequence[Any]) -> list[Draw]:

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from sysdag.components.decoding import check_truncation
 from sysdag.errors import PlanError
 from sysdag.execution.execute import at_work, fill, flat_draws, node_inputs
 from sysdag.graph.plan import Plan
@@ -203,14 +204,19 @@ class MonteCarlo(CandidateStrategy):
     As in the paper, the joint probabilities of the distinct ones are summed as they are: a lower bound on p(z|x).
 
     Args:
-        temperature, top_p: of sampling; by default the components' own.
+        temperature, top_p, top_k: of sampling; by default the components' own, each of them. top_k=0 is all tokens.
         distinct: keep repeated paths once. With False each counts, and the sum is no bound.
     """
 
     num_candidates: int = 4
     temperature: float | None = None
     top_p: float | None = None
+    top_k: int | None = None
     distinct: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_truncation(type(self).__name__, self.temperature, self.top_p, self.top_k)
 
     @property
     def is_lower_bound(self) -> bool:
@@ -223,11 +229,10 @@ class MonteCarlo(CandidateStrategy):
         for name in latents:
             elements = node_inputs(plan, fill(plan, rows), name)
             component: Any = at_work(plan, name)
-            if self.temperature is None and self.top_p is None:
-                draws = component.sample(elements.values, generator=generator)
-            else:
-                temperature, top_p = self.temperature or 1.0, self.top_p or 1.0
-                draws = component.propose(elements.values, temperature=temperature, top_p=top_p, generator=generator)
+            options = {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
+            options = {option: value for option, value in options.items() if value is not None}
+            draw = component.propose if options else component.sample
+            draws = draw(elements.values, generator=generator, **options)
             for row, draw in zip(elements.rows, draws, strict=True):
                 log_proposal[row] += draw.log_prob
             rows = rows.updated({name: elements.cells(draws)})
@@ -240,7 +245,7 @@ class ImportanceSampling(MonteCarlo):
     """`num_candidates` runs weighted by the inverse of the probability that they were drawn with.
 
     log p(z|x) is estimated by logmeanexp [log p(y|x) - log q(y|x) + log p(z|x, y)]: exp of it is unbiased, whatever
-    the temperature, provided that q covers p (top_p < 1 does not). Repeated draws count each. Not in the paper.
+    the temperature, provided that q covers p (top_p < 1 and top_k do not). Repeated draws count each. Not in the paper.
     """
 
     distinct: bool = False

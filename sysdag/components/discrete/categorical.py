@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -95,20 +96,50 @@ class Categorical(Discrete):
             for element, text in enumerate(inputs):
                 if not isinstance(text, str):
                     raise DataError(f"{self!r} reads strings, got {text!r:.200}.", element=element)
-            batch = self.tokenizer(
-                list(inputs), return_tensors="pt", padding=True, truncation=self.max_length is not None,
-                max_length=self.max_length,
-            ).to(self.device)  # fmt: skip
-            output = self.module(**batch)
+            logits = self._read(list(inputs))
         else:
-            output = self.module(self._features(inputs))
-        logits = getattr(output, "logits", output)
+            logits = _logits(self.module(self._features(inputs)))
         if logits.shape != (len(inputs), len(self.values)):
             raise PlanError(
                 f"{self!r}: the classifier must return logits of shape {(len(inputs), len(self.values))}, got "
                 f"{tuple(logits.shape)}."
             )
         return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+
+    def _read(self, texts: list[str]) -> Tensor:
+        """The classifier's logits of each text, as it gives them for that text alone.
+
+        Rows are padded on the right, so that positions do not count padding, with the token that the model's config
+        calls padding: decoders classify at the last token that is another. A model without one, or whose forward takes
+        no mask, reads each text, or those of one length, without padding.
+        """
+        assert self.tokenizer is not None
+        config = getattr(self.module, "config", None)
+        truncation = {"truncation": self.max_length is not None, "max_length": self.max_length}
+        if config is None:  # a module of the user's own
+            batch = self.tokenizer(texts, return_tensors="pt", padding=True, **truncation)
+            return _logits(self.module(**batch.to(self.device)))
+        rows = [self.tokenizer(text, **truncation) for text in texts]
+        pad = getattr(config.get_text_config(), "pad_token_id", None)
+        lengths = [len(row["input_ids"]) for row in rows]
+        groups = [list(range(len(rows)))]
+        if pad is None:
+            groups = [[row] for row in range(len(rows))]
+        elif "attention_mask" not in inspect.signature(self.module.forward).parameters:
+            groups = [[row for row, length in enumerate(lengths) if length == each] for each in sorted(set(lengths))]
+        found: list[Tensor] = [torch.empty(0)] * len(rows)
+        for group in groups:
+            width = max(lengths[row] for row in group)
+            batch = {
+                name: torch.tensor(
+                    [rows[row][name] + [pad if name == "input_ids" else 0] * (width - lengths[row]) for row in group],
+                    device=self.device,
+                )
+                for name in rows[group[0]]
+            }
+            for row, logits in zip(group, _logits(self.module(**batch)), strict=True):
+                found[row] = logits
+        return torch.stack(found)
 
     def _features(self, inputs: Sequence[Any]) -> Float[Tensor, "n features"]:
         parameter = next(self.module.parameters())
@@ -163,3 +194,7 @@ class Categorical(Discrete):
         from safetensors.torch import load_model
 
         load_model(self.module, folder / "model.safetensors", device=str(self.device))
+
+
+def _logits(output: Any) -> Tensor:
+    return getattr(output, "logits", output)

@@ -27,13 +27,20 @@ class Discrete(Component):
         """Unnormalised log-probabilities of every value for each input."""
 
     def sample(self, inputs: Sequence[Any], *, generator: torch.Generator | None = None) -> list[Draw]:
-        return self.propose(inputs, temperature=1.0, top_p=1.0, generator=generator)
+        return self.propose(inputs, generator=generator)
 
     def propose(
-        self, inputs: Sequence[Any], *, temperature: float, top_p: float, generator: torch.Generator | None = None
+        self,
+        inputs: Sequence[Any],
+        *,
+        temperature: float | None = None,
+        top_p: float | None = None,
+        top_k: int | None = None,
+        generator: torch.Generator | None = None,
     ) -> list[Draw]:
         with torch.no_grad():
-            log_probs = proposal_log_probs(self.logits(inputs), temperature, top_p)
+            temperature, top_p = 1.0 if temperature is None else temperature, 1.0 if top_p is None else top_p
+            log_probs = proposal_log_probs(self.logits(inputs), temperature, top_p, top_k)
             drawn = torch.multinomial(log_probs.exp(), 1, generator=device_generator(generator, log_probs.device))
             chosen = log_probs.gather(1, drawn)
         return [

@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from sysdag.components.language.beam_decoder import BeamDecoder
+from sysdag.components.language.decoder import decoder_of
 from sysdag.ops.diverse_beam_step import EMPTY, append, diverse_beam_step, open_candidates, require
 
 
@@ -54,9 +54,8 @@ def diverse_beam_search(
     the first of several `eos_token_id`, whichever it was that ended it.
 
     Args:
-        model: a causal language model called as `model(input_ids, attention_mask, past_key_values, use_cache)`, also
-            with `position_ids` and `logits_to_keep` where its forward takes them. Its mode is left as it is: in train
-            mode dropout stays on.
+        model: a causal language model of transformers, decoded as `decoder` finds out that it can. Its mode is left as
+            it is: in train mode dropout stays on.
         input_ids: prompts, padded on the left.
         attention_mask: 1 for a token, 0 for padding.
         num_beams: N, sequences returned for each prompt.
@@ -76,7 +75,8 @@ def diverse_beam_search(
         scores (B, N): their length-normalised scores, fp32.
 
     Raises:
-        ValueError: an option or a shape does not fit, or the model keeps no cache that beams can share.
+        ValueError: an option or a shape does not fit, or the model keeps no cache because it is in train mode.
+        PlanError: the model's logits depend on the tokens behind them.
     """
     _check(input_ids, attention_mask, num_beams, num_beam_groups, diversity_penalty, max_new_tokens, early_stopping)
     B, N, G, T, device = len(input_ids), num_beams, num_beam_groups, max_new_tokens, input_ids.device
@@ -85,7 +85,7 @@ def diverse_beam_search(
     eos = torch.tensor(eos_ids, device=device) if eos_ids else None
     pad = pad_token_id if pad_token_id is not None else eos_ids[0] if eos_ids else 0
 
-    decoder = BeamDecoder(model)
+    decoder = decoder_of(model)
     logits = decoder.start(input_ids, attention_mask.long(), N)
     V = logits.shape[-1]
     require(0 <= pad < V, "pad_token_id", f"a token of the vocabulary, 0 to {V - 1}", pad)

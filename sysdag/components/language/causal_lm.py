@@ -15,12 +15,14 @@ from torch import Tensor, nn
 
 from sysdag.components.adapter_support import needs_numbers
 from sysdag.components.component import Component, check_max_tokens
-from sysdag.components.decoding import left_pad, sample_tokens
+from sysdag.components.decoding import check_truncation
 from sysdag.components.language import footprint
 from sysdag.components.language.beam import diverse_beam_search
 from sysdag.components.language.prefix_scorer import PrefixScorer
 from sysdag.components.language.pretrained import PretrainedLM
 from sysdag.components.language.prompts import PromptEncoder
+from sysdag.components.language.sampling import left_pad, sample_tokens
+from sysdag.components.language.stop_strings import StopStrings, stop_strings
 from sysdag.errors import DataError, PlanError, shown
 from sysdag.traces.cells import Draw
 
@@ -29,7 +31,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
-_OPTIONS = ("temperature", "top_p", "batch_size", "pack_prefixes")
+_OPTIONS = ("temperature", "top_p", "top_k", "stop", "batch_size", "pack_prefixes")
 
 
 class CausalLM(Component):
@@ -50,7 +52,11 @@ class CausalLM(Component):
         max_length: most tokens of prompt and completion together; by default the model's number of positions. A
             prompt that leaves no room for `max_new_tokens` loses tokens at its start, an observed completion that does
             not fit loses tokens at its end; both are logged.
-        temperature, top_p: of sampling; log-probabilities are always the model's own.
+        temperature, top_p, top_k: of sampling; log-probabilities are always the model's own. top_k=None or 0 is all
+            tokens; the nucleus is one of the top-k tokens, as in transformers.
+        stop: texts that end a completion. A draw ends at the token that completes one of them and is `finished`; its
+            `token_ids` hold all tokens up to that one, and scoring is over exactly those; its text ends before the
+            first of the strings, as in vLLM and OpenAI's interface. The candidates of a search end there, too.
         batch_size: most sequences decoded side by side.
         pack_prefixes: scores what several sequences of a call begin with once, where the model can (see
             `sysdag.components.language.prefix_scorer`). In training mode they then share that part's dropout, too.
@@ -73,6 +79,8 @@ class CausalLM(Component):
         max_length: int | None = None,
         temperature: float = 1.0,
         top_p: float = 1.0,
+        top_k: int | None = None,
+        stop: str | Sequence[str] | None = None,
         batch_size: int = 64,
         pack_prefixes: bool = True,
         model_kwargs: Mapping[str, Any] | None = None,
@@ -84,8 +92,7 @@ class CausalLM(Component):
                 "CausalLM needs max_new_tokens >= 1 and max_length > max_new_tokens, got "
                 f"max_new_tokens={max_new_tokens}, max_length={max_length}."
             )
-        if temperature <= 0 or not 0 < top_p <= 1:
-            raise PlanError(f"CausalLM needs temperature > 0 and 0 < top_p <= 1, got {temperature} and {top_p}.")
+        check_truncation("CausalLM", temperature, top_p, top_k)
         self.lm = PretrainedLM(model, tokenizer, peft_config=peft_config, model_kwargs=model_kwargs)
         self._warned: set[str] = set()
         self._scorer: PrefixScorer | None = None
@@ -94,6 +101,8 @@ class CausalLM(Component):
         self._max_new_tokens = max_new_tokens
         self.temperature = temperature
         self.top_p = top_p
+        self.top_k = top_k
+        self.stop = list(stop_strings(stop))
         self.batch_size = batch_size
         self.pack_prefixes = pack_prefixes
 
@@ -121,7 +130,8 @@ class CausalLM(Component):
     @property
     def max_length(self) -> int | None:
         """Most tokens of prompt and completion together; None where nothing limits it."""
-        return self._max_length or getattr(self.config, "max_position_embeddings", None)
+        positions = getattr(self.config, "max_position_embeddings", None)
+        return self._max_length or (positions if positions is not None and positions > 0 else None)
 
     @property
     def max_new_tokens(self) -> int:
@@ -180,11 +190,21 @@ class CausalLM(Component):
             logger.warning("%r: %s; further cases are not reported.", self, message)
 
     def sample(self, inputs: Sequence[Any], *, generator: torch.Generator | None = None) -> list[Draw]:
-        return self.propose(inputs, temperature=self.temperature, top_p=self.top_p, generator=generator)
+        return self.propose(inputs, generator=generator)
 
     def propose(
-        self, inputs: Sequence[Any], *, temperature: float, top_p: float, generator: torch.Generator | None = None
+        self,
+        inputs: Sequence[Any],
+        *,
+        temperature: float | None = None,
+        top_p: float | None = None,
+        top_k: int | None = None,
+        stop: str | Sequence[str] | None = None,
+        generator: torch.Generator | None = None,
     ) -> list[Draw]:
+        """See `Component`; `stop` as for the component, whose own are left by None and put off by an empty list."""
+        check_truncation(repr(self), temperature, top_p, top_k)
+        stops = self._stops(stop)
         draws: list[Draw] = []
         prompts = self.prompt_ids(inputs)
         with self._decoding() as model:
@@ -192,13 +212,20 @@ class CausalLM(Component):
                 ids, mask = left_pad(prompts[start : start + self.batch_size], self.lm.pad_token_id, self.device)
                 sampled = sample_tokens(
                     model, ids, mask, max_new_tokens=self.max_new_tokens, eos_token_ids=self.lm.eos_token_ids,
-                    pad_token_id=self.lm.pad_token_id, temperature=temperature, top_p=top_p, generator=generator,
+                    pad_token_id=self.lm.pad_token_id,
+                    temperature=self.temperature if temperature is None else temperature,
+                    top_p=self.top_p if top_p is None else top_p, top_k=self.top_k if top_k is None else top_k,
+                    ends_text=None if stops is None else stops.ends, generator=generator,
                 )  # fmt: skip
                 for row, length, log_prob in zip(
                     sampled.token_ids.tolist(), sampled.lengths.tolist(), sampled.log_probs.tolist(), strict=True
                 ):
-                    draws.append(self._draw(row[:length], log_prob))
+                    draws.append(self._draw(row[:length], log_prob, stops))
         return draws
+
+    def _stops(self, stop: str | Sequence[str] | None = None) -> StopStrings | None:
+        strings = self.stop if stop is None else stop_strings(stop)
+        return StopStrings(strings, self.tokenizer) if strings else None
 
     def search(
         self, inputs: Sequence[Any], num_candidates: int, diversity_penalty: float, ngram_size: int = 1
@@ -208,7 +235,7 @@ class CausalLM(Component):
         Groups may end in the same text, since an end of sequence is not penalised. A prompt that is left with fewer
         than `num_candidates` distinct ones is searched again with 2, then 4 beams a group, and topped up from those.
         """
-        prompts = self.prompt_ids(inputs)
+        prompts, stops = self.prompt_ids(inputs), self._stops()
         found: list[dict[tuple[int, ...], Draw]] = [{} for _ in prompts]
         for beams_per_group in (1, 2, 4):
             short = [place for place, kept in enumerate(found) if len(kept) < num_candidates]
@@ -225,17 +252,22 @@ class CausalLM(Component):
                     )  # fmt: skip
                 for place, rows in zip(places, sequences.tolist(), strict=True):
                     for row in rows:
-                        draw = self._draw(self._ended(row), None)
+                        draw = self._draw(self._ended(row, stops), None, stops)
                         found[place].setdefault(self.key(draw), draw)
         return [list(kept.values())[:num_candidates] for kept in found]
 
-    def _ended(self, row: list[int]) -> list[int]:
+    def _ended(self, row: list[int], stops: StopStrings | None) -> list[int]:
         ends = set(self.lm.eos_token_ids)
-        return row[: next((place + 1 for place, token in enumerate(row) if token in ends), len(row))]
+        row = row[: next((place + 1 for place, token in enumerate(row) if token in ends), len(row))]
+        return row if stops is None else row[: stops.first_end(row)]
 
-    def _draw(self, token_ids: list[int], log_prob: float | None) -> Draw:
+    def _draw(self, token_ids: list[int], log_prob: float | None, stops: StopStrings | None = None) -> Draw:
         finished = token_ids[-1] in self.lm.eos_token_ids
-        text = self.tokenizer.decode(token_ids[:-1] if finished else token_ids, skip_special_tokens=True)
+        text = None if stops is None else stops.text_before(token_ids)
+        if text is None:
+            text = str(self.tokenizer.decode(token_ids[:-1] if finished else token_ids, skip_special_tokens=True))
+        else:
+            finished = True
         return Draw(text, {"token_ids": list(token_ids), "finished": finished}, log_prob)
 
     def key(self, draw: Draw) -> Any:

@@ -82,7 +82,9 @@ class TokenScorer:
         """What the decoder returns, or None if the model turns out to make its logits in another way."""
         ids = inputs["input_ids"]
         with _captured(self._candidates[0].decoder) as output:
-            last = self.model(**inputs, use_cache=False, logits_to_keep=1).logits
+            # A tensor, since some decoders leave out hidden states, too, where it is a number (Gemma 4's shared keys).
+            keep = torch.tensor([ids.shape[1] - 1], device=ids.device)
+            last = self.model(**inputs, use_cache=False, logits_to_keep=keep).logits
         hidden = output.hidden
         if not self._checked:
             if not last.isfinite().all():  # this tells nothing of the head
@@ -91,7 +93,12 @@ class TokenScorer:
             self._candidates = [head for head in self._candidates if fits and _agrees(head, output, last)]
             self._checked = True
             if not self._candidates:
-                _say(self.model, "its logits are not its output embedding applied to the last hidden state")
+                _say(
+                    self.model,
+                    "its logits are not its output embedding applied to the last hidden state"
+                    if fits
+                    else "its decoder does not return the hidden states of all tokens",
+                )
                 return None
         return output
 
@@ -124,6 +131,8 @@ def _agrees(head: LinearHead, output: _Output, last: Tensor) -> bool:
     """Whether the head gives the model's own logits at the last position, as near as its dtype allows."""
     hidden, autocast = output.hidden, output.autocast
     assert hidden is not None
+    if hidden.shape[-1] != head.linear.in_features:
+        return False
     with torch.autocast(hidden.device.type, dtype=autocast, enabled=autocast is not None):
         expected = head.logits(hidden[:, -1:].to(head.linear.weight.dtype))
     half = autocast is not None or head.linear.weight.dtype in (torch.float16, torch.bfloat16)
@@ -152,6 +161,15 @@ def _candidates(model: Any) -> list[LinearHead]:
 def inner_model(model: Any) -> Any:
     """The model of transformers inside a PeftModel, or the model itself."""
     return model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
+
+
+def argument_names(model: Any) -> set[str]:
+    """What the language model's own forward takes, under a PEFT, DDP or torch.compile wrapper."""
+    if callable(getattr(model, "get_base_model", None)):
+        return argument_names(model.get_base_model())
+    names = set(inspect.signature(model.forward).parameters)
+    inner = getattr(model, "_orig_mod", getattr(model, "module", None))
+    return names if "input_ids" in names or inner is None else argument_names(inner)
 
 
 def _output_embedding(model: Any) -> Any:

@@ -7,7 +7,8 @@ yet; the function behind the mask is tested against the dense one).
 
 A model qualifies by its config and structure: attention that takes such masks, positions that are arguments, nothing
 that depends on a token's place in the row or on the row's length. What config cannot tell, a probe does: a few tokens
-once as tries and once as rows of their own. Models that do not qualify are scored in rows of their own.
+as tries, and each from nothing but the tokens before it. Models that do not qualify are scored in rows of their own;
+where padding on the right changes them, too, in rows of one length.
 """
 
 from __future__ import annotations
@@ -17,16 +18,18 @@ import logging
 import math
 import weakref
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from sysdag.components.component import evaluating
 from sysdag.components.language import token_trie
 from sysdag.components.language.language_head import TokenScorer, inner_model
+from sysdag.components.language.probe import forwards, probing, token_ids
 from sysdag.components.language.token_trie import Ids, TokenTrie
+from sysdag.errors import PlanError
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +57,9 @@ class PrefixScorer:
         self.model = model
         self._tokens = TokenScorer(model)
         self._implementation = _implementation(model)
-        self._packs: bool | None = None if pack_prefixes else False
+        self._may_pack = pack_prefixes
+        self._packs = self._pads = False
+        self._decided = False
         self._longest = math.inf
 
     def fits(self, model: Any) -> bool:
@@ -62,8 +67,28 @@ class PrefixScorer:
         return self._tokens.fits(model) and self._implementation == _implementation(model)
 
     def __call__(self, sequences: Sequence[tuple[Ids, Ids]], pad_token_id: int) -> Float[Tensor, " n"]:
-        """Sum of the natural log-probabilities of each completion's tokens, given its prompt; one forward."""
-        trie = token_trie.pack(sequences, self._hidden_size(sequences), pad_token_id)
+        """Sum of the natural log-probabilities of each completion's tokens, given its prompt.
+
+        One forward; for a model that padding changes, one for each length.
+
+        Raises:
+            PlanError: for a model whose logits depend on the tokens behind them.
+        """
+        hidden_size = self._hidden_size(sequences)
+        if self._pads:
+            return self._scored(sequences, hidden_size, pad_token_id)
+        lengths = [len(prompt) + len(completion) for prompt, completion in sequences]
+        order: list[int] = []
+        parts = []
+        for length in sorted(set(lengths)):
+            group = [number for number, each in enumerate(lengths) if each == length]
+            parts.append(self._scored([sequences[number] for number in group], 0, pad_token_id))
+            order += group
+        back = torch.tensor(order).argsort().to(parts[0].device)
+        return torch.cat(parts)[back]
+
+    def _scored(self, sequences: Sequence[tuple[Ids, Ids]], hidden_size: float, pad: int) -> Float[Tensor, " n"]:
+        trie = token_trie.pack(sequences, hidden_size, pad)
         device = _device(self.model)
         inputs = model_inputs(self.model, trie, device)
         found = self._tokens(inputs, trie.rows.to(device), trie.labels.to(device))
@@ -76,7 +101,7 @@ class PrefixScorer:
 
     def _hidden_size(self, sequences: Sequence[tuple[Ids, Ids]]) -> int:
         """The width that decides what is shared; 0 where nothing may be."""
-        if self._packs is None:
+        if not self._decided:
             self._decide()
         longest = max((len(prompt) + len(completion) for prompt, completion in sequences), default=0)
         if self._packs and longest > self._longest:
@@ -84,18 +109,21 @@ class PrefixScorer:
         return _config(self.model).hidden_size if self._packs and longest <= self._longest else 0
 
     def _decide(self) -> None:
-        reason = obstacle(self.model)
-        if reason is None:
-            self._longest = _window(_config(self.model))
-            answer = _probe(self.model)
-            if answer is None:  # weights that are not finite tell nothing; another call may
-                return
-            reason = answer or None
-        self._packs = reason is None
-        if reason is None:
+        reason = obstacle(self.model) if self._may_pack else None
+        tries = self._may_pack and reason is None
+        found = _found(self.model, tries=tries)
+        self._decided = found is not None  # weights that are not finite tell nothing; another call may
+        self._pads = found is None or not found.padding
+        self._packs = found is not None and tries and not found.tries
+        if found is None:
+            return
+        self._longest = _window(_config(self.model))
+        if self._packs:
             _say(self.model, logging.INFO, "computes shared prefixes once: a probe agreed")
-        else:
-            _say_unpacked(self.model, reason)
+        elif self._may_pack:
+            _say_unpacked(self.model, reason or found.tries)
+        if not self._pads:
+            _say(self.model, logging.WARNING, f"is scored in rows of one length: {found.padding}")
 
 
 def model_inputs(model: Any, trie: TokenTrie, device: torch.device) -> dict[str, Any]:
@@ -185,34 +213,70 @@ def _rope_types(config: Any) -> Iterator[str]:
             yield from (str(options[key]) for key in ("rope_type", "type") if options.get(key))
 
 
-@torch.no_grad()
-def _probe(model: Any) -> str | None:
-    """Whether tries give the logits of separate rows: what differs, '' where nothing does, None where none can tell."""
-    vocabulary = _config(model).vocab_size
-    a, b, c, d, e, f, g, h = (vocabulary * k // 9 for k in range(1, 9))
-    sequences = [([a, b], [c, d, e]), ([a, b], [c, f]), ([a, b], [g, h, c]), ([d, e], [a]), ([b], [f])]
-    tries, chains = token_trie.pack(sequences, math.inf), token_trie.pack(sequences, 0)
+@dataclass(frozen=True)
+class _Found:
+    """What a probe of a model found.
+
+    Attributes:
+        padding: what differs in rows that are padded on the right; "" where nothing does.
+        tries: what differs in rows of tries; "" where nothing does, or where none were tried.
+    """
+
+    padding: str
+    tries: str
+
+
+_probed: weakref.WeakKeyDictionary[Any, dict[tuple[str | None, bool], _Found]] = weakref.WeakKeyDictionary()
+
+
+def _found(model: Any, *, tries: bool) -> _Found | None:
+    """The probe's answer, asked once for a model, whichever components score with it; None where it tells nothing.
+
+    Raises:
+        PlanError: for a model whose logits depend on the tokens behind them: a forward of a text is no likelihood.
+    """
+    known = _probed.setdefault(inner_model(model), {})
+    key = (_implementation(model), tries)
+    if key not in known:
+        found = _probe(model, tries=tries)
+        if found is None:
+            return None
+        known[key] = found
+    return known[key]
+
+
+def _probe(model: Any, *, tries: bool) -> _Found | None:
+    a, b, c, d, e, f, g, h = token_ids(_config(model), 8)
+    sequences = [([a, b], [c, d, e]), ([a, b], [c, f]), ([a, b], [g, h, c]), ([d, e], [a, g, b]), ([b], [f, d])]
+    before = [(*prompt, *completion[:place]) for prompt, completion in sequences for place in range(len(completion))]
     device = _device(model)
-    seen = []
-    with torch.random.fork_rng([device] if device.type == "cuda" else []), evaluating(model):
-        for trie in (tries, chains):
-            try:
-                logits = model(**model_inputs(model, trie, device), use_cache=False).logits
-            except torch.OutOfMemoryError:
-                raise
-            except (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError) as raised:
-                if trie is chains:
-                    raise
-                return f"a probe of it raised {type(raised).__name__}: {raised!s:.200}"
-            seen.append(logits.flatten(0, 1)[trie.rows.to(device)[trie.label.to(device)]].float())
-    packed, alone = seen
-    if not alone.isfinite().all():
-        return None
-    spread = alone - alone.mean(-1, keepdim=True)
-    error = float(((packed - alone).norm(dim=-1) / spread.norm(dim=-1).clamp_min(1e-30)).max())
-    half = torch.is_autocast_enabled(device.type) or logits.dtype in (torch.float16, torch.bfloat16)
-    # A wrong mask or position moves logits by tens of percents of their spread; TF32 by less than 1e-3, bf16 by 2e-2.
-    return "" if error <= (5e-2 if half else 1e-3) else f"a probe's logits differed by {error:.2g} of their spread"
+
+    def alone() -> Tensor:
+        """Each label's logits from what stands before it, and nothing else."""
+        logits = forwards(model, before)
+        return torch.stack([logits[ids][-1] for ids in before])
+
+    def together() -> Tensor:
+        """The same from whole sequences."""
+        logits = forwards(model, [[*prompt, *completion] for prompt, completion in sequences])
+        return torch.cat([logits[*prompt, *completion][len(prompt) - 1 : -1] for prompt, completion in sequences])
+
+    def packed(width: float) -> Tensor:
+        trie = token_trie.pack(sequences, width)
+        logits = model(**model_inputs(model, trie, device), use_cache=False).logits
+        return logits.flatten(0, 1)[trie.rows.to(device)[trie.label.to(device)]]
+
+    with probing(model, alone, together) as wanted:
+        if wanted is None:
+            return None
+        if wanted.looks_ahead:
+            raise PlanError(
+                f"{type(inner_model(model)).__name__} cannot be scored: its logits depend on the tokens behind them "
+                f"({wanted.looks_ahead}), so it is no causal language model as it is. Some are with is_decoder=True in "
+                "their config."
+            )
+        padding = wanted.complaint(lambda: packed(0))
+        return _Found(padding, wanted.complaint(lambda: packed(math.inf)) if tries else "")
 
 
 def _say_unpacked(model: Any, reason: str) -> None:

@@ -1,25 +1,46 @@
-"""A causal language model that extends many beams by a token at a time, through its forward and its KV cache."""
+"""A causal language model that extends many rows by a token at a time, through its forward and its cache.
+
+A cache is keys and values, states of a recurrence, or both: whatever the model returns from one call and takes at the
+next. Whether a model's goes with padding and with rows that change places is asked by `decoder`.
+"""
 
 from __future__ import annotations
 
 import functools
-import inspect
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from sysdag.components.language.language_head import argument_names
 
-class BeamDecoder:
-    """A causal language model with the cache of its beams, a row each."""
+_CACHES = ("past_key_values", "cache_params", "state")  # the names that forwards have for it
 
-    def __init__(self, model: nn.Module) -> None:
+
+class CachedDecoder:
+    """A causal language model with the cache of its rows.
+
+    Args:
+        pass_positions: say each token's place among those that are no padding, where the forward takes it; False
+            leaves that to the model, which is right without padding whatever it counts from.
+
+    Raises:
+        ValueError: for a model that takes no cache, or that keeps none as it is now.
+    """
+
+    def __init__(self, model: nn.Module, *, pass_positions: bool = True) -> None:
         if model.training and any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
             raise ValueError(
                 "model: expected one that keeps a cache, got train mode with gradient checkpointing, which keeps none; "
                 "call model.eval() before the search."
             )
-        self.model, self.accepts = model, _argument_names(model)
+        self.model, self.accepts = model, argument_names(model)
+        name = next((each for each in _CACHES if each in self.accepts), None)
+        if name is None:
+            raise ValueError(f"model: expected a forward that takes a cache ({', '.join(_CACHES)}), got none of them.")
+        if not pass_positions:
+            self.accepts = self.accepts - {"position_ids"}
+        self._name: str = name
         self.cache: Any = None
 
     def start(self, input_ids: Tensor, mask: Tensor, beams: int) -> Tensor:
@@ -28,10 +49,10 @@ class BeamDecoder:
         logits = self._forward(input_ids)
         rows = torch.arange(len(input_ids), device=input_ids.device).repeat_interleave(beams)
         self.mask, self.positions = mask[rows], self.positions[rows, -1:]
-        if not hasattr(self.cache, "reorder_cache"):
-            raise ValueError(f"model: expected a past_key_values with reorder_cache, got {type(self.cache).__name__}.")
-        if not hasattr(self.cache, "layers"):
-            self.cache.reorder_cache(rows)
+        if self.cache is None:
+            raise ValueError(f"model: expected an output with {self._name}, got None.")
+        if not _has_layers(self.cache):
+            self._select(rows)
             return logits
         for i, layer in enumerate(self.cache.layers):
             if _is_plain(layer):
@@ -54,39 +75,63 @@ class BeamDecoder:
     def _reorder(self, rows: Tensor) -> None:
         """Puts earlier row `rows[i]` at i."""
         if len(rows) < len(self.mask):
-            self.cache.reorder_cache(rows)
+            self._select(rows)
             return
         moved = (rows != torch.arange(len(rows), device=rows.device)).nonzero().squeeze(-1)
         if not len(moved):
             return
-        layers = getattr(self.cache, "layers", [self.cache])
-        for layer in layers:
+        if not _has_layers(self.cache):
+            self._select(rows)
+            return
+        for layer in self.cache.layers:
             if isinstance(layer, _roomy_layer_class()):
                 layer.copy_rows(rows[moved], moved)
             else:
                 layer.reorder_cache(rows)
 
+    def _select(self, rows: Tensor) -> None:
+        if _has_layers(self.cache):
+            self.cache.reorder_cache(rows)
+        elif hasattr(self.cache, "batch_select_indices"):  # a cache with more in it than layers
+            self.cache.batch_select_indices(rows)
+        else:
+            self.cache = _selected(self.cache, rows)
+
     def _forward(self, input_ids: Tensor) -> Tensor:
-        options: dict[str, Any] = {"position_ids": self.positions, "logits_to_keep": 1}
+        options: dict[str, Any] = {"position_ids": self.positions, "logits_to_keep": 1, self._name: self.cache}
+        if self._name == "past_key_values" or self.cache is None:  # states hold no padding
+            options["attention_mask"] = self.mask
         options = {name: value for name, value in options.items() if name in self.accepts}
-        output = self.model(
-            input_ids=input_ids, attention_mask=self.mask, past_key_values=self.cache, use_cache=True, **options
-        )
-        self.cache = getattr(output, "past_key_values", None)
+        output = self.model(input_ids=input_ids, use_cache=True, **options)
+        self.cache = getattr(output, self._name, None)
         return output.logits[:, -1].to(input_ids.device)
 
 
-def _argument_names(model: Any) -> set[str]:
-    """What the language model's own forward takes, under a PEFT, DDP or torch.compile wrapper."""
-    if callable(getattr(model, "get_base_model", None)):
-        return _argument_names(model.get_base_model())
-    names = set(inspect.signature(model.forward).parameters)
-    inner = getattr(model, "_orig_mod", getattr(model, "module", None))
-    return names if "input_ids" in names or inner is None else _argument_names(inner)
+def _has_layers(cache: Any) -> bool:
+    """Whether everything in the cache is in its layers, each of which can reorder its rows."""
+    from transformers.cache_utils import Cache  # importing sysdag must not import transformers
+
+    if not isinstance(cache, Cache):
+        return False
+    return type(cache).batch_select_indices is Cache.batch_select_indices
+
+
+def _selected(cache: Any, rows: Tensor) -> Any:
+    """The rows of states that stand in plain containers, the first dimension of each being the rows."""
+    if isinstance(cache, Tensor):
+        return cache.index_select(0, rows.to(cache.device))
+    if isinstance(cache, (list, tuple)):
+        return type(cache)(_selected(each, rows) for each in cache)
+    if isinstance(cache, dict):
+        return {key: _selected(each, rows) for key, each in cache.items()}
+    held = {name: value for name, value in vars(cache).items() if isinstance(value, (list, tuple, dict))}
+    for name, value in held.items():
+        setattr(cache, name, _selected(value, rows))
+    return cache
 
 
 def _is_plain(layer: Any) -> bool:
-    from transformers.cache_utils import DynamicLayer  # importing sysdag must not import transformers
+    from transformers.cache_utils import DynamicLayer
 
     return type(layer) is DynamicLayer and layer.is_initialized
 
