@@ -30,6 +30,7 @@ COMMANDS = OPS | {
     "decode": "diverse beam search against transformers 4.56's group beam search; needs --peer-python",
     "sweep": "linear_logprob over the number of rows and the vocabulary",
     "study": "the paper's experiments on small systems that train from scratch here",
+    "diversity": "what searches for candidates leave standing on a real language model; needs --model",
     "theory": "Theorem 1 and the bias of few candidates on an enumerable system",
     "plots": "draws docs/images/benchmarks/*.svg from the CSVs in bench/results",
     "tables": "writes the tables of docs/benchmarks.md from the CSVs in bench/results",

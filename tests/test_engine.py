@@ -140,9 +140,15 @@ def test_sampling_equals_the_formula_written_out():
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
 
 
+def means(output):
+    """Of what a step measured, one value a pair, over the pairs."""
+    assert all(values.shape == output.losses.shape for values in output.metrics.values())
+    return {name: float(values.mean()) for name, values in output.metrics.items()}
+
+
 def test_node_margins_add_up_to_the_margin_in_direct():
     model, pairs = build(two_llms(), ROWS, beta=0.3)
-    metrics = model(pairs).metrics
+    metrics = means(model(pairs))
     total = metrics["nodes/draft/rewards/margins"] + metrics["nodes/answer/rewards/margins"]
     assert metrics["rewards/margins"] == pytest.approx(total, rel=1e-5)
     assert metrics["rewards/margins"] == pytest.approx(
@@ -184,7 +190,7 @@ def test_a_frozen_node_keeps_its_weights_and_leaves_the_margin_to_the_other():
     output.loss.backward()
     assert not any(p.requires_grad for p in model.policies["draft"].parameters())
     assert any(p.grad is not None for p in model.policies["answer"].parameters())
-    assert output.metrics["nodes/draft/rewards/margins"] == 0
+    assert means(output)["nodes/draft/rewards/margins"] == 0
 
 
 def test_a_node_that_one_training_froze_trains_in_the_next_but_not_what_its_user_froze():
@@ -286,9 +292,9 @@ def test_an_opaque_parent_cancels_in_direct_and_is_shared_by_candidates_in_sampl
     sampling = SystemModel(plan, ObjectiveOptions(objective="sampling"), candidates=DiverseBeamSearch(num_candidates=2))
     output = sampling(encode_pairs(plan, rows, "sampling"))
     assert calls == ["a"]
-    assert output.metrics["candidates/coverage"] == pytest.approx(1.0)
-    assert output.metrics["candidates/count"] == 2
-    assert output.metrics["logps/chosen"] == pytest.approx(math.log(0.5 * 0.9 + 0.5 * 0.2))
+    assert means(output)["candidates/coverage"] == pytest.approx(1.0)
+    assert means(output)["candidates/count"] == 2
+    assert means(output)["logps/chosen"] == pytest.approx(math.log(0.5 * 0.9 + 0.5 * 0.2))
 
 
 def sampled(model, pairs, **options):
@@ -300,11 +306,11 @@ def sampled(model, pairs, **options):
 def test_a_responsibility_temperature_flattens_the_responsibilities():
     model, pairs = build(two_llms(), ROWS, candidates=FixedDrafts(num_candidates=3), objective="sampling", beta=0.3)
     sizes = [
-        sampled(model, pairs, responsibility_temperature=t).metrics["candidates/effective_sample_size"]
+        means(sampled(model, pairs, responsibility_temperature=t))["candidates/effective_sample_size"]
         for t in (1, 5, 1e6)
     ]
     assert sizes[0] < sizes[1] < sizes[2] == pytest.approx((3 + 2) / 2, rel=1e-4)
-    metrics = sampled(model, pairs, responsibility_temperature=2.0).metrics
+    metrics = means(sampled(model, pairs, responsibility_temperature=2.0))
     assert "candidates/certified_lower" not in metrics
 
 
@@ -327,7 +333,7 @@ def test_length_normalization_is_the_log_sum_of_averaged_likelihoods():
                 terms.append(log_p / (len(y) + 1 + len(ROWS[0][side]) + 1))
             sums.append(torch.stack(terms).logsumexp(0))
         rewards[side] = 0.3 * (sums[0] - sums[1])
-    assert output.metrics["rewards/margins"] == pytest.approx(
+    assert means(output)["rewards/margins"] == pytest.approx(
         float((rewards["chosen"] - rewards["rejected"]).detach()), abs=1e-6
     )
 
@@ -353,7 +359,7 @@ def test_importance_weights_enter_the_sum():
         ]
         expected.append(float(torch.stack(terms).logsumexp(0).detach()) - math.log(3))
     # candidates come from the policy itself, so p(y|x) / q(y|x) is 1
-    assert output.metrics["logps/chosen"] == pytest.approx(sum(expected) / 2, abs=1e-4)
+    assert means(output)["logps/chosen"] == pytest.approx(sum(expected) / 2, abs=1e-4)
     assert "candidates/coverage" not in output.metrics
 
 
@@ -367,7 +373,7 @@ def test_candidates_are_kept_for_the_asked_number_of_steps():
 
     strategy = Counted(num_candidates=3)
     model, pairs = build(two_llms(), ROWS, candidates=strategy, objective="sampling", candidates_refresh_steps=3)
-    kept = [model(pairs, step=step).metrics["candidates/distinct_2"] for step in range(3)]
+    kept = [means(model(pairs, step=step))["candidates/distinct_2"] for step in range(3)]
     assert calls == [["ab", "what?"]]
     assert len(set(kept)) == 1
     model(pairs[:1], step=3)

@@ -242,6 +242,11 @@ def prepare_quantized(model: Any) -> None:
         model.enable_input_require_grads()
 
 
+def is_carried_by(model: nn.Module) -> bool:
+    """Whether any adapter is on the model or a part of it, whoever put it there."""
+    return any(getattr(part, "peft_config", None) for part in model.modules())
+
+
 def is_quantized(model: Any) -> bool:
     """Whether bitsandbytes holds the model's weights in 4 or 8 bits."""
     return bool(getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False))

@@ -37,6 +37,8 @@ class Component(ABC):
         value_type: the type of a drawn value, where it is always the same; lets `.each()` be checked early.
         reads_files: whether an observed text is a file's path; in the rows of a file it is relative to that one's
             folder.
+        is_density: whether an exact `log_prob` is the logarithm of a density, as a Gaussian's, and not of a
+            probability. None where the values tell: real numbers, and arrays of them, come from a density.
 
     Attributes:
         residence: what moves frozen weights to the host while others work, where an engine does (`offload_idle`).
@@ -45,6 +47,7 @@ class Component(ABC):
     likelihood: ClassVar[LikelihoodKind]
     value_type: ClassVar[type | None] = None
     reads_files: ClassVar[bool] = False
+    is_density: ClassVar[bool | None] = None
     residence: Residence | None = None
 
     @property

@@ -26,7 +26,7 @@ from sysdag.graph.plan import Plan
 from sysdag.objectives.candidate_cache import CandidateCache
 from sysdag.objectives.candidates import CandidateStrategy
 from sysdag.objectives.comparison import Comparison, DirectComparison, Generators, SamplingComparison
-from sysdag.objectives.losses import preference_loss
+from sysdag.objectives.losses import pair_losses
 from sysdag.objectives.options import EngineOptions, NodeOptions, ObjectiveOptions
 from sysdag.saving.serialization import component_keys
 
@@ -37,14 +37,16 @@ class StepOutput:
 
     Attributes:
         loss: () differentiable where the step keeps its graphs (one pass); in two passes a number.
-        metrics: means over the batch's pairs, by the names they are logged under.
+        losses: (P,) the loss of each pair, a number.
+        metrics: (P,) one value a pair, on the CPU, by the names that their means are logged under.
         log_ratios: for each scored node, policy minus reference of every run (all candidates for Sampling), detached.
         scores: the policy's part of the same, for judging how small a difference is.
         turns: the parts of the loss, micro-batch by micro-batch; see `sysdag.engine.replay.accumulate_gradients`.
     """
 
     loss: Tensor
-    metrics: dict[str, float]
+    losses: Tensor
+    metrics: dict[str, Tensor]
     log_ratios: dict[str, Tensor]
     scores: dict[str, Tensor]
     turns: tuple[Turn, ...]
@@ -201,7 +203,7 @@ class SystemModel(nn.Module):
     def forward(
         self,
         work: Sequence[PreferencePair] | Turn | None,
-        generator: torch.Generator | None = None,
+        generator: Generators = None,
         step: int | None = None,
     ) -> Any:
         """Whatever runs the models goes through here, so that wrappers of the module (DDP, FSDP, autocast) see it.
@@ -209,7 +211,8 @@ class SystemModel(nn.Module):
         Args:
             work: a batch of preference pairs, as `sysdag.data.encode_pairs` gives them, to be scored; or a `Turn` of
                 the output of one, to be differentiated; or None.
-            generator: a CPU generator for noise and candidates; torch's global one by default.
+            generator: a CPU generator for noise and candidates, torch's global one by default; or one for each pair, so
+                that a pair's noise is the same in any batch.
             step: number of optimizer steps so far, for candidates that are kept; None draws anew and keeps nothing.
 
         Returns:
@@ -227,7 +230,7 @@ class SystemModel(nn.Module):
         with self._graph_bytes or contextlib.nullcontext():
             return part_of_loss(work, component)
 
-    def _step(self, pairs: Sequence[PreferencePair], generator: torch.Generator | None, step: int | None) -> StepOutput:
+    def _step(self, pairs: Sequence[PreferencePair], generator: Generators, step: int | None) -> StepOutput:
         stored = self.stored
         rounds = self.rounds()
         self._settle()
@@ -246,10 +249,11 @@ class SystemModel(nn.Module):
                 scored.reference[term.name] = stored.of(term, pairs).to(scored.policy[term.name].device)
         leaves = {name: values.detach().requires_grad_(trains) for name, values in scored.policy.items()}
         scores, metrics = comparison.combine(leaves, scored.reference)
-        loss = preference_loss(
+        losses = pair_losses(
             scores, self.options.loss_type, self.options.weights,
             beta=self.options.beta, label_smoothing=self.options.label_smoothing,
         )  # fmt: skip
+        loss = losses.mean()
         margins = scores.margins.detach()
         metrics |= {
             "rewards/chosen": scores.chosen_rewards,
@@ -259,7 +263,8 @@ class SystemModel(nn.Module):
         }
         output = StepOutput(
             loss=loss.detach(),
-            metrics={name: float(value.detach().float().mean()) for name, value in metrics.items()},
+            losses=losses.detach(),
+            metrics={name: value.detach().float().cpu() for name, value in metrics.items()},
             log_ratios={name: values.detach() - scored.reference[name] for name, values in scored.policy.items()},
             scores={name: values.detach() for name, values in scored.policy.items()},
             turns=(),
@@ -333,7 +338,9 @@ class SystemModel(nn.Module):
         if self.candidates is None:
             return DirectComparison(self.plan, self.options, self.nodes, pairs, generator)
         inputs = {name: [pair.inputs[name] for pair in pairs] for name in pairs[0].inputs}
-        of_candidates = None if isinstance(generator, Sequence) else generator  # stored ones need none
+        of_candidates = generator
+        if isinstance(of_candidates, Sequence):  # those of the noise go on as they are
+            of_candidates = torch.Generator().manual_seed(of_candidates[0].initial_seed())
         drawn = self.candidates.draw(self.proposal, inputs, of_candidates, step)
         is_lower_bound = self.candidates.strategy.is_lower_bound
         return SamplingComparison(self.plan, self.options, pairs, drawn, is_lower_bound, generator)

@@ -56,7 +56,7 @@ class Comparison(Protocol):
         ...
 
     def combine(self, policy: Scores, reference: Scores) -> tuple[PairScores, dict[str, Tensor]]:
-        """What the losses see, and the metrics to log (vectors whose mean is meant)."""
+        """What the losses see, and the metrics to log, each (P,): one value a pair."""
         ...
 
 
@@ -181,21 +181,50 @@ class SamplingComparison:
 
     def _candidate_metrics(self, policy: Scores, log_p: Tensor, weights: Tensor, index: Tensor) -> dict[str, Tensor]:
         count, rows = self.count, len(index) // 2
-        texts = [str(value) for name in self.latents for value in self.drawn.trace[name]]
+        of_pair = index[:rows]
+        found = torch.bincount(of_pair, minlength=count).float()
+        gap = torch.zeros_like(log_p[:count]).index_add(0, of_pair, (weights[:rows] - weights[rows:]).abs())
         metrics = {
-            "candidates/effective_sample_size": effective_sample_size(weights, index, 2 * count),
-            "candidates/count": torch.bincount(index[:rows], minlength=count).float(),
-            "candidates/responsibility_gap": (weights[:rows] - weights[rows:]).abs(),
-            "candidates/distinct_2": torch.tensor(distinct_ngrams(texts)),
+            "candidates/effective_sample_size": effective_sample_size(weights, index, 2 * count).view(2, count).mean(0),
+            "candidates/count": found,
+            "candidates/responsibility_gap": gap / found,
+            "candidates/distinct_2": torch.tensor(self._distinct_bigrams()),
         }
-        if self.is_lower_bound:
+        if self.is_lower_bound and not any(self._is_continuous(name) for name in self.latents):
             latent = torch.stack([policy[name].detach() for name in self.latents]).sum(0)
             coverage = latent.new_zeros(count).index_add(0, index[:rows], latent.exp())
             metrics["candidates/coverage"] = coverage
-            if self.options.responsibility_temperature == 1 and not self.options.candidate_length_normalization:
+            plain = self.options.responsibility_temperature == 1 and not self.options.candidate_length_normalization
+            if plain and not any(self._is_continuous(term.name) for term in self.terms):
                 lower, upper = certificate(log_p, coverage.repeat(2))
                 metrics |= {"candidates/certified_lower": lower[:count], "candidates/certified_upper": upper[:count]}
         return metrics
+
+    def _distinct_bigrams(self) -> list[float]:
+        """Distinct-2 of each prompt's candidates."""
+        texts: list[list[str]] = [[] for _ in range(self.count)]
+        for name in self.latents:
+            for prompt, value in zip(self.drawn.prompt, self.drawn.trace[name], strict=True):
+                texts[prompt].append(str(value))
+        return [distinct_ngrams(own) for own in texts]
+
+    def _is_continuous(self, name: str) -> bool:
+        """Whether the exact score of a node is a density: no share of all probability, and without an upper limit."""
+        component = self.plan.system[name].component
+        if component.likelihood != "exact" or component.is_density is not None:
+            return bool(component.is_density)
+        term = next(term for term in self.terms if term.name == name)
+        return any(_is_real(draw.value) for draw in flat_draws(term.trace.cells[name]))
+
+
+def _is_real(value: Any) -> bool:
+    """Whether a value is of real numbers, which exact components draw from densities unless they say otherwise."""
+    if isinstance(value, (list, tuple)):
+        return any(map(_is_real, value))
+    kind = getattr(value, "dtype", None)
+    if isinstance(kind, torch.dtype):
+        return kind.is_floating_point or kind.is_complex
+    return isinstance(value, (float, complex)) or getattr(kind, "kind", "") in ("f", "c")
 
 
 def _pair_scores(rewards: Tensor, lengths: Tensor, nll: Tensor) -> PairScores:

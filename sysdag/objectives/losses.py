@@ -123,24 +123,31 @@ def register_loss(name: str, loss: Loss, *, smoothed: bool = False) -> None:
         SMOOTHED_LOSSES.append(name)
 
 
-def preference_loss(
+def pair_losses(
     scores: PairScores, loss_types: Sequence[str], loss_weights: Sequence[float], *, beta: float, label_smoothing: float
-) -> Float[Tensor, ""]:
-    """Weighted sum of the named losses, each averaged over pairs.
+) -> Float[Tensor, " P"]:
+    """Weighted sum of the named losses of each pair.
 
     Raises:
         KeyError: for a name that is not in `LOSSES`.
         PlanError: for a loss that does not return one number a pair.
     """
     margins = scores.margins
-    total = torch.zeros((), dtype=margins.dtype, device=margins.device)
+    total = torch.zeros_like(margins)
     for name, weight in zip(loss_types, loss_weights, strict=True):
         loss = LOSSES[name](scores, beta, label_smoothing)
         if not isinstance(loss, Tensor) or loss.shape != margins.shape:
             got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
             raise PlanError(f"loss_type {name!r} must return one loss a pair, shape {tuple(margins.shape)}, got {got}.")
-        total = total + weight * loss.mean()
+        total = total + weight * loss
     return total
+
+
+def preference_loss(
+    scores: PairScores, loss_types: Sequence[str], loss_weights: Sequence[float], *, beta: float, label_smoothing: float
+) -> Float[Tensor, ""]:
+    """Weighted sum of the named losses, averaged over pairs; see `pair_losses`."""
+    return pair_losses(scores, loss_types, loss_weights, beta=beta, label_smoothing=label_smoothing).mean()
 
 
 def candidate_log_sum(joint: Float[Tensor, " M"], prompt: Int[Tensor, " M"], num_prompts: int) -> Float[Tensor, " P"]:

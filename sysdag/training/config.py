@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import difflib
 import json
+import types
+import typing
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, Self
 
 import torch
 from transformers import TrainingArguments
 
 from sysdag.errors import PlanError
+from sysdag.objectives.losses import LOSSES
 from sysdag.objectives.options import EngineOptions, NodeOptions, ObjectiveOptions, ReferenceOptions
 
 
@@ -44,13 +49,19 @@ class SysDPOConfig(TrainingArguments):
             seed, and name the difference.
         log_traces: number of prompts, the first of the evaluation data (or of the training data), whose runs before
             and after training are kept in `output_dir/traces`. Training is the same with and without.
-        learning_rate: 1e-6 by default, as in TRL.
+        learning_rate: by default 1e-6, as in TRL, for a component whose weights all train, and 1e-5 for one that trains
+            an adapter; see `sysdag.training.learning_rates`.
+
+    Defaults that are not TRL's stand with their reasons in docs/faq.md.
 
     Raises:
         PlanError: naming the option that is unknown, out of range, or contradicts another.
     """
 
-    learning_rate: float = _option(1e-6, "The initial learning rate; 1e-6 as in TRL.")
+    learning_rate: float | None = _option(  # type: ignore[assignment]  # noqa: RUF009
+        None, "The initial learning rate; by default 1e-6 for a component whose weights all train, 1e-5 for an adapter."
+    )
+    logging_steps: float = _option(10, "Log every so many update steps; below 1, a ratio of all steps. 10 as in TRL.")
     remove_unused_columns: bool = _option(False, "Must be false: the columns are the system's inputs and nodes.")
     objective: str = _option("direct", "'direct' (intermediates observed) or 'sampling' (approximated by candidates).")
     beta: float = _option(0.1, "Strength of the regularisation towards the reference.")
@@ -96,7 +107,15 @@ class SysDPOConfig(TrainingArguments):
         0, "Number of prompts whose runs before and after training are kept in output_dir/traces."
     )
 
+    def __new__(cls, *args: Any, **options: Any) -> Self:
+        known = {option.name for option in fields(cls) if option.init}
+        for name in options:
+            if name not in known:
+                raise PlanError(f"SysDPOConfig has no option {name!r}{_elsewhere(name, known)}")
+        return super().__new__(cls)
+
     def __post_init__(self) -> None:
+        self._check_types()
         if isinstance(self.loss_type, str):
             self.loss_type = [self.loss_type]
         if isinstance(self.nodes, str):
@@ -121,6 +140,23 @@ class SysDPOConfig(TrainingArguments):
         self.reference_options()
         self.node_options()
         super().__post_init__()
+
+    def _check_types(self) -> None:
+        """Refuses texts and truth values where numbers are meant: what follows would compare them."""
+        declared = typing.get_type_hints(type(self))
+        for option in fields(self):
+            kinds, value = set(_members(declared[option.name])), getattr(self, option.name)
+            wanted = "a number" if float in kinds else "an integer" if int in kinds else None
+            if wanted is None or type(value) in kinds or any(issubclass(kind, str) for kind in kinds):
+                continue
+            fits = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if not (value is option.default or fits and (float in kinds or value == int(value))):
+                raise PlanError(f"{option.name} must be {wanted}, got {value!r} ({type(value).__name__}).")
+        if not all(isinstance(weight, (int, float)) for weight in self.loss_weights or ()):
+            raise PlanError(f"loss_weights must be numbers, got {self.loss_weights!r}.")
+        losses = [self.loss_type] if isinstance(self.loss_type, str) or callable(self.loss_type) else self.loss_type
+        if not isinstance(losses, (list, tuple)) or not all(isinstance(name, str) for name in losses):
+            raise PlanError(f"loss_type must name one or more of {sorted(LOSSES)}, got {self.loss_type!r}.")
 
     def objective_options(self) -> ObjectiveOptions:
         """The objective's part of the configuration, checked."""
@@ -182,3 +218,50 @@ def _nodes_from_json(text: str) -> dict[str, dict[str, Any]]:
     if not isinstance(found, dict):
         raise PlanError(f"nodes must be a JSON object with options by node, got {text!r}.")
     return found
+
+
+def _members(declared: Any) -> Iterator[type]:
+    """The classes of an annotation, of a union each."""
+    if typing.get_origin(declared) in (typing.Union, types.UnionType):
+        for each in typing.get_args(declared):
+            yield from _members(each)
+    elif isinstance(kind := typing.get_origin(declared) or declared, type):
+        yield kind
+
+
+def _elsewhere(name: str, known: Iterable[str]) -> str:
+    """What to do instead of giving `SysDPOConfig` an option that it does not have."""
+    if name in ELSEWHERE:
+        return f": {ELSEWHERE[name]}."
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {close[0]!r}?" if close else "; help(SysDPOConfig) lists those there are."
+
+
+_OF_COMPONENTS = "it belongs to the components, as in CausalLM(..., {})"
+# Options of TRL's DPOConfig, of today and of earlier versions, that SysDPOConfig does not have, and what to do instead.
+ELSEWHERE = {
+    "activation_offloading": "gradient_checkpointing=True, engine='two_pass' and offload_idle=True save memory",
+    "dataset_num_proc": "rows are read in this process",
+    "discopop_tau": f"the losses are {sorted(LOSSES)}",
+    "f_alpha_divergence_coef": "the reverse KL divergence is the only one",
+    "f_divergence_type": "the reverse KL divergence is the only one",
+    "generate_during_eval": "log_traces=N keeps runs of N prompts from before and after training",
+    "ld_alpha": "log-probabilities count all tokens alike",
+    "max_completion_length": _OF_COMPONENTS.format("max_new_tokens=256"),
+    "max_length": _OF_COMPONENTS.format("max_length=1024"),
+    "max_prompt_length": _OF_COMPONENTS.format("max_length=1024, max_new_tokens=256"),
+    "model_init_kwargs": _OF_COMPONENTS.format("model_kwargs={...}"),
+    "pad_to_multiple_of": "sequences are packed, and not padded to a multiple",
+    "pad_token": _OF_COMPONENTS.format("tokenizer=tokenizer"),
+    "padding_free": "sequences that share a beginning are packed without padding; CausalLM(..., pack_prefixes=False) is "
+    "the way out",
+    "peft_config": _OF_COMPONENTS.format("peft_config=LoraConfig(...)"),
+    "precompute_ref_batch_size": "micro_batch_tokens bounds what is scored at once",
+    "ref_model_init_kwargs": "the reference is each component as it is before training",
+    "reference_free": "the reference is each component as it is before training",
+    "router_aux_loss_coef": "the auxiliary loss of a router is no part of the objective",
+    "rpo_alpha": "loss_type=['sigmoid', 'sft'] with loss_weights adds the winner's likelihood",
+    "truncation_mode": "a prompt that leaves no room loses tokens at its start, a completion at its end",
+    "trust_remote_code": _OF_COMPONENTS.format("model_kwargs={'trust_remote_code': True}"),
+    "use_weighting": f"the losses are {sorted(LOSSES)}",
+}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import logging
 from collections import defaultdict
 from collections.abc import Mapping, Sized
@@ -18,13 +20,18 @@ from sysdag.data.preferences import PreferencePair
 from sysdag.engine.distributed import gathered
 from sysdag.engine.replay import accumulate_gradients
 from sysdag.engine.step import StepOutput, SystemModel
-from sysdag.errors import DataError, PlanError, TrainingError
+from sysdag.errors import DataError, PlanError, TrainingError, shown
+from sysdag.graph.plan import Objective, Plan
 from sysdag.graph.system import System
 from sysdag.objectives.candidates import CandidateStrategy
 from sysdag.saving.serialization import load_weights
 from sysdag.training.checkpoint import CheckpointTrainer
 from sysdag.training.config import SysDPOConfig
+from sysdag.training.initialisation import initialise, mark_trained, warn_if_trained
+from sysdag.training.learning_rates import learning_rates
+from sysdag.training.pair_means import PairMeans
 from sysdag.training.references import ReferenceKeeper
+from sysdag.training.resume import pairs_hash
 from sysdag.training.run_record import RunRecord
 
 logger = logging.getLogger(__name__)
@@ -35,14 +42,21 @@ class SysDPOTrainer(CheckpointTrainer):
 
     Args:
         model: the system; its components are trained in place.
-        args: the configuration.
+        args: the configuration; `SysDPOConfig()` by default.
         candidates: for `objective="sampling"`, how latent candidates are found.
         train_dataset, eval_dataset: preference rows (see `sysdag.data.encode_pairs`); `eval_dataset` may be a dict.
         kwargs: what else `transformers.Trainer` takes, as `optimizers`; what would have no effect is refused.
 
+    Attributes:
+        learning_rates: of each component that trains, by its key.
+
+    Models that have not been loaded are loaded here, and a new adapter's start follows `args.seed`. Where an earlier
+    trainer has trained the system, a warning names its nodes; `System.fresh` gives the untrained one.
+
     Raises:
         PlanError: for options that the system cannot serve.
-        DataError: for a row that cannot be used, or a `train_dataset` that is a dict of several or has no row.
+        RunError: for a model that cannot be loaded.
+        DataError: for a row that cannot be used, a `train_dataset` that is a dict of several, or a dataset without rows.
     """
 
     args: SysDPOConfig
@@ -50,7 +64,7 @@ class SysDPOTrainer(CheckpointTrainer):
     def __init__(
         self,
         model: System,
-        args: SysDPOConfig,
+        args: SysDPOConfig | None = None,
         *,
         candidates: CandidateStrategy | None = None,
         train_dataset: Any = None,
@@ -60,29 +74,31 @@ class SysDPOTrainer(CheckpointTrainer):
     ) -> None:
         if not isinstance(model, System):
             raise PlanError(f"SysDPOTrainer(model=...) takes a sysdag.System, got {type(model).__name__}.")
-        _check_train_dataset(train_dataset)
-        for name in kwargs:
-            if name in _NOT_TAKEN:
-                raise PlanError(f"SysDPOTrainer takes no {name}: {_NOT_TAKEN[name]}.")
+        args = SysDPOConfig() if args is None else args
+        _check_arguments(args, candidates, kwargs)
+        for name, rows in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
+            _check_dataset(name, rows)
+        _check_precision(args)
         self.system = model
         plan = model.compile()
+        plan.check(args.objective_options().objective)
+        initialise(model, args.seed)
         system_model = SystemModel(
             plan, args.objective_options(), args.node_options(), candidates, args.engine_options()
         )
+        warn_if_trained(
+            (key, system_model.components[key].own_parameters().values()) for key in system_model.references
+        )
+        self.learning_rates = learning_rates(system_model, args.learning_rate)
+        if args.learning_rate is None:
+            args = copy.copy(args)
+            args.learning_rate = min(self.learning_rates.values())
         if args.disable_dropout:
             adapter.disable_dropout(system_model)
-        self._metrics: dict[str, dict[str, list[float]]] = {"train": defaultdict(list), "eval": defaultdict(list)}
-        self._evaluated_batches = 0
+        self._means = {"train": PairMeans(), "eval": PairMeans()}
         self._warned_of_collapse = False
-
-        def encode(rows: Any) -> Any:
-            if rows is None or (isinstance(rows, list) and rows and isinstance(rows[0], PreferencePair)):
-                return rows
-            if isinstance(rows, dict):
-                return {name: encode(part) for name, part in rows.items()}
-            return encode_pairs(plan, rows, system_model.options.objective, empty=args.empty)
-
-        datasets = {"train_dataset": encode(train_dataset), "eval_dataset": encode(eval_dataset)}
+        self._encode = functools.partial(_encoded, plan, args.objective_options().objective, args.empty)
+        datasets = {"train_dataset": self._encode(train_dataset), "eval_dataset": self._encode(eval_dataset)}
         output_dir = args.output_dir or "trainer_output"
         self._references = ReferenceKeeper(system_model, args.reference_options(), datasets, output_dir)
         self._record = RunRecord(system_model, datasets)
@@ -93,12 +109,6 @@ class SysDPOTrainer(CheckpointTrainer):
                 if component.module is not None:
                     acceleration.compile_blocks(component.module, options)
             args.torch_compile = False
-        if args.deepspeed is not None and args.fp16:
-            raise PlanError(
-                "DeepSpeed scales losses of fp16 inside its backward, which parts of a loss bypass; use bf16."
-            )
-        if args.fp16 and args.device.type == "cpu":
-            raise PlanError("fp16=True has no effect on a CPU; use bf16=True there.")
         super().__init__(
             model=system_model,
             args=args,
@@ -114,13 +124,17 @@ class SysDPOTrainer(CheckpointTrainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """As in `CheckpointTrainer`; the record of the run (see `sysdag.training.run_record`) tells how it ended."""
         with self._record.running():
-            return super().train(resume_from_checkpoint, *args, **kwargs)
+            try:
+                return super().train(resume_from_checkpoint, *args, **kwargs)
+            finally:
+                if self.state.global_step:
+                    mark_trained(self._system_model.trained_parameters())
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """One pair of parameter groups (with and without weight decay) for each component, at its learning rate."""
         trained: Any = self.model if model is None else model
-        rates = {key: self._system_model.learning_rate(key) for key in self._system_model.references}
-        if self.optimizer is not None or all(rate is None for rate in rates.values()):
+        rates = self.learning_rates
+        if self.optimizer is not None or all(rate == self.args.learning_rate for rate in rates.values()):
             return super().create_optimizer(model)
         decayed = set(self.get_decay_parameter_names(trained))
         groups: dict[tuple[float, bool], list[nn.Parameter]] = defaultdict(list)
@@ -131,8 +145,8 @@ class SysDPOTrainer(CheckpointTrainer):
         }
         for name, parameter in trained.named_parameters():
             if parameter.requires_grad:
-                rate = rate_of.get(id(parameter))
-                groups[self.args.learning_rate if rate is None else rate, name in decayed].append(parameter)
+                rate = rate_of.get(id(parameter), self.args.learning_rate)
+                groups[rate, name in decayed].append(parameter)
         optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, trained)
         self.optimizer = optimizer_class(
             [
@@ -146,17 +160,27 @@ class SysDPOTrainer(CheckpointTrainer):
     def compute_loss(
         self, model: nn.Module, inputs: Mapping[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        mode = "train" if model.training else "eval"
-        generator, step = None, int(self.state.global_step) if mode == "train" else None
-        if mode == "eval":
-            generator = torch.Generator().manual_seed(self.args.seed + self._evaluated_batches)
-            self._evaluated_batches += 1
-        output: StepOutput = self._system_model(inputs["pairs"], generator, step)
-        if mode == "train" and self.state.global_step == 0 and self.args.check_reference:
-            _check_reference(output)
-        for name, value in output.metrics.items():
-            self._metrics[mode][name].append(value)
+        pairs = inputs["pairs"]
+        if model.training:
+            step = int(self.state.global_step)
+            output: StepOutput = self._system_model(pairs, None, step)
+            if step == 0:
+                self._check_start(output)
+            self._means["train"].add(output.metrics)
+        else:
+            output = self._system_model(pairs, [self._generator_of(pair) for pair in pairs])
         return (output.loss, output) if return_outputs else output.loss
+
+    def _generator_of(self, pair: PreferencePair) -> torch.Generator:
+        """Of a pair's noise in evaluations: the same in any batch and process."""
+        return torch.Generator().manual_seed(self.args.seed + int(pairs_hash([pair])[:15], 16))
+
+    def _check_start(self, output: StepOutput) -> None:
+        if self.args.check_reference:
+            _check_reference(output)
+        size = output.metrics.get("candidates/effective_sample_size")
+        if size is not None:
+            self._warn_of_collapse("Before the first step", float(size.mean()))
 
     def training_step(
         self, model: nn.Module, inputs: Mapping[str, Any], num_items_in_batch: Any = None
@@ -197,50 +221,72 @@ class SysDPOTrainer(CheckpointTrainer):
         self, model: nn.Module, inputs: Mapping[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
     ) -> tuple[torch.Tensor, None, None]:
         with torch.no_grad(), self.compute_loss_context_manager():
-            return self.compute_loss(model, inputs).detach(), None, None
+            loss, output = self.compute_loss(model, inputs, return_outputs=True)
+        columns = {**output.metrics, _LOSS: output.losses.float()}
+        names = sorted(columns)
+        values = torch.stack([columns[name].to(self.args.device) for name in names], 1)
+        gathered = self.accelerator.gather_for_metrics(values)  # without the pairs that even out the last batches
+        self._means["eval"].add(dict(zip(names, gathered.T, strict=True)))
+        return loss.detach(), None, None
+
+    def evaluate(
+        self,
+        eval_dataset: Any = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """As in `transformers.Trainer`.
+
+        Args:
+            eval_dataset: preference rows as the trainer itself takes them, pairs, or a dict of such; by default those
+                that the trainer was given.
+
+        Raises:
+            DataError: for a row that cannot be used, or where there is none.
+        """
+        if not isinstance(eval_dataset, str):  # the name of one of several that the trainer was given
+            _check_dataset("eval_dataset", eval_dataset)
+            eval_dataset = self._encode(eval_dataset)
+        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """As in `transformers.Trainer`; noise and candidates are the same at every evaluation, and the preference
-        metrics are among the returned ones, so that `metric_for_best_model` can name them."""
+        metrics are among the returned ones, so that `metric_for_best_model` can name them.
+
+        All are means over pairs, the loss too, whatever the sizes of batches and the number of processes.
+        """
         self._references.prepare(int(self.state.global_step))
-        self._evaluated_batches = 0
-        self._metrics["eval"].clear()
+        self._means["eval"].clear()
         output = super().evaluation_loop(*args, **kwargs)
         prefix = kwargs.get("metric_key_prefix", "eval")
-        preferences = {f"{prefix}_{name}": value for name, value in self._take("eval").items()}
-        return output._replace(metrics={**(output.metrics or {}), **preferences})
+        found = {f"{prefix}_{name}": value for name, value in self._means["eval"].take().items()}
+        return output._replace(metrics={**(output.metrics or {}), **found})
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
-            logs |= self._take("train") | self._node_gradient_norms()
-            self._warn_of_collapse(logs)
+            means = self._means["train"].take(lambda sums: self._added_up(sums))
+            logs |= means | self._node_gradient_norms()
+            size, gap = (means.get(f"candidates/{name}") for name in ("effective_sample_size", "responsibility_gap"))
+            if size is not None and gap is not None and gap <= _NO_GAP:
+                self._warn_of_collapse(f"At step {self.state.global_step}", size)
         super().log(logs, start_time)
 
-    def _take(self, mode: str) -> dict[str, float]:
-        """Means of the metrics since the last call, over all processes."""
-        names = sorted(self._metrics[mode])
-        if not names:
-            return {}
-        sums = torch.tensor(
-            [[sum(self._metrics[mode][name]), len(self._metrics[mode][name])] for name in names],
-            device=self.args.device,
-        )
-        total, count = self.accelerator.reduce(sums, "sum").T
-        self._metrics[mode].clear()
-        return dict(zip(names, (total / count).tolist(), strict=True))
+    def _added_up(self, sums: torch.Tensor) -> torch.Tensor:
+        return self.accelerator.reduce(sums.to(self.args.device), "sum").cpu()
 
-    def _warn_of_collapse(self, logs: Mapping[str, float]) -> None:
-        """Says once when the latents' models have stopped learning (one candidate has all the responsibility)."""
-        size, gap = logs.get("candidates/effective_sample_size"), logs.get("candidates/responsibility_gap")
-        if size is None or gap is None or self._warned_of_collapse or size > 1.05 or gap > 0.01:
+    def _warn_of_collapse(self, when: str, size: float) -> None:
+        """Says once when the latents' models have nothing to learn from (one candidate has all the responsibility)."""
+        if self._warned_of_collapse or size > _COLLAPSED:
             return
         self._warned_of_collapse = True
         logger.warning(
-            "Responsibilities have collapsed: the effective sample size of the candidates is %.3f and winner and loser "
-            "share the same one (mean |w_w - w_l| = %.4f), so the latent nodes' models hardly learn. More diverse "
-            "candidates, responsibility_temperature > 1 or candidate_length_normalization=True spread them.",
+            "%s the responsibilities have collapsed: the effective sample size of the candidates is %.3f, so one of "
+            "them has nearly all the weight. Where winner and loser share that one, the latent nodes' models hardly "
+            "learn. Candidates that are alike in probability (DiverseBeamSearch with a smaller diversity_penalty or "
+            "ngram_size > 1, MonteCarlo), shorter latents, responsibility_temperature > 1 or "
+            "candidate_length_normalization=True spread them.",
+            when,
             size,
-            gap,
         )
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
@@ -265,13 +311,55 @@ class SysDPOTrainer(CheckpointTrainer):
             load_weights(self.system, self.state.best_model_checkpoint)
 
 
-def _check_train_dataset(rows: Any) -> None:
-    if isinstance(rows, Mapping):
+_LOSS = "loss"
+_COLLAPSED = 1.05  # effective sample size, of at least two candidates
+_NO_GAP = 0.01  # mean |w_w - w_l|
+
+
+def _check_arguments(args: Any, candidates: Any, others: Mapping[str, Any]) -> None:
+    if not isinstance(args, SysDPOConfig):
+        raise PlanError(
+            f"SysDPOTrainer(args=...) takes a SysDPOConfig, got {type(args).__module__.partition('.')[0]}."
+            f"{type(args).__name__}. Pass SysDPOConfig(...), which has the options of transformers.TrainingArguments and, "
+            "under TRL's names, those of DPO."
+        )
+    if candidates is not None and not isinstance(candidates, CandidateStrategy):
+        raise PlanError(
+            f"SysDPOTrainer(candidates=...) takes a strategy, as DiverseBeamSearch(num_candidates=4), got "
+            f"{shown(candidates)}."
+        )
+    for name in others:
+        if name in _NOT_TAKEN:
+            raise PlanError(f"SysDPOTrainer takes no {name}: {_NOT_TAKEN[name]}.")
+
+
+def _check_dataset(name: str, rows: Any) -> None:
+    if isinstance(rows, Mapping) and name == "train_dataset":
         raise DataError(
             f"train_dataset must be one dataset, got a dict of {sorted(map(str, rows))}; choose one of them."
         )
+    if isinstance(rows, Mapping):
+        for key, part in rows.items():
+            _check_dataset(f"{name}[{key!r}]", part)
     if isinstance(rows, Sized) and not len(rows):
-        raise DataError("train_dataset has no rows, so there is nothing to train on.")
+        what = "train" if name == "train_dataset" else "evaluate"
+        raise DataError(f"{name} has no rows, so there is nothing to {what} on.")
+
+
+def _check_precision(args: SysDPOConfig) -> None:
+    if args.deepspeed is not None and args.fp16:
+        raise PlanError("DeepSpeed scales losses of fp16 inside its backward, which parts of a loss bypass; use bf16.")
+    if args.fp16 and args.device.type == "cpu":
+        raise PlanError("fp16=True has no effect on a CPU; use bf16=True and use_cpu=True there.")
+
+
+def _encoded(plan: Plan, objective: Objective, empty: Any, rows: Any) -> Any:
+    """Rows as pairs; what are pairs already, None, and each dataset of a dict likewise."""
+    if rows is None or (isinstance(rows, list) and rows and isinstance(rows[0], PreferencePair)):
+        return rows
+    if isinstance(rows, dict):
+        return {name: _encoded(plan, objective, empty, part) for name, part in rows.items()}
+    return encode_pairs(plan, rows, objective, empty=empty)
 
 
 def _check_reference(output: StepOutput) -> None:

@@ -20,6 +20,7 @@ class Discrete(Component):
     """A component that draws one of `values`; subclasses say where the logits come from."""
 
     likelihood = "exact"
+    is_density = False
     values: tuple[Hashable, ...]
 
     @abstractmethod

@@ -67,6 +67,7 @@ class CausalLM(Component):
     """
 
     likelihood = "exact"
+    is_density = False
     value_type = str
 
     def __init__(
