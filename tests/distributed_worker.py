@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from unittest import mock
 
+import judged_answers
 import networkx  # noqa: F401 - a plan needs it, so each process would import it
 import torch
 from accelerate import DistributedType
@@ -78,6 +79,17 @@ def train(
     trainer.save_model(f"{folder}/aligned")
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     return losses, weights_of(trainer.accelerator.unwrap_model(trainer.model)), seen
+
+
+def evaluate(folder, *, batch):
+    """Metrics of an evaluation of judged answers."""
+    args = SysDPOConfig(
+        output_dir=folder, beta=judged_answers.BETA, per_device_eval_batch_size=batch, report_to=[], use_cpu=True,
+        disable_tqdm=True,
+    )  # fmt: skip
+    trainer = SysDPOTrainer(judged_answers.judged(), args, eval_dataset=judged_answers.rows())
+    judged_answers.learn(trainer.system)
+    return trainer.evaluate(), {}, []
 
 
 def force_fsdp():
@@ -154,7 +166,7 @@ def one_of_two(rank, port, how, folder, options):
             os.dup2(file.fileno(), stream)
     faulthandler.enable()  # a library that aborts says where
     gc.freeze()  # what was imported stays: neither looked through at each training nor copied for that
-    losses, weights, seen = {"train": train, "shard": shard}[how](folder, **options)
+    losses, weights, seen = {"train": train, "shard": shard, "evaluate": evaluate}[how](folder, **options)
     every = [None] * 2
     torch.distributed.all_gather_object(every, seen)
     if rank == 0:

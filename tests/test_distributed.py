@@ -14,6 +14,7 @@ from pathlib import Path
 import distributed_worker
 import pytest
 import torch
+from judged_answers import expected
 from tiny import char_tokenizer, llama
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -126,6 +127,14 @@ def test_two_processes_give_the_run_of_one(processes, tmp_path, how, options):
     everything = sorted(question for step in seen for question in step)
     assert sorted(each[0] + each[1]) == everything  # nothing twice, nothing lost
     assert len(set(everything)) == len(everything)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_two_processes_evaluate_as_means_over_pairs(processes, tmp_path, batch):
+    """Of 5 pairs one process has fewer than the other, and gets pairs twice to keep up."""
+    found = run_two(processes, tmp_path, "evaluate", {"batch": batch})["losses"]
+    for name, value in expected().items():
+        assert found[f"eval_{name}"] == pytest.approx(value, rel=1e-5), name
 
 
 @pytest.mark.parametrize(
