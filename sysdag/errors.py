@@ -44,6 +44,10 @@ class SerializationError(SysdagError, ValueError):
     """A saved system cannot be written or read back; the message names the node or file."""
 
 
+class DeclarationNeeded(SerializationError):
+    """A saved component cannot be built from its folder alone; loading takes the one that its node's module declares."""
+
+
 class JudgeError(SysdagError, RuntimeError):
     """A judge cannot be used, failed, or gave no usable answer; the message names it and the run."""
 

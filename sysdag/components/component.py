@@ -7,6 +7,7 @@ business, so a component knows neither the graph nor the objective.
 from __future__ import annotations
 
 import contextlib
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from sysdag.errors import PlanError, shown
+from sysdag.errors import DeclarationNeeded, PlanError, shown
 from sysdag.graph.variables import LikelihoodKind
 from sysdag.traces.cells import Draw
 
@@ -245,9 +246,42 @@ class Component(ABC):
         """Writes the weights in their own library's format; returns the JSON-ready options to build it again."""
 
     @classmethod
-    @abstractmethod
     def from_pretrained(cls, folder: Path, options: Mapping[str, Any]) -> Self:
-        """A component from what `save_pretrained` wrote and returned."""
+        """A component from what `save_pretrained` wrote and returned.
+
+        Raises:
+            DeclarationNeeded: where the folder is not enough, as for a module of the user's own; a system that is
+                loaded then takes the component that the node has in its own module, `refilled`.
+        """
+        raise DeclarationNeeded(f"{cls.__name__} has no `from_pretrained` that builds it from its folder.")
+
+    def refilled(self, folder: Path, options: Mapping[str, Any]) -> Self:
+        """A copy of this component, which its user declares, with what `save_pretrained` wrote.
+
+        Args:
+            options: what that returned.
+
+        Raises:
+            SerializationError: if this is another component than the saved one.
+        """
+        made = copy.deepcopy(self)
+        if made.module is not None:
+            made.load_weights(folder)
+        return made
+
+    def fresh(self) -> Component:
+        """This component as it was before its weights were loaded and trained; itself where it has none.
+
+        Raises:
+            PlanError: if its weights were given as an object, which has been trained in place.
+        """
+        if self.module is None:
+            return self
+        raise PlanError(
+            f"{self!r} has weights that it was given as an object, or its class does not know where they are from "
+            f"(`fresh(self)` of {type(self).__name__}), so there are no untrained ones to go back to. Build it again "
+            "and use system.with_components."
+        )
 
     def connect(self, components: Mapping[str, Component]) -> None:
         """Finds what it was saved to share with others among the components of the loaded system, by their keys."""

@@ -101,7 +101,20 @@ class System:
         """This system's functions with the components that `save_pretrained` wrote to `folder`."""
         from sysdag.saving.serialization import read_system
 
-        return read_system(folder, functions={n.base_name: n.function for n in self.nodes})
+        return read_system(folder, {n.base_name: n.function for n in self.nodes}, given=self)
+
+    def fresh(self) -> System:
+        """This system as it was before it was loaded and trained: models are read again from their names and folders.
+
+        Adapters are new, too. Training changes components in place, so a second training goes on from the first one's
+        weights, in whichever system they stand.
+
+        Raises:
+            PlanError: naming the node whose model was given as an object.
+        """
+        from sysdag.saving.fresh import fresh_system
+
+        return fresh_system(self)
 
     def __repr__(self) -> str:
         arrows = ", ".join(f"{e.parent}{'.each()' if e.each else ''} >> {e.child}" for e in self.edges)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sysdag.errors import SerializationError
+from sysdag.errors import DeclarationNeeded, SerializationError
 from sysdag.graph.import_path import function_path, import_object
 from sysdag.saving.schema import COMPONENT_FIELDS, check_row
 
@@ -62,11 +63,41 @@ def write_component(component: Component, folder: Path, key: str) -> dict[str, A
     return {"folder": None, "options": options}
 
 
-def read_component(row: Any, folder: Path, key: str) -> Component:
-    """The component that a row of `system.json` in `folder` describes."""
+def read_component(
+    row: Any, folder: Path, key: str, declared: Callable[[], Component | None] = lambda: None
+) -> Component:
+    """The component that a row of `system.json` in `folder` describes.
+
+    Args:
+        declared: what the user's code has in its place, for a class that cannot be built from its folder alone.
+    """
     check_row(row, COMPONENT_FIELDS, f"components[{key!r}]")
     if Path(key).name != key or row["folder"] not in (None, key):
         raise SerializationError(f"components[{key!r}] must be in a folder of that name, got {row['folder']!r}.")
     if row["folder"] is not None and not (folder / key).is_dir():
         raise SerializationError(f"The folder {folder / key} of the component {key!r} is missing.")
-    return _find_class(row["class"], key).from_pretrained(folder / key, row["options"])
+    kind, own_errors = _find_class(row["class"], key), (DeclarationNeeded, NotImplementedError)
+    if ":" in row["class"]:
+        own_errors = (*own_errors, TypeError)  # of a subclass whose constructor takes other arguments
+    try:
+        return kind.from_pretrained(folder / key, row["options"])
+    except own_errors as error:
+        found = declared()
+        if found is None:
+            raise SerializationError(
+                f"Component {key!r}: {error} Its node's module declares no {kind.__name__} in its place: give it to the "
+                f"node there, @node({kind.__name__}(...)), or build the system and call system.load(folder)."
+            ) from error
+        return _refilled(found, folder / key, row["options"], key)
+
+
+def _refilled(declared: Component, folder: Path, options: Any, key: str) -> Component:
+    try:
+        return declared.refilled(folder, options)
+    except SerializationError as error:
+        raise SerializationError(f"Component {key!r}: {error}") from error
+    except Exception as error:  # whatever reads the weights raises
+        raise SerializationError(
+            f"Component {key!r}: the {declared!r} that its node has cannot take the saved weights "
+            f"({type(error).__name__}: {error})."
+        ) from error

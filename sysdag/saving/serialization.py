@@ -10,6 +10,7 @@ import json
 import shutil
 import warnings
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from sysdag.graph.source import import_node_function, source_hash
 from sysdag.graph.system import System
 from sysdag.graph.variables import Edge, Input, Node
 from sysdag.saving.component_folder import class_name, read_component, write_component
+from sysdag.saving.declared import declared_component
 from sysdag.saving.schema import FIELDS, FORMAT_VERSION, VALUE_TYPES, check_data, read_json, section_of, value_type
 
 FILE_NAME = "system.json"
@@ -127,6 +129,7 @@ def save_system(system: System, folder: str | Path) -> None:
             )
     classes = {key: class_name(type(component), key) for key, component in components.items()}
     _check_names(components, folder)
+    _warn_of_main(system)
     data = system_to_dict(system)
     advice = "What the folder held before is as it was. Free some space, or save elsewhere."
     with (
@@ -147,6 +150,7 @@ def read_system(
     folder: str | Path,
     functions: Mapping[str, Callable[..., Any]] | None = None,
     *,
+    given: System | None = None,
     revision: str | None = None,
     token: str | None = None,
 ) -> System:
@@ -155,6 +159,7 @@ def read_system(
     Args:
         folder: the folder; where there is none, a repository `org/name` on the Hub.
         functions: node functions by `base_name`, in place of importing them; see `system_from_dict`.
+        given: the system at hand; see `sysdag.saving.declared`.
         revision, token: of a repository on the Hub; see `sysdag.files.hub.local_folder`.
 
     Raises:
@@ -168,7 +173,10 @@ def read_system(
         check_data(data)
         rows = section_of(data, "components", dict)
         components = {
-            key: read_component(row, current(folder, key, FILE_NAME).parent, key) for key, row in rows.items()
+            key: read_component(
+                row, current(folder, key, FILE_NAME).parent, key, partial(declared_component, data, key, given)
+            )
+            for key, row in rows.items()
         }
         for component in components.values():
             component.connect(components)
@@ -255,6 +263,17 @@ def _check_names(components: Mapping[str, Any], folder: Path) -> None:
                 f"Node {key!r}: {folder / key} exists and belongs to no system saved in {folder}; saving would replace "
                 "it. Rename the node, move what is there, or save to another folder."
             )
+
+
+def _warn_of_main(system: System) -> None:
+    names = [n.name for n in system.nodes if (function_path(n.function) or "").startswith("__main__:")]
+    if names:
+        warnings.warn(
+            f"The functions of the nodes {names} stand in the script or notebook that runs (__main__), so "
+            "System.from_pretrained will not find them. Define the nodes in a module that the script imports, or build "
+            "the system again and call system.load(folder).",
+            stacklevel=4,
+        )
 
 
 def _bytes_of(component: Any) -> int:

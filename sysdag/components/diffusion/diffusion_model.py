@@ -381,6 +381,13 @@ class Diffusion(Component):
         encoder = pipeline.parts["text_encoder"].named_parameters() if self.train_text_encoder else ()
         return {f"denoiser.{name}": p for name, p in found.items()} | {f"text_encoder.{name}": p for name, p in encoder}
 
+    def fresh(self) -> Component:
+        if isinstance(self._source, nn.Module) or (self.train_text_encoder and "text_encoder" in self._given):
+            return super().fresh()
+        made = copy.copy(self)
+        made._pipeline = made._process = None
+        return made
+
     def save_pretrained(self, folder: Path) -> Mapping[str, Any]:
         """Writes each part to the subfolder that its own library loads, and an adapter to `adapter/`.
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from sysdag.components.component import named_source
 from sysdag.components.discrete.values import Discrete
-from sysdag.errors import DataError, PlanError, SerializationError
+from sysdag.errors import DataError, DeclarationNeeded, PlanError, SerializationError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -161,9 +161,21 @@ class Categorical(Discrete):
         frozen._module = copy.deepcopy(self.module).requires_grad_(False).eval()
         return frozen
 
+    def fresh(self) -> Categorical:
+        if isinstance(self._source, nn.Module):
+            super().fresh()
+        made = copy.copy(self)
+        made._module = None
+        return made
+
+    @property
+    def _is_of_transformers(self) -> bool:
+        """Whether transformers' auto classes build the classifier again from its folder."""
+        return type(self.module).__module__.startswith("transformers.") and hasattr(self.module, "save_pretrained")
+
     def save_pretrained(self, folder: Path) -> Mapping[str, Any]:
         options = {"options": list(self.values), "max_length": self.max_length}
-        if hasattr(self.module, "save_pretrained"):
+        if self._is_of_transformers:
             self.module.save_pretrained(folder)
             if self.tokenizer is not None:
                 self.tokenizer.save_pretrained(folder)
@@ -178,7 +190,7 @@ class Categorical(Discrete):
         if "features" not in options:
             return cls(options["options"], folder, max_length=options["max_length"])
         if options["features"] is None:
-            raise SerializationError(
+            raise DeclarationNeeded(
                 f"{folder}: the classifier is a module of your own, which sysdag cannot build. Build the component and "
                 "call its load_weights with this folder."
             )
@@ -186,8 +198,19 @@ class Categorical(Discrete):
         made.load_weights(folder)
         return made
 
+    def refilled(self, folder: Path, options: Mapping[str, Any]) -> Self:
+        if list(self.values) != options["options"]:
+            raise SerializationError(
+                f"{self!r} has other options than the one that was saved, {options['options']}; their order counts, too."
+            )
+        made = copy.copy(self)
+        made._module = copy.deepcopy(self.module)
+        made.max_length = options["max_length"]
+        made.load_weights(folder)
+        return made
+
     def load_weights(self, folder: Path) -> None:
-        if hasattr(self.module, "save_pretrained"):
+        if self._is_of_transformers:
             saved = type(self.module).from_pretrained(folder, dtype=self.module.dtype)
             self.module.load_state_dict(saved.state_dict())
             return

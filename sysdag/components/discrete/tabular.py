@@ -43,8 +43,9 @@ class Tabular(Discrete):
                 raise PlanError(f"Tabular row {key!r}: probabilities must be >= 0 and sum to 1, got sum {total}.")
         probabilities = [[row.get(value, 0.0) for value in self.values] for row in table.values()]
         table_logits = torch.tensor(probabilities, dtype=torch.float64).log().to(dtype)
-        self._module = nn.ParameterDict({"logits": nn.Parameter(table_logits)})
+        self._module = nn.ParameterDict({"logits": nn.Parameter(table_logits.clone())})
         self._row = {key: row for row, key in enumerate(self.keys)}
+        self._start = table_logits
 
     def __repr__(self) -> str:
         return f"Tabular({len(self.keys)} keys, {len(self.values)} values)"
@@ -64,6 +65,11 @@ class Tabular(Discrete):
         frozen._module = copy.deepcopy(self._module).requires_grad_(False)
         return frozen
 
+    def fresh(self) -> Tabular:
+        made = copy.copy(self)
+        made._module = nn.ParameterDict({"logits": nn.Parameter(self._start.clone())})
+        return made
+
     def save_pretrained(self, folder: Path) -> Mapping[str, Any]:
         from safetensors.torch import save_file
 
@@ -81,6 +87,7 @@ class Tabular(Discrete):
         keys, values = ([decode_value(name) for name in names[kind]] for kind in ("keys", "values"))
         made = cls({key: {value: 1 / len(values) for value in values} for key in keys})
         made.load_weights(folder)
+        made._start = made._module["logits"].detach().clone()
         return made
 
     def load_weights(self, folder: Path) -> None:

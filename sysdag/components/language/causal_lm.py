@@ -408,6 +408,13 @@ class CausalLM(Component):
         view.lm = self.lm.reference()
         return view
 
+    def fresh(self) -> Component:
+        if not self.lm.is_named:
+            return super().fresh()
+        made = copy.copy(self)
+        made.lm, made._scorer = self.lm.fresh(), None
+        return made
+
     def save_pretrained(self, folder: Path) -> Mapping[str, Any]:
         """Writes tokenizer and model; or the adapter in peft's layout and beside it, in `base/`, a base without a name.
 

@@ -195,6 +195,18 @@ class PretrainedLM:
             view._model, view.adapter = adapter.freeze_copy(model, self.adapter)
         return view
 
+    @property
+    def is_named(self) -> bool:
+        """Whether the model is read from a name or folder, and not an object that was given."""
+        return isinstance(self._source, (str, Path))
+
+    def fresh(self) -> Self:
+        """The same model and adapter, not loaded yet; `share_base` tells of a base that another one loads."""
+        view = copy.copy(self)
+        view._model = view._config = view._base_owner = None
+        view.adapter, view.adapter_off = None, False
+        return view
+
     def save(self, folder: Path) -> dict[str, Any]:
         """Writes the model, or the adapter in peft's layout and beside it, in `base/`, a base that has no name.
 
