@@ -10,7 +10,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from sysdag.cli import app
-from sysdag.components import Opaque
+from sysdag.components import Opaque, Tabular
 from sysdag.errors import DataError, JudgeError
 from sysdag.evaluation import statistics
 from sysdag.evaluation.evaluation_runs import chosen_runs, held_out
@@ -42,6 +42,15 @@ def writer(right):
     return System(question >> draft, (question & draft) >> answer)
 
 strong, weak = writer(0.8), writer(0.4)
+half = weak.with_components({"draft": strong["draft"].component})
+same = strong
+
+class Other(Tabular):  # another component around the same weights
+    def __init__(self, of):
+        super().__init__({"any": {"right": 0.5, "wrong": 0.5}})
+        self._module = of.module
+
+shadow = weak.with_components({"draft": Other(strong["draft"].component)})
 
 @node(Opaque(str.upper))
 def reply(question):
@@ -86,6 +95,11 @@ def files(tmp_path, monkeypatch):
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "inputs.jsonl").write_text("".join(json.dumps({"prompt": q}) + "\n" for q in QUESTIONS))
     return tmp_path
+
+
+@node(Tabular({"any": {"right": 0.5, "wrong": 0.5}}), name="answer")
+def judged(question):
+    return "any"
 
 
 def call(*arguments, code=0):
@@ -402,6 +416,14 @@ WRONG = [
     (["evaluated_systems.py:none", "inputs.jsonl", "--against", WEAK, "--by", f"{BY}:right"], 1, "has no 'none'"),
     ([STRONG, "inputs.jsonl", "--against", "evaluated_systems.py:other_output", "--by", f"{BY}:right"], 1,
      "other_output has no node 'answer', which is judged"),
+    ([STRONG, "inputs.jsonl", "--against", STRONG, "--by", f"{BY}:right"], 1, "are one and the same system"),
+    ([STRONG, "inputs.jsonl", "--against", "evaluated_systems.py:same", "--by", f"{BY}:right"], 1,
+     "are one and the same system"),
+    ([STRONG, "inputs.jsonl", "--against", "evaluated_systems.py:half", "--by", f"{BY}:right"], 1,
+     "share the weights of node 'draft'"),
+    ([STRONG, "inputs.jsonl", "--against", "evaluated_systems.py:shadow", "--by", f"{BY}:right"], 1,
+     "share the weights of node 'draft'"),
+    (["saved", "inputs.jsonl", "--against", "./saved", "--by", f"{BY}:right"], 1, "are one and the same system"),
     ([STRONG, "inputs.jsonl", "--against", "evaluated_systems.py:other_input", "--by", f"{BY}:right"], 1,
      "both have to run on the same inputs"),
     ([STRONG, "inputs.jsonl", "--against", "chosen", "--by", f"{BY}:right"], 1,
@@ -416,6 +438,7 @@ WRONG = [
 def test_mistakes_end_in_a_message(files, arguments, code, message):
     traces([1, 2], ["a", "b"]).save("a.jsonl")
     Trace({"q": ["a"]}, {"reply": [Draw("x")]}, {"score": [1]}).save("replies.jsonl")
+    System(Input("question") >> judged).save_pretrained(files / "saved")
     (files / "topics.jsonl").write_text('{"topic": "tea"}\n')
     options = [] if code == 2 or "--output" in arguments else ["--output", "eval.json"]
     text = call(*arguments, *options, code=code)

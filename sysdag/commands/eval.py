@@ -15,7 +15,10 @@ from sysdag.commands.given import refuse
 from sysdag.errors import DataError, JudgeError, SysdagError
 
 if TYPE_CHECKING:
+    from sysdag.components.component import Component
     from sysdag.evaluation.measures import Matched
+    from sysdag.graph.plan import Plan
+    from sysdag.graph.variables import Node
 
 SEED_OF_THE_OTHER = 2**32  # more than that of the first: with equal ones the runs would not be independent
 _OF_SAMPLING = ("against", "runs", "batch_size", "device", "limit", "split", "rename", "shape", "keep_traces")
@@ -156,6 +159,45 @@ def _from_traces(paths: tuple[Path, Path], nodes: list[str] | None) -> tuple[Mat
     return match(first, second), outputs
 
 
+def _refuse_shared(first: str, second: str, plan: Plan, other: Plan) -> None:
+    """Refuses two systems that are one, or that have weights in common: they would not be compared with each other."""
+    folders = [Path(spec).resolve() for spec in (first, second)]
+    if plan.system is other.system or (folders[0] == folders[1] and folders[0].is_dir()):
+        raise DataError(
+            f"{first} and --against {second} are one and the same system, so whichever wins does so by chance. Name "
+            "another one, as the folder it was saved to before training."
+        )
+    if any(folder.is_dir() for folder in folders):
+        return  # what is read from a folder is nobody else's
+    theirs = [(n.name, n.component) for n in other.system.nodes if n.is_random and _has_weights(n.component)]
+    for n in plan.system.nodes:
+        if n.is_random and _has_weights(n.component) and any(_share(n, *each) for each in theirs):
+            raise DataError(
+                f"{first} and --against {second} share the weights of node {n.name!r}, {n.component!r}: what trained "
+                "one has trained the other. Give each a component of its own (system.with_components), or name the "
+                "folders that they were saved to."
+            )
+
+
+def _share(node: Node, name: str, component: Component) -> bool:
+    """Whether two components are one, or train the same tensors of one model."""
+    if node.component is component:
+        return True
+    from sysdag.execution.batches import load
+
+    load(node.name, node.component, None)
+    load(name, component, None)
+    own = {id(parameter) for parameter in node.component.own_parameters().values()}
+    return any(id(parameter) in own for parameter in component.own_parameters().values())
+
+
+def _has_weights(component: Component) -> bool:
+    """Whether it may have some; nothing is loaded for the answer."""
+    from sysdag.components.component import Component
+
+    return type(component).module is not Component.module
+
+
 def _sampled(
     system: str,
     data: str,
@@ -176,6 +218,8 @@ def _sampled(
 
     plan = load_system(system).compile()
     other = None if against == "chosen" else load_system(against).compile()
+    if other is not None:
+        _refuse_shared(system, against, plan, other)
     outputs = tuple(nodes or plan.system.outputs)
     for spec, each in ((system, plan), (against, other)):
         if each is not None and (missing := [name for name in outputs if name not in each.order]):

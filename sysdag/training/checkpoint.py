@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
+import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -16,7 +17,7 @@ from accelerate.utils import save_fsdp_optimizer
 from torch import nn
 from transformers import Trainer
 from transformers.trainer import SCHEDULER_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, get_last_checkpoint, rotate_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, rotate_checkpoints
 
 from sysdag.engine.distributed import gathered, wait_for_everyone
 from sysdag.engine.finite import check_gradients, gradient_norms
@@ -27,7 +28,17 @@ from sysdag.files import atomic
 from sysdag.graph.system import System
 from sysdag.saving.model_card import write_card
 from sysdag.saving.serialization import check_same_system, copy_system
-from sysdag.training.resume import check_state, data_facts, model_facts, read_state, restore_state, write_state
+from sysdag.training.resume import (
+    check_state,
+    checkpoint_to_resume,
+    checkpoints_in,
+    data_facts,
+    model_facts,
+    read_state,
+    restore_state,
+    run_of,
+    write_state,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +55,7 @@ class CheckpointTrainer(Trainer):
     dataset_names: Sequence[str] = ()  # for the model card
     _staging: Path | None = None
     _run: dict[str, Any] | None = None
+    _run_id: str = ""  # of this training, and of the one it goes on from
     _gradient_norms: torch.Tensor | None = None
 
     @property
@@ -62,8 +74,11 @@ class CheckpointTrainer(Trainer):
         wait_for_everyone(self.accelerator)
         if self._run is None:  # while the references are what training starts from
             self._run = model_facts(self._system_model)
+        if resume_from_checkpoint:
+            resume_from_checkpoint = str(checkpoint_to_resume(Path(self.args.output_dir), resume_from_checkpoint))
+        self._run_id = uuid.uuid4().hex
         try:
-            return super().train(resume_from_checkpoint, *args, **kwargs)
+            return super().train(resume_from_checkpoint or None, *args, **kwargs)
         except (RuntimeError, MemoryError, OSError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -88,19 +103,21 @@ class CheckpointTrainer(Trainer):
         return {**self._run, **order}
 
     def _last_checkpoint(self) -> str:
-        folder = Path(self.args.output_dir)
-        last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
-        return "There is no checkpoint yet." if last is None else f"{last} is complete: resume from there."
+        last = self._own_checkpoints()
+        return f"{last[-1]} is complete: resume from there." if last else "There is no checkpoint yet."
+
+    def _own_checkpoints(self) -> list[Path]:
+        return [path for path in checkpoints_in(Path(self.args.output_dir)) if run_of(path) == self._run_id]
 
     def how_to_resume(self) -> str:
         """Where training can go on, in words, for a user who stopped it."""
-        folder = Path(self.args.output_dir)
-        last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
-        if last is None:
+        last = self._own_checkpoints()
+        if not last:
             return (
-                f"There is no checkpoint in {folder} yet; save_steps={self.args.save_steps} says how often one is made."
+                f"There is no checkpoint in {self.args.output_dir} yet; save_steps={self.args.save_steps} says how "
+                "often one is made."
             )
-        return f"{last} is complete; the same command with --resume_from_checkpoint {last} goes on from there."
+        return f"{last[-1]} is complete; the same command with --resume_from_checkpoint {last[-1]} goes on from there."
 
     def _state_file(self, folder: Path) -> Path:
         number = f"_{self.args.process_index}" if self.args.world_size > 1 else ""
@@ -171,10 +188,10 @@ class CheckpointTrainer(Trainer):
             if self.args.should_save:
                 self.state.save_to_json(str(folder / "trainer_state.json"))
         if not self.args.should_save:
-            write_state(self._state_file(folder), self._system_model, self._facts(), None)
+            write_state(self._state_file(folder), self._system_model, self._facts(), None, self._run_id)
         wait_for_everyone(self.accelerator)
         if self.args.should_save:
-            write_state(self._state_file(folder), self._system_model, self._facts(), folder)
+            write_state(self._state_file(folder), self._system_model, self._facts(), folder, self._run_id)
 
     @contextlib.contextmanager
     def _staged(self, folder: Path) -> Iterator[None]:
@@ -251,6 +268,7 @@ class CheckpointTrainer(Trainer):
     def _resume(self, folder: Path) -> None:
         """Checks a checkpoint before anything is loaded from it; engine and candidates then go on from there."""
         check_same_system(self.system, folder)
+        self._run_id = run_of(folder) or self._run_id
         file = self._state_file(folder)
         state = read_state(file)
         if self.args.check_resume:

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from sysdag.data.validation import validate_rows
 from sysdag.engine.step import SystemModel
 from sysdag.errors import OptionError
-from sysdag.execution.batches import load
 from sysdag.files.run_files import LOG_FILE, RUN_FILE, TRACE_FOLDER
 from sysdag.graph.plan import Plan
 from sysdag.objectives.strategies import strategy_options
 from sysdag.saving.loading import load_system
 from sysdag.traces.readers import read_all
+from sysdag.training.resume import checkpoint_to_resume, checkpoints_in
 from sysdag.training.train_options import TrainJob
 from sysdag.training.trainer import SysDPOTrainer
 
@@ -58,10 +58,15 @@ def train(job: TrainJob, say: Callable[[str], None] = print) -> SysDPOTrainer | 
         return None
     if args.disable_tqdm is None or not sys.stderr.isatty():
         args.disable_tqdm = True
-    if (Path(args.output_dir or "trainer_output") / RUN_FILE).is_file() and not args.resume_from_checkpoint:
-        told(f"{args.output_dir} holds an earlier training: its record and its system will be replaced.")
-    for names in plan.components:
-        load(names[0], plan.system[names[0]].component, None)
+    folder, resumed = Path(args.output_dir or "trainer_output"), _resumed(args.resume_from_checkpoint)
+    if resumed is not None:
+        resumed = str(checkpoint_to_resume(folder, resumed))
+    elif (folder / RUN_FILE).is_file():
+        left = ", ".join(path.name for path in checkpoints_in(folder))
+        told(
+            f"{args.output_dir} holds an earlier training: its record and its system will be replaced."
+            f"{f' Its checkpoints stay ({left}); training does not go on from them.' if left else ''}"
+        )
     try:
         trainer = SysDPOTrainer(
             system, args, candidates=job.candidates, train_dataset=train_rows, eval_dataset=eval_rows
@@ -72,17 +77,21 @@ def train(job: TrainJob, say: Callable[[str], None] = print) -> SysDPOTrainer | 
         raise OptionError(f"report_to: {error}") from error
     trainer.dataset_names = (job.dataset,)
     model: Any = trainer.model
-    told(f"{_outlined(job)}\n{_trained(model)}")
-    resumed = args.resume_from_checkpoint
+    told(f"{_outlined(job)}\n{_trained(model, trainer.learning_rates)}")
     try:
-        trainer.train(resume_from_checkpoint=_RESUMED.get(str(resumed).lower(), resumed))
+        trainer.train(resume_from_checkpoint=resumed)
     except KeyboardInterrupt as error:
         raise Interrupted(trainer.how_to_resume()) from error
     if eval_rows is not None and not _is_evaluated(trainer):
         trainer.evaluate()
     trainer.save_model()
-    told(_places(Path(args.output_dir or "trainer_output")))
+    told(_places(folder))
     return trainer
+
+
+def _resumed(option: str | None) -> str | bool | None:
+    """What `--resume_from_checkpoint` means: a folder, True for the last checkpoint, None for a new training."""
+    return _RESUMED.get(str(option).lower(), option)
 
 
 def _check_processes(count: int) -> None:
@@ -116,9 +125,10 @@ def _rows(job: TrainJob, plan: Plan, source: str, split: str, told: Callable[[st
 def _outlined(job: TrainJob) -> str:
     args = job.args
     candidates = "" if job.candidates is None else f", candidates {_options(strategy_options(job.candidates))}"
+    rate = "of each model by what trains" if args.learning_rate is None else f"{args.learning_rate:g}"
     return (
         f"Objective {args.objective}, loss {'+'.join(args.loss_type)}, beta {args.beta:g}{candidates}; learning rate "
-        f"{args.learning_rate:g}, {args.train_batch_size} pairs a step and process"
+        f"{rate}, {args.train_batch_size} pairs a step and process"
         f"{f', over {args.gradient_accumulation_steps} such steps' if args.gradient_accumulation_steps > 1 else ''}; "
         f"output to {args.output_dir}"
     )
@@ -130,7 +140,7 @@ def _options(options: dict[str, Any]) -> str:
     return f"{name}({', '.join(given)})" if others else str(name)
 
 
-def _trained(model: SystemModel) -> str:
+def _trained(model: SystemModel, rates: Mapping[str, float]) -> str:
     """A line for each component: what of it trains."""
     lines = []
     for key, component in model.components.items():
@@ -138,8 +148,7 @@ def _trained(model: SystemModel) -> str:
         count = sum(p.numel() for p in parameters if p.requires_grad)
         of = sum(p.numel() for p in component.module.parameters()) if component.module is not None else 0
         what = f"trains {count:,} of {of:,} parameters" if key in model.references else "is frozen"
-        rate = model.learning_rate(key) if key in model.references else None
-        lines.append(f"{key}: {component!r} {what}{'' if rate is None else f', learning rate {rate:g}'}")
+        lines.append(f"{key}: {component!r} {what}{f', learning rate {rates[key]:g}' if key in rates else ''}")
     return "\n".join(lines) + "\n"
 
 

@@ -17,10 +17,13 @@ from typing import Any
 import numpy
 import torch
 from torch import nn
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from sysdag.data.preferences import PreferencePair
 from sysdag.engine.step import SystemModel
 from sysdag.errors import SerializationError
+from sysdag.files.run_files import read_run
 from sysdag.traces.cells import Draw
 
 _SAMPLED = 64  # numbers of each of a reference's tensors that its hash is made of
@@ -110,18 +113,67 @@ def _feed(digest: Any, value: Any) -> None:
         _feed(digest, text.encode("utf-8", "surrogatepass"))
 
 
-def write_state(file: Path, model: SystemModel, run: Mapping[str, Any], folder: Path | None) -> None:
+def checkpoint_to_resume(output_dir: Path, wanted: str | bool) -> Path:
+    """The checkpoint that a training goes on from.
+
+    Args:
+        output_dir: of the training.
+        wanted: a checkpoint's folder; or True for the last one of the training that `output_dir` records. Those that an
+            earlier training left there are no part of it.
+
+    Raises:
+        SerializationError: if there is none.
+    """
+    here = checkpoints_in(output_dir)
+    if wanted is not True:
+        if (Path(wanted) / TRAINER_STATE_NAME).is_file():
+            return Path(wanted)
+        known = f"{output_dir} has {[path.name for path in here]}" if here else f"{output_dir} has none either"
+        raise SerializationError(f"resume_from_checkpoint: {wanted} is no checkpoint of a training; {known}.")
+    run_id = read_run(output_dir).get("id")
+    own = [path for path in here if run_id is None or run_of(path) == run_id]
+    if own:
+        return own[-1]
+    others = f" {[path.name for path in here]} are of an earlier one; name one to go on from it." if here else ""
+    raise SerializationError(
+        f"resume_from_checkpoint: {output_dir} has no checkpoint of its training yet.{others} Leave the option out to "
+        "start from the beginning; save_steps says how often a checkpoint is made."
+    )
+
+
+def checkpoints_in(output_dir: Path) -> list[Path]:
+    """The checkpoints in a folder, by their steps."""
+    found = {}
+    for path in output_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+        number = path.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")
+        if number.isdecimal() and path.is_dir():
+            found[int(number)] = path
+    return [found[number] for number in sorted(found)]
+
+
+def run_of(checkpoint: Path) -> str | None:
+    """The id of the training that made a checkpoint; None where it does not say."""
+    for file in sorted(checkpoint.glob("sysdag_state*.json")):
+        state = read_state(file)
+        if state is not None and state.get("run_id") is not None:
+            return state["run_id"]
+    return None
+
+
+def write_state(file: Path, model: SystemModel, run: Mapping[str, Any], folder: Path | None, run_id: str) -> None:
     """Writes a process's state.
 
     Args:
         file: `sysdag_state.json`, or with the process's number; candidates go beside it.
         run: `model_facts`, `data_facts` and what else must not differ.
         folder: the checkpoint, for the process that lists its files; None for the others.
+        run_id: of the training.
     """
     kept = None if model.candidates is None else model.candidates.save(_candidates_file(file))
     listed = [] if folder is None else sorted(path for path in folder.rglob("*") if path.is_file())
     state = {
         "format_version": 1,
+        "run_id": run_id,
         "run": dict(run),
         "engine": model.engine_state(),
         "candidates": kept,

@@ -12,7 +12,7 @@ import logging
 import math
 import random
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -41,10 +41,11 @@ class RunRecord(TrainerCallback):
     Args:
         model: what is trained.
         datasets: `train_dataset` and `eval_dataset` as pairs (or a dict of such, or None).
+        run_id: gives the id of the training, which its checkpoints have, too.
     """
 
-    def __init__(self, model: SystemModel, datasets: Mapping[str, Any]) -> None:
-        self._model, self._datasets = model, datasets
+    def __init__(self, model: SystemModel, datasets: Mapping[str, Any], run_id: Callable[[], str]) -> None:
+        self._model, self._datasets, self._run_id = model, datasets, run_id
         self._folder = Path()
         self._run: dict[str, Any] | None = None
         self._early: list[dict[str, Any]] = []
@@ -102,6 +103,7 @@ class RunRecord(TrainerCallback):
         now = _now()
         run = {
             "format_version": run_files.FORMAT_VERSION,
+            "id": self._run_id(),
             "started": now,
             "finished": None,
             "status": "running",

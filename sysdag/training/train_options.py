@@ -23,7 +23,7 @@ from sysdag.objectives.candidates import CandidateStrategy, DiverseBeamSearch
 from sysdag.objectives.strategies import STRATEGIES, strategy_from
 from sysdag.traces.reshaping import rename_from
 from sysdag.traces.shapes import SHAPES
-from sysdag.training.config import SysDPOConfig
+from sysdag.training.config import ELSEWHERE, SysDPOConfig
 
 _FIELDS = tuple(field.name for field in fields(SysDPOConfig) if field.init)
 _INHERITED = {field.name for field in fields(TrainingArguments)}
@@ -99,6 +99,8 @@ class TrainParser(HfArgumentParser):
         self._of_sysdpo = self.add_argument_group("SysDPO (sysdag.SysDPOConfig)")
         self._of_trainer = self.add_argument_group("training (transformers.TrainingArguments)")
         self._add_dataclass_arguments(SysDPOConfig)  # type: ignore[arg-type]
+        resume = next(action for action in self._actions if action.dest == "resume_from_checkpoint")
+        resume.nargs, resume.const = "?", "last"
 
     def _parse_dataclass_field(self, parser: Any, field: Field) -> None:  # type: ignore[override]
         group = self._of_trainer if field.name in _INHERITED else self._of_sysdpo
@@ -120,7 +122,7 @@ class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
         name = next((each for each in action.option_strings if each.startswith("--")), action.option_strings[0])
         if action.nargs == 0:
             return name
-        kind = "BOOL" if action.nargs == "?" else getattr(action.type, "__name__", "text").upper()
+        kind = "BOOL" if action.const is True else getattr(action.type, "__name__", "text").upper()
         return f"{name} {self._format_args(action, 'TEXT' if kind in ('STR', '<LAMBDA>') else kind)}"
 
 
@@ -176,7 +178,7 @@ def _check(args: SysDPOConfig, eval_dataset: str | None) -> None:
             raise OptionError(f"{name} must be 1 or more, got {getattr(args, name)}.")
     if args.max_steps <= 0 and args.num_train_epochs <= 0:
         raise OptionError(f"num_train_epochs must be above 0 where max_steps is not, got {args.num_train_epochs}.")
-    if args.learning_rate < 0:
+    if args.learning_rate is not None and args.learning_rate < 0:
         raise OptionError(f"learning_rate must be 0 or more, got {args.learning_rate}.")
     if args.eval_strategy != "no" and eval_dataset is None:
         raise OptionError(
@@ -197,7 +199,8 @@ def _parsed(
 def _apply(parser: TrainParser, setting: Setting, namespace: argparse.Namespace) -> None:
     """Puts a setting of the file into the namespace, checked like a flag."""
     if setting.key not in (*_OWN, *_FIELDS):
-        raise setting.error(f"no such option{_nearest(setting.key, (*_OWN, *_FIELDS))}")
+        elsewhere = f": {ELSEWHERE[setting.key]}." if setting.key in ELSEWHERE else None
+        raise setting.error(f"no such option{elsewhere or _nearest(setting.key, (*_OWN, *_FIELDS))}")
     if setting.key in (*_POSITIONAL, *_STRUCTURED):
         if setting.key in _POSITIONAL and not isinstance(setting.value, str):
             raise setting.error(f"expected a text, got {setting.value!r}.")
@@ -262,6 +265,8 @@ def _unexpected(argument: str) -> str:
     if not argument.startswith("-"):
         return f"unexpected argument {argument!r}; SYSTEM and DATA are the only ones without a flag."
     name = argument.partition("=")[0].lstrip("-").replace("-", "_")
+    if name in ELSEWHERE:
+        return f"no such option: {argument.partition('=')[0]}: {ELSEWHERE[name]}."
     known = (*_OWN[2:], "config", "dry_run", "help", *_FIELDS)
     return f"no such option: {argument.partition('=')[0]}{_nearest(name, known, '--')}"
 

@@ -101,7 +101,7 @@ class SysDPOTrainer(CheckpointTrainer):
         datasets = {"train_dataset": self._encode(train_dataset), "eval_dataset": self._encode(eval_dataset)}
         output_dir = args.output_dir or "trainer_output"
         self._references = ReferenceKeeper(system_model, args.reference_options(), datasets, output_dir)
-        self._record = RunRecord(system_model, datasets)
+        self._record = RunRecord(system_model, datasets, lambda: self._run_id)
         if args.torch_compile:
             # Trainer would compile the module that holds the system, whose forward is mostly Python.
             options = {"backend": args.torch_compile_backend or "inductor", "mode": args.torch_compile_mode}
