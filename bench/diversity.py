@@ -24,7 +24,7 @@ import torch
 from bench import measure
 from sysdag import DiverseBeamSearch, Input, MonteCarlo, System, node
 from sysdag.components import CausalLM
-from sysdag.execution import fill
+from sysdag.execution import log_probs
 from sysdag.graph import Plan
 from sysdag.objectives import CandidateStrategy, distinct_ngrams, effective_sample_size, responsibilities
 
@@ -32,10 +32,9 @@ PROMPTS = (
     "Name three uses for an old bicycle tyre.",
     "Why is the sky blue?",
     "Suggest a name for a bakery and say why it fits.",
-    "What should I pack for a day in the mountains?",
 )
 NUM_CANDIDATES = 4
-SEARCHES = [(1, 0.5), (1, 1.0), (1, 20.0), (2, 0.5), (2, 1.0), (2, 2.0), (2, 20.0), (3, 1.0)]  # n-grams, penalty
+SEARCHES = [(1, 20.0), (2, 1.0), (1, 1.0), (3, 1.0), (1, 0.5), (2, 20.0), (2, 0.5)]  # size of n-grams, penalty
 
 
 def draft_and_answer(model: str, max_new_tokens: int) -> System:
@@ -75,14 +74,13 @@ def measured(plan: Plan, strategy: CandidateStrategy, sides: Sequence[Any]) -> d
     seconds = time.perf_counter() - start
     prompt = torch.tensor(drawn.prompt)
     count = len(sides[0])
+    latent = log_probs(plan, drawn.trace, ["draft"])["draft"]
     sizes, shares = [], []
     for side in sides:
         answered = drawn.trace.updated({"answer": side.select(list(drawn.prompt)).cells["answer"]})
-        scores = plan.log_probs(fill(plan, answered))
-        weights = responsibilities(sum(scores.values()), prompt, count)
+        weights = responsibilities(latent + log_probs(plan, answered, ["answer"])["answer"], prompt, count)
         sizes += effective_sample_size(weights, prompt, count).tolist()
         shares.append(weights)
-    latent = scores["draft"]
     best = torch.full((count,), -torch.inf).scatter_reduce(0, prompt, latent, "amax")
     of_prompt: list[list[str]] = [[] for _ in range(count)]
     for value, place in zip(drawn.trace["draft"], drawn.prompt, strict=True):
@@ -106,7 +104,7 @@ def measured(plan: Plan, strategy: CandidateStrategy, sides: Sequence[Any]) -> d
 def main(arguments: Sequence[str] | None = None) -> None:
     own = {
         "--model": {"required": True, "help": "a folder or name of an instruction-tuned causal language model"},
-        "--max-new-tokens": {"type": int, "default": 24, "help": "of a draft and of an answer; default 24"},
+        "--max-new-tokens": {"type": int, "default": 16, "help": "of a draft and of an answer; default 16"},
     }
     options = measure.options(__doc__, "diversity", arguments, devices=["cpu"], own=own)
     plan = draft_and_answer(options.model, options.max_new_tokens).compile()
