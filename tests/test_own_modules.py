@@ -78,7 +78,7 @@ def place(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
     (tmp_path / "own_nets.py").write_text(MODULE)
     (tmp_path / "own_judge.py").write_text(JUDGE)
-    (tmp_path / "inputs.jsonl").write_text("".join(json.dumps({"question": q}) + "\n" for q in "a bb aaa".split()))
+    (tmp_path / "inputs.jsonl").write_text("".join(json.dumps({"question": q}) + "\n" for q in ["a", "bb", "aaa"]))
     yield tmp_path
     for name in ("own_nets", "own_judge"):
         sys.modules.pop(name, None)

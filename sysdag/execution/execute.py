@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from sysdag.errors import DataError, PlanError
+from sysdag.errors import DataError, PlanError, shown
 from sysdag.graph.plan import Plan
 from sysdag.traces.cells import Cell, Draw, value_of
 from sysdag.traces.trace import Trace
@@ -235,6 +235,7 @@ def check_inputs(plan: Plan, inputs: Mapping[str, Sequence[Any]]) -> dict[str, l
 
     Raises:
         PlanError: for missing or unknown names, a bare string where a list of rows is expected, or ragged columns.
+        DataError: for a value of another type than its input's.
     """
     names = [given.name for given in plan.system.inputs]
     if not isinstance(inputs, Mapping) or set(inputs) != set(names):
@@ -246,4 +247,9 @@ def check_inputs(plan: Plan, inputs: Mapping[str, Sequence[Any]]) -> dict[str, l
     lengths = {name: len(column) for name, column in inputs.items()}
     if len(set(lengths.values())) > 1:
         raise PlanError(f"Inputs must have the same number of rows, got {lengths}.")
+    for given in plan.system.inputs:
+        for row, value in enumerate(inputs[given.name]):
+            if given.value_type is not None and not isinstance(value, given.value_type):
+                expected, got = given.value_type.__name__, f"{type(value).__name__} {shown(value, 80)}"
+                raise DataError(f"Row {row}: input {given.name!r} must be {expected}, got {got}.")
     return {name: list(column) for name, column in inputs.items()}

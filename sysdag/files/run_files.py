@@ -1,6 +1,7 @@
 """The record of a training on disk, in its `output_dir`.
 
-`run.json` says what makes the run what it is, and how it ended: `id` (its checkpoints have it, too), `system` (as `system_to_dict` gives it), `mermaid`,
+`run.json` says what makes the run what it is, and how it ended: `id` (its checkpoints have it, too), `system` (as
+`system_to_dict` gives it), `mermaid`,
 `config`, `candidates`, `versions`, `data` (pairs and hash of each dataset), `started`, `resumed`, `finished`, `status`
 (`running`, `finished` or `failed: why`). `log.jsonl` has one line for each log of the Trainer: `step`, `epoch` and the
 metrics. `traces/before.jsonl` and `traces/after.jsonl` hold runs of the same prompts before and after training.

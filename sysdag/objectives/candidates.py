@@ -17,7 +17,7 @@ import torch
 
 from sysdag.components.decoding import check_truncation
 from sysdag.errors import PlanError
-from sysdag.execution.execute import at_work, fill, flat_draws, node_inputs
+from sysdag.execution.execute import at_work, fill, flat_draws, naming, node_inputs
 from sysdag.graph.plan import Plan
 from sysdag.traces.cells import Cell
 from sysdag.traces.trace import Trace
@@ -126,7 +126,8 @@ class CandidateStrategy(ABC):
         rows = Trace(inputs, {})
         for name in shared:
             elements = node_inputs(plan, fill(plan, rows), name)
-            draws = at_work(plan, name).sample(elements.values, generator=generator)
+            with naming(name, elements.rows):
+                draws = at_work(plan, name).sample(elements.values, generator=generator)
             rows = rows.updated({name: elements.cells(draws)})
         drawn = [name for name in latents if name not in shared]
         found = self.paths(plan, rows, drawn, generator)
@@ -192,7 +193,8 @@ class DiverseBeamSearch(CandidateStrategy):
             fewest = min((prompt.count(p) for p in set(prompt)), default=1)
             values = node_inputs(plan, fill(plan, rows), name).values
             wanted = math.ceil(self.num_candidates / fewest)
-            found = at_work(plan, name).search(values, wanted, self.diversity_penalty, self.ngram_size)
+            with naming(name, prompt):
+                found = at_work(plan, name).search(values, wanted, self.diversity_penalty, self.ngram_size)
             rows, prompt = _extend(rows, prompt, name, found)
         return _distinct(plan, Candidates(rows, tuple(prompt)), latents, self.num_candidates)
 
@@ -232,7 +234,8 @@ class MonteCarlo(CandidateStrategy):
             options = {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
             options = {option: value for option, value in options.items() if value is not None}
             draw = component.propose if options else component.sample
-            draws = draw(elements.values, generator=generator, **options)
+            with naming(name, [prompt[row] for row in elements.rows]):
+                draws = draw(elements.values, generator=generator, **options)
             for row, draw in zip(elements.rows, draws, strict=True):
                 log_proposal[row] += draw.log_prob
             rows = rows.updated({name: elements.cells(draws)})

@@ -85,8 +85,8 @@ def read_component(
         found = declared()
         if found is None:
             raise SerializationError(
-                f"Component {key!r}: {error} Its node's module declares no {kind.__name__} in its place: give it to the "
-                f"node there, @node({kind.__name__}(...)), or build the system and call system.load(folder)."
+                f"Component {key!r}: {error} Its node's module declares no {kind.__name__} in its place: give it to "
+                f"the node there, @node({kind.__name__}(...)), or build the system and call system.load(folder)."
             ) from error
         return _refilled(found, folder / key, row["options"], key)
 

@@ -58,7 +58,7 @@ class SysDPOConfig(TrainingArguments):
         PlanError: naming the option that is unknown, out of range, or contradicts another.
     """
 
-    learning_rate: float | None = _option(  # type: ignore[assignment]  # noqa: RUF009
+    learning_rate: float | None = _option(  # type: ignore[assignment]
         None, "The initial learning rate; by default 1e-6 for a component whose weights all train, 1e-5 for an adapter."
     )
     logging_steps: float = _option(10, "Log every so many update steps; below 1, a ratio of all steps. 10 as in TRL.")
@@ -150,7 +150,7 @@ class SysDPOConfig(TrainingArguments):
             if wanted is None or type(value) in kinds or any(issubclass(kind, str) for kind in kinds):
                 continue
             fits = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if not (value is option.default or fits and (float in kinds or value == int(value))):
+            if not (value is option.default or (fits and (float in kinds or value == int(value)))):
                 raise PlanError(f"{option.name} must be {wanted}, got {value!r} ({type(value).__name__}).")
         if not all(isinstance(weight, (int, float)) for weight in self.loss_weights or ()):
             raise PlanError(f"loss_weights must be numbers, got {self.loss_weights!r}.")
@@ -253,8 +253,7 @@ ELSEWHERE = {
     "model_init_kwargs": _OF_COMPONENTS.format("model_kwargs={...}"),
     "pad_to_multiple_of": "sequences are packed, and not padded to a multiple",
     "pad_token": _OF_COMPONENTS.format("tokenizer=tokenizer"),
-    "padding_free": "sequences that share a beginning are packed without padding; CausalLM(..., pack_prefixes=False) is "
-    "the way out",
+    "padding_free": "sequences that share a beginning are packed without padding, where the model can",
     "peft_config": _OF_COMPONENTS.format("peft_config=LoraConfig(...)"),
     "precompute_ref_batch_size": "micro_batch_tokens bounds what is scored at once",
     "ref_model_init_kwargs": "the reference is each component as it is before training",

@@ -6,7 +6,7 @@ import copy
 import functools
 import logging
 from collections import defaultdict
-from collections.abc import Mapping, Sized
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +20,18 @@ from sysdag.data.preferences import PreferencePair
 from sysdag.engine.distributed import gathered
 from sysdag.engine.replay import accumulate_gradients
 from sysdag.engine.step import StepOutput, SystemModel
-from sysdag.errors import DataError, PlanError, TrainingError, shown
+from sysdag.errors import PlanError
 from sysdag.graph.plan import Objective, Plan
 from sysdag.graph.system import System
 from sysdag.objectives.candidates import CandidateStrategy
 from sysdag.saving.serialization import load_weights
+from sysdag.training.arguments import check_arguments, check_dataset, check_precision
 from sysdag.training.checkpoint import CheckpointTrainer
 from sysdag.training.config import SysDPOConfig
 from sysdag.training.initialisation import initialise, mark_trained, warn_if_trained
 from sysdag.training.learning_rates import learning_rates
 from sysdag.training.pair_means import PairMeans
+from sysdag.training.reference_check import check_reference
 from sysdag.training.references import ReferenceKeeper
 from sysdag.training.resume import pairs_hash
 from sysdag.training.run_record import RunRecord
@@ -56,7 +58,7 @@ class SysDPOTrainer(CheckpointTrainer):
     Raises:
         PlanError: for options that the system cannot serve.
         RunError: for a model that cannot be loaded.
-        DataError: for a row that cannot be used, a `train_dataset` that is a dict of several, or a dataset without rows.
+        DataError: for a row that cannot be used, a dataset without rows, or a `train_dataset` that is a dict of several.
     """
 
     args: SysDPOConfig
@@ -75,10 +77,10 @@ class SysDPOTrainer(CheckpointTrainer):
         if not isinstance(model, System):
             raise PlanError(f"SysDPOTrainer(model=...) takes a sysdag.System, got {type(model).__name__}.")
         args = SysDPOConfig() if args is None else args
-        _check_arguments(args, candidates, kwargs)
+        check_arguments(args, candidates, kwargs)
         for name, rows in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
-            _check_dataset(name, rows)
-        _check_precision(args)
+            check_dataset(name, rows)
+        check_precision(args)
         self.system = model
         plan = model.compile()
         plan.check(args.objective_options().objective)
@@ -177,7 +179,7 @@ class SysDPOTrainer(CheckpointTrainer):
 
     def _check_start(self, output: StepOutput) -> None:
         if self.args.check_reference:
-            _check_reference(output)
+            check_reference(output, self._system_model, self.args.disable_dropout)
         size = output.metrics.get("candidates/effective_sample_size")
         if size is not None:
             self._warn_of_collapse("Before the first step", float(size.mean()))
@@ -245,7 +247,7 @@ class SysDPOTrainer(CheckpointTrainer):
             DataError: for a row that cannot be used, or where there is none.
         """
         if not isinstance(eval_dataset, str):  # the name of one of several that the trainer was given
-            _check_dataset("eval_dataset", eval_dataset)
+            check_dataset("eval_dataset", eval_dataset)
             eval_dataset = self._encode(eval_dataset)
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
@@ -316,43 +318,6 @@ _COLLAPSED = 1.05  # effective sample size, of at least two candidates
 _NO_GAP = 0.01  # mean |w_w - w_l|
 
 
-def _check_arguments(args: Any, candidates: Any, others: Mapping[str, Any]) -> None:
-    if not isinstance(args, SysDPOConfig):
-        raise PlanError(
-            f"SysDPOTrainer(args=...) takes a SysDPOConfig, got {type(args).__module__.partition('.')[0]}."
-            f"{type(args).__name__}. Pass SysDPOConfig(...), which has the options of transformers.TrainingArguments and, "
-            "under TRL's names, those of DPO."
-        )
-    if candidates is not None and not isinstance(candidates, CandidateStrategy):
-        raise PlanError(
-            f"SysDPOTrainer(candidates=...) takes a strategy, as DiverseBeamSearch(num_candidates=4), got "
-            f"{shown(candidates)}."
-        )
-    for name in others:
-        if name in _NOT_TAKEN:
-            raise PlanError(f"SysDPOTrainer takes no {name}: {_NOT_TAKEN[name]}.")
-
-
-def _check_dataset(name: str, rows: Any) -> None:
-    if isinstance(rows, Mapping) and name == "train_dataset":
-        raise DataError(
-            f"train_dataset must be one dataset, got a dict of {sorted(map(str, rows))}; choose one of them."
-        )
-    if isinstance(rows, Mapping):
-        for key, part in rows.items():
-            _check_dataset(f"{name}[{key!r}]", part)
-    if isinstance(rows, Sized) and not len(rows):
-        what = "train" if name == "train_dataset" else "evaluate"
-        raise DataError(f"{name} has no rows, so there is nothing to {what} on.")
-
-
-def _check_precision(args: SysDPOConfig) -> None:
-    if args.deepspeed is not None and args.fp16:
-        raise PlanError("DeepSpeed scales losses of fp16 inside its backward, which parts of a loss bypass; use bf16.")
-    if args.fp16 and args.device.type == "cpu":
-        raise PlanError("fp16=True has no effect on a CPU; use bf16=True and use_cpu=True there.")
-
-
 def _encoded(plan: Plan, objective: Objective, empty: Any, rows: Any) -> Any:
     """Rows as pairs; what are pairs already, None, and each dataset of a dict likewise."""
     if rows is None or (isinstance(rows, list) and rows and isinstance(rows[0], PreferencePair)):
@@ -360,32 +325,3 @@ def _encoded(plan: Plan, objective: Objective, empty: Any, rows: Any) -> Any:
     if isinstance(rows, dict):
         return {name: _encoded(plan, objective, empty, part) for name, part in rows.items()}
     return encode_pairs(plan, rows, objective, empty=empty)
-
-
-def _check_reference(output: StepOutput) -> None:
-    """At step 0 the policy is the reference: every margin must be 0 up to rounding."""
-    for name, difference in output.log_ratios.items():
-        worst = float(difference.abs().max())
-        allowed = 1e-3 * max(1.0, float(output.scores[name].abs().max()) * _ROUNDING.get(difference.dtype, 0.01))
-        if worst > allowed:
-            raise TrainingError(
-                f"Node {name!r}: policy and reference differ by {worst:.3g} nats before the first step, at most "
-                f"{allowed:.3g} is rounding. The reference is not the model that training starts from: dropout may be "
-                "on (disable_dropout=True turns it off), or the adapter was trained before. "
-                "check_reference=False trains all the same."
-            )
-
-
-# Arguments of transformers' or TRL's trainers that would have no effect.
-_NOT_TAKEN = {
-    "compute_loss_func": "loss_type and loss_weights of SysDPOConfig choose the loss",
-    "compute_metrics": "an evaluation has no predictions; its metrics are those of the preferences, and for others "
-    "there are callbacks (on_evaluate) and `sysdag eval`",
-    "data_collator": "pairs stay as they are, and micro-batches are put together by each component",
-    "model_init": "it is given the system",
-    "peft_config": "give it to the components, as in CausalLM(..., peft_config=...)",
-    "preprocess_logits_for_metrics": "an evaluation has no logits",
-    "processing_class": "each component has its own, as in CausalLM(..., tokenizer=...)",
-    "ref_model": "the reference is each component as it is before training; sync_ref_model moves it",
-}
-_ROUNDING = {torch.float32: 0.01, torch.float64: 0.0}

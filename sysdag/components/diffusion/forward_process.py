@@ -103,18 +103,18 @@ class ForwardProcess:
         """
         name = type(scheduler).__name__
         config = scheduler.config
-        steps = config.num_train_timesteps
+        steps = config.get("num_train_timesteps")
+        if steps is None or not (hasattr(scheduler, "scale_noise") or hasattr(scheduler, "alphas_cumprod")):
+            raise PlanError(
+                f"{name} cannot score: its forward process is neither variance preserving (`alphas_cumprod`) nor flow "
+                "matching (`scale_noise`) over `num_train_timesteps`. Pass the scheduler that the model was trained "
+                "with, such as DDPMScheduler or FlowMatchEulerDiscreteScheduler."
+            )
         if hasattr(scheduler, "scale_noise"):  # the flow matching schedulers' forward process
             prediction: Prediction = "flow"
             shift = config.get("shift", 1.0)
             if config.get("invert_sigmas"):
                 raise PlanError(f"{name} with invert_sigmas=True is not supported: its times run from data to noise.")
-        elif not hasattr(scheduler, "alphas_cumprod"):
-            raise PlanError(
-                f"{name} cannot score: its forward process is neither variance preserving (`alphas_cumprod`) nor flow "
-                "matching (`scale_noise`). Pass the scheduler that the model was trained with, such as DDPMScheduler "
-                "or FlowMatchEulerDiscreteScheduler."
-            )
         elif config.get("prediction_type", "epsilon") not in _PREDICTIONS:
             raise PlanError(f"{name} has prediction_type={config.prediction_type!r}; known are {sorted(_PREDICTIONS)}.")
         else:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+from sysdag.errors import PlanError
 
 Predict = Callable[[Float[Tensor, "n C H W"], Float[Tensor, " n"]], Float[Tensor, "n K H W"]]
 
@@ -33,13 +36,18 @@ def denoise(
         predict: the model, from the scaled noisy samples and their times to what the scheduler's step takes.
         shape: (C, H, W) of a sample.
         patch_size: of a transformer; schedulers with dynamic shifting depend on the number of its tokens.
+
+    Raises:
+        PlanError: for a scheduler whose steps take something else than the model's output, a time and the sample.
     """
     scheduler = copy.deepcopy(scheduler)
+    _check(scheduler)
+    shifted = {}
     if scheduler.config.get("use_dynamic_shifting"):
         tokens = (shape[1] // patch_size) * (shape[2] // patch_size)
-        scheduler.set_timesteps(num_inference_steps, device=device, mu=_shift(tokens, scheduler.config))
-    else:
-        scheduler.set_timesteps(num_inference_steps, device=device)
+        shifted["mu"] = _shift(tokens, scheduler.config)
+    with _naming(scheduler, num_inference_steps):
+        scheduler.set_timesteps(num_inference_steps, device=device, **shifted)
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     takes_generator = "generator" in inspect.signature(scheduler.step).parameters
     options = {"generator": generators} if takes_generator else {}
@@ -51,8 +59,34 @@ def denoise(
         for time in scheduler.timesteps:
             scaled = scheduler.scale_model_input(samples, time) if hasattr(scheduler, "scale_model_input") else samples
             prediction = predict(scaled, time.expand(len(samples)))
-            samples = scheduler.step(prediction, time, samples, return_dict=False, **options)[0].float()
+            with _naming(scheduler, num_inference_steps):
+                samples = scheduler.step(prediction, time, samples, return_dict=False, **options)[0].float()
     return samples
+
+
+_INSTEAD = "Pass another scheduler for sampling, such as DDIMScheduler or FlowMatchEulerDiscreteScheduler."
+
+
+@contextlib.contextmanager
+def _naming(scheduler: Any, steps: int) -> Iterator[None]:
+    """Tells what a scheduler cannot do with its name; memory that runs out is none of it."""
+    try:
+        yield
+    except (TypeError, ValueError, IndexError, KeyError, AttributeError) as error:
+        what = f"{type(error).__name__}: {error}"
+        raise PlanError(
+            f"{type(scheduler).__name__} cannot sample here in {steps} steps ({what}). {_INSTEAD}"
+        ) from error
+
+
+def _check(scheduler: Any) -> None:
+    name = type(scheduler).__name__
+    if not hasattr(scheduler, "step"):
+        raise PlanError(f"{name} cannot sample here: it has no `step`. {_INSTEAD}")
+    taken = inspect.signature(scheduler.step).parameters.values()
+    needed = [each.name for each in taken if each.default is each.empty and each.kind is each.POSITIONAL_OR_KEYWORD]
+    if others := [each for each in needed if each not in ("model_output", "timestep", "sample")]:
+        raise PlanError(f"{name} cannot sample here: its step also needs {others}. {_INSTEAD}")
 
 
 def _shift(tokens: int, config: Any) -> float:

@@ -201,7 +201,7 @@ class Categorical(Discrete):
     def refilled(self, folder: Path, options: Mapping[str, Any]) -> Self:
         if list(self.values) != options["options"]:
             raise SerializationError(
-                f"{self!r} has other options than the one that was saved, {options['options']}; their order counts, too."
+                f"{self!r} has other options than the one that was saved, {options['options']}; their order counts."
             )
         made = copy.copy(self)
         made._module = copy.deepcopy(self.module)

@@ -27,6 +27,23 @@ class Discrete(Component):
     def logits(self, inputs: Sequence[Any]) -> Float[Tensor, "n values"]:
         """Unnormalised log-probabilities of every value for each input."""
 
+    def _checked_logits(self, inputs: Sequence[Any]) -> Float[Tensor, "n values"]:
+        """The logits, which something is drawn from.
+
+        Raises:
+            DataError: naming the first element whose logits give no distribution: nan, infinite, or none above -inf.
+        """
+        logits = self.logits(inputs)
+        good = (logits < torch.inf).all(-1) & (logits > -torch.inf).any(-1)  # a nan is neither
+        if not good.all():
+            element = int((~good).nonzero()[0, 0])
+            raise DataError(
+                f"{self!r}: its features or logits are not finite (logits {logits[element].tolist()!r:.200} for the "
+                f"input {shown(inputs[element])}); check what the node's function returns, and the weights.",
+                element=element,
+            )
+        return logits
+
     def sample(self, inputs: Sequence[Any], *, generator: torch.Generator | None = None) -> list[Draw]:
         return self.propose(inputs, generator=generator)
 
@@ -41,7 +58,7 @@ class Discrete(Component):
     ) -> list[Draw]:
         with torch.no_grad():
             temperature, top_p = 1.0 if temperature is None else temperature, 1.0 if top_p is None else top_p
-            log_probs = proposal_log_probs(self.logits(inputs), temperature, top_p, top_k)
+            log_probs = proposal_log_probs(self._checked_logits(inputs), temperature, top_p, top_k)
             drawn = torch.multinomial(log_probs.exp(), 1, generator=device_generator(generator, log_probs.device))
             chosen = log_probs.gather(1, drawn)
         return [
@@ -83,7 +100,7 @@ class Discrete(Component):
     ) -> list[list[Draw]]:
         """The most probable values: what a diverse beam search of length 1 finds under any penalty that separates."""
         with torch.no_grad():
-            log_probs = self.logits(inputs).log_softmax(-1)
+            log_probs = self._checked_logits(inputs).log_softmax(-1)
             best = log_probs.topk(min(num_candidates, len(self.values)), dim=-1)
         return [
             [self._draw(index) for index, log_prob in zip(indices, scores, strict=True) if log_prob > -torch.inf]
