@@ -156,7 +156,10 @@ class SysDPOConfig(TrainingArguments):
             raise PlanError(f"loss_weights must be numbers, got {self.loss_weights!r}.")
         losses = [self.loss_type] if isinstance(self.loss_type, str) or callable(self.loss_type) else self.loss_type
         if not isinstance(losses, (list, tuple)) or not all(isinstance(name, str) for name in losses):
-            raise PlanError(f"loss_type must name one or more of {sorted(LOSSES)}, got {self.loss_type!r}.")
+            raise PlanError(
+                f"loss_type must name one or more of {sorted(LOSSES)}, got {self.loss_type!r}. A "
+                "function of your own is named, too, after register_loss(name, function)."
+            )
 
     def objective_options(self) -> ObjectiveOptions:
         """The objective's part of the configuration, checked."""

@@ -58,7 +58,7 @@ class SysDPOTrainer(CheckpointTrainer):
     Raises:
         PlanError: for options that the system cannot serve.
         RunError: for a model that cannot be loaded.
-        DataError: for a row that cannot be used, a dataset without rows, or a `train_dataset` that is a dict of several.
+        DataError: for a row that cannot be used, a dataset without rows, or several as `train_dataset`.
     """
 
     args: SysDPOConfig

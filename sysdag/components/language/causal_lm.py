@@ -158,7 +158,8 @@ class CausalLM(Component):
             DataError: for a prompt that is neither a string nor chat messages, or that has no tokens.
         """
         room, rows = self._room, []
-        for ids in self._whole_prompts(prompts):
+        for element, ids in enumerate(self._whole_prompts(prompts)):
+            self._check_ids(ids, "prompt", element)
             if room is not None and len(ids) > room:
                 self._warn_once("prompt", f"a prompt of {len(ids)} tokens was cut to its last {room} (max_length)")
                 ids = ids[-room:]
@@ -184,6 +185,16 @@ class CausalLM(Component):
         if self._prompt_encoder is None:
             self._prompt_encoder = PromptEncoder(repr(self), self.tokenizer)
         return self._prompt_encoder(prompts)
+
+    def _check_ids(self, ids: Sequence[int], what: str, element: int) -> None:
+        """Refuses what the tokenizer has an id for and the model no embedding."""
+        size = getattr(self.config, "vocab_size", None)
+        if size is not None and max(ids, default=0) >= size:
+            raise DataError(
+                f"{self!r}: a {what} has the token id {max(ids)}, but the model has {size} of them. Its tokenizer is "
+                "another model's, or got tokens without model.resize_token_embeddings(len(tokenizer)).",
+                element=element,
+            )
 
     def _warn_once(self, kind: str, message: str) -> None:
         if kind not in self._warned:
@@ -355,6 +366,8 @@ class CausalLM(Component):
 
     def _sequences(self, inputs: Sequence[Any], draws: Sequence[Draw]) -> list[tuple[list[int], list[int]]]:
         prompts = self.prompt_ids(inputs)
+        for element, draw in enumerate(draws):
+            self._check_ids(draw.record["token_ids"], "completion", element)
         return [self._fit(prompt, draw.record["token_ids"]) for prompt, draw in zip(prompts, draws, strict=True)]
 
     def _fit(self, prompt: list[int], completion: Sequence[int]) -> tuple[list[int], list[int]]:
