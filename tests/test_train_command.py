@@ -251,7 +251,7 @@ def test_a_dry_run_checks_the_data_and_loads_no_weights(place):
         (place / name / "model.safetensors").unlink()
     result = run(f"{MODULE}.py", "pairs.jsonl", "--objective", "sampling", "--dry-run", "--output_dir", "out")
     assert "level  node" in result.output
-    assert "candidates diverse_beam_search(num_candidates=2, diversity_penalty=20.0, ngram_size=1)" in result.output
+    assert "candidates diverse_beam_search(num_candidates=2, diversity_penalty=1.0, ngram_size=2)" in result.output
     assert not (place / "out").exists()
     (place / "pairs.jsonl").write_text('{"question": "a", "chosen": "b", "rejected": "c"}\n')
     result = run(f"{MODULE}.py", "pairs.jsonl", "--dry-run", code=1)

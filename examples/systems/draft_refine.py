@@ -57,7 +57,7 @@ INPUTS = {
     ]
 }
 TRAINING = {"objective": "sampling", "beta": 0.1, "learning_rate": 5e-5}
-CANDIDATES = DiverseBeamSearch(num_candidates=4)
+CANDIDATES = DiverseBeamSearch(num_candidates=4, diversity_penalty=20.0, ngram_size=1)  # the paper's
 
 if __name__ == "__main__":
     from whole_path import main

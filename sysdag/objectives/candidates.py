@@ -183,8 +183,8 @@ class DiverseBeamSearch(CandidateStrategy):
             groups already contain.
     """
 
-    diversity_penalty: float = 20.0
-    ngram_size: int = 1
+    diversity_penalty: float = 1.0
+    ngram_size: int = 2
 
     def paths(self, plan: Plan, rows: Trace, latents: Sequence[str], generator: torch.Generator | None) -> Candidates:
         prompt = list(range(len(rows)))

@@ -38,7 +38,7 @@ def responsibilities_collapse(history: History, facts: Facts) -> Diagnosis | Non
         f"From step {size.start_of_last} to step {size.end} the effective sample size is {number(size.last, 4)} and "
         f"the mean difference of responsibilities between winner and loser {number(gap.last)}: one candidate has "
         "all the weight on both sides, where its log-probability cancels. The latent nodes' models hardly learn.",
-        "More diverse candidates (a larger diversity_penalty or temperature, more of them), "
+        "Candidates that are alike in probability (a smaller diversity_penalty, ngram_size > 1, more of them), "
         "responsibility_temperature > 1, or candidate_length_normalization=True.",
         size.start_of_last,
         size.end,
