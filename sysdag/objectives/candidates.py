@@ -178,9 +178,10 @@ class DiverseBeamSearch(CandidateStrategy):
     Args:
         num_candidates: k; the paper uses 2 to 4.
         diversity_penalty: subtracted from a token's log-probability for each earlier group that chose it at this step,
-            in nats; the paper uses 20.
-        ngram_size: 1 counts tokens chosen at this step (Hamming diversity, the paper's); n counts n-grams that earlier
-            groups already contain.
+            in nats. The paper uses 20, which drives later groups so far from the first that one candidate has all the
+            responsibility on a real language model; 1 keeps them within its reach (`python -m bench diversity`).
+        ngram_size: n counts n-grams that earlier groups already contain; 1 counts tokens chosen at this step (Hamming
+            diversity, the paper's).
     """
 
     diversity_penalty: float = 1.0
