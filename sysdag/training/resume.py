@@ -131,7 +131,7 @@ def checkpoint_to_resume(output_dir: Path, wanted: str | bool) -> Path:
         known = f"{output_dir} has {[path.name for path in here]}" if here else f"{output_dir} has none either"
         raise SerializationError(f"resume_from_checkpoint: {wanted} is no checkpoint of a training; {known}.")
     run_id = read_run(output_dir).get("id")
-    own = [path for path in here if run_id is None or run_of(path) == run_id]
+    own = [path for path in here if run_id is None or run_of(path) in (run_id, None)]  # what says nothing is told later
     if own:
         return own[-1]
     others = f" {[path.name for path in here]} are of an earlier one; name one to go on from it." if here else ""
@@ -154,7 +154,10 @@ def checkpoints_in(output_dir: Path) -> list[Path]:
 def run_of(checkpoint: Path) -> str | None:
     """The id of the training that made a checkpoint; None where it does not say."""
     for file in sorted(checkpoint.glob("sysdag_state*.json")):
-        state = read_state(file)
+        try:
+            state = read_state(file)
+        except SerializationError:  # a damaged file is told where the checkpoint is read
+            continue
         if state is not None and state.get("run_id") is not None:
             return state["run_id"]
     return None
