@@ -250,6 +250,6 @@ def check_inputs(plan: Plan, inputs: Mapping[str, Sequence[Any]]) -> dict[str, l
     for given in plan.system.inputs:
         for row, value in enumerate(inputs[given.name]):
             if given.value_type is not None and not isinstance(value, given.value_type):
-                expected, got = given.value_type.__name__, f"{type(value).__name__} {shown(value, 80)}"
-                raise DataError(f"Row {row}: input {given.name!r} must be {expected}, got {got}.")
+                expected, found = given.value_type.__name__, f"{type(value).__name__} {shown(value, 80)}"
+                raise DataError(f"Row {row}: input {given.name!r} must be {expected}, got {found}.")
     return {name: list(column) for name, column in inputs.items()}

@@ -76,7 +76,8 @@ def read_component(
         raise SerializationError(f"components[{key!r}] must be in a folder of that name, got {row['folder']!r}.")
     if row["folder"] is not None and not (folder / key).is_dir():
         raise SerializationError(f"The folder {folder / key} of the component {key!r} is missing.")
-    kind, own_errors = _find_class(row["class"], key), (DeclarationNeeded, NotImplementedError)
+    kind = _find_class(row["class"], key)
+    own_errors: tuple[type[Exception], ...] = (DeclarationNeeded, NotImplementedError)
     if ":" in row["class"]:
         own_errors = (*own_errors, TypeError)  # of a subclass whose constructor takes other arguments
     try:

@@ -125,7 +125,7 @@ def checkpoint_to_resume(output_dir: Path, wanted: str | bool) -> Path:
         SerializationError: if there is none.
     """
     here = checkpoints_in(output_dir)
-    if wanted is not True:
+    if isinstance(wanted, str):
         if (Path(wanted) / TRAINER_STATE_NAME).is_file():
             return Path(wanted)
         known = f"{output_dir} has {[path.name for path in here]}" if here else f"{output_dir} has none either"

@@ -139,7 +139,7 @@ class SysDPOTrainer(CheckpointTrainer):
         if self.optimizer is not None or all(rate == self.args.learning_rate for rate in rates.values()):
             return super().create_optimizer(model)
         decayed = set(self.get_decay_parameter_names(trained))
-        groups: dict[tuple[float, bool], list[nn.Parameter]] = defaultdict(list)
+        groups: dict[tuple[float | None, bool], list[nn.Parameter]] = defaultdict(list)
         rate_of = {
             id(parameter): rate
             for key, rate in rates.items()
