@@ -156,7 +156,7 @@ def sort_letters(size: Size, seed: int, cache: Path) -> Experiment:
             "logging_steps": 10,
             "eval_steps": 20,
         },
-        candidates=DiverseBeamSearch(num_candidates=4, diversity_penalty=3.0),
+        candidates=DiverseBeamSearch(num_candidates=4, diversity_penalty=3.0, ngram_size=1),
     )
 
 

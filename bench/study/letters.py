@@ -52,7 +52,7 @@ SCALES = {
     "large": Scale(string.ascii_lowercase, 8, base_steps=1500, rate=0.2, model_options=LARGE, device="cuda"),
 }
 NODES = ("draft", "answer")
-STRATEGIES = {"dbs": DiverseBeamSearch, "mc": MonteCarlo, "is": ImportanceSampling}
+STRATEGIES = {"dbs": partial(DiverseBeamSearch, ngram_size=1), "mc": MonteCarlo, "is": ImportanceSampling}
 CANDIDATES = {"num_candidates": 4, "diversity_penalty": 3.0}
 question, careful_question, base_draft = Input("question"), Input("question"), Input("draft")
 
