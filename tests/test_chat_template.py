@@ -161,14 +161,8 @@ def test_what_a_template_refuses_is_told_with_node_and_row_everywhere():
     assert report.kept == (0,)
     with pytest.raises(DataError, match="Node 'answer', row 1: .*no system role here"):
         plan.sample({"question": [good, bad]})
-    with pytest.raises(DataError, match="Node 'answer', row 1: .*no system role here"):
-        DirectComparison(
-            plan,
-            ObjectiveOptions(objective="direct"),
-            {"answer": NodeOptions()},
-            encode_pairs(plan, rows, "direct"),
-            None,
-        )
+    with pytest.raises(DataError, match="Row 1, chosen, node 'answer': .*no system role here"):
+        encode_pairs(plan, rows, "direct")
 
 
 def test_a_template_that_fails_on_what_it_is_given_is_a_data_error():

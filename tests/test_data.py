@@ -326,7 +326,8 @@ def test_python_trains_on_the_rows_that_the_command_trains_on(caplog):
 def test_an_empty_rejected_or_intermediate_text_is_a_preference():
     """Its score is that of the end of sequence alone."""
     (pair,) = encode_pairs(TEXTS, [{**TEXT, "rejected": ""}], "direct")
-    assert pair.rejected["draft"].record["token_ids"] == [LM.tokenizer.eos_token_id]
+    [draw] = LM.in_context(["q"], [pair.rejected["draft"]])
+    assert draw.record["token_ids"] == [LM.tokenizer.eos_token_id]
     chained = System(X >> draft, draft >> node(LM, name="last")(lambda draft: draft)).compile()
     row = {**TEXT, "chosen_intermediates": {"draft": ""}, "rejected_intermediates": {"draft": "a"}}
     assert validate_rows(chained, [row], "sampling").kept == (0,)
