@@ -280,6 +280,7 @@ class TrlStep:
 
 def concatenated_forward(component: CausalLM, module: Any, prompts: list[Any], draws: list[Any]) -> Tensor:
     """One padded batch, its logits, log_softmax and gather; (n,) sums over the completions' tokens."""
+    draws = component.in_context(prompts, draws)
     rows = [(ids, draw.record["token_ids"]) for ids, draw in zip(component.prompt_ids(prompts), draws, strict=True)]
     width = max(len(prompt) + len(completion) for prompt, completion in rows)
     ids = torch.zeros(len(rows), width, dtype=torch.int64)

@@ -216,7 +216,8 @@ METHODS += [
 def expected(model: Any, component: CausalLM) -> torch.Tensor:
     """The texts' log-probabilities from the model's own forward, one row at a time."""
     rows = []
-    for prompt, draw in zip(component.prompt_ids(PROMPTS), component.observe(TEXTS), strict=True):
+    draws = component.in_context(PROMPTS, component.observe(TEXTS))
+    for prompt, draw in zip(component.prompt_ids(PROMPTS), draws, strict=True):
         completion = torch.tensor(draw.record["token_ids"])
         with torch.no_grad():
             logits = model.eval()(input_ids=torch.tensor([[*prompt, *completion.tolist()]])).logits[0]

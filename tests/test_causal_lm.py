@@ -42,7 +42,7 @@ def test_samples_rescore_to_what_they_were_drawn_with(lm):
 
 def test_log_prob_equals_one_forward_a_token(lm):
     prompts = lm.prompt_ids(PROMPTS)
-    draws = lm.observe(["x1", "", "some more text"])
+    draws = lm.in_context(PROMPTS, lm.observe(["x1", "", "some more text"]))
     expected = [log_prob_by_hand(lm.module, p, d.record["token_ids"]) for p, d in zip(prompts, draws, strict=True)]
     assert lm.log_prob(PROMPTS, draws).tolist() == pytest.approx(expected, abs=1e-4)
     alone = [lm.log_prob([p], [d]).item() for p, d in zip(PROMPTS, draws, strict=True)]
@@ -50,7 +50,7 @@ def test_log_prob_equals_one_forward_a_token(lm):
 
 
 def test_the_end_of_sequence_counts_once_and_an_empty_completion_is_that_token_alone(lm):
-    (empty, full) = lm.observe(["", "ab"])
+    (empty, full) = lm.in_context(["q", "q"], lm.observe(["", "ab"]))
     assert empty.record["token_ids"] == [lm.tokenizer.eos_token_id]
     assert full.record["token_ids"] == [*lm.tokenizer("ab")["input_ids"], lm.tokenizer.eos_token_id]
     assert lm.lengths([empty, full]) == [1, 3]
@@ -262,12 +262,6 @@ def test_prompts_are_tokenised_anew_when_the_template_or_the_vocabulary_changes(
     assert chat.prompt_ids(["ab"]) == [[len(chat.tokenizer) - 1]] != [plain]
 
 
-def test_messages_that_only_the_template_can_read_are_still_prompts():
-    chat = CausalLM(llama(), char_tokenizer(chat=True))
-    message = {"role": "user", "content": "hi", "image": object()}
-    assert chat.prompt_ids([[message], [message]]) == chat.prompt_ids(["user: hi\nassistant: "]) * 2
-
-
 @pytest.mark.parametrize("bad", [3, None, [], ["x"], ""])
 def test_a_prompt_that_is_none_is_a_data_error(lm, bad):
     with pytest.raises(DataError, match="prompt") as error:
@@ -292,7 +286,7 @@ def test_an_over_long_prompt_keeps_its_end_and_is_reported(caplog):
 
 def test_an_over_long_completion_is_cut_reported_and_never_nan(caplog):
     lm = CausalLM(llama(), char_tokenizer(), max_new_tokens=4, max_length=10)
-    (draw,) = lm.observe(["abcdefghijklmnop"])
+    (draw,) = lm.in_context(["012"], lm.observe(["abcdefghijklmnop"]))
     with caplog.at_level(logging.WARNING):
         got = lm.log_prob(["012"], [draw])
     assert "cut to 7" in caplog.text

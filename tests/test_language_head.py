@@ -53,7 +53,7 @@ def by_hand(model, prompts, completions):
 
 
 def scored(lm):
-    draws = lm.observe(["x1", "", "some more text"])
+    draws = lm.in_context(PROMPTS, lm.observe(["x1", "", "some more text"]))
     completions = [draw.record["token_ids"] for draw in draws]
     return lm.log_prob(PROMPTS, draws), by_hand(lm.module, lm.prompt_ids(PROMPTS), completions)
 

@@ -124,7 +124,7 @@ def test_identical_is_told_by_all_that_is_observed():
     assert kinds_of([{**row, "rejected": ids[1]}], objective="sampling") == {(0, "identical", "", "")}
     assert kinds_of([{**row, "rejected": ids[2]}], objective="sampling") == set()
     (observed,) = QUESTIONS.system["answer"].component.observe(["no"])
-    assert kinds_of([{**row, "rejected": "no"}], objective="sampling") == set()  # other tokens of the same text
+    assert kinds_of([{**row, "rejected": "no"}], objective="sampling") == {(0, "identical", "", "")}  # in what it says
     assert kinds_of([{**row, "chosen": observed, "rejected": "no"}], objective="sampling") == {(0, "identical", "", "")}
 
 

@@ -12,10 +12,12 @@ if TYPE_CHECKING:
     from sysdag.components.discrete.opaque import Opaque
     from sysdag.components.discrete.tabular import Tabular
     from sysdag.components.language.causal_lm import CausalLM
+    from sysdag.components.language.messages import ChatPrompt
 
 __all__ = [
     "Categorical",
     "CausalLM",
+    "ChatPrompt",
     "Diffusion",
     "Opaque",
     "Tabular",
@@ -28,5 +30,6 @@ __getattr__ = exports(
         "discrete.opaque": ["Opaque"],
         "discrete.tabular": ["Tabular"],
         "language.causal_lm": ["CausalLM"],
+        "language.messages": ["ChatPrompt"],
     },
 )

@@ -40,6 +40,8 @@ class Component(ABC):
             folder.
         is_density: whether an exact `log_prob` is the logarithm of a density, as a Gaussian's, and not of a
             probability. None where the values tell: real numbers, and arrays of them, come from a density.
+        row_options: columns of a row that its inputs take up beside what the node's function returns (see
+            `with_row_options`).
 
     Attributes:
         residence: what moves frozen weights to the host while others work, where an engine does (`offload_idle`).
@@ -49,6 +51,7 @@ class Component(ABC):
     value_type: ClassVar[type | None] = None
     reads_files: ClassVar[bool] = False
     is_density: ClassVar[bool | None] = None
+    row_options: ClassVar[tuple[str, ...]] = ()
     residence: Residence | None = None
 
     @property
@@ -92,11 +95,31 @@ class Component(ABC):
 
     @abstractmethod
     def observe(self, values: Sequence[Any]) -> list[Draw]:
-        """Draws that stand for given values (a completion's text, an image), ready to be scored.
+        """Draws that stand for given values (a completion's text, an image).
+
+        Where their records depend on the input, as a completion's tokens do on the prompt, `in_context` makes them.
 
         Raises:
             DataError: for a value that this component could not have drawn; `DataError.element` is its index.
         """
+
+    def in_context(self, inputs: Sequence[Any], draws: Sequence[Draw]) -> list[Draw]:
+        """Draws with the records that they are scored by, given their inputs; loads no weights.
+
+        What was sampled, or is complete without its input, comes back as it is; so does what came from here.
+
+        Raises:
+            DataError: for a value that cannot follow its input; `DataError.element` is its index.
+        """
+        return list(draws)
+
+    def with_row_options(self, input: Any, options: Mapping[str, Any]) -> Any:
+        """An input with what its row holds under the names in `row_options`.
+
+        Raises:
+            DataError: for an option of another type.
+        """
+        return input
 
     def check(self, values: Sequence[Any]) -> list[Draw]:
         """As `observe`, as far as that goes without loading weights: some records may be missing."""
@@ -115,7 +138,7 @@ class Component(ABC):
         return False
 
     def longest_draw(self, input: Any = None) -> int | None:
-        """Most positions of a draw that are scored (see `lengths`), without loading weights; None if unlimited.
+        """Most `positions` of a draw that there is room for, without loading weights; None if unlimited.
 
         Args:
             input: what it is drawn from, as for `sample`; None for the most that any input leaves room for.
@@ -148,8 +171,15 @@ class Component(ABC):
         return self.log_prob(inputs, draws)
 
     def lengths(self, draws: Sequence[Draw]) -> list[int]:
-        """How many terms each draw's log-likelihood sums: scored tokens of a text, 1 for anything else."""
+        """How many terms each draw's log-likelihood sums: scored tokens of a text, 1 for anything else.
+
+        Of a draw that `in_context` would complete it may be an estimate.
+        """
         return [1] * len(draws)
+
+    def positions(self, draws: Sequence[Draw]) -> list[int]:
+        """How many positions each draw takes behind its input: those that `lengths` counts, and any only read."""
+        return self.lengths(draws)
 
     def locate_non_finite(self, input: Any, draw: Draw) -> str:
         """Where in one draw the log-likelihood stops being finite, in words, for an error; "" where it cannot tell."""
@@ -240,6 +270,10 @@ class Component(ABC):
         A reference's have the names of the policy's, unless it has none of its own (an adapter switched off).
         """
         return {} if self.module is None else dict(self.module.named_parameters())
+
+    def reading(self) -> str:
+        """What its scores depend on beside weights and plain options (a tokenizer's vocabulary), as a hash; or ""."""
+        return ""
 
     @abstractmethod
     def save_pretrained(self, folder: Path) -> Mapping[str, Any]:

@@ -168,7 +168,9 @@ class _Check:
     def _check_lengths(
         self, component: Component, inputs: Sequence[Any], draws: Sequence[Draw], name: str, side: str
     ) -> None:
-        for given, length in zip(inputs, component.lengths(draws), strict=True):
+        if any(given is not None for given in inputs):
+            draws = component.in_context(inputs, draws)
+        for given, length in zip(inputs, component.positions(draws), strict=True):
             longest = component.longest_draw(given)
             if longest is not None and length > longest:
                 behind = "" if given is None else " behind its prompt"

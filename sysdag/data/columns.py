@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from sysdag.errors import shown
+from sysdag.components.language.messages import read_tools
+from sysdag.errors import DataError, shown
+from sysdag.execution.execute import row_options
 from sysdag.files.encoding import is_text
 from sysdag.graph.plan import Objective, Plan
 from sysdag.traces.reshaping import advice
@@ -23,7 +25,7 @@ def read_columns(plan: Plan, row: Mapping[str, Any], objective: Objective) -> se
     names = {input_column(plan, row, given.name) for given in plan.system.inputs}
     if objective == "direct":
         names |= {f"{side}_intermediates" for side in SIDES}
-    return names | set(SIDES)
+    return names | set(SIDES) | set(row_options(plan))
 
 
 def read_inputs(plan: Plan, row: Mapping[str, Any]) -> tuple[dict[str, Any], list[tuple[str, str]]]:
@@ -46,7 +48,23 @@ def read_inputs(plan: Plan, row: Mapping[str, Any]) -> tuple[dict[str, Any], lis
             problems.append(("invalid value", text))
         else:
             found[given.name] = row[column]
+    for option in row_options(plan):
+        if row.get(option) is not None:
+            try:
+                found[option] = _read_option(option, row[option])
+            except DataError as error:
+                problems.append(("wrong type", str(error)))
     return found, problems
+
+
+def _read_option(option: str, value: Any) -> Any:
+    if not is_unicode(value):
+        raise DataError(f"{option} holds half of a surrogate pair, which is no text.")
+    if option == "tools":
+        return read_tools(value)
+    if not isinstance(value, Mapping):
+        raise DataError(f"{option} must be a dict of the chat template's variables, got {shown(value)}.")
+    return {name: part for name, part in value.items() if part is not None}  # columns of Arrow have every key
 
 
 def is_unicode(value: Any) -> bool:

@@ -27,8 +27,9 @@ def encode_pairs(
     dicts by node of every other random node. A plate's value is a list. Values may be given as they are, or as the
     `Draw` (list of draws for a plate) that a sampled trace holds, which keeps the token ids that were sampled.
 
-    TRL's formats are taken too: a text may be a list of one assistant message, a prompt a list of messages, which the
-    node's function gets as it is; and a prompt may be implicit, the beginning that `chosen` and `rejected` share.
+    TRL's formats are taken too: a completion may be a list of messages, a prompt one, which the node's function gets
+    as it is; a prompt may be implicit, the beginning that `chosen` and `rejected` share; and `tools` (a list of JSON
+    schemas, or that as JSON text) and `chat_template_kwargs` (a dict) reach the chat templates of all nodes of the row.
 
     Rows that would teach nothing, or something else than they say, are dropped (see `sysdag.data.checks`); their
     number and the first of each kind are logged, and so are columns that no node reads.

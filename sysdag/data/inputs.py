@@ -8,6 +8,7 @@ from typing import Any
 from sysdag.data.columns import advice_on, input_column, read_inputs
 from sysdag.data.trl_prompts import explicit_prompt
 from sysdag.errors import DataError, PlanError
+from sysdag.execution.execute import row_options
 from sysdag.graph.plan import Plan
 
 
@@ -23,7 +24,8 @@ def inputs_of(
             are None.
 
     Returns:
-        For each input one value a row, and the names of the columns that are no inputs.
+        For each input one value a row, the same for options that rows hold for components (`row_options` of
+        `sysdag.execution.execute`; None where a row has none), and the names of the columns that are neither.
 
     Raises:
         PlanError: for a system without inputs.
@@ -34,7 +36,8 @@ def inputs_of(
         raise PlanError("The system has no inputs, so there is nothing to run it on; see Plan.sample.")
     if not rows:
         raise DataError(f"There are no rows of inputs; expected one for each run, with {names}.")
-    columns: dict[str, list[Any]] = {name: [] for name in names}
+    options = [name for name in row_options(plan) if any(row.get(name) is not None for row in rows)]
+    columns: dict[str, list[Any]] = {name: [] for name in [*names, *options]}
     ignored: set[str] = set()
     for number, row in enumerate(rows):
         row = explicit_prompt(plan, row).row
@@ -45,8 +48,8 @@ def inputs_of(
         if damage and bad is not None:
             bad[number] = damage
         for name, column in columns.items():
-            column.append(None if damage else found[name])
-        ignored |= {str(key) for key in row} - {input_column(plan, row, name) for name in names}
+            column.append(None if damage else found.get(name))
+        ignored |= {str(key) for key in row} - {input_column(plan, row, name) for name in names} - set(options)
     if bad and len(bad) == len(rows):
         raise DataError(f"None of the {len(rows)} rows can be used. Row 0{_place(rows[0])}: {bad[0]}")
     return columns, sorted(ignored)

@@ -30,7 +30,7 @@ class PreferencePair:
     """One preference: a winner and a loser for the same inputs.
 
     Attributes:
-        inputs: the value of each input.
+        inputs: the value of each input, and what its row holds of `row_options` (see `sysdag.execution.execute`).
         chosen, rejected: the observed cells, by node.
     """
 
@@ -60,7 +60,8 @@ def _draws(cell: Cell) -> tuple[Draw, ...]:
 
 def collate(pairs: Sequence[PreferencePair]) -> tuple[Trace, Trace]:
     """The winners and the losers of a batch as partial traces over the same inputs."""
-    inputs = {name: [pair.inputs[name] for pair in pairs] for name in pairs[0].inputs}
+    names = dict.fromkeys(name for pair in pairs for name in pair.inputs)  # some rows may lack options
+    inputs = {name: [pair.inputs.get(name) for pair in pairs] for name in names}
     sides = []
     for side in _SIDES:
         rows = [getattr(pair, side) for pair in pairs]

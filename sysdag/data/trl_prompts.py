@@ -70,6 +70,8 @@ def explicit_prompt(plan: Plan, row: Mapping[str, Any]) -> Told:
         return Told(row)
     if prompts and (_is_conversation(prompts[0]) or len(chosen) == len(rejected) == 1):
         return Told(row)
+    if prompts and chosen[0].get("role") == "assistant":  # an answer of several messages, and no whole conversation
+        return Told(row)
     shared = 0
     while shared < min(len(chosen), len(rejected)) and _are_equal(chosen[shared], rejected[shared]):
         shared += 1

@@ -199,7 +199,8 @@ def _options(component: Any) -> dict[str, Any]:
         return {}
     shown = {n: v for n, v in vars(component).items() if not n.startswith("_")}
     shown |= {name: getattr(component, name, None) for name in _LIMITS}
-    return {name: value for name, value in shown.items() if isinstance(value, (str, int, float))}
+    scalars = {name: value for name, value in shown.items() if isinstance(value, (str, int, float))}
+    return {**scalars, "reading": component.reading()}
 
 
 def _hash(content: Any) -> str:

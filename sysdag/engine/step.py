@@ -17,7 +17,7 @@ from sysdag.components import acceleration
 from sysdag.components.component import Component
 from sysdag.components.memory import SavedBytes
 from sysdag.components.residence import Residence
-from sysdag.data.preferences import PreferencePair
+from sysdag.data.preferences import PreferencePair, collate
 from sysdag.engine.distributed import rounds_of, whole_weights
 from sysdag.engine.precompute import ReferenceScores
 from sysdag.engine.scoring import Budget, Stored, Turn, component_of, part_of_loss, score, turns, zero_of
@@ -337,7 +337,7 @@ class SystemModel(nn.Module):
         """What a batch asks to be scored, its candidates drawn."""
         if self.candidates is None:
             return DirectComparison(self.plan, self.options, self.nodes, pairs, generator)
-        inputs = {name: [pair.inputs[name] for pair in pairs] for name in pairs[0].inputs}
+        inputs = collate(pairs)[0].inputs
         of_candidates = generator
         if isinstance(of_candidates, Sequence):  # those of the noise go on as they are
             of_candidates = torch.Generator().manual_seed(of_candidates[0].initial_seed())

@@ -61,8 +61,11 @@ def flat_draws(cells: Sequence[Cell]) -> list[Draw]:
 def node_inputs(plan: Plan, trace: Trace, name: str) -> Elements:
     """Calls the node's function on its parents' values, once a row or once an element of a plate.
 
+    What the rows hold for the node's component beside the inputs (`Component.row_options`) is put to what it returns.
+
     Raises:
         PlanError: if a parent has no value in the trace, or a plate's parent is no list, naming node and row.
+        DataError: for a row's option that the component cannot use, naming node and row.
     """
     edges = plan.parents(name)
     columns = {}
@@ -75,19 +78,42 @@ def node_inputs(plan: Plan, trace: Trace, name: str) -> Elements:
             raise PlanError(f"Node {name!r} reads {edge.parent!r}, of which the trace has no values.")
     plates = [edge for edge in edges if edge.each]
     function = plan.system[name].function
+    component = plan.system[name].component
+    options = {option: trace.inputs[option] for option in row_options(plan) if option in trace.inputs}
+
+    def call(arguments: Mapping[str, Any], row: int, place: int | str) -> Any:
+        value = _call(function, arguments, name, place)
+        own = {option: column[row] for option, column in options.items() if option in _row_options(component)}
+        if not own:
+            return value
+        try:
+            return component.with_row_options(value, own)
+        except DataError as error:
+            raise DataError(f"Node {name!r}, row {place}: {error}") from error
+
     values: list[Any] = []
     counts: list[int] = []
     for row, place in enumerate(row_names(trace)):
         arguments = {parameter: column[row] for parameter, column in columns.items()}
         with at_row(row):
             if not plates:
-                values.append(_call(function, arguments, name, place))
+                values.append(call(arguments, row, place))
                 continue
             counts.append(_plate_length(plates, arguments, name, place))
             for element in range(counts[-1]):
                 picked = {edge.parameter: arguments[edge.parameter][element] for edge in plates}
-                values.append(_call(function, {**arguments, **picked}, name, place))
+                values.append(call({**arguments, **picked}, row, place))
     return Elements(values, counts if plates else None)
+
+
+def row_options(plan: Plan) -> list[str]:
+    """The columns that rows may hold beside the inputs, which components take up; an input of that name is none."""
+    found = dict.fromkeys(option for name in plan.random_nodes for option in _row_options(plan.system[name].component))
+    return [option for option in found if option not in {given.name for given in plan.system.inputs}]
+
+
+def _row_options(component: Any) -> tuple[str, ...]:
+    return getattr(component, "row_options", ())
 
 
 def _plate_length(plates: Sequence[Edge], arguments: Mapping[str, Any], name: str, place: int | str) -> int:
@@ -231,14 +257,14 @@ def naming(name: str, rows: Sequence[int | str]) -> Iterator[None]:
 
 
 def check_inputs(plan: Plan, inputs: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:
-    """The inputs as lists, one a row.
+    """The inputs as lists, one a row, with those of `row_options` that are there.
 
     Raises:
         PlanError: for missing or unknown names, a bare string where a list of rows is expected, or ragged columns.
         DataError: for a value of another type than its input's.
     """
     names = [given.name for given in plan.system.inputs]
-    if not isinstance(inputs, Mapping) or set(inputs) != set(names):
+    if not isinstance(inputs, Mapping) or set(inputs) - set(row_options(plan)) != set(names):
         got = list(inputs) if isinstance(inputs, Mapping) else type(inputs).__name__
         raise PlanError(f"Inputs must be a dict with one list of values for each of {names}, got {got}.")
     for name, column in inputs.items():

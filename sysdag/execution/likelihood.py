@@ -12,8 +12,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sysdag.components.component import Component
 from sysdag.errors import PlanError
-from sysdag.execution.execute import Elements, at_work, flat_draws, naming, node_inputs
+from sysdag.execution.execute import Elements, at_work, flat_draws, naming, node_inputs, row_names
 from sysdag.graph.plan import Plan
 from sysdag.traces.trace import Trace
 
@@ -40,10 +41,11 @@ def sum_by_row(parts: Sequence[Tensor], rows: Sequence[int], count: int, device:
 
 
 def aligned(plan: Plan, trace: Trace, name: str) -> tuple[Elements, list]:
-    """The component's inputs and the draws they belong to.
+    """The component's inputs and the draws they belong to, with the records that these are scored by.
 
     Raises:
         PlanError: if a plate has another number of draws than its parents have elements, naming node and row.
+        DataError: for a value that cannot follow its input, naming node and row.
     """
     elements = node_inputs(plan, trace, name)
     cells = trace.cells[name]
@@ -52,7 +54,22 @@ def aligned(plan: Plan, trace: Trace, name: str) -> tuple[Elements, list]:
             if not isinstance(cell, tuple) or len(cell) != count:
                 got = f"{len(cell)} values" if isinstance(cell, tuple) else "one value"
                 raise PlanError(f"Node {name!r}, row {row}: its plate has {count} elements, but the trace holds {got}.")
-    return elements, flat_draws(cells)
+    names = row_names(trace)
+    with naming(name, [names[row] for row in elements.rows]):
+        return elements, plan.system[name].component.in_context(elements.values, flat_draws(cells))
+
+
+def in_context(plan: Plan, trace: Trace, name: str) -> Trace:
+    """The trace with one node's values as its inputs have them: observed ones with the records they are scored by.
+
+    Raises:
+        as `aligned`.
+    """
+    component = plan.system[name].component
+    if type(component).in_context is Component.in_context or all(d.record for d in flat_draws(trace.cells[name])):
+        return trace
+    elements, draws = aligned(plan, trace, name)
+    return trace.updated({name: elements.cells(draws)})
 
 
 def log_probs(plan: Plan, trace: Trace, nodes: Iterable[str] | None = None) -> dict[str, Float[Tensor, " rows"]]:

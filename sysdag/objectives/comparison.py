@@ -16,6 +16,7 @@ from torch import Tensor
 from sysdag.components.component import Component
 from sysdag.data.preferences import PreferencePair, collate
 from sysdag.execution.execute import fill, flat_draws
+from sysdag.execution.likelihood import in_context
 from sysdag.graph.plan import Plan
 from sysdag.objectives.candidates import Candidates, distinct_ngrams
 from sysdag.objectives.losses import PairScores, candidate_log_sum, certificate, effective_sample_size, responsibilities
@@ -77,7 +78,10 @@ class DirectComparison:
     ) -> None:
         self.plan, self.options, self.nodes = plan, options, nodes
         self.count = len(pairs)
-        self.trace = fill(plan, Trace.concatenate(collate(pairs)))
+        trace = fill(plan, Trace.concatenate(collate(pairs)))
+        for name in plan.factors("direct"):
+            trace = in_context(plan, trace, name)
+        self.trace = trace
         both = [*range(self.count), *range(self.count)]
         self.terms: Sequence[Term] = [
             Term(name, self.trace, both, paired_noise(plan.system[name].component, self.trace.cells[name], generator))
@@ -107,7 +111,7 @@ class SamplingComparison:
 
     log p-hat(z|x) is the log-sum over candidates of their joint with z; an output that no candidate changes is the same
     term in every summand and leaves the sum. The share of a node in the margin is that of its log-ratios, weighted by
-    the responsibilities.
+    the responsibilities. An output has the length that it has behind the first candidate.
     """
 
     def __init__(
@@ -124,6 +128,12 @@ class SamplingComparison:
         first = drawn.trace.select([prompt.index(p) for p in range(count)])
         by_pair = fill(plan, Trace.concatenate([first.updated(side.cells) for side in sides]))
         latent_trace, joint_trace = fill(plan, drawn.trace), fill(plan, by_candidate)
+        for name in plan.factors("sampling"):
+            if name in self.latents:
+                latent_trace = in_context(plan, latent_trace, name)
+            elif plan.system[name].likelihood == "exact":
+                joint_trace = in_context(plan, joint_trace, name)  # an answer's tokens may depend on the candidate
+        self.observed = joint_trace.select([self.prompt.index(side) for side in range(2 * count)])
 
         def term(name: str) -> Term:
             if name in self.latents:
@@ -159,8 +169,7 @@ class SamplingComparison:
             else:
                 log_p, rewards = log_p + score, rewards + self.options.beta * log_ratio
             metrics |= _node_metrics(name, self.options.beta * log_ratio)
-        observed = Trace.concatenate(self.sides)
-        lengths = sum(term_lengths(self.plan, observed, name, device) for name in self.plan.system.outputs)
+        lengths = sum(term_lengths(self.plan, self.observed, name, device) for name in self.plan.system.outputs)
         assert isinstance(lengths, Tensor)
         return _pair_scores(rewards, lengths, -log_p[:count].sum() / lengths[:count].sum().clamp(min=1)), metrics
 

@@ -20,7 +20,7 @@ class Draw:
     Attributes:
         value: what the functions of its children receive.
         record: what its component needs to score it (`token_ids` of a language model, `latents` of a diffusion
-            model); empty for a deterministic node.
+            model); empty for a deterministic node, and for a given text, whose tokens its prompt decides.
         log_prob: natural logarithm of the probability under the distribution it was drawn from; None where that is
             unknown or the value was given.
     """

@@ -46,12 +46,13 @@ def diverse_beam_search(
     length_penalty: float = 1.0,
     early_stopping: bool | Literal["never"] = True,
     ngram_size: int = 1,
+    eos_as_written: bool = False,
 ) -> tuple[Int[Tensor, "B N L"], Float[Tensor, "B N"]]:
     """Diverse beam search of a batch of prompts, one model call for each new token.
 
     Gives what group beam search of transformers 4.56 gave with `num_return_sequences=num_beams`, for each prompt as if
     it were alone. Two of its habits are worth knowing: scores include the penalties; and a sequence that ended carries
-    the first of several `eos_token_id`, whichever it was that ended it.
+    the first of several `eos_token_id`, whichever it was that ended it, unless `eos_as_written`.
 
     Args:
         model: a causal language model of transformers, decoded as `decoder` finds out that it can. Its mode is left as
@@ -69,6 +70,7 @@ def diverse_beam_search(
         early_stopping: a group is done when it has K ended sequences and: True, nothing more; False, none of its open
             beams is better than the worst of these; "never", none can become better at any length up to T.
         ngram_size: 1 for Hamming diversity, n for n-gram diversity; see `diverse_beam_step`.
+        eos_as_written: a sequence carries the end that it was scored with.
 
     Returns:
         sequences (B, N, L): new tokens, best first, right-padded; L is the length of the longest.
@@ -109,7 +111,8 @@ def diverse_beam_search(
         if eos is not None:
             ends = (tokens[..., :K, None] == eos).any(-1) & ~done[..., None]
             if ends.any():
-                ended = append(beams.history, torch.full_like(tokens[..., :K], eos_ids[0]), parents[..., :K], None)
+                written = tokens[..., :K] if eos_as_written else torch.full_like(tokens[..., :K], eos_ids[0])
+                ended = append(beams.history, written, parents[..., :K], None)
                 beams.close(ended, totals[..., :K].double() / length**length_penalty, ends)
             full = beams.closed_scores[..., -1] > -math.inf
             if early_stopping is not True:

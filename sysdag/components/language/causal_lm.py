@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,12 +19,15 @@ from sysdag.components.component import Component, check_max_tokens
 from sysdag.components.decoding import check_truncation
 from sysdag.components.language import footprint
 from sysdag.components.language.beam import diverse_beam_search
+from sysdag.components.language.chat_template import ChatTemplate, schemas
+from sysdag.components.language.completions import CompletionEncoder, check_token_draws, scored_tokens, tokenizer_hash
+from sysdag.components.language.messages import ROW_OPTIONS, completion_value, is_blank, with_row_options
 from sysdag.components.language.prefix_scorer import PrefixScorer
 from sysdag.components.language.pretrained import PretrainedLM
-from sysdag.components.language.prompts import PromptEncoder
+from sysdag.components.language.prompts import Prompt, PromptEncoder
 from sysdag.components.language.sampling import left_pad, sample_tokens
 from sysdag.components.language.stop_strings import StopStrings, stop_strings
-from sysdag.errors import DataError, PlanError, shown
+from sysdag.errors import DataError, PlanError
 from sysdag.traces.cells import Draw
 
 if TYPE_CHECKING:
@@ -31,16 +35,18 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
-_OPTIONS = ("temperature", "top_p", "top_k", "stop", "batch_size", "pack_prefixes")
+_OPTIONS = ("temperature", "top_p", "top_k", "stop", "batch_size", "pack_prefixes", "sanitize_control_tokens")
 
 
 class CausalLM(Component):
     """Any transformers causal language model.
 
-    The node's function returns the prompt: a string, tokenised as it stands, or a list of chat messages, rendered by
-    the tokenizer's chat template with a generation prompt. The value is the completion's text; the draw's record
-    holds the `token_ids` that were sampled (the end-of-sequence token included) and whether it `finished` or was cut
-    at `max_new_tokens`. Prompt and completion are tokenised apart and joined as ids.
+    The node's function returns the prompt: a string, tokenised as it stands; or a list of chat messages, or a
+    `ChatPrompt`, rendered by the tokenizer's chat template with a generation prompt. A last message of the assistant
+    is continued. The value of a sampled completion is its text; the draw's record holds the `token_ids` that were
+    sampled (the end-of-sequence token included) and whether it `finished` or was cut at `max_new_tokens`. An observed
+    completion is a text, or messages with what else they hold (calls, reasoning, results of tools, several turns); its
+    tokens are those that its prompt continues with (see `sysdag.components.language.completions`).
 
     Args:
         model: a name on the Hub, a folder, or a loaded model.
@@ -50,8 +56,8 @@ class CausalLM(Component):
             PeftModel is taken as it is: its active adapter trains.
         max_new_tokens: most tokens of a completion; by default 256, or half of `max_length` where that is less.
         max_length: most tokens of prompt and completion together; by default the model's number of positions. A
-            prompt that leaves no room for `max_new_tokens` loses tokens at its start, an observed completion that does
-            not fit loses tokens at its end; both are logged.
+            prompt that leaves no room for `max_new_tokens` loses tokens at its start, or if it is a chat whole turns of
+            its middle; an observed completion that does not fit loses tokens at its end; all are logged.
         temperature, top_p, top_k: of sampling; log-probabilities are always the model's own. top_k=None or 0 is all
             tokens; the nucleus is one of the top-k tokens, as in transformers.
         stop: texts that end a completion. A draw ends at the token that completes one of them and is `finished`; its
@@ -61,6 +67,11 @@ class CausalLM(Component):
         pack_prefixes: scores what several sequences of a call begin with once, where the model can (see
             `sysdag.components.language.prefix_scorer`). In training mode they then share that part's dropout, too.
         model_kwargs: passed to `from_pretrained` (`dtype`, `device_map`, `quantization_config`, ...).
+        tools: JSON schemas, or functions with type hints and a docstring, that the chat template tells the model of.
+        chat_template_kwargs: variables of the chat template, as `{"enable_thinking": False}`. The columns `tools` and
+            `chat_template_kwargs` of a row, and what a node's function gives in a `ChatPrompt`, come before these.
+        sanitize_control_tokens: what only spells a control token, in a message, is text; False lets it be one, and end
+            a turn. A string prompt is tokenised as it stands.
 
     Raises:
         PlanError: for options out of range.
@@ -69,6 +80,7 @@ class CausalLM(Component):
     likelihood = "exact"
     is_density = False
     value_type = str
+    row_options = ROW_OPTIONS
 
     def __init__(
         self,
@@ -85,6 +97,9 @@ class CausalLM(Component):
         batch_size: int = 64,
         pack_prefixes: bool = True,
         model_kwargs: Mapping[str, Any] | None = None,
+        tools: Sequence[Any] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        sanitize_control_tokens: bool = True,
     ) -> None:
         if (max_new_tokens is not None and max_new_tokens < 1) or (
             max_length is not None and max_length <= (max_new_tokens or 1)
@@ -94,10 +109,15 @@ class CausalLM(Component):
                 f"max_new_tokens={max_new_tokens}, max_length={max_length}."
             )
         check_truncation("CausalLM", temperature, top_p, top_k)
+        if tools is not None and not all(isinstance(tool, Mapping) or callable(tool) for tool in tools):
+            raise PlanError("CausalLM: tools must be JSON schemas or functions.")
+        if not isinstance(chat_template_kwargs or {}, Mapping):
+            raise PlanError(f"CausalLM: chat_template_kwargs must be a dict, got {chat_template_kwargs!r}.")
         self.lm = PretrainedLM(model, tokenizer, peft_config=peft_config, model_kwargs=model_kwargs)
         self._warned: set[str] = set()
         self._scorer: PrefixScorer | None = None
         self._prompt_encoder: PromptEncoder | None = None
+        self._completions: CompletionEncoder | None = None
         self._max_length = max_length
         self._max_new_tokens = max_new_tokens
         self.temperature = temperature
@@ -106,6 +126,9 @@ class CausalLM(Component):
         self.stop = list(stop_strings(stop))
         self.batch_size = batch_size
         self.pack_prefixes = pack_prefixes
+        self.tools = list(tools or [])
+        self.chat_template_kwargs = dict(chat_template_kwargs or {})
+        self.sanitize_control_tokens = sanitize_control_tokens
 
     def __repr__(self) -> str:
         return repr(self.lm)
@@ -152,24 +175,17 @@ class CausalLM(Component):
             self.module.train(was_training)
 
     def prompt_ids(self, prompts: Sequence[Any]) -> list[list[int]]:
-        """Token ids of each prompt; the start of an over-long one is cut.
+        """Token ids of each prompt, as far as there is room for it (see `max_length`).
 
         Raises:
-            DataError: for a prompt that is neither a string nor chat messages, or that has no tokens.
+            DataError: for a prompt that is neither a string nor chat messages, or that has no tokens; for messages that
+                the chat template refuses or leaves out, or that are too long without the turns that they can lose.
         """
-        room, rows = self._room, []
-        for element, ids in enumerate(self._whole_prompts(prompts)):
-            self._check_ids(ids, "prompt", element)
-            if room is not None and len(ids) > room:
-                self._warn_once("prompt", f"a prompt of {len(ids)} tokens was cut to its last {room} (max_length)")
-                ids = ids[-room:]
-            rows.append(ids)
-        return rows
+        return [prompt.ids for prompt in self._prompts(prompts)]
 
     def cut_from(self, input: Any) -> int:
         """See `Component`; tokens of the prompt."""
-        [ids] = self._whole_prompts([input])
-        return 0 if self._room is None else max(len(ids) - self._room, 0)
+        return self._prompts([input])[0].lost
 
     @property
     def _room(self) -> int | None:
@@ -181,10 +197,30 @@ class CausalLM(Component):
             )
         return room
 
-    def _whole_prompts(self, prompts: Sequence[Any]) -> list[list[int]]:
+    def _prompts(self, prompts: Sequence[Any]) -> list[Prompt]:
+        found = self._encoder()(prompts, self._room)
+        for element, prompt in enumerate(found):
+            self._check_ids(prompt.ids, "prompt", element)
+            if prompt.lost:
+                left = len(prompt.ids)
+                how = f"cut to its last {left}" if isinstance(prompt.given, str) else f"left {left} without older turns"
+                self._warn_once("prompt", f"a prompt of {left + prompt.lost} tokens was {how} (max_length)")
+        return found
+
+    def _encoder(self) -> PromptEncoder:
         if self._prompt_encoder is None:
-            self._prompt_encoder = PromptEncoder(repr(self), self.tokenizer)
-        return self._prompt_encoder(prompts)
+            template = ChatTemplate(
+                repr(self), self.tokenizer, tools=self.tools, chat_template_kwargs=self.chat_template_kwargs,
+                sanitize_control_tokens=self.sanitize_control_tokens,
+            )  # fmt: skip
+            self._prompt_encoder = PromptEncoder(repr(self), self.tokenizer, template)
+        return self._prompt_encoder
+
+    def _completion_encoder(self) -> CompletionEncoder:
+        ends = self.lm.eos_token_ids
+        if self._completions is None or self._completions.ends != ends:
+            self._completions = CompletionEncoder(repr(self), self._encoder(), ends)
+        return self._completions
 
     def _check_ids(self, ids: Sequence[int], what: str, element: int) -> None:
         """Refuses what the tokenizer has an id for and the model no embedding."""
@@ -261,6 +297,7 @@ class CausalLM(Component):
                         model, ids, mask, num_beams=beams, num_beam_groups=num_candidates,
                         diversity_penalty=diversity_penalty, max_new_tokens=self.max_new_tokens,
                         eos_token_id=self.lm.eos_token_ids, pad_token_id=self.lm.pad_token_id, ngram_size=ngram_size,
+                        eos_as_written=True,
                     )  # fmt: skip
                 for place, rows in zip(places, sequences.tolist(), strict=True):
                     for row in rows:
@@ -283,45 +320,40 @@ class CausalLM(Component):
         return Draw(text, {"token_ids": list(token_ids), "finished": finished}, log_prob)
 
     def key(self, draw: Draw) -> Any:
-        return tuple(draw.record["token_ids"])
+        ids = draw.record.get("token_ids")
+        return json.dumps(draw.value, sort_keys=True) if ids is None else tuple(ids)
 
     def observe(self, values: Sequence[Any]) -> list[Draw]:
+        """Draws of texts or of messages; their tokens depend on the prompt (see `in_context`)."""
         draws = []
         for element, value in enumerate(values):
-            match value:
-                case str():
-                    text = value
-                case [{"role": "assistant", "content": str(text)}]:
-                    pass
-                case _:
-                    raise DataError(
-                        f"{self!r}: a completion must be a string or one assistant message, got {shown(value, 200)}.",
-                        element=element,
-                    )
-            ids = list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
-            draws.append(Draw(text, {"token_ids": [*ids, self.tokenizer.eos_token_id], "finished": True}))
+            try:
+                draws.append(Draw(completion_value(value)))
+            except DataError as error:
+                raise DataError(f"{self!r}: {error}", element=element) from error
         return draws
 
+    def in_context(self, inputs: Sequence[Any], draws: Sequence[Draw]) -> list[Draw]:
+        """Observed completions with the tokens that say them behind their prompts (see `completions`)."""
+        found = list(draws)
+        places = [place for place, draw in enumerate(draws) if "token_ids" not in draw.record]
+        for place in places:
+            try:
+                [prompt] = self._prompts([inputs[place]])
+                found[place] = Draw(draws[place].value, self._completion_encoder()(prompt, draws[place].value))
+            except DataError as error:
+                error.element = place
+                raise
+        return found
+
+    def with_row_options(self, input: Any, options: Mapping[str, Any]) -> Any:
+        return with_row_options(input, options)
+
     def check_draws(self, draws: Sequence[Draw]) -> None:
-        size = getattr(self.config, "vocab_size", None)
-        for element, draw in enumerate(draws):
-            if not isinstance(draw.value, str):
-                raise DataError(f"{self!r}: a draw's value is its text, got {shown(draw.value)}.", element=element)
-            ids: Any = draw.record.get("token_ids")
-            is_list = isinstance(ids, (list, tuple)) and bool(ids)
-            if not is_list or not all(type(token) is int and token >= 0 for token in ids):
-                raise DataError(
-                    f"{self!r}: a draw needs its token_ids, a list of integers, got {shown(ids)}.", element=element
-                )
-            if size is not None and max(ids) >= size:
-                raise DataError(
-                    f"{self!r}: a draw has the token id {max(ids)}, but the model has {size}; another model made it. "
-                    "Give its text instead.",
-                    element=element,
-                )
+        check_token_draws(repr(self), draws, getattr(self.config, "vocab_size", None))
 
     def is_empty(self, draw: Draw) -> bool:
-        return not draw.value.strip()
+        return is_blank(draw.value)
 
     def longest_draw(self, input: Any = None) -> int | None:
         """See `Component`; what is longer loses tokens at its end. A prompt takes at least one position."""
@@ -331,8 +363,12 @@ class CausalLM(Component):
 
     def log_prob(self, inputs: Sequence[Any], draws: Sequence[Draw]) -> Float[Tensor, " n"]:
         """Sum of the log-probabilities of the completion's tokens, its end of sequence included where it has one."""
+        draws = self.in_context(inputs, draws)
+        sequences = self._sequences(inputs, draws)
+        masks = [draw.record.get("completion_mask") for draw in draws]
+        masks = [mask and mask[: len(ids)] for mask, (_, ids) in zip(masks, sequences, strict=True)]
         with self.lm.at_work() as model:
-            return self._scorer_of(model)(self._sequences(inputs, draws), self.lm.pad_token_id)
+            return self._scorer_of(model)(sequences, self.lm.pad_token_id, masks)
 
     def micro_batches(self, inputs: Sequence[Any], draws: Sequence[Draw], max_tokens: int | None) -> list[list[int]]:
         """See `Component`; an element's tokens are those that are computed, padding included and shared ones once."""
@@ -365,12 +401,14 @@ class CausalLM(Component):
         return self._scorer
 
     def _sequences(self, inputs: Sequence[Any], draws: Sequence[Draw]) -> list[tuple[list[int], list[int]]]:
-        prompts = self.prompt_ids(inputs)
+        prompts, draws = self.prompt_ids(inputs), self.in_context(inputs, draws)
         for element, draw in enumerate(draws):
             self._check_ids(draw.record["token_ids"], "completion", element)
-        return [self._fit(prompt, draw.record["token_ids"]) for prompt, draw in zip(prompts, draws, strict=True)]
+        return [self._fit(prompt, draw) for prompt, draw in zip(prompts, draws, strict=True)]
 
-    def _fit(self, prompt: list[int], completion: Sequence[int]) -> tuple[list[int], list[int]]:
+    def _fit(self, prompt: list[int], draw: Draw) -> tuple[list[int], list[int]]:
+        completion: Sequence[int] = draw.record["token_ids"]
+        prompt = prompt[: len(prompt) - draw.record.get("prompt_overlap", 0)]
         room = None if self.max_length is None else self.max_length - len(prompt)
         if room is not None and len(completion) > room:
             self._warn_once("completion", f"a completion of {len(completion)} tokens was cut to {room} (max_length)")
@@ -403,7 +441,19 @@ class CausalLM(Component):
         return f"token {low + 1} of {len(completion)}, {text!r} (id {completion[low]})"
 
     def lengths(self, draws: Sequence[Draw]) -> list[int]:
-        return [len(draw.record["token_ids"]) for draw in draws]
+        known = [scored_tokens(draw) for draw in draws]
+        return [
+            self._completion_encoder().alone(draw.value) if count is None else count
+            for draw, count in zip(draws, known, strict=True)
+        ]
+
+    def positions(self, draws: Sequence[Draw]) -> list[int]:
+        lengths = zip(draws, self.lengths(draws), strict=True)
+        return [len(draw.record.get("token_ids", ())) or length for draw, length in lengths]
+
+    def reading(self) -> str:
+        ends, options = self.lm.eos_token_ids, [schemas(self.tools), self.chat_template_kwargs]
+        return tokenizer_hash(self.tokenizer, [ends, *options, self.sanitize_control_tokens])
 
     def own_parameters(self) -> dict[str, nn.Parameter]:
         """Those of its adapter, where it has one; none where that is switched off."""
@@ -435,7 +485,8 @@ class CausalLM(Component):
         """
         options = {name: getattr(self, name) for name in _OPTIONS}
         limits = {"max_new_tokens": self._max_new_tokens, "max_length": self._max_length}
-        return {**limits, **options, **self.lm.save(folder)}
+        chat = {"tools": schemas(self.tools), "chat_template_kwargs": self.chat_template_kwargs}
+        return {**limits, **options, **chat, **self.lm.save(folder)}
 
     @classmethod
     def from_pretrained(cls, folder: Path, options: Mapping[str, Any]) -> Self:

@@ -66,29 +66,40 @@ class PrefixScorer:
         """Whether this was made for the model as it is now."""
         return self._tokens.fits(model) and self._implementation == _implementation(model)
 
-    def __call__(self, sequences: Sequence[tuple[Ids, Ids]], pad_token_id: int) -> Float[Tensor, " n"]:
+    def __call__(
+        self, sequences: Sequence[tuple[Ids, Ids]], pad_token_id: int, masks: Sequence[Ids | None] | None = None
+    ) -> Float[Tensor, " n"]:
         """Sum of the natural log-probabilities of each completion's tokens, given its prompt.
 
         One forward; for a model that padding changes, one for each length.
+
+        Args:
+            sequences: prompts and completions.
+            pad_token_id: what fills rows.
+            masks: for each completion 1 for a token that is scored and 0 for one that is only read; None scores all.
 
         Raises:
             PlanError: for a model whose logits depend on the tokens behind them.
         """
         hidden_size = self._hidden_size(sequences)
         if self._pads:
-            return self._scored(sequences, hidden_size, pad_token_id)
+            return self._scored(sequences, hidden_size, pad_token_id, masks)
+        masks = [None] * len(sequences) if masks is None else masks
         lengths = [len(prompt) + len(completion) for prompt, completion in sequences]
         order: list[int] = []
         parts = []
         for length in sorted(set(lengths)):
             group = [number for number, each in enumerate(lengths) if each == length]
-            parts.append(self._scored([sequences[number] for number in group], 0, pad_token_id))
+            own = [masks[number] for number in group]
+            parts.append(self._scored([sequences[number] for number in group], 0, pad_token_id, own))
             order += group
         back = torch.tensor(order).argsort().to(parts[0].device)
         return torch.cat(parts)[back]
 
-    def _scored(self, sequences: Sequence[tuple[Ids, Ids]], hidden_size: float, pad: int) -> Float[Tensor, " n"]:
-        trie = token_trie.pack(sequences, hidden_size, pad)
+    def _scored(
+        self, sequences: Sequence[tuple[Ids, Ids]], hidden_size: float, pad: int, masks: Sequence[Ids | None] | None
+    ) -> Float[Tensor, " n"]:
+        trie = token_trie.pack(sequences, hidden_size, pad, masks)
         device = _device(self.model)
         inputs = model_inputs(self.model, trie, device)
         found = self._tokens(inputs, trie.rows.to(device), trie.labels.to(device))

@@ -58,6 +58,7 @@ class PretrainedLM:
         self._model: Any = None
         self._config: Any = None
         self._tokenizer: Any = None
+        self._named_ends: list[Any] | None = None
         self.adapter: str | None = None
         self.adapter_off = False
         self.model_kwargs = dict(model_kwargs or {})
@@ -145,9 +146,26 @@ class PretrainedLM:
     @property
     def eos_token_ids(self) -> list[int]:
         """The tokens that end a completion: the tokenizer's, then those of the generation config."""
-        configured = getattr(getattr(self.module, "generation_config", None), "eos_token_id", None)
+        configured = self._configured_ends()
         listed = configured if isinstance(configured, list) else [] if configured is None else [configured]
         return list(dict.fromkeys([self.tokenizer.eos_token_id, *listed]))
+
+    def _configured_ends(self) -> Any:
+        """Those of the model's generation config, or of its config where it has none; loads no weights."""
+        if self._model is None and self._base_owner is not None:
+            return self._base_owner._configured_ends()
+        source = self._source if self._model is None else self._model
+        if not isinstance(source, (str, Path)):
+            return getattr(getattr(source, "generation_config", None), "eos_token_id", None)
+        if self._named_ends is None:
+            from transformers import GenerationConfig
+
+            try:
+                found = GenerationConfig.from_pretrained(source).eos_token_id
+            except OSError:  # the model has none; transformers then makes one of its config
+                found = getattr(self.config, "eos_token_id", None)
+            self._named_ends = [found]
+        return self._named_ends[0]
 
     @property
     def pad_token_id(self) -> int:

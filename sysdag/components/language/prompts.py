@@ -1,19 +1,53 @@
-"""Prompts as token ids, remembered from one pass of a training step to the next."""
+"""Prompts as token ids, cut where they do not fit, and remembered from one pass of a training step to the next."""
 
 from __future__ import annotations
 
 import json
+import logging
 from array import array
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
+from sysdag.components.language.chat_template import ChatTemplate
+from sysdag.components.language.messages import ChatPrompt, Message, is_conversation
 from sysdag.errors import DataError, shown
 
+logger = logging.getLogger(__name__)
 REMEMBERED = 2048
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt as a model gets it.
+
+    Attributes:
+        ids: its tokens, as many as there is room for.
+        given: the text, or the conversation without the turns that it had to lose.
+        lost: how many tokens it had more.
+    """
+
+    ids: list[int]
+    given: str | ChatPrompt
+    lost: int = 0
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it ends inside a turn of the assistant, which the completion goes on with."""
+        return isinstance(self.given, ChatPrompt) and is_open(self.given)
+
+
+def is_open(chat: ChatPrompt) -> bool:
+    """Whether a conversation ends with a message of the assistant."""
+    return chat.messages[-1]["role"] == "assistant"
 
 
 class PromptEncoder:
     """Tokenises prompts: strings as they stand, chat messages by the tokenizer's template with a generation prompt.
+
+    A string gets what the tokenizer puts in front of a text (its BOS token) unless it begins with it, as a chat that
+    was rendered before does, and nothing behind it. A conversation whose last message is the assistant's is left open
+    there.
 
     One optimizer step asks for the same prompts several times (policy and reference, winner and loser, every
     candidate), so the latest `REMEMBERED` are kept, for as long as the tokenizer keeps its vocabulary and template.
@@ -21,55 +55,139 @@ class PromptEncoder:
     Args:
         owner: whose prompts they are, for errors.
         tokenizer: of transformers.
+        template: of conversations.
     """
 
-    def __init__(self, owner: str, tokenizer: Any) -> None:
-        self.owner, self.tokenizer = owner, tokenizer
-        self._kept: dict[tuple[bool, str], array[int]] = {}
+    def __init__(self, owner: str, tokenizer: Any, template: ChatTemplate) -> None:
+        self.owner, self.tokenizer, self.template = owner, tokenizer, template
+        self._kept: dict[tuple[Any, ...], tuple[array[int], ChatPrompt | None, int]] = {}
         self._state: tuple[Any, ...] = ()
+        self._around: tuple[list[int], list[int]] | None = None
+        self._said: set[str] = set()
 
-    def __call__(self, prompts: Sequence[Any]) -> list[list[int]]:
-        """Token ids of each prompt.
+    def __call__(self, prompts: Sequence[Any], room: int | None = None) -> list[Prompt]:
+        """The prompts as tokens.
+
+        Args:
+            prompts: strings, lists of messages, or `ChatPrompt`s.
+            room: most tokens of one. A string loses what is too much at its start. A conversation loses whole turns of
+                the middle, the oldest first: never its system message, nor anything from the last user message on.
 
         Raises:
-            DataError: for a prompt that is neither a string nor chat messages, or that has no tokens.
+            DataError: for a prompt that is neither, that has no tokens, that the template refuses, or that is too long
+                without the turns that it can lose.
         """
-        state = (len(self.tokenizer), self.tokenizer.chat_template)
+        tokenizer = self.tokenizer
+        state = (len(tokenizer), tokenizer.chat_template, tokenizer.bos_token_id, tokenizer.eos_token_id)
         if state != self._state:
-            self._kept, self._state = {}, state
-        return [self._remembered(prompt, element) for element, prompt in enumerate(prompts)]
+            self._kept, self._state, self._around = {}, state, None
+        found = []
+        for element, prompt in enumerate(prompts):
+            try:
+                found.append(self._remembered(prompt, room))
+            except DataError as error:
+                error.element = element
+                raise
+        return found
 
-    def _remembered(self, prompt: Any, element: int) -> list[int]:
-        try:
-            key = (isinstance(prompt, str), prompt if isinstance(prompt, str) else json.dumps(prompt))
-        except (TypeError, ValueError):  # messages with something in them that only the template can read
-            return self._encode(prompt, element)
-        ids = self._kept.pop(key, None)
-        if ids is None:
-            ids = array("q", self._encode(prompt, element))
-        self._kept[key] = ids  # the latest stand last
-        if len(self._kept) > REMEMBERED:
-            del self._kept[next(iter(self._kept))]
-        return ids.tolist()
-
-    def _encode(self, prompt: Any, element: int) -> list[int]:
+    def _remembered(self, prompt: Any, room: int | None) -> Prompt:
+        if is_conversation(prompt):
+            prompt = ChatPrompt(prompt)
+        key: tuple[Any, ...]
         if isinstance(prompt, str):
-            ids = list(self.tokenizer(prompt)["input_ids"])
-        elif isinstance(prompt, list) and prompt and all(isinstance(message, dict) for message in prompt):
-            if self.tokenizer.chat_template is None:
-                raise DataError(
-                    f"{self.owner}: the prompt is a list of chat messages, but the tokenizer has no chat template. "
-                    "Return a string, or set tokenizer.chat_template.",
-                    element=element,
-                )
-            ids = list(self.tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False))
+            key = (prompt, room)
+        elif isinstance(prompt, ChatPrompt):
+            prompt = self.template.prompt(prompt)
+            key = (json.dumps([prompt.messages, prompt.tools, prompt.chat_template_kwargs], default=repr), room, "chat")
         else:
             raise DataError(
-                f"{self.owner}: a prompt must be a string or a list of chat messages, got {shown(prompt, 200)}.",
-                element=element,
+                f"{self.owner}: a prompt must be a string or a list of chat messages, got {shown(prompt, 200)}."
             )
-        if not ids:
+        kept = self._kept.pop(key, None)
+        if kept is None:
+            made = self._encode_text(prompt, room) if isinstance(prompt, str) else self._encode_chat(prompt, room)
+            kept = (array("q", made.ids), made.given if isinstance(made.given, ChatPrompt) else None, made.lost)
+        self._kept[key] = kept  # the latest stand last
+        if len(self._kept) > REMEMBERED:
+            del self._kept[next(iter(self._kept))]
+        ids, chat, lost = kept
+        return Prompt(ids.tolist(), prompt if chat is None else chat, lost)
+
+    def _encode_text(self, text: str, room: int | None) -> Prompt:
+        if self.template.tools or self.template.chat_template_kwargs:
             raise DataError(
-                f"{self.owner}: the prompt {prompt!r} has no tokens; a model needs at least one.", element=element
+                f"{self.owner}: the prompt is a text, which no chat template renders, so tools and "
+                "chat_template_kwargs cannot reach it. Return messages, or leave them out."
             )
-        return ids
+        ids = self.text_ids(text)
+        self._check_any(ids, text)
+        lost = 0 if room is None else max(len(ids) - room, 0)
+        return Prompt(ids[lost:], text, lost)
+
+    def _check_any(self, ids: Sequence[int], prompt: Any) -> None:
+        if not ids:
+            raise DataError(f"{self.owner}: the prompt {prompt!r} has no tokens; a model needs at least one.")
+
+    def text_ids(self, text: str) -> list[int]:
+        """Tokens of a text with what the tokenizer puts in front of one, once, and without what it puts behind."""
+        if self._around is None:
+            self._around = self._surroundings()
+        before, after = self._around
+        if after:
+            self._say(
+                f"the tokenizer ends every text with {self._spelled(after)}; prompts go without, so that they go on"
+            )
+        ids = list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        if before and ids[: len(before)] == before:
+            self._say(
+                f"a prompt begins with {self._spelled(before)} already; the tokenizer puts no second one before it"
+            )
+            return ids
+        return [*before, *ids]
+
+    def _surroundings(self) -> tuple[list[int], list[int]]:
+        """What the tokenizer puts in front of a text and behind it."""
+        text = "a"
+        bare = list(self.tokenizer.encode(text, add_special_tokens=False))
+        whole = list(self.tokenizer.encode(text))
+        for start in range(len(whole) - len(bare) + 1):
+            if whole[start : start + len(bare)] == bare:
+                return whole[:start], whole[start + len(bare) :]
+        return [], []
+
+    def _spelled(self, ids: Sequence[int]) -> str:
+        return repr("".join(self.tokenizer.convert_ids_to_tokens(list(ids))))
+
+    def _say(self, text: str) -> None:
+        if text not in self._said:
+            self._said.add(text)
+            logger.warning("%s: %s.", self.owner, text)
+
+    def _encode_chat(self, chat: ChatPrompt, room: int | None) -> Prompt:
+        ids = self._chat_ids(chat)
+        self._check_any(ids, chat.messages)
+        if room is None or len(ids) <= room:
+            return Prompt(ids, chat)
+        for shorter in _shortened(chat.messages):
+            made = replace(chat, messages=shorter)
+            fewer = self._chat_ids(made)
+            if len(fewer) <= room:
+                return Prompt(fewer, made, len(ids) - len(fewer))
+        raise DataError(
+            f"{self.owner}: a prompt has {len(ids)} tokens where there is room for {room} (max_length less "
+            "max_new_tokens), and its system message and last turn alone are too long. Shorten them, or raise "
+            "max_length."
+        )
+
+    def _chat_ids(self, chat: ChatPrompt) -> list[int]:
+        options = {"header": not is_open(chat), "continues": is_open(chat)}
+        self.template.check(chat, **options)
+        return self.template.ids(chat, **options)
+
+
+def _shortened(messages: Sequence[Mapping[str, Any]]) -> list[list[Message]]:
+    """A conversation without its oldest turn, its two oldest, ...: a turn is a user message and what answers it."""
+    roles = [message["role"] for message in messages]
+    head = next((place for place, role in enumerate(roles) if role not in ("system", "developer")), len(roles))
+    starts = [place for place in range(head, len(roles)) if roles[place] == "user"]
+    return [[*map(dict, messages[:head]), *map(dict, messages[start:])] for start in starts if start > head]

@@ -29,8 +29,8 @@ Ids = Sequence[int]
 class TokenTrie:
     """The tries of some sequences in rows that are padded on the right, and what is predicted where.
 
-    A completion's tokens are labels; one label may serve several sequences, and one row of hidden states may predict
-    several labels. Padding is a token of its own at depth 0.
+    A completion's scored tokens are labels; one label may serve several sequences, and one row of hidden states may
+    predict several labels. Padding is a token of its own at depth 0.
 
     Attributes:
         tokens: (R, T).
@@ -40,7 +40,7 @@ class TokenTrie:
         lengths: (R,) tokens of each row without padding.
         rows: (M,) where each label is predicted, as an index into the R * T positions.
         labels: (M,) the tokens that are predicted.
-        sequence, label: (P,) each sequence beside each of its labels, in the order of the completions' tokens.
+        sequence, label: (P,) each sequence beside each of its labels, in the order of the completions' scored tokens.
         num_sequences: how many there are.
     """
 
@@ -67,17 +67,28 @@ class TokenTrie:
         return (place <= place[:, None]) & (place[:, None] < self.end[:, None, :])
 
 
-def pack(sequences: Sequence[tuple[Ids, Ids]], hidden_size: float, pad_token_id: int = 0) -> TokenTrie:
+def pack(
+    sequences: Sequence[tuple[Ids, Ids]],
+    hidden_size: float,
+    pad_token_id: int = 0,
+    masks: Sequence[Ids | None] | None = None,
+) -> TokenTrie:
     """The rows for sequences (prompt, completion); no more work than one row for each sequence takes.
 
     Args:
         sequences: prompts of at least one token; a completion may be empty.
         hidden_size: the model's width d, see above. With 0 every row is a chain: a sequence shares a row only with
             one that it extends. With inf everything is shared that can be.
+        pad_token_id: what fills rows.
+        masks: for each completion 1 for a token that is scored and 0 for one that is only read; None scores all.
 
     Raises:
-        ValueError: for a prompt without tokens.
+        ValueError: for a prompt without tokens, or a mask of another length than its completion.
     """
+    masks = [None] * len(sequences) if masks is None else masks
+    for number, ((_, completion), mask) in enumerate(zip(sequences, masks, strict=True)):
+        if mask is not None and len(mask) != len(completion):
+            raise ValueError(f"pack: sequence {number} has {len(completion)} tokens to score, its mask {len(mask)}.")
     bare = [number for number, (prompt, _) in enumerate(sequences) if not len(prompt)]
     if bare:
         raise ValueError(f"pack needs prompts of at least one token; that of sequence {bare[0]} has none.")
@@ -85,7 +96,7 @@ def pack(sequences: Sequence[tuple[Ids, Ids]], hidden_size: float, pad_token_id:
     growing = _Growing(hidden_size)
     for ids, shared in zip(ordered.ids, ordered.shared, strict=True):
         growing.add(len(ids), shared)
-    return _build(sequences, ordered, growing.layout(), pad_token_id)
+    return _build(sequences, ordered, growing.layout(), pad_token_id, masks)
 
 
 def groups(sequences: Sequence[tuple[Ids, Ids]], hidden_size: float, max_tokens: int) -> list[list[int]]:
@@ -236,7 +247,10 @@ def _fill(sizes: Sequence[int], capacity: int) -> list[list[int]]:
     return bins
 
 
-def _build(sequences: Sequence[tuple[Ids, Ids]], ordered: _Ordered, layout: _Layout, pad_token_id: int) -> TokenTrie:
+def _build(
+    sequences: Sequence[tuple[Ids, Ids]], ordered: _Ordered, layout: _Layout, pad_token_id: int,
+    masks: Sequence[Ids | None],
+) -> TokenTrie:  # fmt: skip
     height, width = len(layout.rows), layout.width
     tokens = numpy.full((height, width), pad_token_id, dtype=numpy.int64)
     depth = numpy.zeros_like(tokens)
@@ -258,7 +272,9 @@ def _build(sequences: Sequence[tuple[Ids, Ids]], ordered: _Ordered, layout: _Lay
                 depth[row, new] = numpy.arange(shared, len(ids))
                 parent[row, path[1:]] = path[:-1]
                 count += len(new)
-                nodes[number] = row * width + path[len(sequences[number][0]) :]
+                scored = row * width + path[len(sequences[number][0]) :]
+                mask = masks[number]
+                nodes[number] = scored if mask is None else scored[numpy.asarray(mask, dtype=bool)]
             end[row, path] = count
         lengths[row] = count
     unique, label = numpy.unique(_joined(nodes), return_inverse=True)
