@@ -72,7 +72,7 @@ def test_a_one_node_system_equals_trl(tmp_path, loss_type, peft_config):
     """Loss, margins and gradients of TRL's DPOTrainer on the same batch, away from step 0."""
     pairs = [
         {"prompt": "ab c", "chosen": "yes", "rejected": "no no no"},
-        {"prompt": "d", "chosen": "", "rejected": "e"},
+        {"prompt": "d", "chosen": "f", "rejected": ""},
     ]
     smoothing = 0.1 if loss_type == "robust" else 0.0
     llama().save_pretrained(tmp_path / "model")
