@@ -126,7 +126,8 @@ def test_a_system_is_aligned_by_a_file_of_options_and_flags_win(place):
     }  # fmt: skip
     assert {name: record["config"][name] for name in expected} == expected
     assert record["candidates"] == {
-        "strategy": "monte_carlo", "num_candidates": 3, "temperature": None, "top_p": None, "distinct": True
+        "strategy": "monte_carlo", "num_candidates": 3, "temperature": None, "top_p": None, "top_k": None,
+        "distinct": True,
     }  # fmt: skip
     lines = read_log(place / "out")
     assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3]
