@@ -233,16 +233,6 @@ class CausalLM(Component):
             self._completions = CompletionEncoder(repr(self), self._encoder(), ends)
         return self._completions
 
-    def _check_ids(self, ids: Sequence[int], what: str, element: int) -> None:
-        """Refuses what the tokenizer has an id for and the model no embedding."""
-        size = getattr(self.config, "vocab_size", None)
-        if size is not None and max(ids, default=0) >= size:
-            raise DataError(
-                f"{self!r}: a {what} has the token id {max(ids)}, but the model has {size} of them. Its tokenizer is "
-                "another model's, or got tokens without model.resize_token_embeddings(len(tokenizer)).",
-                element=element,
-            )
-
     def _warn_once(self, kind: str, message: str) -> None:
         if kind not in self._warned:
             self._warned.add(kind)
@@ -419,7 +409,7 @@ class CausalLM(Component):
     def _sequences(self, inputs: Sequence[Any], draws: Sequence[Draw]) -> list[tuple[list[int], list[int]]]:
         prompts, draws = self.prompt_ids(inputs), self.in_context(inputs, draws)
         for element, draw in enumerate(draws):
-            self._check_ids(draw.record["token_ids"], "completion", element)
+            self.lm.check_ids(draw.record["token_ids"], "a completion", element)
         return [self._fit(prompt, draw) for prompt, draw in zip(prompts, draws, strict=True)]
 
     def _fit(self, prompt: list[int], draw: Draw) -> tuple[list[int], list[int]]:
