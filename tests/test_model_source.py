@@ -329,7 +329,7 @@ def test_tokens_beyond_the_embeddings_name_the_row_the_token_and_the_size(base):
     tokenizer = char_tokenizer()
     tokenizer.add_tokens(["xy"])
     component = CausalLM(base, tokenizer)
-    where = r"has the token id 45 \('xy'\), but the model has 45"
+    where = r"has the token id 45, but the model has 45 \(the token is 'xy'\)"
     with pytest.raises(DataError, match=f"a prompt {where}.*resize_token_embeddings") as error:
         component.prompt_ids(["a", "xy"])
     assert error.value.element == 1
