@@ -211,7 +211,7 @@ class CausalLM(Component):
     def _prompts(self, prompts: Sequence[Any]) -> list[Prompt]:
         found = self._encoder()(prompts, self._room)
         for element, prompt in enumerate(found):
-            self._check_ids(prompt.ids, "prompt", element)
+            self.lm.check_ids(prompt.ids, "a prompt", element)
             if prompt.lost:
                 left = len(prompt.ids)
                 how = f"cut to its last {left}" if isinstance(prompt.given, str) else f"left {left} without older turns"
