@@ -45,8 +45,8 @@ def randomised(model):
 
 def scores(model, component):
     """By transformers' own forward, of one completion."""
-    prompt, [draw] = component.prompt_ids(["ab"])[0], component.observe(["cd"])
-    ids = torch.tensor([prompt + draw.record["token_ids"]])
+    [(prompt, completion)] = component._sequences(["ab"], component.observe(["cd"]))
+    ids = torch.tensor([prompt + completion])
     with torch.no_grad():
         log_probs = model(input_ids=ids).logits[0].float().log_softmax(-1)
     return sum(float(log_probs[place - 1, ids[0, place]]) for place in range(len(prompt), ids.shape[1]))
@@ -334,7 +334,7 @@ def test_tokens_beyond_the_embeddings_name_the_row_the_token_and_the_size(base):
         component.prompt_ids(["a", "xy"])
     assert error.value.element == 1
     with pytest.raises(DataError, match=f"a completion {where}") as error:
-        component.observe(["a", "b", "xy"])
+        component.log_prob(["a", "a", "a"], component.observe(["a", "b", "xy"]))
     assert error.value.element == 2
     component.module.resize_token_embeddings(len(tokenizer))
     assert component.prompt_ids(["xy"]) == [[45]]

@@ -61,9 +61,10 @@ def system_model(model, engine="two_pass", pack=True, tokens=8192):
 def own_loss(model, component, pairs):
     """transformers' own, of all sequences in rows of their own."""
     rows = [
-        component.prompt_ids([pair.inputs["prompt"]])[0] + side["answer"].record["token_ids"]
+        prompt + completion
         for pair in pairs
         for side in (pair.chosen, pair.rejected)
+        for prompt, completion in component._sequences([pair.inputs["prompt"]], [side["answer"]])
     ]
     width = max(map(len, rows))
     ids = torch.tensor([row + [0] * (width - len(row)) for row in rows])

@@ -326,8 +326,9 @@ class PretrainedLM:
             token = self.tokenizer.convert_ids_to_tokens(largest) if largest < len(self.tokenizer) else None
             raise DataError(
                 f"{self!r}: {what} has the token id {largest}, but the model has {size}"
-                f"{'' if token is None else f' (the token is {token!r})'}. The tokenizer is of another model, or has tokens that were added: then make room for "
-                "them before training (model.resize_token_embeddings(len(tokenizer))).",
+                f"{'' if token is None else f' (the token is {token!r})'}. The tokenizer is of another model, or has "
+                "tokens that were added: then make room for them before training "
+                "(model.resize_token_embeddings(len(tokenizer))).",
                 element=element,
             )
 
