@@ -139,11 +139,12 @@ on it and counts what is kept; nothing is downloaded. On a CPU, and for two LLMs
 the estimates of a step are within 15 % of measured peaks (`tests/test_estimate.py` measures them). **None of the
 systems below has been run**, and the kernels assumed are those of the machine that wrote this page, a CPU.
 
-Weights in bf16, AdamW's two averages in the weights' dtype; LoRA of rank 16 on all linear layers of an LLM and on the
-attention of the UNet. Prompts of 512 tokens, completions of 256 (captions 77), images of 512 by 512; micro-batches of
-8192 tokens. One LLM and caption → paint: Direct, 8 pairs a step. draft → refine: Sampling, k = 4, 2 pairs a step. A
-cell is the estimate and the smallest of {gpus} GB GPUs of which it takes at most {room:.0%}. The ways add up from left
-to right.
+Checkpoints in bf16, computed in bf16 (`bf16=True`); what trains, adapters or full models with their references, is
+fp32, with AdamW's two averages. LoRA of rank 16 on all linear layers of an LLM and on the attention of the UNet; two
+adapters on one base load it once. Prompts of 512 tokens, completions of 256 (captions 77), images of 512 by 512;
+micro-batches of 8192 tokens. One LLM and caption → paint: Direct, 8 pairs a step. draft → refine: Sampling, k = 4, 2
+pairs a step. A cell is the estimate and the smallest of {gpus} GB GPUs of which it takes at most {room:.0%}. The ways
+add up from left to right.
 
 Made by `python docs/sizes.py`; the shapes are those of the models' published configs on the Hugging Face Hub.
 """
@@ -166,7 +167,7 @@ def table(title: str) -> Iterator[str]:
             plan = build(lora, Path(folder))
             lengths = {"answer": (512, 256)} if title.startswith("One") else LENGTHS
             needed = {name: lengths[name] for name in plan.random_nodes if name in lengths}
-            totals = [plan.estimate(needed, device="cpu", **options, **way).total for way in WAYS.values()]
+            totals = [plan.estimate(needed, device="cpu", bf16=True, **options, **way).total for way in WAYS.values()]
             yield f"| {trained} | {' | '.join(map(_cell, totals))} |"
     yield ""
 

@@ -253,7 +253,7 @@ def test_only_the_latest_prompts_are_remembered(monkeypatch):
 
 
 def test_prompts_are_tokenised_anew_when_the_template_or_the_vocabulary_changes():
-    chat = CausalLM(llama(), char_tokenizer(chat=True))
+    chat = CausalLM(llama(vocab_size=64), char_tokenizer(chat=True))
     prompt = [{"role": "user", "content": "hi"}]
     before, plain = chat.prompt_ids([prompt, "ab"])
     chat.tokenizer.chat_template = "{{ messages[0]['content'] }}!"

@@ -321,3 +321,72 @@ def test_folders_and_options_that_do_not_fit_are_named(tmp_path):
         plain.reference().save_pretrained(tmp_path / "reference")
     with pytest.raises(SerializationError, match=r"lacks the subfolder '(text_encoder|unet)'"):
         from_text().load_weights(tmp_path / "nowhere")
+
+
+def test_an_adapter_that_the_denoisers_own_method_put_on_is_adopted(tmp_path):
+    component = from_text()
+    unet = component.pipeline.denoiser
+    unet.add_adapter(LoraConfig(**LORA), "mine")
+    component = from_text(unet)
+    trained = {name for name, parameter in unet.named_parameters() if parameter.requires_grad}
+    assert len(component.own_parameters()) == len(trained) > 0
+    with torch.no_grad():
+        for parameter in component.own_parameters().values():
+            parameter.normal_(0, 0.3)
+    draws = component.observe(images(2))
+    noise = component.noise(draws, torch.Generator().manual_seed(0))
+    expected = component.score(["dark", "light"], draws, noise)
+    loaded = Diffusion.from_pretrained(tmp_path, component.save_pretrained(tmp_path))
+    assert torch.equal(loaded.score(["dark", "light"], draws, noise), expected)
+    plain = PeftModel.from_pretrained(UNet2DConditionModel.from_pretrained(tmp_path / "unet"), tmp_path / "adapter")
+    for name, parameter in component.own_parameters().items():
+        key = "base_model.model." + name.removeprefix("denoiser.").replace(".weight", ".default.weight")
+        assert torch.equal(plain.get_parameter(key), parameter)
+
+
+def test_an_adapter_on_another_part_is_refused_by_name():
+    component = from_text()
+    encoder = component.pipeline.parts["text_encoder"]
+    encoder.add_adapter(LoraConfig(r=2, target_modules=["q_proj"]), "mine")
+    with pytest.raises(PlanError, match=r"The text_encoder \(CLIPTextModel\) carries the adapters \['mine'\]"):
+        component.__class__(
+            text_unet(), scheduler=scheduler_of("epsilon"), text_encoder=encoder, tokenizer=word_tokenizer()
+        ).module
+
+
+@pytest.mark.parametrize("half", ["bf16", torch.float16])
+def test_an_adapter_on_a_half_precision_denoiser_is_fp32_as_pefts(tmp_path, half):
+    from_text().save_pretrained(tmp_path)
+    component = Diffusion(tmp_path, dtype=half, peft_config=LoraConfig(**LORA))
+    dtype = torch.bfloat16 if half == "bf16" else half
+    assert component.pipeline.denoiser.dtype == dtype
+    truth = get_peft_model(text_unet().to(dtype), LoraConfig(**LORA))
+    expected = {parameter.dtype for parameter in truth.parameters() if parameter.requires_grad}
+    assert {parameter.dtype for parameter in component.own_parameters().values()} == expected == {torch.float32}
+
+
+def test_a_half_precision_text_encoder_that_trains_is_fp32_unless_asked_for(tmp_path):
+    component = from_text()
+    component.pipeline.parts["text_encoder"].to(torch.bfloat16)
+    component.save_pretrained(tmp_path)
+    dtypes = {}
+    for dtype, trains in ((None, False), (None, True), ("bf16", True)):
+        loaded = Diffusion(tmp_path, dtype=dtype, train_text_encoder=trains)
+        estimated = loaded.footprint(tokens=64, labels=0, trains=trains, checkpoints=False, device="cpu")
+        if trains:
+            loaded.prepare_training()
+        dtypes[dtype, trains] = loaded.pipeline.parts["text_encoder"].dtype
+        assert estimated.weights == sum(p.numel() * p.element_size() for p in loaded.module.parameters())
+    assert list(dtypes.values()) == [torch.bfloat16, torch.float32, torch.bfloat16]
+
+
+def test_two_adapters_on_one_named_pipeline_load_it_once(tmp_path):
+    from_text().save_pretrained(tmp_path)
+    parts = [Diffusion(tmp_path, peft_config=LoraConfig(**LORA)) for _ in range(2)]
+    parts[1].share_base(parts[:1])
+    apart = Diffusion(tmp_path, peft_config=LoraConfig(**LORA), dtype="bf16")
+    apart.share_base(parts)
+    assert parts[0].base_key == parts[1].base_key != apart.base_key
+    assert parts[0].pipeline.denoiser is parts[1].pipeline.denoiser
+    assert parts[0].pipeline.adapter != parts[1].pipeline.adapter
+    assert apart.pipeline.denoiser is not parts[0].pipeline.denoiser

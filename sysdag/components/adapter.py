@@ -92,23 +92,31 @@ def _attach(model: Any, config: PeftConfig, owner: str) -> str:
     return name
 
 
-def adopt(peft_model: Any, owner: str = "") -> tuple[Any, str]:
-    """The model inside a PeftModel, and the name of the adapter that is active in it.
+def adopt(given: Any, owner: str = "") -> tuple[Any, str]:
+    """The model inside a PeftModel, or one that its own `add_adapter` put adapters on; and the active adapter's name.
 
     Raises:
-        PlanError: for a kind of adapter that `attach` refuses, several active ones, or one that is merged.
+        PlanError: for a kind of adapter that `attach` refuses, several active ones, none, or one that is merged.
     """
-    owner, active = owner or f"The {type(peft_model).__name__}", peft_model.active_adapters
+    owner = owner or f"The {type(given).__name__}"
+    model = given.get_base_model() if hasattr(given, "get_base_model") else given
+    layers = _layers(model)
+    active = sorted({name for layer in layers for name in layer.active_adapters})
     if len(active) != 1:
-        raise PlanError(f"{owner}: the PeftModel has the active adapters {active}; activate one (set_adapter).")
-    config = peft_model.peft_config[active[0]]
+        raise PlanError(
+            f"{owner}: the {type(given).__name__} has the active adapters {active}; activate one (set_adapter)."
+        )
+    config = given.peft_config[active[0]]
     support.check_config(config, owner, new=False)
-    model = peft_model.get_base_model()
-    if any(getattr(layer, "merged", False) for layer in _layers(model)):
-        raise PlanError(f"{owner}: the PeftModel's adapter is merged into its weights; call unmerge_adapter() first.")
+    if any(getattr(layer, "merged", False) for layer in layers):
+        raise PlanError(
+            f"{owner}: the {type(given).__name__}'s adapter is merged into its weights; call unmerge_adapter() first."
+        )
+    if any(layer.disable_adapters for layer in layers):
+        raise PlanError(f"{owner}: its adapters are switched off; switch them on (enable_adapters).")
     _adopted.setdefault(model, set()).add(active[0])
     if support.shares_state(config):
-        object.__setattr__(model, _SHELL, peft_model)
+        object.__setattr__(model, _SHELL, given)
     _settle_modes(model)
     return model, active[0]
 
@@ -117,6 +125,11 @@ def names(model: Any) -> list[str]:
     """The adapters on the model that belong to components; not those that its owner put there."""
     adopted = _adopted.get(model, ())
     return [name for name in _all_names(model) if name.startswith((_NAME, _REFERENCE)) or name in adopted]
+
+
+def brought(model: Any) -> bool:
+    """Whether the model carries adapters that no component put there: it is a PeftModel, or has used `add_adapter`."""
+    return any(not name.startswith((_NAME, _REFERENCE)) for name in _all_names(model))
 
 
 def _all_names(model: Any) -> list[str]:
@@ -136,7 +149,9 @@ def freeze_copy(model: Any, name: str) -> tuple[Any, str]:
     if hasattr(config, "init_lora_weights"):
         config.init_lora_weights = True  # the weights are replaced, so no costlier start is needed
     made = _inject(model, config, _REFERENCE, f"The {type(model).__name__}")
-    _fill(model, made, state(model, name))
+    weights = state(model, name)
+    _cast(model, state(model, made), {key: weights[key].dtype for key in weights})
+    _fill(model, made, weights)
     _copy_buffers(model, name, made)
     for parameter in parameters(model, made).values():
         parameter.requires_grad_(False)
@@ -181,6 +196,7 @@ def _inject(model: Any, config: PeftConfig, wanted: str, owner: str) -> str:
             raise
         except (ValueError, TypeError, RuntimeError, AttributeError, ImportError) as error:
             raise PlanError(f"{owner}: peft cannot put this adapter of type {kind} on it. {error}") from error
+    _widen(model, name)
     for parameter in model.parameters():
         if id(parameter) in trained:  # some versions of peft freeze the adapters that were there
             parameter.requires_grad_(trained[id(parameter)])
@@ -229,6 +245,18 @@ def _settle_modes(model: nn.Module) -> None:
     for layer in _layers(model):
         base = layer.original_module if hasattr(layer, "original_module") else layer.get_base_layer()
         layer.train(base.training)
+
+
+def _widen(model: Any, name: str) -> None:
+    """Has an adapter on a 16-bit model be fp32, as in a PeftModel: in 16 bits most updates would be lost to rounding.
+
+    LayerNorm tuning stays as it is: its copies of norms run in their place.
+    """
+    from peft.tuners.tuners_utils import cast_adapter_dtype
+
+    kind = model.peft_config[name].peft_type
+    if getattr(kind, "value", kind) != "LN_TUNING":
+        cast_adapter_dtype(model, name)
 
 
 def prepare_quantized(model: Any) -> None:
@@ -428,13 +456,60 @@ def load(model: nn.Module, name: str, folder: Path) -> None:
 
     saved = load_file(folder / _FILE)
     own = state(model, name)
+    brought = {key: saved.pop(key) for key in saved_embeddings(folder) if key not in own}
     check_same_tensors(own, saved, folder)
-    dtypes = {own[key].data_ptr(): saved[key].dtype for key in saved}
-    for parameter in model.parameters():
-        dtype = dtypes.get(parameter.data_ptr())
-        if dtype is not None and parameter.dtype != dtype:  # a trainer may keep adapters in another dtype than the base
-            parameter.data = parameter.data.to(dtype)
+    # What was saved in a wider dtype than the adapter has keeps it; what was saved in a narrower one loses nothing.
+    _cast(model, own, {key: torch.promote_types(own[key].dtype, saved[key].dtype) for key in own})
     _fill(model, name, saved)
+    _fill_embeddings(model, brought, folder)
+
+
+def saved_embeddings(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the whole embeddings and heads in a saved adapter: of a vocabulary that was extended.
+
+    Raises:
+        SerializationError: for an adapter that is not in safetensors.
+    """
+    from peft.utils.constants import EMBEDDING_LAYER_NAMES
+    from safetensors import safe_open
+
+    if not (folder / _FILE).is_file():
+        raise SerializationError(f"{str(folder)!r} has no {_FILE}: adapters are read from safetensors only.")
+    with safe_open(folder / _FILE, "pt") as file:
+        found = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 - no mapping
+    return {
+        key: shape
+        for key, shape in found.items()
+        if key.removesuffix(".weight").removesuffix(".base_layer").rpartition(".")[2] in EMBEDDING_LAYER_NAMES
+        and key.endswith(".weight")
+    }
+
+
+def brings_embeddings(folder: Path) -> bool:
+    """Whether a saved adapter changes the base it is put on: it holds embeddings that are no part of the adapter."""
+    kept = getattr(read_config(folder), "modules_to_save", None) or ()
+    return any(not any(f".{name}." in key for name in kept) for key in saved_embeddings(folder))
+
+
+@torch.no_grad()
+def _fill_embeddings(model: nn.Module, brought: dict[str, Tensor], folder: Path) -> None:
+    own = base_state(model)
+    for key, tensor in brought.items():
+        name = key.removeprefix(_PEFT_PREFIX).replace(".base_layer.", ".")
+        if name not in own or own[name].shape != tensor.shape:
+            shape = tuple(own[name].shape) if name in own else None
+            raise SerializationError(
+                f"{str(folder)!r} holds {name!r} of shape {tuple(tensor.shape)}, and the base model has {shape}."
+            )
+        own[name].copy_(tensor)
+
+
+def _cast(model: nn.Module, own: dict[str, Tensor], dtypes: dict[str, torch.dtype]) -> None:
+    wanted = {tensor.data_ptr(): dtypes[key] for key, tensor in own.items()}
+    for parameter in model.parameters():
+        dtype = wanted.get(parameter.data_ptr(), parameter.dtype)
+        if parameter.dtype != dtype:
+            parameter.data = parameter.data.to(dtype)
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -63,6 +63,19 @@ class Component(ABC):
     def base_model(self) -> str | None:
         """The name or folder of the pretrained model that it was made from; None where there is none."""
         return None
+
+    @property
+    def base_key(self) -> Hashable:
+        """Equal for components whose own weights are on one loaded model; None where they share with none."""
+        return None
+
+    def share_base(self, others: Iterable[Component]) -> None:
+        """Loads nothing that one of the others, which come before it in a system, loads already."""
+        return
+
+    def prepare_training(self) -> None:
+        """Called before the weights train, and before they load if they have not: for what training asks of them."""
+        return
 
     @property
     def device(self) -> torch.device:
@@ -169,6 +182,13 @@ class Component(ABC):
     def score(self, inputs: Sequence[Any], draws: Sequence[Draw], noise: Any = None) -> Float[Tensor, " n"]:
         """What enters a preference margin: the log-probability, or for a bound its estimate at the given noise."""
         return self.log_prob(inputs, draws)
+
+    def take_auxiliary_loss(self) -> tuple[float, Tensor] | None:
+        """What the model's training adds to its loss for the draws scored last, once: a coefficient and the loss, ().
+
+        The load balancing of a mixture of experts; None for most models.
+        """
+        return None
 
     def lengths(self, draws: Sequence[Draw]) -> list[int]:
         """How many terms each draw's log-likelihood sums: scored tokens of a text, 1 for anything else.

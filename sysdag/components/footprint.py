@@ -14,7 +14,9 @@ class Footprint:
 
     Attributes:
         weights: of the model, its adapter included.
+        base: of the weights, those of a base that adapters of other components may be on, too.
         trained: of those of them that train.
+        optimizer: what AdamW keeps of those.
         reference: of a reference beside it; 0 where that is the adapter switched off.
         graph: what the graph of one micro-batch saves for its backward.
         working: what a step needs beside it for a while: of a language model's head a tile of logits and its weight's
@@ -22,7 +24,9 @@ class Footprint:
     """
 
     weights: int
+    base: int = 0
     trained: int
+    optimizer: int
     reference: int
     graph: int
     working: int

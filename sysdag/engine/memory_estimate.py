@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import networkx
@@ -14,8 +14,6 @@ from sysdag.components.component import Component
 from sysdag.components.footprint import Footprint
 from sysdag.errors import PlanError
 from sysdag.graph.plan import Objective, Plan
-
-_AVERAGES = 2  # of AdamW, for each trained number and in its dtype
 
 
 @dataclass(frozen=True)
@@ -27,12 +25,19 @@ class Estimate:
         graphs: what one step's graphs save for each component: of one micro-batch, or of all in one pass.
         engine: `one_pass` or `two_pass`.
         offload_idle: whether frozen weights are on the device only while their model works.
+        bases: the name under which a component's base is counted, where others work on the same one.
     """
 
     footprints: Mapping[str, Footprint]
     graphs: Mapping[str, int]
     engine: str
     offload_idle: bool = False
+    bases: Mapping[str, str] = field(default_factory=dict)
+
+    def weights(self, name: str) -> int:
+        """Of one component, without a base that another one counts."""
+        found = self.footprints[name]
+        return found.weights - (found.base if self.bases.get(name, name) != name else 0)
 
     @property
     def resident(self) -> int:
@@ -40,9 +45,10 @@ class Estimate:
 
         Of frozen weights and references those of one component, the largest, where idle ones are offloaded.
         """
-        trained = sum((2 + _AVERAGES) * f.trained for f in self.footprints.values())
-        frozen = [f.weights - f.trained + f.reference for f in self.footprints.values()]
-        return trained + (max(frozen) if self.offload_idle else sum(frozen))
+        trained = sum(2 * f.trained + f.optimizer for f in self.footprints.values())
+        if self.offload_idle:
+            return trained + max(f.weights - f.trained + f.reference for f in self.footprints.values())
+        return trained + sum(self.weights(name) - f.trained + f.reference for name, f in self.footprints.items())
 
     @property
     def step(self) -> int:
@@ -60,15 +66,16 @@ class Estimate:
         return {
             "nodes": {
                 name: {
-                    "weights": f.weights,
+                    "weights": self.weights(name),
                     "reference": f.reference,
                     "gradients": f.trained,
-                    "optimizer": _AVERAGES * f.trained,
+                    "optimizer": f.optimizer,
                     "graphs": self.graphs[name],
                     "head": f.working,
                 }
                 for name, f in self.footprints.items()
             },
+            "bases": dict(self.bases),
             "engine": self.engine,
             "offload_idle": self.offload_idle,
             "resident": self.resident,
@@ -85,6 +92,7 @@ class Estimate:
         passes = {"one_pass": "one pass", "two_pass": "two passes"}[self.engine]
         where = " (idle models on the host)" if self.offload_idle else ""
         held = f"resident {_shown(self.resident)}{where}, a step in {passes} {_shown(self.step)}"
+        rows += [f"{name} is on the base of {other}" for name, other in self.bases.items() if other != name]
         return "\n".join([*rows, f"{held}: {_shown(self.total)} in all"])
 
 
@@ -100,6 +108,7 @@ def estimate(
     offload_idle: bool = False,
     frozen: Collection[str] = (),
     gradient_checkpointing: bool = False,
+    bf16: bool = False,
     device: Literal["cpu", "cuda"] | None = None,
 ) -> Estimate:
     """Memory of a training; configs are read, weights are not.
@@ -113,6 +122,7 @@ def estimate(
         engine, micro_batch_tokens, offload_idle: see `sysdag.objectives.options.EngineOptions`.
         frozen: nodes that do not train.
         gradient_checkpointing: whether activations are recomputed in the backward.
+        bf16: whether models compute in bfloat16 by autocast, as with `SysDPOConfig(bf16=True)`.
         device: whose kernels are assumed; by default a GPU where torch finds one. A GPU's can be told only there.
 
     Raises:
@@ -155,9 +165,11 @@ def estimate(
         whole = pairs * (own + common * math.ceil(own / max(1, micro_batch_tokens - common)))
         tokens = max(min(micro_batch_tokens, whole), prompt + completion)
         labels = max(1, tokens * pairs * completions * completion // whole)
-        found = component.footprint(
-            tokens=tokens, labels=labels, trains=name not in frozen, checkpoints=gradient_checkpointing, device=device
-        )
+        with torch.autocast(device, dtype=torch.bfloat16, enabled=bf16):
+            found = component.footprint(
+                tokens=tokens, labels=labels, trains=name not in frozen, checkpoints=gradient_checkpointing,
+                device=device,
+            )  # fmt: skip
         if found is None:
             raise PlanError(f"estimate: the memory of node {name!r} ({component!r}) is not known before it runs.")
         key = owner.setdefault(id(component), name)
@@ -165,7 +177,14 @@ def estimate(
         graphs[key] = max(graphs.get(key, 0), held) if engine == "two_pass" else graphs.get(key, 0) + held
         if key not in footprints or found.working > footprints[key].working:
             footprints[key] = found
-    return Estimate(footprints, graphs, engine, offload_idle)
+    bases = {
+        key: next(owner[id(plan.system[name].component)] for name in names if id(plan.system[name].component) in owner)
+        for names in plan.models
+        for key in dict.fromkeys(
+            owner[id(plan.system[n].component)] for n in names if id(plan.system[n].component) in owner
+        )
+    }
+    return Estimate(footprints, graphs, engine, offload_idle, bases)
 
 
 def _shown(count: int) -> str:

@@ -11,7 +11,7 @@ import contextlib
 import errno
 import logging
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
@@ -38,17 +38,20 @@ class Turn:
     Attributes:
         batch: what is scored.
         coefficients: d loss / d score of each element.
+        auxiliary: the micro-batch's share of its node's auxiliary loss (see `Component.take_auxiliary_loss`).
         finished: parameters that have this gradient already (an interrupted backward had reached them).
     """
 
     batch: MicroBatch
     coefficients: Float[Tensor, " n"]
+    auxiliary: float = 0.0
     finished: frozenset[nn.Parameter] = frozenset()
 
     def select(self, kept: Sequence[int]) -> Turn:
         """Some of the elements, by their position here."""
         at = torch.tensor(list(kept), device=self.coefficients.device)
-        return replace(self, batch=self.batch.select(kept), coefficients=self.coefficients[at])
+        share = self.auxiliary * len(at) / len(self.coefficients)
+        return replace(self, batch=self.batch.select(kept), coefficients=self.coefficients[at], auxiliary=share)
 
     def without(self, finished: Iterable[nn.Parameter]) -> Turn:
         """The same for the other parameters only."""
@@ -92,11 +95,21 @@ class Budget:
 
 @dataclass
 class Scored:
-    """Scores of every term, by node: one a row of the term's trace; and the micro-batches they came from."""
+    """Scores of every term, by node: one a row of the term's trace; and the micro-batches they came from.
+
+    Attributes:
+        auxiliary: by node, the coefficient of its auxiliary loss and its mean over the elements, where it has one.
+    """
 
     policy: dict[str, Tensor] = field(default_factory=dict)
     reference: dict[str, Tensor] = field(default_factory=dict)
     batches: list[MicroBatch] = field(default_factory=list)
+    auxiliary: dict[str, tuple[float, Tensor]] = field(default_factory=dict)
+
+    def detach(self) -> None:
+        """Lets go of the graphs."""
+        self.policy = {name: values.detach() for name, values in self.policy.items()}
+        self.auxiliary = {name: (factor, loss.detach()) for name, (factor, loss) in self.auxiliary.items()}
 
 
 class Stored:
@@ -132,7 +145,7 @@ def score(
         reference = references(component)
         admit(component, reference if isinstance(reference, Component) else None)
         rows: list[int] = []
-        parts: list[tuple[Tensor, Tensor]] = []
+        parts: list[_Scores] = []
         queue = deque(whole(plan, term).split(component, budget.max_tokens))
         extra = [] if rounds is None else [queue[0].select([0])] * (rounds(len(queue)) - len(queue))
         while queue:
@@ -149,23 +162,29 @@ def score(
                 if budget.keeps_graphs:
                     logger.warning("Memory ran out with the graphs of a whole step; it goes on in two passes.")
                     budget.keeps_graphs = False
-                    parts = [(policy.detach(), frozen) for policy, frozen in parts]
-                    scored.policy = {name: values.detach() for name, values in scored.policy.items()}
+                    parts = [each.detach() for each in parts]
+                    scored.detach()
                     queue.appendleft(batch)
                 else:
                     shrunk = budget.shrink(batch, component)
                     queue.extendleft(batch.select(part) for part in reversed(shrunk))
                 continue
-            check_finite(term, batch, component, None if isinstance(reference, Stored) else reference, *found)
+            frozen = None if isinstance(reference, Stored) else reference
+            check_finite(term, batch, component, frozen, found.policy, found.reference)
             is_random = RandomState.now(component.device) != before
             scored.batches.append(replace(batch, random=before, is_random=is_random))
             rows += batch.rows
             parts.append(found)
         for filler in extra:
             _both(filler, component, reference, keep_graph=False)
-        policies, references_ = zip(*parts, strict=True) if parts else ((), ())
+        policies, frozen_ = [each.policy for each in parts], [each.reference for each in parts]
         scored.policy[term.name] = sum_by_row(policies, rows, len(term.trace), component.device)
-        scored.reference[term.name] = sum_by_row(references_, rows, len(term.trace), component.device)
+        scored.reference[term.name] = sum_by_row(frozen_, rows, len(term.trace), component.device)
+        losses = [(len(each.policy), *each.auxiliary) for each in parts if each.auxiliary is not None]
+        if losses:
+            total = torch.stack([count * loss for count, _, loss in losses]).sum()
+            mean = total / sum(count for count, _, _ in losses)
+            scored.auxiliary[term.name] = losses[0][1], mean
     return scored
 
 
@@ -176,14 +195,28 @@ def component_of(plan: Plan, name: str) -> Component:
     return component
 
 
-def _both(
-    batch: MicroBatch, component: Component, reference: Component | Stored | None, keep_graph: bool
-) -> tuple[Tensor, Tensor]:
+@dataclass(frozen=True)
+class _Scores:
+    """Of one micro-batch; the auxiliary loss that comes with them, where the component trains and has one."""
+
+    policy: Tensor
+    reference: Tensor
+    auxiliary: tuple[float, Tensor] | None = None
+
+    def detach(self) -> _Scores:
+        found = None if self.auxiliary is None else (self.auxiliary[0], self.auxiliary[1].detach())
+        return _Scores(self.policy.detach(), self.reference, found)
+
+
+def _both(batch: MicroBatch, component: Component, reference: Component | Stored | None, keep_graph: bool) -> _Scores:
     with torch.set_grad_enabled(keep_graph and reference is not None):
         ours = batch.score(component)
+        auxiliary = component.take_auxiliary_loss()
+    if reference is None:
+        return _Scores(ours, ours)
     if isinstance(reference, Stored):
-        return ours, torch.zeros_like(ours, requires_grad=False)
-    return ours, ours if reference is None else reference_score(batch, reference).to(ours.device)
+        return _Scores(ours, torch.zeros_like(ours, requires_grad=False), auxiliary)
+    return _Scores(ours, reference_score(batch, reference).to(ours.device), auxiliary)
 
 
 @torch.no_grad()
@@ -194,17 +227,25 @@ def reference_score(batch: MicroBatch, reference: Component) -> Tensor:
 
 
 def turns(
-    batches: Iterable[MicroBatch], coefficients: Mapping[str, Tensor], rounds: Callable[[int], int] | None = None
+    batches: Sequence[MicroBatch],
+    coefficients: Mapping[str, Tensor],
+    rounds: Callable[[int], int] | None = None,
+    balanced: Collection[str] = (),
 ) -> list[Turn]:
     """What the second pass has to do: nothing whose coefficient is exactly 0, except where `rounds` evens out numbers.
 
     Elements are left out of a micro-batch only where that changes no other's score: not under dropout. Of a node whose
     coefficients are all 0 one element stays, so that its parameters get gradients of 0 and not none.
+
+    Args:
+        balanced: nodes with an auxiliary loss, of which every element counts.
     """
+    counts = {name: sum(len(each.rows) for each in batches if each.name == name) for name in balanced}
     found: dict[str, list[Turn]] = {}
     for batch in batches:
         of_row = coefficients[batch.name]
-        turn = Turn(batch, of_row[torch.tensor(batch.rows, device=of_row.device)])
+        share = len(batch.rows) / counts[batch.name] if batch.name in counts else 0.0
+        turn = Turn(batch, of_row[torch.tensor(batch.rows, device=of_row.device)], share)
         found.setdefault(batch.name, []).append(turn)
     return [turn for own in found.values() for turn in (_needed(own) if rounds is None else _evened(own, rounds))]
 
@@ -213,19 +254,24 @@ def _needed(turns: Sequence[Turn]) -> list[Turn]:
     found = []
     for turn in turns:
         kept = turn.coefficients.nonzero()[:, 0].tolist()
-        if kept:
+        if turn.auxiliary:
+            found.append(turn)
+        elif kept:
             found.append(turn.select(kept) if len(kept) < len(turn.coefficients) and not turn.batch.is_random else turn)
     return found or [turns[0].select([0])]
 
 
 def _evened(turns: Sequence[Turn], rounds: Callable[[int], int]) -> list[Turn]:
     filler = turns[0].select([0])
-    filler = replace(filler, coefficients=torch.zeros_like(filler.coefficients))
+    filler = replace(filler, coefficients=torch.zeros_like(filler.coefficients), auxiliary=0.0)
     return [*turns, *[filler] * (rounds(len(turns)) - len(turns))]
 
 
 def part_of_loss(turn: Turn, component: Component) -> Float[Tensor, ""]:
-    """sum_i coefficient_i score_i of a micro-batch, scored again under the random state of the first pass."""
+    """sum_i coefficient_i score_i of a micro-batch, scored again under the random state of the first pass.
+
+    With its share of the node's auxiliary loss, where there is one.
+    """
     admit(component)
     frozen = [parameter for parameter in turn.finished if parameter.requires_grad]
     for parameter in frozen:
@@ -234,7 +280,11 @@ def part_of_loss(turn: Turn, component: Component) -> Float[Tensor, ""]:
         assert turn.batch.random is not None
         with turn.batch.random.replayed(), torch.enable_grad():
             scores = turn.batch.score(component)
-            return (turn.coefficients.to(scores) * scores).sum()
+            part, auxiliary = (turn.coefficients.to(scores) * scores).sum(), component.take_auxiliary_loss()
+            if auxiliary is None:
+                return part
+            factor, loss = auxiliary
+            return part + factor * turn.auxiliary * loss
     finally:
         for parameter in frozen:
             parameter.requires_grad_(True)

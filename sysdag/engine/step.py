@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sysdag.components import acceleration
+from sysdag.components import acceleration, precision
 from sysdag.components.component import Component
 from sysdag.components.memory import SavedBytes
 from sysdag.components.residence import Residence
@@ -29,6 +30,8 @@ from sysdag.objectives.comparison import Comparison, DirectComparison, Generator
 from sysdag.objectives.losses import pair_losses
 from sysdag.objectives.options import EngineOptions, NodeOptions, ObjectiveOptions
 from sysdag.saving.serialization import component_keys
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(kw_only=True)
@@ -88,12 +91,14 @@ class SystemModel(nn.Module):
         self.stored: ReferenceScores | None = None
         modules: dict[str, nn.Module] = {}
         for key, component in component_keys(plan.system).items():
+            served = [name for name in self.factors if plan.system[name].component is component]
+            trains = bool(served) and self._agreed(served, "trainable")
+            if trains:
+                component.prepare_training()
             if component.module is None:
                 continue
             self.components[key] = component
             modules[key] = component.module
-            served = [name for name in self.factors if plan.system[name].component is component]
-            trains = bool(served) and self._agreed(served, "trainable")
             _freeze(component, not trains)
             if trains:
                 self.references[key] = component.reference()
@@ -106,6 +111,7 @@ class SystemModel(nn.Module):
                     "is frozen, or shares its model with adapters of other nodes. Give it a peft_config or a model of "
                     "its own, or set trainable=False."
                 )
+            _check_precision(key, self.components[key])
         self.policies = nn.ModuleDict(modules)
         self.candidates = None if candidates is None else CandidateCache(candidates, options.candidates_refresh_steps)
         self.engine = engine or EngineOptions()
@@ -254,6 +260,12 @@ class SystemModel(nn.Module):
             beta=self.options.beta, label_smoothing=self.options.label_smoothing,
         )  # fmt: skip
         loss = losses.mean()
+        balance = sum(
+            (factor * value for factor, value in scored.auxiliary.values()), torch.zeros((), device=loss.device)
+        )
+        metrics |= {
+            f"nodes/{name}/aux_loss": value.detach().expand(len(pairs)) for name, (_, value) in scored.auxiliary.items()
+        }
         margins = scores.margins.detach()
         metrics |= {
             "rewards/chosen": scores.chosen_rewards,
@@ -262,7 +274,7 @@ class SystemModel(nn.Module):
             "rewards/accuracies": (margins > 0).float(),
         }
         output = StepOutput(
-            loss=loss.detach(),
+            loss=loss.detach() + balance.detach().to(loss),
             losses=losses.detach(),
             metrics={name: value.detach().float().cpu() for name, value in metrics.items()},
             log_ratios={name: values.detach() - scored.reference[name] for name, values in scored.policy.items()},
@@ -273,10 +285,10 @@ class SystemModel(nn.Module):
             found = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True)
             coefficients = dict(zip(leaves, found, strict=True))
             trained = [batch for batch in scored.batches if self._reference_of(component_of(self.plan, batch.name))]
-            output.turns = tuple(turns(trained, coefficients, rounds))
+            output.turns = tuple(turns(trained, coefficients, rounds, scored.auxiliary))
             if budget.keeps_graphs:
                 linear = [(coefficients[name] * values).sum() for name, values in scored.policy.items()]
-                total = torch.stack(linear).sum()
+                total = torch.stack(linear).sum() + balance.to(loss)
                 output.loss = output.loss + (total - total.detach())
         return output
 
@@ -344,6 +356,23 @@ class SystemModel(nn.Module):
         drawn = self.candidates.draw(self.proposal, inputs, of_candidates, step)
         is_lower_bound = self.candidates.strategy.is_lower_bound
         return SamplingComparison(self.plan, self.options, pairs, drawn, is_lower_bound, generator)
+
+
+def _check_precision(key: str, component: Component) -> None:
+    """Refuses weights that cannot train in their dtype, and says where 16 bits are trained."""
+    trained = [parameter for parameter in component.own_parameters().values() if parameter.requires_grad]
+    if any(parameter.dtype == torch.float16 for parameter in trained):
+        raise PlanError(
+            f"Node {key!r}: {component!r} would train weights in float16, where small gradients are 0 and an optimizer "
+            "step loses most updates. Load them in float32 and set fp16=True, or use bfloat16."
+        )
+    count = sum(parameter.numel() for parameter in trained if precision.is_half(parameter.dtype))
+    if count:
+        logger.warning(
+            "Node %r trains %d numbers in bfloat16: the optimizer works on fp32 copies of them, 4 bytes each, so that "
+            "small updates are not lost. With dtype='float32', and bf16=True to compute in bfloat16, they train "
+            "themselves.", key, count,
+        )  # fmt: skip
 
 
 def _freeze(component: Component, frozen: bool) -> None:

@@ -29,7 +29,7 @@ def objections(plan: Plan) -> dict[Objective, str | None]:
 def to_text(plan: Plan) -> str:
     """The plan's table, and below it its branches, the models that several nodes share, and the objectives."""
     lines = [str(plan), "", "branches: " + " | ".join(" >> ".join(branch) for branch in plan.branches)]
-    for number, names in enumerate(plan.components):
+    for number, names in enumerate(plan.models):
         if len(names) > 1:
             lines.append(f"model {number} is shared by {', '.join(names)}")
     for objective, objection in objections(plan).items():
@@ -51,7 +51,7 @@ def to_dict(plan: Plan) -> dict[str, Any]:
         for each `serves`, `reason` (why not), `latents`, `observed` and `factors` (what it scores).
     """
     alive = {name: [start, end] for name, start, end in plan.lifetimes}
-    model_of = {name: number for number, names in enumerate(plan.components) for name in names}
+    model_of = {name: number for number, names in enumerate(plan.models) for name in names}
     level_of = {name: level for level, names in enumerate(plan.levels) for name in names}
     nodes = []
     for name in plan.order:
@@ -76,7 +76,7 @@ def to_dict(plan: Plan) -> dict[str, Any]:
         "outputs": list(plan.system.outputs),
         "nodes": nodes,
         "branches": [list(branch) for branch in plan.branches],
-        "models": [list(names) for names in plan.components],
+        "models": [list(names) for names in plan.models],
         "objectives": {
             objective: _objective(plan, objective, objection) for objective, objection in objections(plan).items()
         },

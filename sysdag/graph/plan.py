@@ -170,6 +170,16 @@ class Plan:
         if objective not in ("direct", "sampling"):
             raise PlanError(f"objective must be 'direct' or 'sampling', got {objective!r}.")
 
+    @property
+    def models(self) -> tuple[tuple[str, ...], ...]:
+        """Random nodes by the model that they run: as `components`, those with adapters on one base together."""
+        found: dict[Any, list[str]] = {}
+        for names in self.components:
+            component = self.system[names[0]].component
+            key = getattr(component, "base_key", None)
+            found.setdefault(("component", id(component)) if key is None else ("base", key), []).extend(names)
+        return tuple(map(tuple, found.values()))
+
     def sample(self, inputs: Mapping[str, Sequence[Any]], *, seed: int | None = None) -> Trace:
         """Runs the system; see `sysdag.execution.execute.sample`."""
         from sysdag.execution.execute import sample

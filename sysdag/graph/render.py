@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 def to_table(plan: Plan) -> str:
     """One line a node, in topological order, after a line of inputs."""
     alive = {name: f"{start} to {end}" for name, start, end in plan.lifetimes}
-    model_of = {name: str(number) for number, names in enumerate(plan.components) for name in names}
+    model_of = {name: str(number) for number, names in enumerate(plan.models) for name in names}
     rows = [("level", "node", "parents", "component", "model", "likelihood", "value lives")]
     for level, names in enumerate(plan.levels):
         for name in names:
@@ -122,7 +122,17 @@ def draw(plan: Plan, path: str | Path) -> None:
 
 def _label(plan: Plan, name: str, newline: str) -> str:
     component = next((node.component for node in plan.system.nodes if node.name == name), None)
-    return name if component is None else f"{name}{newline}{type(component).__name__}"
+    if component is None:
+        return name
+    base = _base_of(plan, name)
+    return f"{name}{newline}{type(component).__name__}" + ("" if base is None else f"{newline}on the model of {base}")
+
+
+def _base_of(plan: Plan, name: str) -> str | None:
+    """The first node of another component whose base this node's is on; None for the first itself."""
+    group = next((names for names in plan.models if name in names), (name,))
+    own = plan.system[name].component
+    return None if plan.system[group[0]].component is own else group[0]
 
 
 def _keys(plan: Plan) -> dict[str, str]:

@@ -45,6 +45,7 @@ class System:
     ) -> None:
         for field, value in build(parts, outputs).items():
             object.__setattr__(self, field, value)
+        _share_bases(self.nodes)
 
     @classmethod
     def from_parts(
@@ -54,6 +55,7 @@ class System:
         system = object.__new__(cls)
         for field, value in check(inputs, nodes, edges, outputs).items():
             object.__setattr__(system, field, value)
+        _share_bases(system.nodes)
         return system
 
     def __getitem__(self, name: str) -> Node:
@@ -119,3 +121,13 @@ class System:
     def __repr__(self) -> str:
         arrows = ", ".join(f"{e.parent}{'.each()' if e.each else ''} >> {e.child}" for e in self.edges)
         return f"System({arrows or ', '.join(n.name for n in self.nodes)}; outputs={list(self.outputs)})"
+
+
+def _share_bases(nodes: Iterable[Node]) -> None:
+    """Lets each component work on what one before it in the system loads anyway (see `Component.share_base`)."""
+    before: list[Any] = []
+    for component in (n.component for n in nodes if n.component is not None):
+        if not any(component is other for other in before):
+            if hasattr(component, "share_base"):
+                component.share_base(before)
+            before.append(component)

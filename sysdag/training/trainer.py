@@ -15,6 +15,7 @@ from torch import nn
 from transformers.trainer_callback import TrainerCallback
 
 from sysdag.components import acceleration, adapter
+from sysdag.components.precision import keep_fp32_copies
 from sysdag.data.encoding import encode_pairs
 from sysdag.data.preferences import PreferencePair
 from sysdag.engine.distributed import gathered
@@ -30,6 +31,7 @@ from sysdag.training.checkpoint import CheckpointTrainer
 from sysdag.training.config import SysDPOConfig
 from sysdag.training.initialisation import initialise, mark_trained, warn_if_trained
 from sysdag.training.learning_rates import learning_rates
+from sysdag.training.movement import MovementCheck
 from sysdag.training.pair_means import PairMeans
 from sysdag.training.reference_check import check_reference
 from sysdag.training.references import ReferenceKeeper
@@ -115,7 +117,7 @@ class SysDPOTrainer(CheckpointTrainer):
             model=system_model,
             args=args,
             data_collator=lambda pairs: {"pairs": pairs},
-            callbacks=[*(callbacks or []), self._references, self._record],
+            callbacks=[*(callbacks or []), self._references, self._record, MovementCheck(system_model)],
             **datasets,
             **kwargs,
         )
@@ -133,7 +135,17 @@ class SysDPOTrainer(CheckpointTrainer):
                     mark_trained(self._system_model.trained_parameters())
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """One pair of parameter groups (with and without weight decay) for each component, at its learning rate."""
+        """One pair of parameter groups (with and without weight decay) for each component, at its learning rate.
+
+        Of weights of 16 bits the optimizer keeps fp32 copies; see `sysdag.components.precision`.
+        """
+        optimizer = self._make_optimizer(model)
+        inner = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper, in a second training
+        if isinstance(inner, torch.optim.Optimizer):
+            keep_fp32_copies(inner)
+        return optimizer
+
+    def _make_optimizer(self, model: nn.Module | None) -> torch.optim.Optimizer:
         trained: Any = self.model if model is None else model
         rates = self.learning_rates
         if self.optimizer is not None or all(rate == self.args.learning_rate for rate in rates.values()):

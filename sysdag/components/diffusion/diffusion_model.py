@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -24,6 +24,7 @@ from sysdag.components.diffusion.forward_process import DiffusionNoise, ForwardP
 from sysdag.components.diffusion.guidance import guided_latents
 from sysdag.components.diffusion.images import read_pixels, stack_latents, to_pil
 from sysdag.components.diffusion.pipeline import Pipeline
+from sysdag.components.precision import dtype_named
 from sysdag.errors import PlanError, SerializationError
 from sysdag.traces.cells import Draw
 
@@ -76,7 +77,8 @@ class Diffusion(Component):
         train_text_encoder: trains the text encoder too; by default it is frozen, as the VAE always is.
         mask_padding, max_text_length, null_class: see `Conditioner`.
         batch_size: most samples drawn side by side.
-        dtype, revision, variant: of the weights that are loaded from a folder or the Hub.
+        dtype, revision, variant: of the weights that are loaded from a folder or the Hub. Without a dtype, weights that
+            train are fp32.
 
     Raises:
         PlanError: for options that are unknown, out of range, or that do not go together.
@@ -106,7 +108,7 @@ class Diffusion(Component):
         max_text_length: int | None = None,
         null_class: int | None = None,
         batch_size: int = 64,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
         revision: str | None = None,
         variant: str | None = None,
     ) -> None:
@@ -119,6 +121,7 @@ class Diffusion(Component):
             raise PlanError(f"Diffusion needs counts of at least 1, got {counts}.")
         if sample_shape is not None and (len(sample_shape) != 3 or min(sample_shape) < 1):
             raise PlanError(f"sample_shape must be (C, H, W), got {tuple(sample_shape)}.")
+        dtype = None if dtype is None else dtype_named(dtype, "Diffusion")
         loading = {"dtype": dtype, "revision": revision, "variant": variant}
         if isinstance(model, nn.Module):
             if scheduler is None:
@@ -136,6 +139,7 @@ class Diffusion(Component):
         self._index: pipeline_folder.Index | None = None
         self._peft_config = peft_config
         self._pipeline: Pipeline | None = None
+        self._base_owner: Diffusion | None = None
         self._process: ForwardProcess | None = None
         self._shapes_of_configs: tuple[tuple[int, int, int], tuple[int, int, int]] | None = None
         self._sample_shape = None if sample_shape is None else (sample_shape[0], sample_shape[1], sample_shape[2])
@@ -170,10 +174,14 @@ class Diffusion(Component):
     def pipeline(self) -> Pipeline:
         """The parts, loaded on first access."""
         if self._pipeline is None:
+            source, given, loading = self._source, self._given, {"index": self._index, **self._loading}
+            if self._base_owner is not None:
+                base = self._base_owner.pipeline
+                source, loading = base.denoiser, {}
+                given = {name: part for name, part in base.parts.items() if part is not base.denoiser}
             self._pipeline = Pipeline.load(
-                self._source, self._given, peft_config=self._peft_config, trains_text_encoder=self.train_text_encoder,
-                index=self._index, **self._loading,
-            )  # fmt: skip
+                source, given, peft_config=self._peft_config, trains_text_encoder=self.train_text_encoder, **loading
+            )
         return self._pipeline
 
     @property
@@ -307,6 +315,8 @@ class Diffusion(Component):
         if self.condition is not None or (config is not None and needs_numbers(config)):
             return None
         view = self._outlined()
+        if trains:
+            self._widen(view.pipeline)
         latents = numpy.zeros(view.sample_shape, dtype=numpy.float32)
         draws = [Draw(None, {"latents": latents})] * max(1, tokens // view.token_counts([Draw(None)])[0])
 
@@ -333,6 +343,33 @@ class Diffusion(Component):
             index=self._index, **self._loading,
         )  # fmt: skip
         return view
+
+    @property
+    def base_key(self) -> Hashable:
+        if self._base_owner is not None:
+            return self._base_owner.base_key
+        return id(self._source) if isinstance(self._source, nn.Module) else id(self)
+
+    def share_base(self, others: Iterable[Component]) -> None:
+        """Puts its adapter on the pipeline of one of the others that names the same folder, loaded alike."""
+        if self._pipeline is None and self._base_owner is None and self._named_base() is not None:
+            same = (o for o in others if isinstance(o, Diffusion) and o._named_base() == self._named_base())
+            self._base_owner = next(same, None)
+
+    def _named_base(self) -> Any:
+        """What tells whether two that put a new adapter each on a denoiser load the same; None for others."""
+        if isinstance(self._source, nn.Module) or self._given or self._peft_config is None or self.train_text_encoder:
+            return None
+        folder = Path(self._source)
+        return str(folder.resolve() if folder.exists() else self._source), tuple(self._loading.values())
+
+    def prepare_training(self) -> None:
+        """Has what trains by itself be fp32, where it was loaded and no dtype was asked for."""
+        self._widen(self.pipeline)
+
+    def _widen(self, pipeline: Pipeline) -> None:
+        if not isinstance(self._source, nn.Module) and self._loading["dtype"] is None:
+            pipeline.widen([name for name in pipeline.trained if name not in self._given])
 
     def score(self, inputs: Sequence[Any], draws: Sequence[Draw], noise: Any = None) -> Float[Tensor, " n"]:
         """The draw's term in a margin, before the reference's is subtracted, on the scale of `convention`.

@@ -21,6 +21,7 @@ from sysdag.components.diffusion import pipeline_folder
 from sysdag.components.diffusion.pipeline import Pipeline
 from sysdag.components.footprint import Footprint, bytes_of, make_fake
 from sysdag.components.memory import PeakBytes, SavedBytes
+from sysdag.components.precision import dtype_named, optimizer_bytes
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -78,7 +79,7 @@ def _from_config(
             config = made.config_class.from_pretrained(source, **options)
             named = named or getattr(config, "dtype", None)
             model = made(config)
-        return _cast(model, getattr(torch, named) if isinstance(named, str) else named or torch.float32)
+        return _cast(model, torch.float32 if named is None else dtype_named(named, f"{source}: {name}"))
 
 
 def _cast(model: Any, dtype: torch.dtype) -> Any:
@@ -114,6 +115,8 @@ def of_diffusion(
     with FakeTensorMode(allow_non_fake_inputs=True), torch.device(device):
         make_fake(module)
         trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        own = [] if pipeline.adapter is None else adapter.parameters(pipeline.denoiser, pipeline.adapter).values()
+        base = sum(map(bytes_of, pipeline.denoiser.parameters())) - sum(map(bytes_of, own))
         for parameter in trained:
             parameter.grad = torch.zeros_like(parameter)
         saved, peak = SavedBytes(), PeakBytes(module)
@@ -129,7 +132,9 @@ def of_diffusion(
         ]
         return Footprint(
             weights=sum(map(bytes_of, module.parameters())),
+            base=0 if pipeline.adapter is None else base,
             trained=sum(map(bytes_of, trained)),
+            optimizer=optimizer_bytes(trained),
             reference=sum(bytes_of(parameter) for part in copied for parameter in part.parameters()),
             graph=saved.total,
             working=max(0, peak.bytes - saved.total),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from sysdag.components import adapter as adapters
+from sysdag.components import precision
 from sysdag.components.diffusion import pipeline_folder
 from sysdag.components.diffusion.conditioning import mapped
 from sysdag.errors import PlanError
@@ -55,11 +56,12 @@ class Pipeline:
     ) -> Self:
         """The parts that are given and, for a folder or Hub id, the rest from there, ready to train.
 
-        What does not train is frozen. A folder that holds an adapter gets it back.
+        What does not train is frozen. A folder that holds an adapter gets it back; an adapter that the denoiser's own
+        `add_adapter` put on it is this component's.
 
         Raises:
-            PlanError: if there is an adapter in the folder and a config for another, or a text encoder is to be trained
-                that does not exist.
+            PlanError: if there is an adapter in the folder and a config for another, a text encoder is to be trained
+                that does not exist, or a part beside the denoiser carries an adapter.
         """
         parts, saved_adapter = dict(given), None
         if isinstance(source, nn.Module):
@@ -83,6 +85,14 @@ class Pipeline:
             adapters.load(denoiser, adapter, saved_adapter)
         elif peft_config is not None:
             adapter = adapters.attach(denoiser, peft_config)
+        elif adapters.brought(denoiser):
+            _, adapter = adapters.adopt(denoiser)
+        for name, part in parts.items():
+            if part is not denoiser and getattr(part, "peft_config", None):
+                raise PlanError(
+                    f"The {name} ({type(part).__name__}) carries the adapters {list(part.peft_config)}, which would be "
+                    "neither trained nor saved. Merge them into its weights (fuse_lora and unload_lora) or delete them."
+                )
         return cls(parts, adapter, trains_text_encoder=trains_text_encoder)
 
     @cached_property
@@ -97,6 +107,18 @@ class Pipeline:
     @property
     def vae(self) -> Any:
         return self.parts.get("vae")
+
+    @property
+    def trained(self) -> list[str]:
+        """The parts whose own weights train."""
+        denoiser = [] if self.adapter is not None else [pipeline_folder.denoiser_name(self.parts)]
+        return [*denoiser, *(["text_encoder"] if self.trains_text_encoder else [])]
+
+    def widen(self, names: Collection[str]) -> None:
+        """Casts parts of 16 bits to fp32, in place."""
+        for name in names:
+            if precision.is_half(self.parts[name].dtype):
+                nn.Module.to(self.parts[name], torch.float32)
 
     @contextlib.contextmanager
     def running(self, *, evaluate: bool = False) -> Iterator[None]:

@@ -6,7 +6,7 @@ import contextlib
 import copy
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -25,6 +25,7 @@ from sysdag.components.language.messages import ROW_OPTIONS, completion_value, i
 from sysdag.components.language.prefix_scorer import PrefixScorer
 from sysdag.components.language.pretrained import PretrainedLM
 from sysdag.components.language.prompts import Prompt, PromptEncoder
+from sysdag.components.language.router_loss import RouterLoss
 from sysdag.components.language.sampling import left_pad, sample_tokens
 from sysdag.components.language.stop_strings import StopStrings, stop_strings
 from sysdag.errors import DataError, PlanError
@@ -49,11 +50,13 @@ class CausalLM(Component):
     tokens are those that its prompt continues with (see `sysdag.components.language.completions`).
 
     Args:
-        model: a name on the Hub, a folder, or a loaded model.
+        model: a name on the Hub, a folder, or a loaded model. An adapter of the peft library, which names its base, is
+            loaded with it and trains; so does one that a loaded model's own `add_adapter` put on it.
         tokenizer: a name, folder or tokenizer; by default the model's.
         peft_config: puts a new adapter of the peft library on the model; only the adapter trains, and the reference is
-            the model with the adapter switched off. Several components may put one each on the same loaded model. A
-            PeftModel is taken as it is: its active adapter trains.
+            the model with the adapter switched off. Several components may put one each on the same loaded model;
+            those of a system that name one model, with equal `model_kwargs`, load it once. A PeftModel is taken as it
+            is: its active adapter trains.
         max_new_tokens: most tokens of a completion; by default 256, or half of `max_length` where that is less.
         max_length: most tokens of prompt and completion together; by default the model's number of positions. A
             prompt that leaves no room for `max_new_tokens` loses tokens at its start, or if it is a chat whole turns of
@@ -66,7 +69,11 @@ class CausalLM(Component):
         batch_size: most sequences decoded side by side.
         pack_prefixes: scores what several sequences of a call begin with once, where the model can (see
             `sysdag.components.language.prefix_scorer`). In training mode they then share that part's dropout, too.
-        model_kwargs: passed to `from_pretrained` (`dtype`, `device_map`, `quantization_config`, ...).
+        model_kwargs: passed to `from_pretrained` (`dtype`, `revision`, `attn_implementation`, `quantization_config`,
+            `device_map`, `gguf_file`, ...). A dtype also has its short name (`"bf16"`). Without one, or with `"auto"`,
+            a frozen model, or one with an adapter, is in its checkpoint's dtype, and weights that train are fp32. In
+            bfloat16 they train by fp32 copies that the optimizer keeps. A saved system keeps what finds and loads the
+            model; not `device_map` and the like, and never `trust_remote_code`.
         tools: JSON schemas, or functions with type hints and a docstring, that the chat template tells the model of.
         chat_template_kwargs: variables of the chat template, as `{"enable_thinking": False}`. The columns `tools` and
             `chat_template_kwargs` of a row, and what a node's function gives in a `ChatPrompt`, come before these.
@@ -74,7 +81,7 @@ class CausalLM(Component):
             a turn. A string prompt is tokenised as it stands.
 
     Raises:
-        PlanError: for options out of range.
+        PlanError: for options out of range, or a folder of something else than a causal language model.
     """
 
     likelihood = "exact"
@@ -84,7 +91,7 @@ class CausalLM(Component):
 
     def __init__(
         self,
-        model: str | Path | PreTrainedModel,
+        model: str | Path | PreTrainedModel | PretrainedLM,
         tokenizer: str | Path | PreTrainedTokenizerBase | None = None,
         *,
         peft_config: PeftConfig | None = None,
@@ -113,9 +120,13 @@ class CausalLM(Component):
             raise PlanError("CausalLM: tools must be JSON schemas or functions.")
         if not isinstance(chat_template_kwargs or {}, Mapping):
             raise PlanError(f"CausalLM: chat_template_kwargs must be a dict, got {chat_template_kwargs!r}.")
-        self.lm = PretrainedLM(model, tokenizer, peft_config=peft_config, model_kwargs=model_kwargs)
+        if isinstance(model, PretrainedLM):
+            self.lm = model
+        else:
+            self.lm = PretrainedLM(model, tokenizer, peft_config=peft_config, model_kwargs=model_kwargs)
         self._warned: set[str] = set()
         self._scorer: PrefixScorer | None = None
+        self._router_loss: RouterLoss | None = None
         self._prompt_encoder: PromptEncoder | None = None
         self._completions: CompletionEncoder | None = None
         self._max_length = max_length
@@ -200,7 +211,7 @@ class CausalLM(Component):
     def _prompts(self, prompts: Sequence[Any]) -> list[Prompt]:
         found = self._encoder()(prompts, self._room)
         for element, prompt in enumerate(found):
-            self._check_ids(prompt.ids, "prompt", element)
+            self.lm.check_ids(prompt.ids, "a prompt", element)
             if prompt.lost:
                 left = len(prompt.ids)
                 how = f"cut to its last {left}" if isinstance(prompt.given, str) else f"left {left} without older turns"
@@ -221,16 +232,6 @@ class CausalLM(Component):
         if self._completions is None or self._completions.ends != ends:
             self._completions = CompletionEncoder(repr(self), self._encoder(), ends)
         return self._completions
-
-    def _check_ids(self, ids: Sequence[int], what: str, element: int) -> None:
-        """Refuses what the tokenizer has an id for and the model no embedding."""
-        size = getattr(self.config, "vocab_size", None)
-        if size is not None and max(ids, default=0) >= size:
-            raise DataError(
-                f"{self!r}: a {what} has the token id {max(ids)}, but the model has {size} of them. Its tokenizer is "
-                "another model's, or got tokens without model.resize_token_embeddings(len(tokenizer)).",
-                element=element,
-            )
 
     def _warn_once(self, kind: str, message: str) -> None:
         if kind not in self._warned:
@@ -350,7 +351,7 @@ class CausalLM(Component):
         return with_row_options(input, options)
 
     def check_draws(self, draws: Sequence[Draw]) -> None:
-        check_token_draws(repr(self), draws, getattr(self.config, "vocab_size", None))
+        check_token_draws(repr(self), draws, self.lm.num_embeddings)
 
     def is_empty(self, draw: Draw) -> bool:
         return is_blank(draw.value)
@@ -368,7 +369,14 @@ class CausalLM(Component):
         masks = [draw.record.get("completion_mask") for draw in draws]
         masks = [mask and mask[: len(ids)] for mask, (_, ids) in zip(masks, sequences, strict=True)]
         with self.lm.at_work() as model:
-            return self._scorer_of(model)(sequences, self.lm.pad_token_id, masks)
+            scorer = self._scorer_of(model)
+            found = scorer(sequences, self.lm.pad_token_id, masks, balances=not self.lm.is_reference)
+            self._router_loss = None if self.lm.is_reference else scorer.router_loss
+            return found
+
+    def take_auxiliary_loss(self) -> tuple[float, Tensor] | None:
+        found, self._router_loss = self._router_loss, None
+        return None if found is None or found.value is None else (found.coefficient, found.value)
 
     def micro_batches(self, inputs: Sequence[Any], draws: Sequence[Draw], max_tokens: int | None) -> list[list[int]]:
         """See `Component`; an element's tokens are those that are computed, padding included and shared ones once."""
@@ -388,11 +396,9 @@ class CausalLM(Component):
         if self.lm.adapter_config is not None and needs_numbers(self.lm.adapter_config):
             return None
         config = self.config
-        named = self.lm.model_kwargs.get("dtype") or getattr(config, "dtype", None) or torch.float32
-        dtype = getattr(torch, named) if isinstance(named, str) else named
         return footprint.of_causal_lm(
-            config, dtype, self.lm.adapter_config, tokens=tokens, labels=labels, trains=trains, checkpoints=checkpoints,
-            device=device,
+            config, self.lm.dtype(trains), self.lm.adapter_config, tokens=tokens, labels=labels, trains=trains,
+            checkpoints=checkpoints, device=device,
         )  # fmt: skip
 
     def _scorer_of(self, model: Any) -> PrefixScorer:
@@ -403,7 +409,7 @@ class CausalLM(Component):
     def _sequences(self, inputs: Sequence[Any], draws: Sequence[Draw]) -> list[tuple[list[int], list[int]]]:
         prompts, draws = self.prompt_ids(inputs), self.in_context(inputs, draws)
         for element, draw in enumerate(draws):
-            self._check_ids(draw.record["token_ids"], "completion", element)
+            self.lm.check_ids(draw.record["token_ids"], "a completion", element)
         return [self._fit(prompt, draw) for prompt, draw in zip(prompts, draws, strict=True)]
 
     def _fit(self, prompt: list[int], draw: Draw) -> tuple[list[int], list[int]]:
@@ -490,10 +496,23 @@ class CausalLM(Component):
 
     @classmethod
     def from_pretrained(cls, folder: Path, options: Mapping[str, Any]) -> Self:
-        saved = {name: options[name] for name in ("base", "base_of") if name in options}
-        made = cls(folder, **{name: value for name, value in options.items() if name not in saved})
-        made.lm = PretrainedLM.load(folder, saved)
-        return made
+        saved = {name: options[name] for name in ("base", "base_of", "model_kwargs") if name in options}
+        return cls(PretrainedLM.load(folder, saved), **{k: v for k, v in options.items() if k not in saved})
+
+    def prepare_training(self) -> None:
+        """Has weights that train by themselves be fp32, unless another dtype was asked for (see `model_kwargs`)."""
+        self.lm.prepare_training()
+
+    @property
+    def base_key(self) -> Hashable:
+        return self.lm.base_key
+
+    def share_base(self, others: Iterable[Component]) -> None:
+        """Puts its adapter on the model of one of the others that names the same one, loaded alike."""
+        for other in others:
+            if isinstance(other, CausalLM) and self.lm.may_share_with(other.lm):
+                self.lm.share_base(other.lm)
+                return
 
     def connect(self, components: Mapping[str, Component]) -> None:
         """Shares the loaded base of the component that it was saved with."""

@@ -16,6 +16,7 @@ from sysdag.components import acceleration, adapter
 from sysdag.components.footprint import Footprint, bytes_of, make_fake
 from sysdag.components.language.language_head import TokenScorer
 from sysdag.components.memory import SavedBytes
+from sysdag.components.precision import optimizer_bytes
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -48,6 +49,7 @@ def of_causal_lm(
 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        base = sum(bytes_of(parameter) for parameter in model.parameters())
         if peft_config is not None:
             adapter.attach(model, peft_config)
     if not trains:
@@ -71,7 +73,9 @@ def of_causal_lm(
         weights = sum(bytes_of(parameter) for parameter in model.parameters())
         return Footprint(
             weights=weights,
+            base=0 if peft_config is None else base,
             trained=sum(map(bytes_of, trained)),
+            optimizer=optimizer_bytes(trained),
             reference=weights if trained and peft_config is None else 0,
             graph=saved.total,
             working=_TILE[device] + (bytes_of(head) if head.requires_grad else 0),

@@ -13,6 +13,7 @@ where padding on the right changes them, too, in rows of one length.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import logging
 import math
@@ -28,6 +29,7 @@ from torch import Tensor, nn
 from sysdag.components.language import token_trie
 from sysdag.components.language.language_head import TokenScorer, inner_model
 from sysdag.components.language.probe import forwards, probing, token_ids
+from sysdag.components.language.router_loss import RouterLoss
 from sysdag.components.language.token_trie import Ids, TokenTrie
 from sysdag.errors import PlanError
 
@@ -56,6 +58,7 @@ class PrefixScorer:
     def __init__(self, model: Any, *, pack_prefixes: bool = True) -> None:
         self.model = model
         self._tokens = TokenScorer(model)
+        self.router_loss = RouterLoss.of(model)
         self._implementation = _implementation(model)
         self._may_pack = pack_prefixes
         self._packs = self._pads = False
@@ -67,7 +70,12 @@ class PrefixScorer:
         return self._tokens.fits(model) and self._implementation == _implementation(model)
 
     def __call__(
-        self, sequences: Sequence[tuple[Ids, Ids]], pad_token_id: int, masks: Sequence[Ids | None] | None = None
+        self,
+        sequences: Sequence[tuple[Ids, Ids]],
+        pad_token_id: int,
+        masks: Sequence[Ids | None] | None = None,
+        *,
+        balances: bool = False,
     ) -> Float[Tensor, " n"]:
         """Sum of the natural log-probabilities of each completion's tokens, given its prompt.
 
@@ -77,13 +85,14 @@ class PrefixScorer:
             sequences: prompts and completions.
             pad_token_id: what fills rows.
             masks: for each completion 1 for a token that is scored and 0 for one that is only read; None scores all.
+            balances: whether `router_loss`, where the model has one, records the loss of these sequences.
 
         Raises:
             PlanError: for a model whose logits depend on the tokens behind them.
         """
         hidden_size = self._hidden_size(sequences)
         if self._pads:
-            return self._scored(sequences, hidden_size, pad_token_id, masks)
+            return self._scored(sequences, hidden_size, pad_token_id, masks, balances)
         masks = [None] * len(sequences) if masks is None else masks
         lengths = [len(prompt) + len(completion) for prompt, completion in sequences]
         order: list[int] = []
@@ -91,18 +100,25 @@ class PrefixScorer:
         for length in sorted(set(lengths)):
             group = [number for number, each in enumerate(lengths) if each == length]
             own = [masks[number] for number in group]
-            parts.append(self._scored([sequences[number] for number in group], 0, pad_token_id, own))
+            parts.append(self._scored([sequences[number] for number in group], 0, pad_token_id, own, balances))
             order += group
         back = torch.tensor(order).argsort().to(parts[0].device)
         return torch.cat(parts)[back]
 
     def _scored(
-        self, sequences: Sequence[tuple[Ids, Ids]], hidden_size: float, pad: int, masks: Sequence[Ids | None] | None
+        self,
+        sequences: Sequence[tuple[Ids, Ids]],
+        hidden_size: float,
+        pad: int,
+        masks: Sequence[Ids | None] | None,
+        balances: bool,
     ) -> Float[Tensor, " n"]:
         trie = token_trie.pack(sequences, hidden_size, pad, masks)
         device = _device(self.model)
         inputs = model_inputs(self.model, trie, device)
-        found = self._tokens(inputs, trie.rows.to(device), trie.labels.to(device))
+        records = self.router_loss.recording(trie) if balances and self.router_loss else contextlib.nullcontext()
+        with records:
+            found = self._tokens(inputs, trie.rows.to(device), trie.labels.to(device))
         sequence, label = trie.sequence.to(found.device), trie.label.to(found.device)
         return found.new_zeros(trie.num_sequences).index_add(0, sequence, found[label])
 
@@ -140,9 +156,11 @@ class PrefixScorer:
 def model_inputs(model: Any, trie: TokenTrie, device: torch.device) -> dict[str, Any]:
     """The arguments of the model's forward for a trie's rows."""
     ids = trie.tokens.to(device)
+    # A model that would return its routers' logits would also make a loss of them, for which it takes no such mask.
+    others = {"output_router_logits": False} if getattr(_config(model), "output_router_logits", False) else {}
     if trie.is_chains:
         place = torch.arange(ids.shape[1])
-        return {"input_ids": ids, "attention_mask": (place < trie.lengths[:, None]).long().to(device)}
+        return {"input_ids": ids, "attention_mask": (place < trie.lengths[:, None]).long().to(device), **others}
     end = trie.end.to(device)
     if _implementation(model) == "flex_attention" and device.type == "cuda":
         from torch.nn.attention.flex_attention import create_block_mask
@@ -154,7 +172,7 @@ def model_inputs(model: Any, trie: TokenTrie, device: torch.device) -> dict[str,
         blocked = ~trie.mask().to(device)
         mask = torch.zeros(blocked.shape, dtype=dtype, device=device).masked_fill_(blocked, torch.finfo(dtype).min)
         mask = mask[:, None]
-    return {"input_ids": ids, "attention_mask": mask, "position_ids": trie.depth.to(device)}
+    return {"input_ids": ids, "attention_mask": mask, "position_ids": trie.depth.to(device), **others}
 
 
 def subtree_mask(end: Tensor) -> Any:
