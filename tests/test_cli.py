@@ -174,7 +174,7 @@ def test_the_listed_backends_are_those_that_the_op_asks_for(op, monkeypatch):
 
 def test_every_op_is_listed():
     assert list(_dispatch.IMPLEMENTATIONS) == OPS
-    assert set(OPS) == {name for name in sysdag.ops.__all__ if name not in ("BackendError", "use_backend")}
+    assert set(OPS) == {name for name in sysdag.ops.__all__ if name not in ("BackendError", "resolve", "use_backend")}
 
 
 def test_env_stays_a_subcommand_and_the_entry_point_is_the_app():

@@ -105,7 +105,7 @@ def test_a_row_that_cannot_be_used_is_told_with_its_file(folder):
         "the name that is read (in Python: read_rows(..., rename={'OLD': 'NEW'})).\n"
     )
     assert run("sample", SYSTEM, "wrong.jsonl", "--output", "new.jsonl") == (1, told)
-    assert run("eval", SYSTEM, "wrong.jsonl", "--against", SYSTEM, "--by", "unasked.py:score") == (1, told)
+    assert run("eval", SYSTEM, "wrong.jsonl", "--against", "chosen", "--by", "unasked.py:score") == (1, told)
 
 
 def test_files_that_are_no_traces(folder):

@@ -130,13 +130,18 @@ def test_a_prompts_last_logits_alone_are_asked_for_and_the_draws_stay():
 def encoder():
     config = BertConfig(
         vocab_size=45, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48,
-        max_position_embeddings=64,
+        max_position_embeddings=64, is_decoder=True,
     )  # fmt: skip
     torch.manual_seed(0)
     model = BertLMHeadModel(config).eval()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
-    return CausalLM(model, char_tokenizer(), max_new_tokens=4)
+    made = CausalLM(model, char_tokenizer(), max_new_tokens=4)
+    model.config.is_decoder = False  # which a config of its own would have had refused at once
+    for part in model.modules():
+        if hasattr(part, "is_causal"):
+            part.is_causal = False
+    return made
 
 
 def test_a_model_that_looks_ahead_is_refused_by_name(encoder):

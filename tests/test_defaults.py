@@ -18,7 +18,7 @@ from trl import DPOConfig
 from sysdag import DiverseBeamSearch, Input, PlanError, SysDPOConfig, SysDPOTrainer, System, node
 from sysdag.components import CausalLM, Tabular
 from sysdag.components.component import Component
-from sysdag.data.preferences import encode_pairs
+from sysdag.data.encoding import encode_pairs
 from sysdag.engine.step import SystemModel
 from sysdag.objectives.options import ObjectiveOptions
 from sysdag.traces.cells import Draw

@@ -41,7 +41,7 @@ def writer(right):
 
     return System(question >> draft, (question & draft) >> answer)
 
-strong, weak = writer(0.8), writer(0.4)
+strong, twin, weak = writer(0.8), writer(0.8), writer(0.4)
 half = weak.with_components({"draft": strong["draft"].component})
 same = strong
 
@@ -290,7 +290,18 @@ def test_the_systems_draw_independently(files):
     call(STRONG, "inputs.jsonl", "--against", WEAK, "--by", f"{BY}:right", "--runs", 8, "--output", "eval.json")
     found = json.loads((files / "eval.json").read_text())
     assert found["losses"] / 240 == pytest.approx(0.2 * 0.4, abs=0.07)
-    call(STRONG, "inputs.jsonl", "--against", STRONG, "--by", f"{BY}:right", "--runs", 8, "--output", "eval.json")
+    call(
+        STRONG,
+        "inputs.jsonl",
+        "--against",
+        "evaluated_systems.py:twin",
+        "--by",
+        f"{BY}:right",
+        "--runs",
+        8,
+        "--output",
+        "eval.json",
+    )
     found = json.loads((files / "eval.json").read_text())
     assert found["ties"] / 240 == pytest.approx(0.8**2 + 0.2**2, abs=0.1)
 

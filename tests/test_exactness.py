@@ -260,7 +260,7 @@ def every_completion(limit):
 
 def enumerated(plan, question):
     component = plan.system["draft"].component
-    drafts = [component._draw(ids, None) for ids in every_completion(3)]
+    drafts = [component._completer().draw(ids, None) for ids in every_completion(3)]
     return drafts, component.log_prob([question] * len(drafts), drafts).detach()
 
 

@@ -1,5 +1,6 @@
 """Components whose weights are modules of the user's own: trained, saved, and loaded again by every way there is."""
 
+import importlib
 import json
 import sys
 
@@ -87,7 +88,10 @@ def place(tmp_path, monkeypatch):
 def imported():
     """The module as a new process would see it: its nets have other weights than those of any other import."""
     sys.modules.pop("own_nets", None)
-    import own_nets
+    importlib.invalidate_caches()
+    with pytest.MonkeyPatch.context() as patch:  # what was compiled is told apart by seconds and length alone
+        patch.setattr(sys, "dont_write_bytecode", True)
+        import own_nets
 
     return own_nets
 

@@ -71,7 +71,8 @@ def test_a_run_leaves_what_it_was_made_of_and_how_it_ended(tmp_path):
     assert "hub_token" not in run["config"]
     assert "micro_batch_tokens" in run["config"]  # tokens that are no secret
     assert run["candidates"] == {
-        "strategy": "monte_carlo", "num_candidates": 3, "temperature": 1.5, "top_p": None, "distinct": True
+        "strategy": "monte_carlo", "num_candidates": 3, "temperature": 1.5, "top_p": None, "top_k": None,
+        "distinct": True,
     }  # fmt: skip
     assert run["versions"]["torch"] == torch.__version__
     pairs = encode_pairs(trainer.system.compile(), rows(8), "sampling")

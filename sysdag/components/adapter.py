@@ -100,6 +100,8 @@ def adopt(given: Any, owner: str = "") -> tuple[Any, str]:
     """
     owner = owner or f"The {type(given).__name__}"
     model = given.get_base_model() if hasattr(given, "get_base_model") else given
+    for config in given.peft_config.values():
+        support.check_config(config, owner, new=False)
     layers = _layers(model)
     active = sorted({name for layer in layers for name in layer.active_adapters})
     if len(active) != 1:
@@ -107,7 +109,6 @@ def adopt(given: Any, owner: str = "") -> tuple[Any, str]:
             f"{owner}: the {type(given).__name__} has the active adapters {active}; activate one (set_adapter)."
         )
     config = given.peft_config[active[0]]
-    support.check_config(config, owner, new=False)
     if any(getattr(layer, "merged", False) for layer in layers):
         raise PlanError(
             f"{owner}: the {type(given).__name__}'s adapter is merged into its weights; call unmerge_adapter() first."

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -256,8 +256,11 @@ def naming(name: str, rows: Sequence[int | str]) -> Iterator[None]:
         raise named from error
 
 
-def check_inputs(plan: Plan, inputs: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:
+def check_inputs(plan: Plan, inputs: Mapping[str, Sequence[Any]], *, but: Collection[int] = ()) -> dict[str, list[Any]]:
     """The inputs as lists, one a row, with those of `row_options` that are there.
+
+    Args:
+        but: rows whose values are not looked at.
 
     Raises:
         PlanError: for missing or unknown names, a bare string where a list of rows is expected, or ragged columns.
@@ -275,7 +278,7 @@ def check_inputs(plan: Plan, inputs: Mapping[str, Sequence[Any]]) -> dict[str, l
         raise PlanError(f"Inputs must have the same number of rows, got {lengths}.")
     for given in plan.system.inputs:
         for row, value in enumerate(inputs[given.name]):
-            if given.value_type is not None and not isinstance(value, given.value_type):
+            if row not in but and given.value_type is not None and not isinstance(value, given.value_type):
                 expected, found = given.value_type.__name__, f"{type(value).__name__} {shown(value, 80)}"
                 raise DataError(f"Row {row}: input {given.name!r} must be {expected}, got {found}.")
     return {name: list(column) for name, column in inputs.items()}

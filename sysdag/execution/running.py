@@ -39,7 +39,8 @@ def run(
         RunError: naming the node, the input's row and the run, whatever a node's function or component raises. (An
             error of sysdag that names node and row already is raised as it is.)
     """
-    wanted = Runs(inputs=check_inputs(plan, inputs), runs=runs, seed=seed, batch_size=batch_size, skipped=skipped or {})
+    columns = check_inputs(plan, inputs, but=skipped or ())
+    wanted = Runs(inputs=columns, runs=runs, seed=seed, batch_size=batch_size, skipped=skipped or {})
     return engine_of(engine).traces(plan, wanted, first_batch)
 
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import json
 import logging
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -18,15 +17,15 @@ from sysdag.components.adapter_support import needs_numbers
 from sysdag.components.component import Component, check_max_tokens
 from sysdag.components.decoding import check_truncation
 from sysdag.components.language import footprint
-from sysdag.components.language.beam import diverse_beam_search
 from sysdag.components.language.chat_template import ChatTemplate, schemas
+from sysdag.components.language.completer import Completer
 from sysdag.components.language.completions import CompletionEncoder, check_token_draws, scored_tokens, tokenizer_hash
 from sysdag.components.language.messages import ROW_OPTIONS, completion_value, is_blank, with_row_options
+from sysdag.components.language.non_finite import first_non_finite
 from sysdag.components.language.prefix_scorer import PrefixScorer
 from sysdag.components.language.pretrained import PretrainedLM
 from sysdag.components.language.prompts import Prompt, PromptEncoder
 from sysdag.components.language.router_loss import RouterLoss
-from sysdag.components.language.sampling import left_pad, sample_tokens
 from sysdag.components.language.stop_strings import StopStrings, stop_strings
 from sysdag.errors import DataError, PlanError
 from sysdag.traces.cells import Draw
@@ -175,16 +174,6 @@ class CausalLM(Component):
             return self._max_new_tokens
         return 256 if self.max_length is None else min(256, self.max_length // 2)
 
-    @contextlib.contextmanager
-    def _decoding(self) -> Iterator[Any]:
-        was_training = self.module.training
-        self.module.eval()
-        try:
-            with self.lm.at_work() as model, torch.no_grad():
-                yield model
-        finally:
-            self.module.train(was_training)
-
     def prompt_ids(self, prompts: Sequence[Any]) -> list[list[int]]:
         """Token ids of each prompt, as far as there is room for it (see `max_length`).
 
@@ -253,28 +242,18 @@ class CausalLM(Component):
     ) -> list[Draw]:
         """See `Component`; `stop` as for the component, whose own are left by None and put off by an empty list."""
         check_truncation(repr(self), temperature, top_p, top_k)
-        stops = self._stops(stop)
-        draws: list[Draw] = []
-        prompts = self.prompt_ids(inputs)
-        with self._decoding() as model:
-            for start in range(0, len(prompts), self.batch_size):
-                ids, mask = left_pad(prompts[start : start + self.batch_size], self.lm.pad_token_id, self.device)
-                sampled = sample_tokens(
-                    model, ids, mask, max_new_tokens=self.max_new_tokens, eos_token_ids=self.lm.eos_token_ids,
-                    pad_token_id=self.lm.pad_token_id,
-                    temperature=self.temperature if temperature is None else temperature,
-                    top_p=self.top_p if top_p is None else top_p, top_k=self.top_k if top_k is None else top_k,
-                    ends_text=None if stops is None else stops.ends, generator=generator,
-                )  # fmt: skip
-                for row, length, log_prob in zip(
-                    sampled.token_ids.tolist(), sampled.lengths.tolist(), sampled.log_probs.tolist(), strict=True
-                ):
-                    draws.append(self._draw(row[:length], log_prob, stops))
-        return draws
+        return self._completer(stop).sample(
+            self.prompt_ids(inputs),
+            temperature=self.temperature if temperature is None else temperature,
+            top_p=self.top_p if top_p is None else top_p,
+            top_k=self.top_k if top_k is None else top_k,
+            generator=generator,
+        )
 
-    def _stops(self, stop: str | Sequence[str] | None = None) -> StopStrings | None:
+    def _completer(self, stop: str | Sequence[str] | None = None) -> Completer:
         strings = self.stop if stop is None else stop_strings(stop)
-        return StopStrings(strings, self.tokenizer) if strings else None
+        stops = StopStrings(strings, self.tokenizer) if strings else None
+        return Completer(lm=self.lm, max_new_tokens=self.max_new_tokens, batch_size=self.batch_size, stops=stops)
 
     def search(
         self, inputs: Sequence[Any], num_candidates: int, diversity_penalty: float, ngram_size: int = 1
@@ -284,41 +263,7 @@ class CausalLM(Component):
         Groups may end in the same text, since an end of sequence is not penalised. A prompt that is left with fewer
         than `num_candidates` distinct ones is searched again with 2, then 4 beams a group, and topped up from those.
         """
-        prompts, stops = self.prompt_ids(inputs), self._stops()
-        found: list[dict[tuple[int, ...], Draw]] = [{} for _ in prompts]
-        for beams_per_group in (1, 2, 4):
-            short = [place for place, kept in enumerate(found) if len(kept) < num_candidates]
-            beams = num_candidates * beams_per_group
-            step = max(1, self.batch_size // beams)
-            for start in range(0, len(short), step):
-                places = short[start : start + step]
-                ids, mask = left_pad([prompts[place] for place in places], self.lm.pad_token_id, self.device)
-                with self._decoding() as model:
-                    sequences, _ = diverse_beam_search(
-                        model, ids, mask, num_beams=beams, num_beam_groups=num_candidates,
-                        diversity_penalty=diversity_penalty, max_new_tokens=self.max_new_tokens,
-                        eos_token_id=self.lm.eos_token_ids, pad_token_id=self.lm.pad_token_id, ngram_size=ngram_size,
-                        eos_as_written=True,
-                    )  # fmt: skip
-                for place, rows in zip(places, sequences.tolist(), strict=True):
-                    for row in rows:
-                        draw = self._draw(self._ended(row, stops), None, stops)
-                        found[place].setdefault(self.key(draw), draw)
-        return [list(kept.values())[:num_candidates] for kept in found]
-
-    def _ended(self, row: list[int], stops: StopStrings | None) -> list[int]:
-        ends = set(self.lm.eos_token_ids)
-        row = row[: next((place + 1 for place, token in enumerate(row) if token in ends), len(row))]
-        return row if stops is None else row[: stops.first_end(row)]
-
-    def _draw(self, token_ids: list[int], log_prob: float | None, stops: StopStrings | None = None) -> Draw:
-        finished = token_ids[-1] in self.lm.eos_token_ids
-        text = None if stops is None else stops.text_before(token_ids)
-        if text is None:
-            text = str(self.tokenizer.decode(token_ids[:-1] if finished else token_ids, skip_special_tokens=True))
-        else:
-            finished = True
-        return Draw(text, {"token_ids": list(token_ids), "finished": finished}, log_prob)
+        return self._completer().search(self.prompt_ids(inputs), num_candidates, diversity_penalty, ngram_size)
 
     def key(self, draw: Draw) -> Any:
         ids = draw.record.get("token_ids")
@@ -422,29 +367,14 @@ class CausalLM(Component):
         return prompt, list(completion)
 
     def locate_non_finite(self, input: Any, draw: Draw) -> str:
-        """The first token whose log-probability is not finite given what precedes it alone.
-
-        Attention multiplies what it masks by 0, so one nan reaches the tokens before it, too: each is asked without
-        those behind it, by bisection, since from its source on a nan stays.
-        """
+        """The first token whose log-probability is not finite given what precedes it alone."""
         [(prompt, completion)] = self._sequences([input], [draw])
-
-        def is_finite(place: int) -> bool:
-            ids = torch.tensor([prompt + completion[:place]], device=self.device)
-            with self.lm.at_work() as model, torch.no_grad():
-                log_probs = model(input_ids=ids).logits[0, -1].float().log_softmax(-1)
-            return bool(log_probs[completion[place]].isfinite())
-
-        low, high = 0, len(completion)
-        while low < high:
-            middle = (low + high) // 2
-            low, high = (middle + 1, high) if is_finite(middle) else (low, middle)
-        if low == len(completion):
-            low = next((place for place in range(low) if not is_finite(place)), low)  # one token alone has none
-        if low == len(completion):
+        with self.lm.at_work() as model:
+            place = first_non_finite(model, prompt, completion, self.device)
+        if place is None:
             return ""
-        text = self.tokenizer.decode([completion[low]])
-        return f"token {low + 1} of {len(completion)}, {text!r} (id {completion[low]})"
+        text = self.tokenizer.decode([completion[place]])
+        return f"token {place + 1} of {len(completion)}, {text!r} (id {completion[place]})"
 
     def lengths(self, draws: Sequence[Draw]) -> list[int]:
         known = [scored_tokens(draw) for draw in draws]

@@ -9,24 +9,17 @@ import contextlib
 import copy
 import logging
 import weakref
-from collections.abc import Collection, Hashable, Iterator, Mapping
-from functools import cached_property
+from collections.abc import Hashable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 import torch
 from torch import nn
 
 from sysdag.components import adapter
-from sysdag.components.adapter_support import check_config
-from sysdag.components.component import named_source
 from sysdag.components.language import model_source
-from sysdag.components.precision import dtype_named
-from sysdag.errors import DataError, PlanError, SerializationError
-
-if TYPE_CHECKING:
-    from peft import PeftConfig
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from sysdag.components.language.model_description import ModelDescription, num_embeddings_of
+from sysdag.errors import PlanError, SerializationError
 
 logger = logging.getLogger(__name__)
 
@@ -34,109 +27,14 @@ logger = logging.getLogger(__name__)
 _bases_written: weakref.WeakKeyDictionary[Any, Path] = weakref.WeakKeyDictionary()
 
 
-class PretrainedLM:
+class PretrainedLM(ModelDescription):
     """One component's model, tokenizer and adapter.
-
-    Args:
-        model, tokenizer, peft_config, model_kwargs: see `CausalLM`.
 
     Attributes:
         adapter: the name of its adapter on the model; None without one, or before the model is loaded.
         adapter_off: whether it works without that adapter.
         is_reference: whether it is what another one is compared with.
     """
-
-    def __init__(
-        self,
-        model: str | Path | PreTrainedModel,
-        tokenizer: str | Path | PreTrainedTokenizerBase | None,
-        *,
-        peft_config: PeftConfig | None = None,
-        model_kwargs: Mapping[str, Any] | None = None,
-    ) -> None:
-        if not isinstance(model, (str, Path)) and tokenizer is None:
-            raise PlanError("CausalLM(model) was given a loaded model; pass its tokenizer too.")
-        self._given = str(model) if isinstance(model, (str, Path)) else type(model).__name__
-        self._source: Any = model
-        self._tokenizer_source: Any = model if tokenizer is None else tokenizer
-        self._peft_config = peft_config
-        self._adapter_folder: Path | None = None
-        self._is_resolved = False
-        self._trains_in_fp32 = False
-        self._changed_base = False
-        self._num_embeddings: int | None = None
-        self._saved_base: str | None = None
-        self._base_owner: PretrainedLM | None = None
-        self.is_reference = False
-        self._model: Any = None
-        self._config: Any = None
-        self._tokenizer: Any = None
-        self._named_ends: list[Any] | None = None
-        self.adapter: str | None = None
-        self.adapter_off = False
-        self.model_kwargs = model_source.loading_options(model_kwargs or {}, f"CausalLM({self._given!r})")
-        if not isinstance(model, (str, Path)):
-            model_source.check_architecture(_dict_of(model.config), self._given)
-            if self.model_kwargs:
-                raise PlanError(
-                    f"CausalLM({self._given!r}): model_kwargs {sorted(self.model_kwargs)} choose how a model is "
-                    "loaded, but this one is; leave them out."
-                )
-        elif Path(model).is_dir():
-            self._resolve()
-        if peft_config is not None:
-            check_config(peft_config, repr(self))
-
-    def _resolve(self) -> None:
-        """Finds out what the name points at, once: an adapter's folder stands for its base with that adapter on it.
-
-        Raises:
-            PlanError: for a folder that is not there, or holds something else than a causal model or an adapter.
-        """
-        if self._is_resolved or not isinstance(self._source, (str, Path)):
-            return
-        folder = self._folder()
-        if folder is not None:
-            if "gguf_file" not in self.model_kwargs:
-                model_source.check_folder(folder)
-            base = model_source.adapter_base(folder)
-            if base is not None:
-                if self._peft_config is not None:
-                    raise PlanError(
-                        f"CausalLM({self._given!r}): an adapter, which trains as it is; leave peft_config out, or give "
-                        f"the base {base!r} for a new one."
-                    )
-                revision = adapter.read_config(folder).revision
-                self.model_kwargs = {name: v for name, v in self.model_kwargs.items() if name != "revision"}
-                self.model_kwargs |= {"revision": revision} if revision else {}
-                if self._tokenizer_source is self._source:
-                    self._tokenizer_source = folder if (folder / "tokenizer_config.json").is_file() else base
-                self._adapter_folder, self._source = folder, base
-        self._is_resolved = True
-
-    def _folder(self) -> Path | None:
-        """The local folder that was named; for an adapter on the Hub the one in its cache; None for other names."""
-        if Path(self._source).is_dir():
-            return Path(self._source)
-        model_source.check_name(self._source)
-        from transformers.utils.peft_utils import find_adapter_config_file
-
-        options = {k: v for k, v in model_source.finding(self.model_kwargs).items() if k in _OF_A_FILE}
-        if find_adapter_config_file(str(self._source), **options) is None:
-            return None
-        from huggingface_hub import snapshot_download
-
-        taken = {k: v for k, v in options.items() if k != "subfolder"}
-        return Path(snapshot_download(str(self._source), allow_patterns=_ADAPTER_FILES, **taken))
-
-    def __repr__(self) -> str:
-        adapted = " + adapter" if self._peft_config is not None or self._adapter_folder is not None else ""
-        return f"CausalLM({self._given!r}{adapted})"  # what users wrote: errors name it
-
-    @property
-    def base_model(self) -> str | None:
-        """See `Component`."""
-        return named_source(self._source) if self._base_owner is None else self._base_owner.base_model
 
     @property
     def module(self) -> Any:
@@ -145,58 +43,12 @@ class PretrainedLM:
             self._model = self._load_model()
         return self._model
 
-    @property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        if self._tokenizer is None:
-            self._resolve()
-            if isinstance(self._tokenizer_source, (str, Path)):
-                from transformers import AutoTokenizer
-
-                # Only of the model's own repository does a revision or a file say something.
-                named = model_source.finding(self.model_kwargs) if self._tokenizer_source == self._source else {}
-                try:
-                    self._tokenizer = AutoTokenizer.from_pretrained(self._tokenizer_source, **named)
-                except OSError as error:
-                    raise OSError(f"{self!r}: its tokenizer cannot be loaded. {error}") from error
-            else:
-                self._tokenizer = self._tokenizer_source
-            if self._tokenizer.eos_token_id is None:
-                raise PlanError(f"{self!r}: the tokenizer has no end-of-sequence token; set tokenizer.eos_token.")
-        return self._tokenizer
-
-    @property
-    def config(self) -> Any:
-        """The model's config; no weights are loaded for it."""
-        if self._model is None and self._base_owner is not None:
-            return self._base_owner.config
-        if self._model is None and self._config is None:
-            self._resolve()
-            if isinstance(self._source, (str, Path)):
-                from transformers import AutoConfig
-
-                try:
-                    self._config = AutoConfig.from_pretrained(self._source, **model_source.finding(self.model_kwargs))
-                except OSError as error:
-                    raise OSError(f"{self!r}: its config cannot be loaded. {error}") from error
-                model_source.check_architecture(_dict_of(self._config), self._given)
-            else:
-                self._config = self._source.config
-        return self._config if self._model is None else self._model.config
-
-    @property
-    def adapter_config(self) -> PeftConfig | None:
-        """Of its adapter, a saved one or a new one; no weights are loaded for it."""
-        if self._peft_config is None and self._base_owner is None:
-            self._resolve()
-        return self._peft_config if self._adapter_folder is None else adapter.read_config(self._adapter_folder)
-
     def _load_model(self) -> Any:
-        config = self.config
         model: Any = self._source if self._base_owner is None else self._base_owner.module
         if isinstance(model, (str, Path)):
-            model = self._load_base(config)
+            model = self._load_base()
         owner = self._base_owner
-        self._num_embeddings = _num_embeddings(model) if owner is None else owner._num_embeddings
+        self._num_embeddings = num_embeddings_of(model) if owner is None else owner._num_embeddings
         if (adapter_config := self.adapter_config) is not None:
             if self._adapter_folder is not None:
                 self._make_room(model, self._adapter_folder)
@@ -209,9 +61,10 @@ class PretrainedLM:
             adapter.prepare_quantized(model)
         return model
 
-    def _load_base(self, config: Any) -> Any:
+    def _load_base(self) -> Any:
         from transformers import AutoModelForCausalLM
 
+        assert self.config is not None  # which refuses what is no causal model, before its weights are read
         options = self.model_kwargs | ({"dtype": torch.float32} if self._trains_in_fp32 else {})
         model = AutoModelForCausalLM.from_pretrained(self._source, **options)
         if "gguf_file" in self.model_kwargs:
@@ -220,7 +73,7 @@ class PretrainedLM:
 
     def _make_room(self, model: Any, folder: Path) -> None:
         """For the embeddings that an adapter brings of a vocabulary which was extended."""
-        if self._brought_rows > _num_embeddings(model):
+        if self._brought_rows > num_embeddings_of(model):
             model.resize_token_embeddings(self._brought_rows, mean_resizing=False)
         self._changed_base = self._saved_base is None and adapter.brings_embeddings(folder)
 
@@ -248,89 +101,6 @@ class PretrainedLM:
             return {}
         model = self.module
         return dict(model.named_parameters()) if self.adapter is None else adapter.parameters(model, self.adapter)
-
-    @property
-    def eos_token_ids(self) -> list[int]:
-        """The tokens that end a completion: the tokenizer's, then those of the generation config."""
-        configured = self._configured_ends()
-        listed = configured if isinstance(configured, list) else [] if configured is None else [configured]
-        return list(dict.fromkeys([self.tokenizer.eos_token_id, *listed]))
-
-    def _configured_ends(self) -> Any:
-        """Those of the model's generation config, or of its config where it has none; loads no weights."""
-        if self._model is None and self._base_owner is not None:
-            return self._base_owner._configured_ends()
-        source = self._source if self._model is None else self._model
-        if not isinstance(source, (str, Path)):
-            return getattr(getattr(source, "generation_config", None), "eos_token_id", None)
-        if self._named_ends is None:
-            from transformers import GenerationConfig
-
-            try:
-                found = GenerationConfig.from_pretrained(source).eos_token_id
-            except OSError:  # the model has none; transformers then makes one of its config
-                found = getattr(self.config, "eos_token_id", None)
-            self._named_ends = [found]
-        return self._named_ends[0]
-
-    @property
-    def pad_token_id(self) -> int:
-        """What fills a batch; the end of sequence where the tokenizer has no padding."""
-        pad = self.tokenizer.pad_token_id
-        return self.tokenizer.eos_token_id if pad is None else pad
-
-    def dtype(self, trains: bool) -> torch.dtype:
-        """Of the model's weights, without loading them.
-
-        Args:
-            trains: whether they would train, if there is no adapter to do that (see `prepare_training`).
-        """
-        loaded = self._source if self._model is None else self._model
-        if isinstance(loaded, nn.Module):
-            return next(p.dtype for p in loaded.parameters() if p.is_floating_point())
-        config = self.config
-        if (chosen := model_source.chosen_dtype(self.model_kwargs)) is not None:
-            return chosen
-        named = getattr(config, "dtype", None)
-        return (
-            torch.float32
-            if named is None or (trains and self.adapter_config is None)
-            else dtype_named(named, repr(self))
-        )
-
-    @property
-    def num_embeddings(self) -> int | None:
-        """How many token ids the model knows; no weights are loaded for it."""
-        if self._model is not None:
-            return _num_embeddings(self._model)
-        size = getattr(self.config.get_text_config(decoder=True), "vocab_size", None)
-        return None if size is None else max(size, self._brought_rows)
-
-    @cached_property
-    def _brought_rows(self) -> int:
-        """Of the embeddings that its saved adapter brings of a vocabulary which was extended."""
-        found = {} if self._adapter_folder is None else adapter.saved_embeddings(self._adapter_folder)
-        return max((shape[0] for shape in found.values()), default=0)
-
-    def check_ids(self, ids: Collection[int], what: str, element: int) -> None:
-        """Refuses a token that the model has no embedding for.
-
-        Args:
-            what: that the tokens are of.
-
-        Raises:
-            DataError: naming the token and the model's size.
-        """
-        size, largest = self.num_embeddings, max(ids, default=-1)
-        if size is not None and largest >= size:
-            token = self.tokenizer.convert_ids_to_tokens(largest) if largest < len(self.tokenizer) else None
-            raise DataError(
-                f"{self!r}: {what} has the token id {largest}, but the model has {size}"
-                f"{'' if token is None else f' (the token is {token!r})'}. The tokenizer is of another model, or has "
-                "tokens that were added: then make room for them before training "
-                "(model.resize_token_embeddings(len(tokenizer))).",
-                element=element,
-            )
 
     @contextlib.contextmanager
     def at_work(self) -> Iterator[Any]:
@@ -372,11 +142,6 @@ class PretrainedLM:
             view._model, view.adapter = adapter.freeze_copy(model, self.adapter)
         return view
 
-    @property
-    def is_named(self) -> bool:
-        """Whether the model is read from a name or folder, and not an object that was given."""
-        return isinstance(self._source, (str, Path))
-
     def fresh(self) -> Self:
         """The same model and adapter, not loaded yet; `share_base` tells of a base that another one loads."""
         view = copy.copy(self)
@@ -399,7 +164,7 @@ class PretrainedLM:
             return self._kept_options(weights_are_saved=True)
         adapter.save(model, self.adapter, folder)
         is_named = isinstance(self._source, (str, Path)) and self._saved_base is None
-        if is_named and not self._changed_base and self._num_embeddings == _num_embeddings(model):
+        if is_named and not self._changed_base and self._num_embeddings == num_embeddings_of(model):
             return {"base": str(self._source), **self._kept_options(weights_are_saved=False)}
         options = self._kept_options(weights_are_saved=True)
         written = _bases_written.get(model)
@@ -495,19 +260,6 @@ class PretrainedLM:
         adapter.check_same_tensors(own, saved, folder)
         for key, tensor in own.items():
             tensor.copy_(saved[key])
-
-
-# Of the options that a repository is found by, those of one of its files; and the files of an adapter there.
-_OF_A_FILE = ("revision", "subfolder", "token", "cache_dir", "force_download", "local_files_only")
-_ADAPTER_FILES = ["adapter_*", "*token*", "*.jinja", "vocab*", "merges.txt", "special_*"]
-
-
-def _dict_of(config: Any) -> dict[str, Any]:
-    return config.to_dict() if hasattr(config, "to_dict") else {}
-
-
-def _num_embeddings(model: Any) -> int:
-    return model.get_input_embeddings().weight.shape[0]
 
 
 def _place(source: str | Path) -> str:
