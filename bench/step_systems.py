@@ -128,11 +128,11 @@ def build(case: Case, device: str = "cpu") -> tuple[System, list[dict[str, str]]
         peft_config = adapter() if case.lora else None
         policy = model(place, size, device)
         component = CausalLM(policy, words, max_new_tokens=size.completion, peft_config=peft_config)
-        # A function's parameters are its parents' names.
+        # A function's parameters are its parents' names. Prompts end where a word does.
         prompt = (
-            f"lambda question, node{place - 1}: question + ' ' + node{place - 1}"
+            f"lambda question, node{place - 1}: question + ' ' + node{place - 1} + ' '"
             if place
-            else "lambda question: question"
+            else "lambda question: question + ' '"
         )
         made.append(node(component, name=f"node{place}")(eval(prompt)))
     edges = [question >> made[0]]
