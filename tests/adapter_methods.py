@@ -293,13 +293,22 @@ def refusal(method: Method) -> str | None:
     return None
 
 
+_COMPARED: dict[str, tuple[int, list[str]]] = {}
+
+
 def compared(method: Method) -> tuple[int, list[str]]:
-    """How many oracles a method was held to, and a line for each that says otherwise."""
+    """How many oracles a method was held to, and a line for each that says otherwise; once in a process."""
+    if method.name not in _COMPARED:
+        _COMPARED[method.name] = _compared(method)
+    return _COMPARED[method.name]
+
+
+def _compared(method: Method) -> tuple[int, list[str]]:
     with warnings.catch_warnings(), tempfile.TemporaryDirectory() as folder:
         warnings.simplefilter("ignore")
         if method.refused is not None:
             said = refusal(method)
-            right = said is not None and re.search(method.refused, said)
+            right = said is not None and said.startswith("CausalLM('") and re.search(method.refused, said)
             return 1, [] if right else [f"expected a refusal that says {method.refused!r}, got {said!r}"]
         found = dict(compare(method, Path(folder)))
     return len(found), [f"{name}: {size:.2g}" for name, size in found.items() if not size <= ROUNDING]

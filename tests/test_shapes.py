@@ -2,6 +2,7 @@
 
 import json
 
+import families_page as families
 import pandas
 import pytest
 from tiny import char_tokenizer, llama
@@ -159,18 +160,15 @@ def write(path, rows):
     return path
 
 
-@pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("ending", ["jsonl", "parquet"])
-def test_each_set_becomes_the_pairs_that_it_means(tmp_path, name, ending):
-    if name == "pickapic" and ending == "jsonl":
-        pytest.skip("JSON has no bytes")
+def check_pairs(folder, name, ending):
+    """Reads a set's rows from a file and holds them to what `CASES` says; returns how many there are."""
     rows = [row for row, _ in CASES[name]]
     if ending == "parquet" and name == "ultrafeedback":  # a column of Parquet has one type
         rows = [
             {**row, "completions": [{**each, "overall_score": float(each["overall_score"] or "nan")} for each in
              row["completions"]]} for row in rows
         ]  # fmt: skip
-    found = read_rows(write(tmp_path / f"rows.{ending}", rows), shape=name)
+    found = read_rows(write(folder / f"rows.{ending}", rows), shape=name)
     assert len(found) == len(rows)
     for row, (given, expected) in zip(found, CASES[name], strict=True):
         assert row["prompt"] == expected[0]
@@ -184,6 +182,21 @@ def test_each_set_becomes_the_pairs_that_it_means(tmp_path, name, ending):
         assert {key: row[key] for key in others} == {key: given[key] for key in others}
     if ending == "jsonl":
         assert [row.place for row in found] == [f"line {number}" for number in range(1, len(rows) + 1)]
+    return len(rows)
+
+
+def endings_of(name):
+    """JSON has no bytes."""
+    return ["parquet"] if name == "pickapic" else ["jsonl", "parquet"]
+
+
+@pytest.mark.parametrize(("name", "ending"), [(name, ending) for name in CASES for ending in endings_of(name)])
+def test_each_set_becomes_the_pairs_that_it_means(tmp_path, name, ending):
+    assert check_pairs(tmp_path, name, ending) == len(CASES[name])
+
+
+def test_the_page_has_every_set():
+    families.check_page("Preference files")
 
 
 def test_every_shape_is_tried():
