@@ -82,7 +82,7 @@ def probing(
         outside.enter_context(evaluating(model))
         logits = None
         if not _is_sharded(model):
-            arithmetic.enter_context(_in_fp32(device.type))
+            arithmetic.enter_context(_in_fp32(device.type, is_half=_is_half(model)))
             try:
                 logits = before()
             except torch.OutOfMemoryError:
@@ -116,11 +116,12 @@ def _is_half(model: nn.Module) -> bool:
 
 
 @contextlib.contextmanager
-def _in_fp32(device_type: str) -> Iterator[None]:
+def _in_fp32(device_type: str, *, is_half: bool) -> Iterator[None]:
+    """Of a model that has nothing in half precision, products alone: what each operation takes is fp32 already."""
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
-        with _Fp32(device_type):
+        with _Fp32(device_type) if is_half else contextlib.nullcontext():
             yield
     finally:
         torch.set_float32_matmul_precision(precision)
