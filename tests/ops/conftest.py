@@ -5,9 +5,12 @@ here, before any test module is; a process that compiles kernels for real starts
 """
 
 import importlib.util
+import json
 import os
+import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -23,6 +26,9 @@ from sysdag.ops._dispatch import Backend, use_backend, why_unavailable
 
 if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None:
     quicken()
+
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 class Served(NamedTuple):
@@ -54,3 +60,33 @@ def backend(request: pytest.FixtureRequest) -> Iterator[Served]:
         pytest.skip(f"{name}: {reason}")
     with use_backend(name):
         yield served
+
+
+_EACH_BACKEND = """
+import json, os, traceback
+import torch
+from sysdag.ops._dispatch import why_unavailable
+{code}
+found = {{}}
+for backend in ("reference", "cpp"):
+    torch._dynamo.reset()
+    if why_unavailable(backend, "cpu") is None:
+        found[backend], os.environ["SYSDAG_BACKEND"] = None, backend
+        try:
+            check()
+        except Exception:
+            found[backend] = traceback.format_exc()
+print(json.dumps(found))
+"""
+
+
+@pytest.fixture(scope="module")
+def compiled_backends(request: pytest.FixtureRequest) -> dict[str, str | None]:
+    """What the `check` of the module's `COMPILED` came to on each backend: nothing, or its error.
+
+    All in one process of its own, without shape checks.
+    """
+    code = _EACH_BACKEND.format(code=request.module.COMPILED)
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-4000:]
+    return json.loads(run.stdout.splitlines()[-1])
