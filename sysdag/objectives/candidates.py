@@ -22,16 +22,6 @@ from sysdag.graph.plan import Plan
 from sysdag.traces.cells import Cell
 from sysdag.traces.trace import Trace
 
-__all__ = [
-    "CandidateStrategy",
-    "Candidates",
-    "DiverseBeamSearch",
-    "Exhaustive",
-    "ImportanceSampling",
-    "MonteCarlo",
-    "distinct_ngrams",
-]
-
 
 @dataclass(frozen=True)
 class Candidates:

@@ -80,7 +80,7 @@ class ModelDescription:
         Raises:
             PlanError: for a folder that is not there, or holds something else than a causal model or an adapter.
         """
-        if self._is_resolved or not isinstance(self._source, (str, Path)):
+        if self._is_resolved or not self.is_named:
             return
         folder = self._folder()
         if folder is not None:
@@ -151,7 +151,7 @@ class ModelDescription:
             return self._base_owner.config
         if self._model is None and self._config is None:
             self._resolve()
-            if isinstance(self._source, (str, Path)):
+            if self.is_named:
                 from transformers import AutoConfig
 
                 try:

@@ -84,8 +84,11 @@ class PretrainedLM(ModelDescription):
             PlanError: see `reference`.
         """
         self._resolve()
-        is_named = isinstance(self._source, (str, Path))
-        if not is_named or self.adapter_config is not None or model_source.chosen_dtype(self.model_kwargs) is not None:
+        if (
+            not self.is_named
+            or self.adapter_config is not None
+            or model_source.chosen_dtype(self.model_kwargs) is not None
+        ):
             return
         if isinstance(self.model_kwargs.get("dtype"), Mapping) or "quantization_config" in self.model_kwargs:
             return
@@ -163,8 +166,8 @@ class PretrainedLM(ModelDescription):
             self._save_base(folder)
             return self._kept_options(weights_are_saved=True)
         adapter.save(model, self.adapter, folder)
-        is_named = isinstance(self._source, (str, Path)) and self._saved_base is None
-        if is_named and not self._changed_base and self._num_embeddings == num_embeddings_of(model):
+        has_name = self.is_named and self._saved_base is None
+        if has_name and not self._changed_base and self._num_embeddings == num_embeddings_of(model):
             return {"base": str(self._source), **self._kept_options(weights_are_saved=False)}
         options = self._kept_options(weights_are_saved=True)
         written = _bases_written.get(model)
@@ -218,7 +221,7 @@ class PretrainedLM(ModelDescription):
         """What tells whether another one works on the same loaded base."""
         if self._base_owner is not None:
             return self._base_owner.base_key
-        if isinstance(self._source, (str, Path)):
+        if self.is_named:
             return id(self)
         model = self._source
         return id(model.get_base_model() if hasattr(model, "get_base_model") else model)
@@ -229,7 +232,7 @@ class PretrainedLM(ModelDescription):
             self._model is None
             and self._base_owner is None
             and owner.base_key != self.base_key
-            and all(isinstance(each._source, (str, Path)) and each._has_own_adapter for each in (self, owner))
+            and all(each.is_named and each._has_own_adapter for each in (self, owner))
             and _place(self._source) == _place(owner._source)
             and self._comparable_options() == owner._comparable_options()
         )
