@@ -687,7 +687,7 @@ def test_importing_and_constructing_load_neither_diffusers_nor_transformers():
     root = Path(__file__).parent.parent
     made = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root)
     assert made.returncode == 0, made.stderr
-    assert made.stdout.strip() == "Diffusion('some/hub-id', steps=3, guidance=1, scale=sysdpo)"
+    assert made.stdout.strip() == "Diffusion('some/hub-id', steps=3, scale=sysdpo)"
 
 
 @pytest.mark.gpu

@@ -149,7 +149,7 @@ def test_a_pipeline_folder_is_a_model(tmp_path):
     component = from_text(vae=autoencoder())
     component.save_pretrained(tmp_path)
     with_index = Diffusion(str(tmp_path), num_inference_steps=4)
-    assert repr(with_index) == f"Diffusion('{tmp_path}', steps=4, guidance=1, scale=sysdpo)"
+    assert repr(with_index) == f"Diffusion('{tmp_path}', steps=4, scale=sysdpo)"
     (copied := tmp_path / "copied").mkdir()
     for part in ("unet", "scheduler", "text_encoder", "tokenizer", "vae"):
         (tmp_path / part).rename(copied / part)

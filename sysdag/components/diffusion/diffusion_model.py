@@ -17,18 +17,21 @@ from sysdag.components import adapter, hooks
 from sysdag.components.adapter_support import check_config, needs_numbers
 from sysdag.components.component import Component, named_source
 from sysdag.components.diffusion import footprint as diffusion_footprint
-from sysdag.components.diffusion import pipeline_folder
+from sysdag.components.diffusion import pipeline_folder, watching, whole_folder
 from sysdag.components.diffusion.conditioning import Conditioner, Hook
 from sysdag.components.diffusion.denoising_error import CONVENTIONS, denoising_errors, margin_scores
 from sysdag.components.diffusion.forward_process import DiffusionNoise, ForwardProcess
-from sysdag.components.diffusion.guidance import guided_latents
-from sysdag.components.diffusion.images import read_pixels, stack_latents, to_pil
+from sysdag.components.diffusion.images import latents_of, read_pixels, stack_latents
 from sysdag.components.diffusion.pipeline import Pipeline
+from sysdag.components.diffusion.pipeline_calls import PipelineCalls
+from sysdag.components.diffusion.separate_parts import SeparateParts
+from sysdag.components.diffusion.whole_pipeline import WholePipeline, picture
 from sysdag.components.precision import dtype_named
 from sysdag.errors import PlanError, SerializationError
 from sysdag.traces.cells import Draw
 
 if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
     from peft import PeftConfig
 
     from sysdag.components.footprint import Footprint
@@ -36,7 +39,7 @@ if TYPE_CHECKING:
 _FUNCTIONS = ("condition", "weighting")
 _OPTIONS = (
     "sample_shape", "num_inference_steps", "guidance_scale", "convention", "num_noise_draws", "train_text_encoder",
-    "mask_padding", "max_text_length", "null_class", "batch_size",
+    "mask_padding", "max_text_length", "null_class", "batch_size", "pipeline_kwargs",
 )  # fmt: skip
 
 
@@ -89,7 +92,7 @@ class Diffusion(Component):
 
     def __init__(
         self,
-        model: str | Path | nn.Module,
+        model: str | Path | nn.Module | DiffusionPipeline,
         *,
         scheduler: Any = None,
         text_encoder: nn.Module | None = None,
@@ -98,8 +101,9 @@ class Diffusion(Component):
         peft_config: PeftConfig | None = None,
         condition: Hook | None = None,
         sample_shape: Sequence[int] | None = None,
-        num_inference_steps: int = 50,
-        guidance_scale: float = 1.0,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        pipeline_kwargs: Mapping[str, Any] | None = None,
         convention: str = "sysdpo",
         weighting: Callable[[Tensor], Tensor] | None = None,
         num_noise_draws: int = 1,
@@ -117,7 +121,7 @@ class Diffusion(Component):
         if weighting is not None and convention != "sysdpo":
             raise PlanError(f"weighting belongs to convention='sysdpo'; {convention!r} has none.")
         counts = dict(num_inference_steps=num_inference_steps, num_noise_draws=num_noise_draws, batch_size=batch_size)
-        if min(counts.values()) < 1:
+        if any(count is not None and count < 1 for count in counts.values()):
             raise PlanError(f"Diffusion needs counts of at least 1, got {counts}.")
         if sample_shape is not None and (len(sample_shape) != 3 or min(sample_shape) < 1):
             raise PlanError(f"sample_shape must be (C, H, W), got {tuple(sample_shape)}.")
@@ -133,7 +137,7 @@ class Diffusion(Component):
             if any(value is not None for value in loading.values()):
                 raise PlanError(f"{list(loading)} choose what is loaded, but the model is an object; leave them out.")
         parts = {"scheduler": scheduler, "text_encoder": text_encoder, "tokenizer": tokenizer, "vae": vae}
-        self._source = model
+        self._source: Any = model
         self._given = {name: part for name, part in parts.items() if part is not None}
         self._loading: dict[str, Any] = loading
         self._index: pipeline_folder.Index | None = None
@@ -141,11 +145,16 @@ class Diffusion(Component):
         self._pipeline: Pipeline | None = None
         self._base_owner: Diffusion | None = None
         self._process: ForwardProcess | None = None
+        self._calls: PipelineCalls | None = None
+        self._is_whole: bool | None = None
+        self._adapter_folder: Path | None = None
+        self._saved_here = False
         self._shapes_of_configs: tuple[tuple[int, int, int], tuple[int, int, int]] | None = None
         self._sample_shape = None if sample_shape is None else (sample_shape[0], sample_shape[1], sample_shape[2])
         self.condition = condition
         self.num_inference_steps = num_inference_steps
         self.guidance_scale = guidance_scale
+        self.pipeline_kwargs = dict(pipeline_kwargs or {})
         self.convention = convention
         self.weighting = weighting
         self.num_noise_draws = num_noise_draws
@@ -162,7 +171,9 @@ class Diffusion(Component):
         shown = [type(self._source).__name__ if is_object else repr(str(self._source))]
         shown += [f"{name}={type(part).__name__}" for name, part in self._given.items() if name != "tokenizer"]
         shown += ["adapter"] if self._peft_config is not None else []
-        shown += [f"steps={self.num_inference_steps}", f"guidance={self.guidance_scale:g}", f"scale={self.convention}"]
+        shown += [] if self.num_inference_steps is None else [f"steps={self.num_inference_steps}"]
+        shown += [] if self.guidance_scale is None else [f"guidance={self.guidance_scale:g}"]
+        shown += [f"scale={self.convention}"]
         shown += ["frozen"] if self._pipeline is not None and self._pipeline.frozen else []
         return f"Diffusion({', '.join(shown)})"
 
@@ -174,15 +185,47 @@ class Diffusion(Component):
     def pipeline(self) -> Pipeline:
         """The parts, loaded on first access."""
         if self._pipeline is None:
-            source, given, loading = self._source, self._given, {"index": self._index, **self._loading}
-            if self._base_owner is not None:
-                base = self._base_owner.pipeline
-                source, loading = base.denoiser, {}
-                given = {name: part for name, part in base.parts.items() if part is not base.denoiser}
-            self._pipeline = Pipeline.load(
-                source, given, peft_config=self._peft_config, trains_text_encoder=self.train_text_encoder, **loading
-            )
+            self._pipeline = self._loaded()
         return self._pipeline
+
+    def _loaded(self) -> Pipeline:
+        options: dict[str, Any] = dict(peft_config=self._peft_config, trains_text_encoder=self.train_text_encoder)
+        if self._base_owner is not None:
+            base = self._base_owner.pipeline
+            if base.whole is not None:
+                return Pipeline.of_whole(base.whole, **options)
+            given = {name: part for name, part in base.parts.items() if part is not base.denoiser}
+            return Pipeline.load(base.denoiser, given, **options)
+        if not self.is_whole:
+            return Pipeline.load(self._source, self._given, index=self._index, **self._loading, **options)
+        whole, folder = self._source, None
+        if isinstance(whole, (str, Path)):
+            folder = self._adapter_folder or Path(whole) / pipeline_folder.ADAPTER
+            whole = whole_folder.load(whole, self._given, **self._loading)
+        return Pipeline.of_whole(whole, adapter_folder=folder, **options)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether everything is left to a pipeline of diffusers that samples from a prompt."""
+        if self._is_whole is None:
+            named = isinstance(self._source, (str, Path))
+            if named and self.condition is None and self._index is None:
+                self._is_whole = whole_folder.pipeline_class(self._source, self._loading["revision"]) is not None
+            else:
+                self._is_whole = not named and not isinstance(self._source, nn.Module)
+            if self._is_whole:
+                self._check_whole()
+        return self._is_whole
+
+    def _check_whole(self) -> None:
+        given = {name: getattr(self, name) for name in ("mask_padding", "max_text_length", "null_class")}
+        given["sample_shape"] = self._sample_shape
+        if found := [name for name, value in given.items() if value is not None]:
+            raise PlanError(
+                f"{self!r}: {found} are of models that are passed as objects; a pipeline of diffusers encodes "
+                "and sizes by itself. Pass pipeline_kwargs, arguments of its call, as {'height': 512, 'width': 512} or "
+                "{'max_sequence_length': 256}."
+            )
 
     @property
     def module(self) -> nn.Module:
@@ -198,7 +241,7 @@ class Diffusion(Component):
 
     @property
     def sample_shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of the latents, or of the pixels where there is no VAE."""
+        """(C, H, W) of the latents, or of the pixels where there is no VAE; of models that are passed as objects."""
         if self._sample_shape is not None:
             return self._sample_shape
         config = self.pipeline.denoiser.config
@@ -207,17 +250,37 @@ class Diffusion(Component):
             raise PlanError(f"{self!r}: the denoiser's config has no sample_size; pass sample_shape=(C, H, W).")
         return (config["in_channels"], *((size, size) if isinstance(size, int) else size))
 
-    def _conditioner(self) -> Conditioner:
-        return Conditioner(
-            self.pipeline.denoiser,
-            text_encoder=self.pipeline.parts.get("text_encoder"),
-            tokenizer=self.pipeline.parts.get("tokenizer"),
-            hook=self.condition,
-            train_text_encoder=self.pipeline.trains_text_encoder,
-            mask_padding=self.mask_padding,
-            max_text_length=self.max_text_length,
-            null_class=self.null_class,
-        )
+    @property
+    def _sampler(self) -> SeparateParts | WholePipeline:
+        pipeline = self.pipeline
+        if pipeline.whole is not None:
+            if self._calls is None:
+                self._calls = PipelineCalls(
+                    pipeline.now, self._call_arguments(pipeline.whole), self.num_inference_steps,
+                    pipeline.trains_text_encoder,
+                )  # fmt: skip
+            return WholePipeline(self._calls, pipeline.denoiser, self.batch_size)
+        conditioner = Conditioner(
+            pipeline.denoiser, text_encoder=pipeline.parts.get("text_encoder"),
+            tokenizer=pipeline.parts.get("tokenizer"), hook=self.condition,
+            train_text_encoder=pipeline.trains_text_encoder, mask_padding=self.mask_padding,
+            max_text_length=self.max_text_length, null_class=self.null_class,
+        )  # fmt: skip
+        return SeparateParts(
+            pipeline, conditioner, self.sample_shape,
+            guidance_scale=1.0 if self.guidance_scale is None else self.guidance_scale,
+            num_inference_steps=self.num_inference_steps or 50, batch_size=self.batch_size,
+        )  # fmt: skip
+
+    def _call_arguments(self, whole: Any) -> dict[str, Any]:
+        """What the pipeline's call gets beside prompts, generators and steps."""
+        taken = watching.parameters_of_call(whole)
+        given = dict(self.pipeline_kwargs)
+        if self.guidance_scale is not None:
+            given["guidance_scale"] = self.guidance_scale
+        if unknown := sorted(given.keys() - taken.keys()):
+            raise PlanError(f"{self!r}: {type(whole).__name__}'s call takes no {unknown}; it takes {list(taken)[1:]}.")
+        return {**({"output_type": "pil"} if "output_type" in taken else {}), **given}
 
     def sample(self, inputs: Sequence[Any], *, generator: torch.Generator | None = None) -> list[Draw]:
         """Draws an image for each input, in eval mode and without gradients.
@@ -229,21 +292,8 @@ class Diffusion(Component):
         """
         place = "cpu" if generator is None else generator.device
         seeds = torch.randint(2**62, (len(inputs),), generator=generator, device=place).tolist()
-        draws: list[Draw] = []
         with self.pipeline.running(evaluate=True):
-            for start in range(0, len(inputs), self.batch_size):
-                rows = slice(start, start + self.batch_size)
-                latents = self._sample_latents(inputs[rows], seeds[rows])
-                draws += [_draw(*pair) for pair in zip(self.pipeline.decode(latents), latents, strict=True)]
-        return draws
-
-    def _sample_latents(self, inputs: Sequence[Any], seeds: Sequence[int]) -> Float[Tensor, "n C H W"]:
-        conditioner = self._conditioner()
-        return guided_latents(
-            self.pipeline, conditioner(inputs), conditioner.unconditional(inputs) if self.guidance_scale != 1 else None,
-            guidance_scale=self.guidance_scale, sample_shape=self.sample_shape, seeds=seeds,
-            num_inference_steps=self.num_inference_steps, device=self.device,
-        )  # fmt: skip
+            return self._sampler.sample(inputs, seeds)
 
     def observe(self, values: Sequence[Any]) -> list[Draw]:
         """Draws for given images: PIL images, files (path or bytes), or float arrays (C, H, W) in [-1, 1].
@@ -251,23 +301,23 @@ class Diffusion(Component):
         Raises:
             DataError: for an unreadable image, or one of another size or number of channels than the model draws.
         """
-        shape = self.pipeline.pixel_shape(self.sample_shape)
-        draws = []
-        for element, value in enumerate(values):
-            pixels = read_pixels(value, shape, element=element)
-            draws.append(_draw(pixels, self.pipeline.encode(pixels[None])[0]))
-        return draws
+        return self._sampler.observe(values)
 
     def check(self, values: Sequence[Any]) -> list[Draw]:
         """See `Component`; sizes are those of the configs, and the draws have no latents."""
-        _, shape = self._shapes()
         for element, value in enumerate(values):
-            read_pixels(value, shape, element=element)
+            if self.is_whole:
+                picture(value, element)
+            else:
+                read_pixels(value, self._shapes()[1], element=element)
         return [Draw(value) for value in values]
 
     def check_draws(self, draws: Sequence[Draw]) -> None:
-        if draws:
-            stack_latents(draws, self._shapes()[0])
+        for element, draw in enumerate(draws):
+            if self.is_whole:
+                latents_of(draw, element)
+            else:
+                stack_latents([draw], self._shapes()[0], first=element)
 
     def _shapes(self) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
         """(C, H, W) of latents and of pixels, by the configs alone."""
@@ -285,9 +335,8 @@ class Diffusion(Component):
         Pass the same to policy and reference, and to the winner and the loser of a pair. The first k of n draws get the
         noise that k draws would get.
         """
-        return DiffusionNoise.draw(
-            len(draws), self.num_noise_draws, self.forward_process.num_timesteps, self.sample_shape, generator
-        )
+        steps = self.forward_process.num_timesteps
+        return DiffusionNoise.draw(self._sampler.shapes(draws), self.num_noise_draws, steps, generator)
 
     def errors(self, inputs: Sequence[Any], draws: Sequence[Draw], noise: DiffusionNoise) -> Float[Tensor, " n"]:
         """|target - prediction|^2 summed over a draw's C*H*W elements, fp32; with several (t, eps), their mean.
@@ -298,12 +347,16 @@ class Diffusion(Component):
         return self._errors(inputs, draws, noise).mean(1)
 
     def token_counts(self, draws: Sequence[Draw]) -> list[int]:
-        """Spatial positions of a draw's latents (pixels where there is no VAE), at each of its (t, eps)."""
+        """Positions of a draw's latents (pixels where there is no VAE), at each of its (t, eps)."""
+        if self.is_whole:
+            channels = self.pipeline.latent_channels
+            counts = [math.prod(shape) // channels for shape in self._sampler.shapes(draws)]
+            return [self.num_noise_draws * max(1, count) for count in counts]
         _, height, width = self.sample_shape
         return [self.num_noise_draws * height * width] * len(draws)
 
-    def tokens_of_any_draw(self) -> int:
-        return self._outlined().token_counts([Draw(None)])[0]
+    def tokens_of_any_draw(self) -> int | None:
+        return None if self.is_whole else self._outlined().token_counts([Draw(None)])[0]
 
     def footprint(self, *, tokens: int, labels: int, trains: bool, checkpoints: bool, device: str) -> Footprint | None:
         """See `Component`; reads configs. What conditions the model is taken to be text where it has a text encoder.
@@ -312,7 +365,7 @@ class Diffusion(Component):
         cannot be run without numbers (LoHa, BOFT, FourierFT and some others).
         """
         config = self._adapter_config
-        if self.condition is not None or (config is not None and needs_numbers(config)):
+        if self.is_whole or self.condition is not None or (config is not None and needs_numbers(config)):
             return None
         view = self._outlined()
         if trains:
@@ -321,7 +374,9 @@ class Diffusion(Component):
         draws = [Draw(None, {"latents": latents})] * max(1, tokens // view.token_counts([Draw(None)])[0])
 
         def score() -> Tensor:
-            return view.score(view._conditioner().typical(len(draws)), draws, view.noise(draws))
+            sampler = view._sampler
+            assert isinstance(sampler, SeparateParts)
+            return view.score(sampler.conditioner.typical(len(draws)), draws, view.noise(draws))
 
         new_adapter = view.pipeline.adapter is not None and self._peft_config is not None
         return diffusion_footprint.of_diffusion(
@@ -377,9 +432,10 @@ class Diffusion(Component):
         Raises:
             PlanError: without noise, or with noise of another number of draws.
         """
+        errors = self._errors(inputs, draws, noise)
         return margin_scores(
-            self._errors(inputs, draws, noise), noise, self.forward_process, convention=self.convention,
-            weighting=self.weighting, elements=math.prod(self.sample_shape),
+            errors, noise, self.forward_process, convention=self.convention, weighting=self.weighting,
+            elements=[math.prod(shape) for shape in self._sampler.shapes(draws)],
         )  # fmt: skip
 
     def _errors(self, inputs: Sequence[Any], draws: Sequence[Draw], noise: Any) -> Float[Tensor, "n M"]:
@@ -391,11 +447,14 @@ class Diffusion(Component):
             )
         if not draws:
             return torch.zeros(0, 1, device=self.device)
+        sampler = self._sampler
+
+        def predict(rows: list[int], noisy: Tensor, times: Tensor) -> Tensor:
+            chosen = [inputs[row] for row in rows], [draws[row] for row in rows]
+            return sampler.predictions(*chosen, len(noisy) // len(rows), noisy, times)
+
         with self.pipeline.running():
-            return denoising_errors(
-                self.pipeline, self.forward_process, self._conditioner()(inputs),
-                stack_latents(draws, self.sample_shape).to(self.device), noise,
-            )  # fmt: skip
+            return denoising_errors(predict, self.forward_process, sampler.latents(draws), noise, self.device)
 
     def reference(self) -> Diffusion:
         """This component frozen as it is now; its scores carry no gradient.
@@ -407,6 +466,8 @@ class Diffusion(Component):
             return self
         view = copy.copy(self)
         view._pipeline = self.pipeline.reference()
+        if self.train_text_encoder:
+            view._calls = None  # what it records is its own text encoders'
         return view
 
     def own_parameters(self) -> dict[str, nn.Parameter]:
@@ -415,14 +476,16 @@ class Diffusion(Component):
         if pipeline.adapter is None:
             return super().own_parameters()
         found = {} if pipeline.adapter_off else adapter.parameters(pipeline.denoiser, pipeline.adapter)
-        encoder = pipeline.parts["text_encoder"].named_parameters() if self.train_text_encoder else ()
-        return {f"denoiser.{name}": p for name, p in found.items()} | {f"text_encoder.{name}": p for name, p in encoder}
+        own = {f"denoiser.{name}": parameter for name, parameter in found.items()}
+        for encoder in pipeline.text_encoders if self.train_text_encoder else ():
+            own |= {f"{encoder}.{name}": p for name, p in pipeline.parts[encoder].named_parameters()}
+        return own
 
     def fresh(self) -> Component:
         if isinstance(self._source, nn.Module) or (self.train_text_encoder and "text_encoder" in self._given):
             return super().fresh()
         made = copy.copy(self)
-        made._pipeline = made._process = None
+        made._pipeline = made._process = made._calls = None
         return made
 
     def save_pretrained(self, folder: Path) -> Mapping[str, Any]:
@@ -435,9 +498,25 @@ class Diffusion(Component):
         if self.pipeline.frozen:
             raise SerializationError(f"{self!r} is a reference; save the component that it was made from.")
         functions = {name: hooks.describe(name, getattr(self, name)) for name in _FUNCTIONS}
-        index = pipeline_folder.save_parts(self.pipeline.parts, Path(folder), self.pipeline.adapter)
         options = {name: getattr(self, name) for name in _OPTIONS} | {"sample_shape": self._sample_shape}
-        return {"parts": index, "adapter": self.pipeline.adapter is not None, **functions, **options}
+        saved = {"adapter": self.pipeline.adapter is not None, **functions, **options}
+        if not self.is_whole:
+            index = pipeline_folder.save_parts(self.pipeline.parts, Path(folder), self.pipeline.adapter)
+            return {"parts": index, "base": None, **saved}
+        if self.pipeline.adapter is None or self._is_copied or not isinstance(self._source, (str, Path)):
+            whole_folder.save(self.pipeline, Path(folder))
+            return {"parts": None, "base": None, **saved}
+        whole_folder.save_adapter(self.pipeline, Path(folder))
+        loading = {name: value for name, value in self._loading.items() if value is not None}
+        if "dtype" in loading:
+            loading["dtype"] = str(loading["dtype"]).removeprefix("torch.")
+        return {"parts": None, "base": {"source": str(self._source), **loading}, **saved}
+
+    @property
+    def _is_copied(self) -> bool:
+        """Whether saving needs a copy of the base: it is not what stands at its name."""
+        inside = isinstance(self._source, Path) and self._adapter_folder is None and self._saved_here
+        return bool(self._given) or inside or self.train_text_encoder
 
     @classmethod
     def from_pretrained(cls, folder: Path, options: Mapping[str, Any]) -> Self:
@@ -446,19 +525,24 @@ class Diffusion(Component):
         Raises:
             SerializationError: if an option or a part's folder is missing or unknown, or a function cannot be had.
         """
-        unknown = sorted(options.keys() ^ {"parts", "adapter", *_FUNCTIONS, *_OPTIONS})
-        if unknown:
+        known = {"parts", "base", "adapter", *_FUNCTIONS, *_OPTIONS}
+        if unknown := sorted(options.keys() ^ known):
             raise SerializationError(
                 f"These are not the options of a saved Diffusion: {unknown} are unknown or missing."
             )
-        index = options["parts"]
-        parts = [*index, pipeline_folder.ADAPTER] if options["adapter"] else [*index]
-        missing = [name for name in parts if not (Path(folder) / name).is_dir()]
-        if missing or not index.keys() <= pipeline_folder.PARTS:
-            raise SerializationError(f"{str(folder)!r} lacks {missing} of the parts {parts} of a saved Diffusion.")
         functions: dict[str, Any] = {name: hooks.load(name, options.get(name)) for name in _FUNCTIONS}
-        made = cls(Path(folder), **functions, **{name: options[name] for name in _OPTIONS})
-        made._index = index
+        given = {name: options[name] for name in _OPTIONS}
+        index, base, folder = options["parts"], options["base"], Path(folder)
+        parts = [*(index or ()), *([pipeline_folder.ADAPTER] if options["adapter"] else ())]
+        missing = [name for name in parts if not (folder / name).is_dir()]
+        if missing or (index is not None and not index.keys() <= pipeline_folder.PARTS):
+            raise SerializationError(f"{str(folder)!r} lacks {missing} of the parts {parts} of a saved Diffusion.")
+        if base is not None:
+            made = cls(base["source"], **{k: v for k, v in base.items() if k != "source"}, **functions, **given)
+            made._adapter_folder = folder / pipeline_folder.ADAPTER
+            return made
+        made = cls(folder, **functions, **given)
+        made._index, made._saved_here = index, True
         return made
 
     def load_weights(self, folder: Path) -> None:
@@ -467,9 +551,7 @@ class Diffusion(Component):
         Raises:
             SerializationError: if a part is missing in the folder or has other tensors.
         """
-        pipeline_folder.load_weights(self.pipeline.parts, Path(folder), self.pipeline.adapter)
-
-
-def _draw(pixels: Float[Tensor, "c h w"], latents: Float[Tensor, "C H W"]) -> Draw:
-    image = to_pil(pixels) if len(pixels) in (1, 3) else pixels.cpu().numpy().copy()
-    return Draw(image, {"latents": latents.cpu().numpy().copy()})
+        if self.is_whole:
+            whole_folder.load_weights(self.pipeline, Path(folder))
+        else:
+            pipeline_folder.load_weights(self.pipeline.parts, Path(folder), self.pipeline.adapter)

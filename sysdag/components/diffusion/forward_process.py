@@ -41,34 +41,38 @@ class DiffusionNoise:
 
     Attributes:
         timesteps: (n,), or (n, M) for M > 1; integers in 0..T-1.
-        eps: (n, C, H, W), or (n, M, C, H, W); standard normal.
+        eps: (n, *S), or (n, M, *S), S the shape of a sample; standard normal. A tuple of n where samples differ in
+            shape.
     """
 
     timesteps: Int[Tensor, " n *M"]
-    eps: Float[Tensor, "n *M C H W"]
+    eps: Float[Tensor, " n *M *S"] | tuple[Float[Tensor, " *M *S"], ...]
 
     @classmethod
     def draw(
         cls,
-        count: int,
+        shapes: Sequence[tuple[int, ...]],
         draws_each: int,
         num_timesteps: int,
-        shape: tuple[int, int, int],
         generator: torch.Generator | None = None,
     ) -> DiffusionNoise:
-        """Noise for `count` draws, on the CPU. The first k of n draws get the noise that k draws would get."""
+        """Noise for draws of these shapes, on the CPU. The first k of n draws get the noise that k draws would get."""
         place: dict[str, Any] = {"generator": generator, "device": "cpu" if generator is None else generator.device}
-        timesteps = torch.zeros(count, draws_each, dtype=torch.long)
-        eps = torch.zeros(count, draws_each, *shape)
-        for row in range(count):
+        timesteps = torch.zeros(len(shapes), draws_each, dtype=torch.long)
+        eps = []
+        for row, shape in enumerate(shapes):
             timesteps[row] = torch.randint(num_timesteps, (draws_each,), **place)
-            eps[row] = torch.randn(draws_each, *shape, **place)
-        return cls(timesteps, eps) if draws_each > 1 else cls(timesteps[:, 0], eps[:, 0])
+            eps.append(torch.randn(draws_each, *shape, **place).cpu())
+        if draws_each == 1:
+            return cls(timesteps[:, 0], _together([each[0] for each in eps]))
+        return cls(timesteps, _together(eps))
 
     @staticmethod
     def join(parts: Sequence[DiffusionNoise]) -> DiffusionNoise:
         """The noise of several lists of draws, one after the other."""
-        return DiffusionNoise(torch.cat([part.timesteps for part in parts]), torch.cat([part.eps for part in parts]))
+        return DiffusionNoise(
+            torch.cat([part.timesteps for part in parts]), _together([eps for part in parts for eps in part.eps])
+        )
 
     def __len__(self) -> int:
         return self.timesteps.shape[0]
@@ -76,7 +80,20 @@ class DiffusionNoise:
     def select(self, rows: Sequence[int] | Int[Tensor, " k"]) -> DiffusionNoise:
         """The noise of the given draws, in that order; rows may repeat."""
         index = torch.as_tensor(rows, dtype=torch.long, device=self.timesteps.device)
-        return DiffusionNoise(self.timesteps[index], self.eps[index])
+        if isinstance(self.eps, Tensor):
+            return DiffusionNoise(self.timesteps[index], self.eps[index.to(self.eps.device)])
+        return DiffusionNoise(self.timesteps[index], _together([self.eps[row] for row in index.tolist()]))
+
+    def stacked(self) -> Float[Tensor, " n *M *S"]:
+        """`eps` of draws of one shape."""
+        assert isinstance(self.eps, Tensor)
+        return self.eps
+
+
+def _together(eps: list[Tensor]) -> Any:
+    if not eps:
+        return torch.zeros(0)
+    return torch.stack(eps) if all(each.shape == eps[0].shape for each in eps) else tuple(eps)
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,20 +150,20 @@ class ForwardProcess:
         return len(self.sigmas)
 
     def corrupt(
-        self, clean: Float[Tensor, "n C H W"], timesteps: Int[Tensor, " n"], eps: Float[Tensor, "n C H W"]
-    ) -> Float[Tensor, "n C H W"]:
+        self, clean: Float[Tensor, " n *S"], timesteps: Int[Tensor, " n"], eps: Float[Tensor, " n *S"]
+    ) -> Float[Tensor, " n *S"]:
         """x_t, the noisy sample."""
-        return _at(self.alphas, timesteps) * clean + _at(self.sigmas, timesteps) * eps
+        return _at(self.alphas, timesteps, eps) * clean + _at(self.sigmas, timesteps, eps) * eps
 
     def target(
-        self, clean: Float[Tensor, "n C H W"], timesteps: Int[Tensor, " n"], eps: Float[Tensor, "n C H W"]
-    ) -> Float[Tensor, "n C H W"]:
+        self, clean: Float[Tensor, " n *S"], timesteps: Int[Tensor, " n"], eps: Float[Tensor, " n *S"]
+    ) -> Float[Tensor, " n *S"]:
         """What a perfect model would predict at x_t."""
         match self.prediction:
             case "epsilon":
                 return eps
             case "v_prediction":
-                return _at(self.alphas, timesteps) * eps - _at(self.sigmas, timesteps) * clean
+                return _at(self.alphas, timesteps, eps) * eps - _at(self.sigmas, timesteps, eps) * clean
             case "sample":
                 return clean
             case "flow":
@@ -158,5 +175,6 @@ class ForwardProcess:
         return ((self.alphas[index] / self.sigmas[index]) ** 2).to(timesteps.device)
 
 
-def _at(scales: Float[Tensor, " T"], timesteps: Int[Tensor, " n"]) -> Float[Tensor, "n 1 1 1"]:
-    return scales.to(timesteps.device)[timesteps][:, None, None, None]
+def _at(scales: Float[Tensor, " T"], timesteps: Int[Tensor, " n"], sample: Tensor) -> Tensor:
+    """(n, 1, ...), as many axes as the sample has."""
+    return scales.to(timesteps.device)[timesteps].reshape(-1, *[1] * (sample.ndim - 1))

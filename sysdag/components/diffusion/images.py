@@ -26,7 +26,11 @@ def to_pil(pixels: Float[Tensor, "C H W"]) -> Any:
     return Image.fromarray(levels[0] if len(levels) == 1 else numpy.ascontiguousarray(levels.transpose(1, 2, 0)))
 
 
-def read_pixels(value: Any, shape: tuple[int, int, int], *, element: int | None = None) -> Float[Tensor, "C H W"]:
+Shape = tuple[int, int | None, int | None]
+"""(C, H, W) of an image; None stands for any size."""
+
+
+def read_pixels(value: Any, shape: Shape, *, element: int | None = None) -> Float[Tensor, "C H W"]:
     """Pixels of a PIL image, an image file (path or bytes), or a float array that holds them already.
 
     Nothing is resized or converted: a model scores images of the size and the channels that it draws.
@@ -44,7 +48,7 @@ def read_pixels(value: Any, shape: tuple[int, int, int], *, element: int | None 
     return _from_array(value, shape, element)
 
 
-def _decode(value: Any, shape: tuple[int, int, int], element: int | None) -> Float[Tensor, "C H W"]:
+def _decode(value: Any, shape: Shape, element: int | None) -> Float[Tensor, "C H W"]:
     from PIL import Image
 
     channels, height, width = shape
@@ -58,7 +62,8 @@ def _decode(value: Any, shape: tuple[int, int, int], element: int | None) -> Flo
         raw = Path(value).read_bytes() if isinstance(value, (str, Path)) else value
         image = Image.open(io.BytesIO(raw)) if isinstance(raw, (bytes, bytearray)) else raw
         # The size is in the header: a wrong one is refused before any pixel is decoded.
-        wrong = image.size != (width, height) or image.mode not in _MODES[channels]
+        sizes = zip(image.size, (width, height), strict=True)
+        wrong = any(want not in (None, got) for got, want in sizes) or image.mode not in _MODES[channels]
         found = f"{image.width}x{image.height} mode {image.mode}"
         if not wrong:
             pixels = numpy.array(image.convert(_MODES[channels][0]), dtype=numpy.float32)
@@ -70,20 +75,22 @@ def _decode(value: Any, shape: tuple[int, int, int], element: int | None) -> Flo
             element=element,
         ) from error
     if wrong:
+        size = "" if width is None else f" of {width}x{height} (width x height)"
         raise DataError(
-            f"expected an image of {width}x{height} (width x height) with {channels} channel(s), mode "
-            f"{_MODES[channels][0]}, got {found}. Resize it and convert its mode first.",
+            f"expected an image{size} with {channels} channel(s), mode {_MODES[channels][0]}, got {found}. Resize it "
+            "and convert its mode first.",
             element=element,
         )
     return torch.from_numpy(pixels if channels == 3 else pixels[:, :, None]).permute(2, 0, 1) / 127.5 - 1
 
 
-def _from_array(value: Any, shape: tuple[int, int, int], element: int | None) -> Float[Tensor, "C H W"]:
+def _from_array(value: Any, shape: Shape, element: int | None) -> Float[Tensor, "C H W"]:
     expected = f"expected a PIL image, path, bytes or float array of shape {shape} in [-1, 1]"
     if not isinstance(value, (numpy.ndarray, Tensor)):
         raise DataError(f"{expected}, got {type(value).__name__} {shown(value)}.", element=element)
     is_float = value.is_floating_point() if isinstance(value, Tensor) else value.dtype.kind == "f"
-    if not is_float or tuple(value.shape) != tuple(shape):
+    fits = value.ndim == 3 and all(want in (None, got) for got, want in zip(value.shape, shape, strict=True))
+    if not is_float or not fits:
         raise DataError(f"{expected}, got an array of {value.dtype} of shape {tuple(value.shape)}.", element=element)
     if isinstance(value, Tensor):
         array = value.detach().to("cpu", torch.float32, copy=True)
@@ -97,26 +104,38 @@ def _from_array(value: Any, shape: tuple[int, int, int], element: int | None) ->
     return array
 
 
-def stack_latents(draws: Sequence[Draw], shape: tuple[int, int, int]) -> Float[Tensor, "n C H W"]:
+def latents_of(draw: Draw, element: int) -> Tensor:
+    """The latents of a draw, fp32 on the CPU.
+
+    Raises:
+        DataError: for a draw that holds none.
+    """
+    if "latents" not in draw.record:
+        raise DataError(
+            f"expected a draw that holds latents, got the record {list(draw.record)}; make draws of images with "
+            "observe(...).",
+            element=element,
+        )
+    given = draw.record["latents"]
+    is_float = given.dtype.kind == "f" if isinstance(given, numpy.ndarray) else isinstance(given, Tensor)
+    if not is_float:
+        raise DataError(f"expected latents in a float array, got {shown(given)}.", element=element)
+    return torch.as_tensor(given, dtype=torch.float32).cpu()
+
+
+def stack_latents(draws: Sequence[Draw], shape: tuple[int, ...], first: int = 0) -> Float[Tensor, "n C H W"]:
     """The latents of draws, fp32 on the CPU.
+
+    Args:
+        first: the first one's element in an error.
 
     Raises:
         DataError: for a draw that holds no latents, or latents of another shape.
     """
     found = []
-    for element, draw in enumerate(draws):
-        if "latents" not in draw.record:
-            raise DataError(
-                f"expected a draw that holds latents, got the record {list(draw.record)}; make draws of images with "
-                "observe(...).",
-                element=element,
-            )
-        given = draw.record["latents"]
-        is_float = given.dtype.kind == "f" if isinstance(given, numpy.ndarray) else isinstance(given, Tensor)
-        if not is_float:
-            raise DataError(f"expected latents in a float array, got {shown(given)}.", element=element)
-        latents = torch.as_tensor(given, dtype=torch.float32).cpu()
+    for element, draw in enumerate(draws, first):
+        latents = latents_of(draw, element)
         if tuple(latents.shape) != tuple(shape):
             raise DataError(f"expected latents of shape {shape}, got {tuple(latents.shape)}.", element=element)
         found.append(latents)
-    return torch.stack(found)
+    return torch.stack(found) if found else torch.zeros(0, *shape)

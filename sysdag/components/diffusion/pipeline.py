@@ -34,7 +34,8 @@ class Pipeline:
         adapter: the name of the denoiser's adapter that belongs to this component, if it has one.
         adapter_off: whether it is run without that adapter.
         frozen: whether it is always run in eval mode and without gradients.
-        trains_text_encoder: whether gradients reach the text encoder.
+        trains_text_encoder: whether gradients reach the text encoders.
+        whole: the pipeline of diffusers that the parts are from, where that samples by its own call.
     """
 
     parts: Mapping[str, Any]
@@ -42,6 +43,7 @@ class Pipeline:
     adapter_off: bool = False
     frozen: bool = False
     trains_text_encoder: bool = False
+    whole: Any = None
 
     @classmethod
     def load(
@@ -71,13 +73,40 @@ class Pipeline:
             index = index or pipeline_folder.read_index(source, loading.get("revision"))
             for name in index.keys() - parts.keys():
                 parts[name] = pipeline_folder.load_part(source, name, index[name], **loading)
-        if trains_text_encoder and "text_encoder" not in parts:
-            raise PlanError(f"train_text_encoder=True needs a text encoder; the parts are {sorted(parts)}.")
-        for name in ("vae",) if trains_text_encoder else ("vae", "text_encoder"):
-            if name in parts:
-                parts[name].requires_grad_(False)
+        made = cls(parts, trains_text_encoder=trains_text_encoder)
+        return made._readied(peft_config, saved_adapter)
+
+    @classmethod
+    def of_whole(
+        cls,
+        whole: Any,
+        *,
+        peft_config: PeftConfig | None,
+        trains_text_encoder: bool,
+        adapter_folder: Path | None = None,
+    ) -> Self:
+        """A pipeline of diffusers, ready to train.
+
+        Args:
+            adapter_folder: of an adapter that its denoiser gets back; None for none.
+
+        Raises:
+            PlanError: as `load`.
+        """
+        parts = {name: part for name, part in whole.components.items() if part is not None}
+        made = cls(parts, trains_text_encoder=trains_text_encoder, whole=whole)
+        return made._readied(peft_config, adapter_folder)
+
+    def _readied(self, peft_config: PeftConfig | None, saved_adapter: Path | None) -> Self:
+        """What does not train frozen, and the adapter put in."""
+        if self.trains_text_encoder and not self.text_encoders:
+            raise PlanError(f"train_text_encoder=True needs a text encoder; the parts are {sorted(self.parts)}.")
+        denoiser = self.denoiser
+        trained = self.text_encoders if self.trains_text_encoder else []
+        for name, part in self.parts.items():
+            if isinstance(part, nn.Module) and part is not denoiser and name not in trained:
+                part.requires_grad_(False)
         adapter = None
-        denoiser = parts[pipeline_folder.denoiser_name(parts)]
         if saved_adapter is not None and saved_adapter.is_dir():
             if peft_config is not None:
                 raise PlanError(f"{str(saved_adapter)!r} holds an adapter; leave peft_config out to train that one.")
@@ -87,18 +116,33 @@ class Pipeline:
             adapter = adapters.attach(denoiser, peft_config)
         elif adapters.brought(denoiser):
             _, adapter = adapters.adopt(denoiser)
-        for name, part in parts.items():
+        for name, part in self.parts.items():
             if part is not denoiser and getattr(part, "peft_config", None):
                 raise PlanError(
                     f"The {name} ({type(part).__name__}) carries the adapters {list(part.peft_config)}, which would be "
                     "neither trained nor saved. Merge them into its weights (fuse_lora and unload_lora) or delete them."
                 )
-        return cls(parts, adapter, trains_text_encoder=trains_text_encoder)
+        return replace(self, adapter=adapter)
+
+    @property
+    def text_encoders(self) -> list[str]:
+        """The names of the parts that encode text."""
+        return [name for name in self.parts if name.startswith("text_encoder") and self.parts[name] is not None]
+
+    def now(self) -> Any:
+        """The pipeline of diffusers with the parts as they are here: its own object, which shares them."""
+        made = copy.copy(self.whole)
+        for name, part in self.parts.items():
+            if getattr(made, name) is not part:
+                setattr(made, name, part)
+        return made
 
     @cached_property
     def module(self) -> PipelineModule:
         """The parts that have weights."""
-        return PipelineModule(self.denoiser, self.parts.get("text_encoder"), self.vae)
+        models = {name: part for name, part in self.parts.items() if isinstance(part, nn.Module)}
+        denoiser = models.pop(pipeline_folder.denoiser_name(self.parts))
+        return PipelineModule(denoiser, models)
 
     @property
     def denoiser(self) -> Any:
@@ -109,10 +153,16 @@ class Pipeline:
         return self.parts.get("vae")
 
     @property
+    def latent_channels(self) -> int:
+        """Channels of the latents that its decoder takes; 1 where it does not say."""
+        config = getattr(self.vae or self.parts.get("movq"), "config", {})
+        return config.get("latent_channels") or config.get("z_dim") or 1
+
+    @property
     def trained(self) -> list[str]:
         """The parts whose own weights train."""
         denoiser = [] if self.adapter is not None else [pipeline_folder.denoiser_name(self.parts)]
-        return [*denoiser, *(["text_encoder"] if self.trains_text_encoder else [])]
+        return [*denoiser, *(self.text_encoders if self.trains_text_encoder else [])]
 
     def widen(self, names: Collection[str]) -> None:
         """Casts parts of 16 bits to fp32, in place."""
@@ -163,7 +213,7 @@ class Pipeline:
         Frozen parts are shared.
         """
         parts, adapter_off = dict(self.parts), False
-        trained = ["text_encoder"] if self.trains_text_encoder else []
+        trained = self.text_encoders if self.trains_text_encoder else []
         if self.adapter is not None and adapters.is_identity(self.denoiser, self.adapter):
             adapter_off = True
         else:
@@ -204,9 +254,8 @@ class Pipeline:
 class PipelineModule(nn.ModuleDict):
     """The modules of a pipeline. Frozen ones stay in eval mode whatever mode the others are put in."""
 
-    def __init__(self, denoiser: nn.Module, text_encoder: nn.Module | None, vae: nn.Module | None) -> None:
-        parts = {"denoiser": denoiser, "text_encoder": text_encoder, "vae": vae}
-        super().__init__({name: part for name, part in parts.items() if part is not None})
+    def __init__(self, denoiser: nn.Module, others: Mapping[str, nn.Module]) -> None:
+        super().__init__({"denoiser": denoiser, **others})
         self.training = denoiser.training
         self._settle()
 

@@ -140,7 +140,7 @@ def save_parts(parts: Mapping[str, Any], folder: Path, adapter_name: str | None 
     folder.mkdir(parents=True, exist_ok=True)
     for name, part in parts.items():
         if name in DENOISERS and adapter_name is not None:
-            _without_adapters(part).save_pretrained(folder / name)
+            without_adapters(part).save_pretrained(folder / name)
             adapters.save(part, adapter_name, folder / ADAPTER)
         else:
             part.save_pretrained(folder / name)
@@ -157,10 +157,11 @@ def _dtype_name(model: Any) -> str:
     return str(model.dtype).removeprefix("torch.")
 
 
-def _without_adapters(model: Any) -> Any:
+def without_adapters(model: Any) -> Any:
+    """A model of the same weights that carries no adapter; it is only to be written, never run."""
     with torch.device("meta"):
         bare = type(model).from_config(model.config)
-    # Buffers that are not saved stay on the meta device: the bare model is only written, never run.
+    # Buffers that are not saved stay on the meta device.
     bare.load_state_dict(adapters.base_state(model), assign=True)
     return bare
 
@@ -174,16 +175,28 @@ def load_weights(parts: Mapping[str, Any], folder: Path, adapter_name: str | Non
     if (folder / ADAPTER).is_dir() != (adapter_name is not None):
         have, want = ("an adapter", "none") if adapter_name is None else ("no adapter", "one")
         raise SerializationError(f"{str(folder)!r} holds {have}, but the component has {want}.")
-    for name, part in parts.items():
-        if not isinstance(part, nn.Module):
-            continue
+    models = {name: part for name, part in parts.items() if isinstance(part, nn.Module)}
+    for name in models:
         if not (folder / name).is_dir():
             raise SerializationError(f"{str(folder)!r} lacks the subfolder {name!r}.")
+    load_models(models, folder)
+    if adapter_name is not None:
+        adapters.load(parts[denoiser_name(parts)], adapter_name, folder / ADAPTER)
+
+
+def load_models(models: Mapping[str, nn.Module], folder: Path) -> None:
+    """Replaces models' own weights in place by those in the subfolders of their names, adapters aside.
+
+    Raises:
+        SerializationError: if one there has other tensors.
+    """
+    for name, part in models.items():
         entry = {"library": type(part).__module__.partition(".")[0], "class": type(part).__name__}
-        saved = load_part(folder, name, {**entry, "dtype": _dtype_name(part)}).state_dict()
+        made: Any = type(part) if name not in PARTS else find_class(name, entry)
+        options: dict[str, Any] = {"subfolder": name, "use_safetensors": True}
+        options["torch_dtype" if entry["library"] == "diffusers" else "dtype"] = getattr(torch, _dtype_name(part))
+        saved = made.from_pretrained(folder, **options).state_dict()
         own = adapters.base_state(part)
         adapters.check_same_tensors(own, saved, folder / name)
         for key, tensor in own.items():
             tensor.copy_(saved[key])
-    if adapter_name is not None:
-        adapters.load(parts[denoiser_name(parts)], adapter_name, folder / ADAPTER)

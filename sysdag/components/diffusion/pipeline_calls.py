@@ -1,0 +1,248 @@
+"""A text-to-image pipeline of diffusers as what it does by itself: its own sampling, and its own calls of its denoiser.
+
+Sampling is the pipeline's call. A score fills the recorded call of the denoiser for a prompt with another sample and
+time (see `call_form`); the conditioning is recorded once a prompt and size, and kept.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sysdag.components.diffusion import rows, watching
+from sysdag.components.diffusion.call_form import CallForm, structure_of
+from sysdag.components.diffusion.decoding_form import DecodingForm, learn_decoding
+from sysdag.components.diffusion.learning import Misfit, learn_calls, run_quietly, unguided
+from sysdag.errors import PlanError
+
+Size = tuple[int, ...]
+"""(height, width) of an image, (frames, height, width) of a film; () where the pipeline takes no size."""
+
+
+@dataclass(frozen=True, eq=False)
+class Recorded:
+    """One prompt's call of the denoiser.
+
+    Attributes:
+        form: what fills it.
+        arguments: for one row, as they were recorded.
+        company: equal for those that one batch may hold.
+    """
+
+    form: CallForm
+    arguments: Mapping[str, Any]
+    company: Any
+
+
+@dataclass(frozen=True, eq=False)
+class Drawn:
+    """What one row of a pipeline's call gave.
+
+    Attributes:
+        value: a PIL image, or a list of them.
+        latents: fp32 on the CPU, as the last step left them.
+        noise: as `latents`, what the first step began with.
+    """
+
+    value: Any
+    latents: Tensor
+    noise: Tensor
+
+
+@dataclass(eq=False)
+class PipelineCalls:
+    """The calls of one pipeline.
+
+    Attributes:
+        pipe: gives the pipeline as its parts are now.
+        arguments: of its call, beside prompt, size, generator and number of steps.
+        num_inference_steps: of sampling; None: the pipeline's own.
+        trains_text: whether gradients reach its text encoders, so that nothing of a prompt can be kept.
+        budget: most bytes of recorded conditioning that are kept, on the CPU.
+    """
+
+    pipe: Callable[[], Any]
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    num_inference_steps: int | None = None
+    trains_text: bool = False
+    budget: int = 2**30
+    _forms: dict[Any, list[CallForm]] = field(default_factory=dict)
+    _decoding: dict[Size, DecodingForm] = field(default_factory=dict)
+    _kept: OrderedDict[Any, Recorded] = field(default_factory=OrderedDict)
+    _off: dict[str, Any] | None = None
+
+    def sample(self, prompts: Sequence[str], seeds: Sequence[int], batch_size: int) -> list[Drawn]:
+        """One draw a prompt, by the pipeline's own call; prompts are called together where their conditioning is as
+        long, so that none is padded for another's sake.
+
+        Raises:
+            PlanError: for a sampler that leaves numbers that are not finite.
+        """
+        size: Size = ()
+        recorded = [self.recorded(prompt, size) for prompt in prompts]
+        drawn: dict[int, Drawn] = {}
+        for group in _companies(recorded):
+            most = batch_size if recorded[group[0]].form.takes_batches else 1
+            for start in range(0, len(group), most):
+                block = group[start : start + most]
+                made = self._sampled([prompts[row] for row in block], [seeds[row] for row in block], recorded[block[0]])
+                drawn |= dict(zip(block, made, strict=True))
+        return [drawn[row] for row in range(len(prompts))]
+
+    def _sampled(self, prompts: list[str], seeds: list[int], recorded: Recorded) -> list[Drawn]:
+        pipe = self.pipe()
+        first: list[Tensor] = []
+        last: list[Tensor] = []
+        place = self.decoding(prompts[0], ()).place
+
+        def on_step(output: Tensor, time: Any, sample: Tensor, step: Any) -> Any:
+            if not first:
+                first.append(sample.float().cpu())
+            result = step()
+            found = [tensor for tensor in rows.tensors(result) if tensor.shape == sample.shape]
+            if not bool(found[0].isfinite().all()):
+                raise PlanError(
+                    f"{type(pipe.scheduler).__name__} left numbers that are not finite at time {float(time):g} "
+                    f"({type(pipe).__name__}); it cannot sample with this model. Pass another scheduler."
+                )
+            last[:] = [found[place if place < len(found) else 0]]
+            return result
+
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        steps = {} if self.num_inference_steps is None else {"num_inference_steps": self.num_inference_steps}
+        output = watching.run(
+            pipe, {"prompt": prompts, "generator": generators, **self.arguments, **steps},
+            on_step=on_step, seed=seeds[0] % 2**63,
+        )  # fmt: skip
+        values = output[0]
+        latents = last[0].float().cpu()
+        if len(values) != len(prompts) or len(latents) != len(prompts):
+            raise PlanError(f"{type(pipe).__name__} gave {len(values)} values for {len(prompts)} prompts.")
+        return [Drawn(*each) for each in zip(values, latents, first[0], strict=True)]
+
+    def decoding(self, prompt: str, size: Size) -> DecodingForm:
+        """How latents of a size are decoded.
+
+        Raises:
+            PlanError: if that cannot be told.
+        """
+        if size not in self._decoding:
+            pipe, arguments = self.pipe(), self._call(prompt, size)
+            try:
+                form = self.recorded(prompt, size).form
+                self._decoding[size] = learn_decoding(pipe, prompt, arguments, form)
+            except Misfit as misfit:
+                raise PlanError(f"{type(pipe).__name__} cannot be scored: {misfit}.") from None
+        return self._decoding[size]
+
+    def _call(self, prompt: str, size: Size) -> dict[str, Any]:
+        """The arguments of the pipeline's call for a size, without guidance."""
+        if self._off is None:
+            self._off = unguided(self.pipe(), prompt, self.arguments)
+        return {**self._off, **self._sizes(size)}
+
+    def _sizes(self, size: Size) -> dict[str, int]:
+        taken = watching.parameters_of_call(self.pipe())
+        names = ("num_frames", "height", "width")[3 - len(size) :]
+        return {name: number for name, number in zip(names, size, strict=True) if name in taken}
+
+    def recorded(self, prompt: str, size: Size, *, gradients: bool = False) -> Recorded:
+        """The denoiser's call for a prompt; from what is kept where text encoders do not train.
+
+        Raises:
+            DataError: if the pipeline does not take the prompt.
+        """
+        key = (prompt, size, self._where())
+        if key in self._kept and not self.trains_text:
+            self._kept.move_to_end(key)
+            return self._kept[key]
+        found: list[Mapping[str, Any]] = []
+
+        def on_denoiser(given: dict[str, Any], answer: Any) -> Any:
+            found.append(given)
+            raise watching.Stop
+
+        arguments = self._call(prompt, size)
+        run_quietly(
+            self.pipe(), [prompt], {**arguments, **self._steps()}, on_denoiser=on_denoiser,
+            gradients=gradients and self.trains_text,
+        )  # fmt: skip
+        form = self._form(prompt, size, arguments, structure_of(found[0]))
+        kept = rows.replaced(found[0], {form.latents_path: None})
+        if not self.trains_text:
+            kept = rows.mapped_tensors(kept, lambda tensor: tensor.detach().cpu())
+        company = None if form.arguments_grow is None else rows.company(form.arguments_grow, found[0])
+        made = Recorded(form, kept, (id(form), company))
+        if not self.trains_text:
+            self._keep(key, made)
+        return made
+
+    def _steps(self) -> dict[str, int]:
+        return {} if self.num_inference_steps is None else {"num_inference_steps": self.num_inference_steps}
+
+    def _where(self) -> Any:
+        pipe = self.pipe()
+        weight = next(getattr(pipe, watching.denoiser_name(pipe)).parameters())
+        return weight.device, weight.dtype
+
+    def _form(self, prompt: str, size: Size, arguments: Mapping[str, Any], structure: Any) -> CallForm:
+        forms = self._forms.setdefault((size, self._where()), [])
+        for form in forms:
+            if form.structure == structure:
+                return form
+        forms.append(learn_calls(self.pipe(), prompt, arguments))
+        if forms[-1].structure != structure:
+            raise PlanError(f"{type(self.pipe()).__name__} cannot be scored: its calls differ for one prompt.")
+        return forms[-1]
+
+    def _keep(self, key: Any, made: Recorded) -> None:
+        self._kept[key] = made
+        total = sum(_bytes(each.arguments) for each in self._kept.values())
+        while total > self.budget and len(self._kept) > 1:
+            total -= _bytes(self._kept.popitem(last=False)[1].arguments)
+
+    def model_outputs(
+        self, denoiser: Any, recorded: Sequence[Recorded], noisy: Sequence[Tensor], times: Tensor
+    ) -> list[Tensor]:
+        """What the pipeline would hand to its scheduler, one fp32 tensor a row.
+
+        Args:
+            denoiser: the model that is called.
+            noisy: each row's sample.
+            times: (n,) the scheduler's.
+        """
+        found: dict[int, Tensor] = {}
+        for group in _companies(recorded):
+            size = len(group) if recorded[group[0]].form.takes_batches else 1
+            for start in range(0, len(group), size):
+                block = group[start : start + size]
+                form, device = recorded[block[0]].form, noisy[0].device
+                placed = {id(recorded[row]): rows.mapped_tensors(recorded[row].arguments, _to(device)) for row in block}
+                arguments = form.arguments(
+                    [placed[id(recorded[row])] for row in block],
+                    torch.stack([noisy[row] for row in block]),
+                    times[block].to(device),
+                )
+                output = form.model_output(denoiser(**arguments), len(block)).float()
+                found |= dict(zip(block, output, strict=True))
+        return [found[row] for row in range(len(recorded))]
+
+
+def _companies(recorded: Sequence[Recorded]) -> list[list[int]]:
+    groups: dict[Any, list[int]] = {}
+    for row, each in enumerate(recorded):
+        groups.setdefault(each.company, []).append(row)
+    return list(groups.values())
+
+
+def _to(device: torch.device) -> Callable[[Tensor], Tensor]:
+    return lambda tensor: tensor.to(device)
+
+
+def _bytes(arguments: Mapping[str, Any]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in rows.tensors(arguments))

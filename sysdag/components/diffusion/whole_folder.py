@@ -1,0 +1,119 @@
+"""A folder or Hub repository that a text-to-image pipeline of diffusers is loaded from, and written to, as a whole."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from sysdag.components import adapter as adapters
+from sysdag.components.diffusion import pipeline_folder
+from sysdag.components.diffusion.pipeline import Pipeline
+from sysdag.errors import PlanError, SerializationError
+
+
+def pipeline_class(source: str | Path, revision: str | None = None) -> Any:
+    """The class of diffusers that the folder is a pipeline of, if it samples from a prompt; None for another folder.
+
+    Raises:
+        PlanError: if it names classes of other libraries than diffusers and transformers.
+    """
+    import diffusers
+
+    index = _model_index(source, revision)
+    found = getattr(diffusers, index["_class_name"], None) if isinstance(index.get("_class_name"), str) else None
+    if not isinstance(found, type) or "prompt" not in inspect.signature(found.__call__).parameters:
+        return None
+    for name, entry in index.items():
+        if isinstance(entry, list) and len(entry) == 2 and entry[0] is not None and not _is_known(entry[0]):
+            raise PlanError(
+                f"Part {name!r} of {str(source)!r} is {entry[1]!r} of {entry[0]!r}; only classes of diffusers and "
+                "transformers are loaded."
+            )
+    return found
+
+
+def _is_known(library: Any) -> bool:
+    from diffusers import pipelines
+
+    return library in ("diffusers", "transformers") or hasattr(pipelines, str(library))
+
+
+def _model_index(source: str | Path, revision: str | None) -> Mapping[str, Any]:
+    from diffusers import DiffusionPipeline
+
+    folder = Path(source)
+    if folder.is_dir():
+        file = folder / "model_index.json"
+        return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    return DiffusionPipeline.load_config(source, revision=revision)
+
+
+def load(
+    source: str | Path,
+    given: Mapping[str, Any],
+    *,
+    dtype: torch.dtype | None = None,
+    revision: str | None = None,
+    variant: str | None = None,
+) -> Any:
+    """The pipeline, by diffusers' own `from_pretrained`: safetensors only, no code from the Hub.
+
+    Args:
+        given: parts that replace the folder's.
+    """
+    from diffusers import DiffusionPipeline
+
+    return DiffusionPipeline.from_pretrained(
+        source, torch_dtype=dtype, revision=revision, variant=variant, use_safetensors=True, **given
+    )
+
+
+def save(pipeline: Pipeline, folder: Path) -> None:
+    """Writes the pipeline as diffusers does, with every part it came with; an adapter goes to `adapter/`.
+
+    Raises:
+        SerializationError: for a part whose class is not one of diffusers or transformers.
+    """
+    pipe = pipeline.now()
+    for name, part in pipe.components.items():
+        if part is not None and type(part).__module__.partition(".")[0] not in ("diffusers", "transformers"):
+            raise SerializationError(
+                f"Part {name!r} is of class {type(part).__module__}.{type(part).__name__}, which diffusers and "
+                "transformers could not load again."
+            )
+    if pipeline.adapter is not None:
+        name = pipeline_folder.denoiser_name(pipeline.parts)
+        setattr(pipe, name, pipeline_folder.without_adapters(pipeline.denoiser))
+    pipe.save_pretrained(folder, safe_serialization=True)
+    save_adapter(pipeline, folder)
+
+
+def save_adapter(pipeline: Pipeline, folder: Path) -> None:
+    """Writes the denoiser's adapter to `adapter/`, where it has one."""
+    if pipeline.adapter is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        adapters.save(pipeline.denoiser, pipeline.adapter, folder / pipeline_folder.ADAPTER)
+
+
+def load_weights(pipeline: Pipeline, folder: Path) -> None:
+    """Replaces the weights that `save` wrote to a folder in place; what is not there has not been trained.
+
+    Raises:
+        SerializationError: if a part that trains is missing there, or has other tensors.
+    """
+    if (folder / pipeline_folder.ADAPTER).is_dir() != (pipeline.adapter is not None):
+        have, want = ("an adapter", "none") if pipeline.adapter is None else ("no adapter", "one")
+        raise SerializationError(f"{str(folder)!r} holds {have}, but the component has {want}.")
+    models = {name: part for name, part in pipeline.parts.items() if isinstance(part, nn.Module)}
+    for name in pipeline.trained:
+        if not (folder / name).is_dir():
+            raise SerializationError(f"{str(folder)!r} lacks the subfolder {name!r}.")
+    pipeline_folder.load_models({n: part for n, part in models.items() if (folder / n).is_dir()}, folder)
+    if pipeline.adapter is not None:
+        adapters.load(pipeline.denoiser, pipeline.adapter, folder / pipeline_folder.ADAPTER)
