@@ -19,6 +19,7 @@ from sysdag.components.diffusion import rows
 from sysdag.components.diffusion.gathering import Gather
 from sysdag.components.diffusion.rows import How, Path
 from sysdag.components.diffusion.time_argument import TimeArgument
+from sysdag.errors import PlanError
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,8 +71,16 @@ class CallForm:
         return made[0] if len(made) == 1 else rows.joined(self.arguments_grow, made)  # type: ignore[arg-type]
 
     def model_output(self, answer: Any, count: int) -> Tensor:
-        """(n, *sample_shape), what the pipeline would hand to its scheduler, in the answer's dtype."""
-        return self.unpack(flat_rows(self.answer_grows, answer, count))
+        """(n, *sample_shape), what the pipeline would hand to its scheduler, in the answer's dtype.
+
+        Raises:
+            PlanError: for an answer of another size than the watched ones.
+        """
+        flat = flat_rows(self.answer_grows, answer, count)
+        expected = sum(tensor.numel() for tensor in rows.tensors(self.answer))
+        if flat.shape[1] != expected:
+            raise PlanError(f"The denoiser answers with {flat.shape[1]} numbers a row; {expected} when it was watched.")
+        return self.unpack(flat)
 
     def zero_answer(self, count: int) -> Any:
         """What the denoiser would give for `count` rows, all zeros."""

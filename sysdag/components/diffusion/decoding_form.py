@@ -105,13 +105,13 @@ def learn_decoding(pipe: Any, prompt: str, arguments: Mapping[str, Any], form: C
     shift, scale = seen[0], seen[1] - seen[0]
     if not bool((scale != 0).all()):
         raise Misfit("what it decodes is no scaled and shifted sample")
-    plain = (seen - shift) / scale
-    order = places([row.flatten().round() for row in plain[2:-1]], _BASE)
+    numbers = (seen - shift) / scale
+    order = places([row.flatten().round() for row in numbers[2:-1]], _BASE)
     taken = None if order is None else Gather(order, tuple(seen.shape[1:])).inverse(form.sample_shape)
     if order is None or taken is None:
         raise Misfit("what it decodes is not its last sample in another order")
     sent = told[-1].to(form.latents_dtype).float()[order].reshape(shift.shape)
-    if not torch.allclose(plain[-1], sent, rtol=1e-3, atol=1e-3):
+    if not torch.allclose(numbers[-1], sent, rtol=1e-3, atol=1e-3):
         raise Misfit("what it decodes is no scaled and shifted sample")
     return DecodingForm(decoder, taken, tuple(shift.shape), _shrunk(scale), _shrunk(shift), place, films)
 

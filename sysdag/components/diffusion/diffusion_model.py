@@ -498,7 +498,8 @@ class Diffusion(Component):
         if self.pipeline.frozen:
             raise SerializationError(f"{self!r} is a reference; save the component that it was made from.")
         functions = {name: hooks.describe(name, getattr(self, name)) for name in _FUNCTIONS}
-        options = {name: getattr(self, name) for name in _OPTIONS} | {"sample_shape": self._sample_shape}
+        options = {name: getattr(self, name) for name in _OPTIONS if name != "sample_shape"}
+        options["sample_shape"] = self._sample_shape
         saved = {"adapter": self.pipeline.adapter is not None, **functions, **options}
         if not self.is_whole:
             index = pipeline_folder.save_parts(self.pipeline.parts, Path(folder), self.pipeline.adapter)

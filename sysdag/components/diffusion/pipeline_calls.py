@@ -6,13 +6,14 @@ time (see `call_form`); the conditioning is recorded once a prompt and size, and
 
 from __future__ import annotations
 
+import contextlib
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sysdag.components.diffusion import rows, watching
 from sysdag.components.diffusion.call_form import CallForm, structure_of
@@ -21,7 +22,7 @@ from sysdag.components.diffusion.learning import Misfit, learn_calls, run_quietl
 from sysdag.errors import PlanError
 
 Size = tuple[int, ...]
-"""(height, width) of an image, (frames, height, width) of a film; () where the pipeline takes no size."""
+"""(height, width) of an image, (frames, height, width) of a film; () for what the pipeline draws by itself."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,6 +76,7 @@ class PipelineCalls:
     _decoding: dict[Size, DecodingForm] = field(default_factory=dict)
     _kept: OrderedDict[Any, Recorded] = field(default_factory=OrderedDict)
     _off: dict[str, Any] | None = None
+    _default_size: Size | None = None
 
     def sample(self, prompts: Sequence[str], seeds: Sequence[int], batch_size: int) -> list[Drawn]:
         """One draw a prompt, by the pipeline's own call; prompts are called together where their conditioning is as
@@ -124,6 +126,19 @@ class PipelineCalls:
         if len(values) != len(prompts) or len(latents) != len(prompts):
             raise PlanError(f"{type(pipe).__name__} gave {len(values)} values for {len(prompts)} prompts.")
         return [Drawn(*each) for each in zip(values, latents, first[0], strict=True)]
+
+    def default_size(self, prompt: str) -> Size:
+        """Of what the pipeline draws where its call is not told a size."""
+        if self._default_size is None:
+            form = self.recorded(prompt, ()).form
+
+            def on_denoiser(given: dict[str, Any], answer: Any) -> Any:
+                return form.zero_answer(1)
+
+            arguments = {**self._call(prompt, ()), **self._steps()}
+            output = run_quietly(self.pipe(), [prompt], arguments, on_denoiser=on_denoiser)
+            self._default_size = size_of(output[0][0])
+        return self._default_size
 
     def decoding(self, prompt: str, size: Size) -> DecodingForm:
         """How latents of a size are decoded.
@@ -228,9 +243,18 @@ class PipelineCalls:
                     torch.stack([noisy[row] for row in block]),
                     times[block].to(device),
                 )
-                output = form.model_output(denoiser(**arguments), len(block)).float()
+                with _as_sampling(denoiser):
+                    answer = denoiser(**arguments)
+                output = form.model_output(answer, len(block)).float()
                 found |= dict(zip(block, output, strict=True))
         return [found[row] for row in range(len(recorded))]
+
+
+def size_of(value: Any) -> Size:
+    """The size of a drawn image or film."""
+    frames = list(value) if isinstance(value, (list, tuple)) else [value]
+    width, height = frames[0].size
+    return (len(frames), height, width) if isinstance(value, (list, tuple)) else (height, width)
 
 
 def _companies(recorded: Sequence[Recorded]) -> list[list[int]]:
@@ -238,6 +262,16 @@ def _companies(recorded: Sequence[Recorded]) -> list[list[int]]:
     for row, each in enumerate(recorded):
         groups.setdefault(each.company, []).append(row)
     return list(groups.values())
+
+
+@contextlib.contextmanager
+def _as_sampling(denoiser: nn.Module) -> Iterator[None]:
+    """The model itself, though not its layers, in eval mode: HiDream's answers in another form where it trains."""
+    training, denoiser.training = denoiser.training, False
+    try:
+        yield
+    finally:
+        denoiser.training = training
 
 
 def _to(device: torch.device) -> Callable[[Tensor], Tensor]:

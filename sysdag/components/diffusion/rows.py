@@ -99,8 +99,10 @@ def parted(how: How, value: Any, count: int) -> list[Any]:
 
 
 def _like(value: Any, made: dict[Any, Any]) -> Any:
-    kind: Any = type(value)
-    return kind(**made) if is_dataclass(kind) else made  # an output class of diffusers is a dict, too
+    if not is_dataclass(value):
+        return made
+    kind: Any = type(value)  # an output class of diffusers, which is a dict, too
+    return kind(**made)
 
 
 def company(how: How, value: Any) -> Any:

@@ -36,7 +36,7 @@ class WholePipeline:
         """See `Diffusion.sample`; one seed a draw."""
         check_prompts(inputs)
         return [
-            Draw(each.value, {"latents": each.latents.numpy().copy(), "size": numpy.array(size_of(each.value))})
+            Draw(each.value, {"latents": each.latents.numpy().copy()})
             for each in self.calls.sample(inputs, seeds, self.batch_size)
         ]
 
@@ -46,14 +46,16 @@ class WholePipeline:
         for element, value in enumerate(values):
             pixels = picture(value, element)
             size = tuple(pixels.shape[1:])
+            own = size == self.calls.default_size(_ANY_PROMPT)
             try:
-                latents = self.calls.decoding(_ANY_PROMPT, size).latents(self.calls.pipe(), pixels)
+                latents = self.calls.decoding(_ANY_PROMPT, () if own else size).latents(self.calls.pipe(), pixels)
             except Misfit as misfit:
                 raise DataError(
                     f"expected an image of a size that the pipeline draws; of {_named(size)} it makes {misfit}.",
                     element=element,
                 ) from None
-            draws.append(Draw(value, {"latents": latents[0].cpu().numpy().copy(), "size": numpy.array(size)}))
+            record = {"latents": latents[0].cpu().numpy().copy()}
+            draws.append(Draw(value, record if own else record | {"size": numpy.array(size)}))
         return draws
 
     def shapes(self, draws: Sequence[Draw]) -> list[tuple[int, ...]]:
@@ -104,13 +106,6 @@ def picture(value: Any, element: int | None = None) -> Tensor:
     if not frames or any(frame.shape != frames[0].shape for frame in frames):
         raise DataError("expected a list of images of one size, at least one.", element=element)
     return torch.stack(frames, dim=1)
-
-
-def size_of(value: Any) -> Size:
-    """The size of a drawn image or film."""
-    frames = list(value) if isinstance(value, (list, tuple)) else [value]
-    width, height = frames[0].size
-    return (len(frames), height, width) if isinstance(value, (list, tuple)) else (height, width)
 
 
 def _size(draw: Draw) -> Size:
