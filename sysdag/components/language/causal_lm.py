@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -16,17 +16,19 @@ from torch import Tensor, nn
 from sysdag.components.adapter_support import needs_numbers
 from sysdag.components.component import Component, check_max_tokens
 from sysdag.components.decoding import check_truncation
+from sysdag.components.input_reader import Argument
 from sysdag.components.language import footprint
 from sysdag.components.language.chat_template import ChatTemplate, schemas
 from sysdag.components.language.completer import Completer
 from sysdag.components.language.completions import CompletionEncoder, check_token_draws, scored_tokens, tokenizer_hash
-from sysdag.components.language.messages import ROW_OPTIONS, completion_value, is_blank, with_row_options
+from sysdag.components.language.messages import ROW_OPTIONS, completion_value, is_blank
 from sysdag.components.language.non_finite import first_non_finite
 from sysdag.components.language.prefix_scorer import PrefixScorer
 from sysdag.components.language.pretrained import PretrainedLM
 from sysdag.components.language.prompts import Prompt, PromptEncoder
 from sysdag.components.language.router_loss import RouterLoss
 from sysdag.components.language.stop_strings import StopStrings, stop_strings
+from sysdag.components.language.text_prompts import PromptReader
 from sysdag.errors import DataError, PlanError
 from sysdag.traces.cells import Draw
 
@@ -41,7 +43,8 @@ _OPTIONS = ("temperature", "top_p", "top_k", "stop", "batch_size", "pack_prefixe
 class CausalLM(Component):
     """Any transformers causal language model.
 
-    The node's function returns the prompt: a string, tokenised as it stands; or a list of chat messages, or a
+    The node's function returns the prompt: a string, tokenised as it stands but for control tokens that the function's
+    arguments spell (see `sysdag.components.language.text_prompts`); or a list of chat messages, or a
     `ChatPrompt`, rendered by the tokenizer's chat template with a generation prompt. A last message of the assistant
     is continued. The value of a sampled completion is its text; the draw's record holds the `token_ids` that were
     sampled (the end-of-sequence token included) and whether it `finished` or was cut at `max_new_tokens`. An observed
@@ -76,8 +79,8 @@ class CausalLM(Component):
         tools: JSON schemas, or functions with type hints and a docstring, that the chat template tells the model of.
         chat_template_kwargs: variables of the chat template, as `{"enable_thinking": False}`. The columns `tools` and
             `chat_template_kwargs` of a row, and what a node's function gives in a `ChatPrompt`, come before these.
-        sanitize_control_tokens: what only spells a control token, in a message, is text; False lets it be one, and end
-            a turn. A string prompt is tokenised as it stands.
+        sanitize_control_tokens: what only spells a control token, in a message, in a value that flowed into a string
+            prompt, or in an observed completion, is text; False lets it be one, and end a turn.
 
     Raises:
         PlanError: for options out of range, or a folder of something else than a causal language model.
@@ -127,6 +130,7 @@ class CausalLM(Component):
         self._scorer: PrefixScorer | None = None
         self._router_loss: RouterLoss | None = None
         self._prompt_encoder: PromptEncoder | None = None
+        self._reader: PromptReader | None = None
         self._completions: CompletionEncoder | None = None
         self._max_length = max_length
         self._max_new_tokens = max_new_tokens
@@ -293,7 +297,19 @@ class CausalLM(Component):
         return found
 
     def with_row_options(self, input: Any, options: Mapping[str, Any]) -> Any:
-        return with_row_options(input, options)
+        return PromptReader(repr(self)).with_row_options(input, options)
+
+    def tell_apart(self, input: Any, function: Callable[..., Any], arguments: Mapping[str, Argument]) -> Any:
+        """See `Component`; of a text, what values spell in it (see `sysdag.components.language.text_prompts`)."""
+        if not isinstance(input, str) or not self.sanitize_control_tokens:
+            return input
+        return self.input_reader().tell_apart(input, function, arguments)
+
+    def input_reader(self) -> PromptReader:
+        spellings = self._encoder().template.controls_of_texts().spellings if self.sanitize_control_tokens else None
+        if self._reader is None or self._reader.spellings != spellings:
+            self._reader = PromptReader(repr(self), spellings, self.tokenizer.eos_token)
+        return self._reader
 
     def check_draws(self, draws: Sequence[Draw]) -> None:
         check_token_draws(repr(self), draws, self.lm.num_embeddings)

@@ -4,7 +4,8 @@ The same answer has other ids behind another prompt: tokenizers put a space in f
 merge over the border, and a chat template writes the answer in its own way, with its own end of the turn. So an
 observed completion is tokenised together with its prompt, as TRL does, and begins where the two part:
 
-- behind a text, `prompt + completion + eos_token` is tokenised; a completion that ends in an end token gets no second;
+- behind a text, `prompt + completion + eos_token` is tokenised; a completion that ends in an end token gets no second,
+  and what spells a special token before its end is text;
 - behind messages, the conversation with the answer is rendered, up to the token that ends the turn. What a template
   writes behind that (a line break, as a rule) is not scored: the model has stopped there. A template that ends turns
   without such a token has all of it scored, as TRL has.
@@ -24,6 +25,7 @@ from typing import Any
 from sysdag.components.language.chat_template import ChatTemplate
 from sysdag.components.language.messages import ChatPrompt, Message
 from sysdag.components.language.prompts import Prompt, PromptEncoder
+from sysdag.components.language.text_prompts import spelled_in
 from sysdag.errors import DataError, shown
 from sysdag.traces.cells import Draw
 
@@ -114,13 +116,29 @@ class CompletionEncoder:
                 f"{self.owner}: a completion of several messages, or with calls or reasoning, needs a chat template to "
                 f"render it, but its prompt is a text. Return messages from the node's function. Got {shown(value)}."
             )
+        before = spelled_in(text)
+        spelled = [*before, *((len(text) + start, len(text) + end) for start, end in self._only_spelled(value))]
         if self._spelled_end(value):
-            whole = self.prompts.text_ids(text + value)
+            whole = self.prompts.text_ids(text + value, spelled)
         else:
-            whole = self.prompts.text_ids(text + value + self.tokenizer.eos_token)
+            whole = self.prompts.text_ids(text + value + self.tokenizer.eos_token, spelled)
         if whole[-1] not in self.ends:  # a tokenizer that splits special tokens
-            whole = [*self.prompts.text_ids(text + value), self.tokenizer.eos_token_id]
-        return whole, _shared(prompt.ids if not prompt.lost else self.prompts.text_ids(text), whole)
+            whole = [*self.prompts.text_ids(text + value, spelled), self.tokenizer.eos_token_id]
+        return whole, _shared(prompt.ids if not prompt.lost else self.prompts.text_ids(text, before), whole)
+
+    def _only_spelled(self, text: str) -> list[tuple[int, int]]:
+        """Where a completion only spells a special token: those that it ends in are meant."""
+        if not self.template.sanitizes:
+            return []
+        special = self.template.controls_of_texts().spellings.special
+        found = [match.span() for match in special.finditer(text)]
+        end = len(text)
+        while found and not text[found[-1][1] : end].strip():
+            end = found.pop()[0]
+        if found:
+            token = text[slice(*found[0])]
+            self._say("spelled", f"a completion spells the special token {token!r} before its end, which is text there")
+        return found
 
     def _behind_chat(self, prompt: Prompt, value: str | Sequence[Message]) -> tuple[list[int], int, list[int]]:
         """The tokens of a prompt and its completion, how many are the prompt's, and which of the others are scored."""
