@@ -67,7 +67,8 @@ class CausalLM(Component):
             tokens; the nucleus is one of the top-k tokens, as in transformers.
         stop: texts that end a completion. A draw ends at the token that completes one of them and is `finished`; its
             `token_ids` hold all tokens up to that one, and scoring is over exactly those; its text ends before the
-            first of the strings, as in vLLM and OpenAI's interface. The candidates of a search end there, too.
+            first of the strings, as in vLLM and OpenAI's interface. The candidates of a search end there, too, and an
+            observed text that holds one; an observed text without any has an end token.
         batch_size: most sequences decoded side by side.
         pack_prefixes: scores what several sequences of a call begin with once, where the model can (see
             `sysdag.components.language.prefix_scorer`). In training mode they then share that part's dropout, too.
@@ -222,8 +223,8 @@ class CausalLM(Component):
 
     def _completion_encoder(self) -> CompletionEncoder:
         ends = self.lm.eos_token_ids
-        if self._completions is None or self._completions.ends != ends:
-            self._completions = CompletionEncoder(repr(self), self._encoder(), ends)
+        if self._completions is None or (self._completions.ends, self._completions.stop) != (ends, self.stop):
+            self._completions = CompletionEncoder(repr(self), self._encoder(), ends, self.stop)
         return self._completions
 
     def _warn_once(self, kind: str, message: str) -> None:
@@ -405,7 +406,8 @@ class CausalLM(Component):
 
     def reading(self) -> str:
         ends, options = self.lm.eos_token_ids, [schemas(self.tools), self.chat_template_kwargs]
-        return tokenizer_hash(self.tokenizer, [ends, *options, self.sanitize_control_tokens])
+        stop = [self.stop] if self.stop else []
+        return tokenizer_hash(self.tokenizer, [ends, *options, self.sanitize_control_tokens, *stop])
 
     def own_parameters(self) -> dict[str, nn.Parameter]:
         """Those of its adapter, where it has one; none where that is switched off."""
