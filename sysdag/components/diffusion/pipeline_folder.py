@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from sysdag.components import adapter as adapters
+from sysdag.components import adapter_files
 from sysdag.errors import PlanError, SerializationError
 
 DENOISERS = ("unet", "transformer")
@@ -141,7 +142,7 @@ def save_parts(parts: Mapping[str, Any], folder: Path, adapter_name: str | None 
     for name, part in parts.items():
         if name in DENOISERS and adapter_name is not None:
             _without_adapters(part).save_pretrained(folder / name)
-            adapters.save(part, adapter_name, folder / ADAPTER)
+            adapter_files.save(part, adapter_name, folder / ADAPTER)
         else:
             part.save_pretrained(folder / name)
     classes = {entry["class"] for entry in index.values() if "dtype" in entry}
@@ -182,8 +183,8 @@ def load_weights(parts: Mapping[str, Any], folder: Path, adapter_name: str | Non
         entry = {"library": type(part).__module__.partition(".")[0], "class": type(part).__name__}
         saved = load_part(folder, name, {**entry, "dtype": _dtype_name(part)}).state_dict()
         own = adapters.base_state(part)
-        adapters.check_same_tensors(own, saved, folder / name)
+        adapter_files.check_same_tensors(own, saved, folder / name)
         for key, tensor in own.items():
             tensor.copy_(saved[key])
     if adapter_name is not None:
-        adapters.load(parts[denoiser_name(parts)], adapter_name, folder / ADAPTER)
+        adapter_files.load(parts[denoiser_name(parts)], adapter_name, folder / ADAPTER)

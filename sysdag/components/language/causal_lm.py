@@ -327,7 +327,7 @@ class CausalLM(Component):
     def log_prob(self, inputs: Sequence[Any], draws: Sequence[Draw]) -> Float[Tensor, " n"]:
         """Sum of the log-probabilities of the completion's tokens, its end of sequence included where it has one."""
         draws = self.in_context(inputs, draws)
-        sequences = self._sequences(inputs, draws)
+        sequences = self._in_room(inputs, draws)
         masks = [draw.record.get("completion_mask") for draw in draws]
         masks = [mask and mask[: len(ids)] for mask, (_, ids) in zip(masks, sequences, strict=True)]
         with self.lm.at_work() as model:
@@ -369,7 +369,11 @@ class CausalLM(Component):
         return self._scorer
 
     def _sequences(self, inputs: Sequence[Any], draws: Sequence[Draw]) -> list[tuple[list[int], list[int]]]:
-        prompts, draws = self.prompt_ids(inputs), self.in_context(inputs, draws)
+        return self._in_room(inputs, self.in_context(inputs, draws))
+
+    def _in_room(self, inputs: Sequence[Any], draws: Sequence[Draw]) -> list[tuple[list[int], list[int]]]:
+        """Prompts and completions, whose tokens are known, as far as there is room for both."""
+        prompts = self.prompt_ids(inputs)
         for element, draw in enumerate(draws):
             self.lm.check_ids(draw.record["token_ids"], "a completion", element)
         return [self._fit(prompt, draw) for prompt, draw in zip(prompts, draws, strict=True)]
