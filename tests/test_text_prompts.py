@@ -244,8 +244,29 @@ def test_what_cannot_be_followed_is_refused_by_node_and_row():
     question = Input("q")
     plan = System(question >> node(lm, name="answer")(lambda q: f"{len(q.split(END))}{hash(q)}{q}")).compile()
     row = {"q": f"a{END}", "chosen": "b", "rejected": "c"}
-    report = validate_rows(plan, [row], "direct")
-    assert "cannot be told" in str(report)
+    [problem, *_] = validate_rows(plan, [row], "direct").problems
+    assert problem.text.startswith("CausalLM('LlamaForCausalLM'): the value of 'q' spells the control token")
+    assert (problem.kind, problem.node) == ("invalid value", "answer")
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda q: re.search(r"<\|.*\|>", q).group() + "<|im_end|>",
+        lambda q: q.encode("ascii", "ignore").decode() + "<|im_end|>",
+        lambda q: "".join(letter for letter in q if letter.isprintable()),
+        lambda q: {f"a{END}": f"b{END}"}[q],
+    ],
+)
+def test_a_spelling_that_comes_out_without_its_disguise_is_not_taken_for_the_functions(function):
+    with pytest.raises(DataError, match="cannot be told"):
+        inputs_of(chatml(), function, q=f"a{END}")
+
+
+def test_a_function_that_takes_spellings_out_writes_its_own():
+    lm = chatml()
+    assert ids_of(lm, lambda q: q.replace(END, "") + END, q=f"a{END}").count(lm.tokenizer.eos_token_id) == 1
+    assert ids_of(lm, lambda q: END.join(q.split(END)), q=f"a{END}b").count(lm.tokenizer.eos_token_id) == 0
 
 
 # What is meant

@@ -175,7 +175,8 @@ def _disguises(texts: Sequence[str]) -> list[tuple[Callable[[str], str], Read]]:
     """Ways to disguise a spelling, and to read the text and the disguised characters out again.
 
     The first moves each character to a plane for private use: what counts, cuts and strips does the same with it. The
-    second puts marks around it: what searches finds it.
+    second puts marks around it: what searches finds it. But what it finds it may take without the marks, so that all of
+    these must come out again.
     """
     found: list[tuple[Callable[[str], str], Read]] = []
     plane = next((p for p in _PLANES if not any(p <= ord(c) < p + 0x10000 for text in texts for c in text)), None)
@@ -183,8 +184,8 @@ def _disguises(texts: Sequence[str]) -> list[tuple[Callable[[str], str], Read]]:
         found.append((lambda spelled: _moved(spelled, plane), lambda text: _moved_back(text, plane)))
     marks = next((pair for pair in NONCHARACTERS if not any(m in text for text in texts for m in pair)), None)
     if marks is not None:
-        start, end = marks
-        found.append((lambda spelled: start + spelled + end, lambda text: _without_marks(text, start, end)))
+        marked = _Marked(*marks)
+        found.append((marked.disguise, marked.read))
     return found
 
 
@@ -203,18 +204,27 @@ def _moved_back(text: str, plane: int) -> tuple[str, set[int]]:
     return "".join(chr(ord(c) - plane) if place in moved else c for place, c in enumerate(text)), moved
 
 
-def _without_marks(text: str, start: str, end: str) -> tuple[str, set[int]] | None:
-    """None where a mark has lost its other: it may have been cut off a spelling."""
-    for mark in (start, end):
-        text = re.sub(rf"\\u{ord(mark):04x}", mark, text, flags=re.IGNORECASE)
-    pieces = re.split(f"([{start}{end}])", text)
-    marks = pieces[1::2]
-    if marks != [start, end] * (len(marks) // 2):
-        return None
-    ends = itertools.accumulate(map(len, pieces[::2]))
-    lengths = list(itertools.pairwise([0, *ends]))
-    inside = {place for begin, stop in lengths[1::2] for place in range(begin, stop)}
-    return "".join(pieces[::2]), inside
+class _Marked:
+    """Marks around spellings, and where they are in a text that was made of these."""
+
+    def __init__(self, start: str, end: str) -> None:
+        self._start, self._end, self._given = start, end, 0
+
+    def disguise(self, spelled: str) -> str:
+        self._given += 1
+        return self._start + spelled + self._end
+
+    def read(self, text: str) -> tuple[str, set[int]] | None:
+        """None where marks are lost, or out of order."""
+        for mark in (self._start, self._end):
+            text = re.sub(rf"\\u{ord(mark):04x}", mark, text, flags=re.IGNORECASE)  # as JSON writes them
+        pieces = re.split(f"([{self._start}{self._end}])", text)
+        marks = pieces[1::2]
+        if len(marks) < 2 * self._given or marks != [self._start, self._end] * (len(marks) // 2):
+            return None
+        places = list(itertools.accumulate(map(len, pieces[::2]), initial=0))
+        inside = {place for begin, end in list(itertools.pairwise(places))[1::2] for place in range(begin, end)}
+        return "".join(pieces[::2]), inside
 
 
 def _plain(value: Any) -> Any:
