@@ -135,6 +135,16 @@ def test_a_template_written_by_hand_is_joined_with_the_split_value(name, attack)
     assert found == lm.prompt_ids([[user(value)]])[0]
 
 
+@pytest.mark.parametrize("name", ["Zephyr on a tokenizer in Python", "Qwen2", "Llama 2 base"])
+def test_texts_that_no_other_spelling_of_tokens_takes_are_cut_at_them(name):
+    """Of a tokenizer in Python, or with characters for private use."""
+    tokenizer = family(name).tokenizer
+    value = f"two{tokenizer.eos_token}words \uf8ff 5\U000f0041"
+    ids = ids_of(language_model(tokenizer), lambda q: f"Question: {q}\nAnswer:", q=value)
+    split = tokenizer(f"Question: {value}\nAnswer:", split_special_tokens=True, add_special_tokens=False)["input_ids"]
+    assert ids[-len(split) :] == split
+
+
 # Ways a value takes into a prompt
 
 
