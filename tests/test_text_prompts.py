@@ -322,7 +322,7 @@ def draft_of(text):
     return Tabular({"x": {text: 1.0}}).observe([text])
 
 
-def test_what_a_deterministic_node_writes():
+def test_what_a_deterministic_node_writes(caplog):
     lm = chatml()
     question = Input("question")
 
@@ -345,6 +345,8 @@ def test_what_a_deterministic_node_writes():
 
     assert ids(whole, "q") == lm.tokenizer(rendered.function("q"))["input_ids"]
     assert ids(embedded, "q").count(lm.tokenizer.eos_token_id) == 1
+    assert "of 'rendered') spells the control token '<|im_start|>', which is text there" in caplog.text
+    assert "Write those that are meant in the function of the node itself" in caplog.text
     with pytest.raises(DataError, match="Node 'whole', row 0: .*as what it was computed of does"):
         ids(whole, f"q{END}")
 

@@ -98,7 +98,7 @@ class PromptReader(InputReader):
                 continue
             told = read(found) if isinstance(found, str) else None
             if told is not None and told[0] == input:
-                return self._prompt(input, told[1], place)
+                return self._prompt(input, told[1], place, arguments[place].origin)
         raise DataError(
             f"{self.owner}: the value of {place!r} spells the control token {token!r}, and so does the prompt, whose "
             "function does not just write the value down: what of the prompt is the value's, and so is text, cannot be "
@@ -138,15 +138,16 @@ class PromptReader(InputReader):
         pattern, parts = any_of(tokens), _parts(tokens)
         return tokens if any(pattern.search(t) or parts.search(t) for t in texts_of(_plain(argument.value))) else set()
 
-    def _prompt(self, text: str, values: set[int], place: str) -> str:
+    def _prompt(self, text: str, values: set[int], place: str, origin: str) -> str:
         assert self.spellings is not None
         found = [match.span() for match in self.spellings.control.finditer(text)]
         spelled = [span for span in found if not values.isdisjoint(range(*span))]
         if not spelled:
             return text
+        meant = "" if origin != "computed" else " Write those that are meant in the function of the node itself."
         self._say(
             f"a value in a prompt (of {place!r}) spells the control token {text[slice(*spelled[0])]!r}, which is text "
-            f"there; {_ALLOW}"
+            f"there; {_ALLOW}.{meant}"
         )
         return TextPrompt(text, spelled)
 
@@ -154,7 +155,7 @@ class PromptReader(InputReader):
         kind = text.partition("'")[0]
         if kind not in self._said:
             self._said.add(kind)
-            logger.warning("%s: %s; further cases are not reported.", self.owner, text)
+            logger.warning("%s: %s (said once).", self.owner, text.removesuffix("."))
 
 
 def _parts(tokens: Iterable[str]) -> re.Pattern[str]:
