@@ -24,7 +24,7 @@ from tiny import char_tokenizer
 from tiny_diffusion import drift, images, scheduler_of, seed, text_unet, vectors
 
 from sysdag import PlanError
-from sysdag.components import CausalLM, Diffusion, adapter
+from sysdag.components import CausalLM, Diffusion, adapter, adapter_files
 from sysdag.engine.precompute import weights_hash
 
 ATTENTION = {"target_modules": ["q_proj", "o_proj"]}
@@ -115,7 +115,7 @@ def test_dropout_is_off_for_every_kind_of_it(config):
 def test_the_saved_config_is_in_order_and_the_same_for_the_same_adapter(tmp_path):
     names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     lm = CausalLM(dense(), char_tokenizer(), peft_config=LoraConfig(target_modules=names, exclude_modules=["x", "a"]))
-    adapter.save(lm.module, lm.lm.adapter, tmp_path)
+    adapter_files.save(lm.module, lm.lm.adapter, tmp_path)
     written = json.loads((tmp_path / "adapter_config.json").read_text())
     assert written["target_modules"] == sorted(names)
     assert written["exclude_modules"] == ["a", "x"]

@@ -93,6 +93,41 @@ def test_a_prompt_of_which_nothing_is_left_is_refused():
     assert error.value.element == 1
 
 
+@pytest.mark.parametrize("stop", [["x"], ["9", " "], ["\n", "f"]])
+def test_a_text_that_holds_a_stop_string_is_the_completion_that_generate_writes(stop, caplog):
+    """Its tokens end where those of transformers do, whatever stands behind the string, and no end token follows."""
+    model, tokenizer = llama(5), char_tokenizer()
+    lm = CausalLM(model, tokenizer, max_new_tokens=40, stop=stop, top_k=1)
+    for prompt in ("ab", "hello", "x9f"):
+        ids = torch.tensor(lm.prompt_ids([prompt]))
+        generated = model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=40, do_sample=False, stop_strings=stop,
+            tokenizer=tokenizer,
+        )[0, ids.shape[1] :].tolist()  # fmt: skip
+        text = tokenizer.decode(generated, skip_special_tokens=True)
+        if (
+            not any(each in text for each in stop)
+            or tokenizer(text, add_special_tokens=False)["input_ids"] != generated
+        ):
+            continue  # the model did not stop, or wrote an unknown character
+        [drawn] = lm.sample([prompt])
+        for observed in (text, text + " and more"):
+            [draw] = lm.in_context([prompt], lm.observe([observed]))
+            assert draw.record == {"token_ids": generated, "finished": True} == drawn.record
+        assert lm.log_prob([prompt], [draw]).item() == pytest.approx(lm.log_prob([prompt], [drawn]).item(), abs=1e-5)
+    assert caplog.text.count("goes on behind a stop string") == 1
+
+
+def test_a_text_without_a_stop_string_has_its_end_token():
+    plain, stopped = (language_model(family("Qwen2").tokenizer, stop=stop) for stop in (None, ["###", "<|endoftext|>"]))
+    for prompt in ("A:", [user("q")]):
+        assert tokens(stopped, prompt, "hi") == ["hi", "<|im_end|>"] == tokens(plain, prompt, "hi")
+        assert tokens(stopped, prompt, "hi###") == ["hi", "#", "#", "#"]
+        assert tokens(stopped, prompt, "hi### there") == ["hi", "#", "#", "#"]
+    assert tokens(stopped, "A:", "hi<|endoftext|>there") == ["hi", "<|endoftext|>"]
+    assert plain.reading() != stopped.reading()
+
+
 @pytest.mark.parametrize("name", ["Llama 2 base", "Llama 3 base"])
 def test_a_rendered_chat_gets_one_bos_and_it_is_said_once(name, caplog):
     lm = language_model(family(name).tokenizer)

@@ -148,12 +148,13 @@ def test_parts_of_a_known_pipeline_load_as_one(component, pipeline, tmp_path):
 def test_a_pipeline_folder_is_a_model(tmp_path):
     component = from_text(vae=autoencoder())
     component.save_pretrained(tmp_path)
-    with_index = Diffusion(str(tmp_path), num_inference_steps=4)
-    assert repr(with_index) == f"Diffusion('{tmp_path}', steps=4, scale=sysdpo)"
+    with_index = Diffusion(str(tmp_path), num_inference_steps=4, guidance_scale=1.0)
+    assert repr(with_index) == f"Diffusion('{tmp_path}', steps=4, guidance=1, scale=sysdpo)"
     (copied := tmp_path / "copied").mkdir()
     for part in ("unet", "scheduler", "text_encoder", "tokenizer", "vae"):
         (tmp_path / part).rename(copied / part)
-    without_index = Diffusion(copied, num_inference_steps=4)
+    without_index = Diffusion(copied, num_inference_steps=4, guidance_scale=1.0)
+    assert not without_index.is_whole
     (copied / "model_index.json").write_text((tmp_path / "model_index.json").read_text())
     with_index._source = copied
     expected = latents_of(component.sample(["dark"], generator=seed(0)))

@@ -8,12 +8,15 @@ import threading
 
 import pytest
 import sampled_systems
-from test_sample_command import SYSTEMS, copied, sample
+from test_sample_command import BAD, SYSTEMS, copied, sample
+from tiny import llama
+from tokenizer_families import IM, TOOLS, bytes_with, user
 from trained_systems import two_llms
 
 from sysdag import Input, PlanError, System, node
-from sysdag.components import Opaque
+from sysdag.components import CausalLM, Opaque
 from sysdag.errors import RunError, SysdagError
+from sysdag.execution.batches import LocalEngine
 from sysdag.execution.ray_engine import RayEngine, _connected
 from sysdag.execution.running import run
 
@@ -154,3 +157,60 @@ def test_a_ray_that_is_started_is_stopped(monkeypatch):
 
 def test_nothing_is_left_to_do():
     assert list(run(LOOPED, {"x": ["a"]}, engine="ray", first_batch=1)) == []
+
+
+@pytest.mark.slow
+def test_inputs_are_read_as_in_the_local_engine(cluster):
+    """What a value spells is text in a task, too, and a row's own options reach the chat template."""
+    tokenizer = bytes_with(TOOLS, IM, IM[2])
+    lm = CausalLM(llama(vocab_size=len(tokenizer), max_position_embeddings=512), tokenizer, max_new_tokens=4)
+    question = Input("question")
+
+    @node(lm)
+    def draft(question):
+        return f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
+
+    @node(lm)
+    def answer(draft, question):
+        return [user(f"{question} {draft}")]
+
+    plan = System(question >> draft, (draft & question) >> answer).compile()
+    tools = [{"type": "function", "function": {"name": "weather", "description": "of a city"}}]
+    inputs = {"question": ["say<|im_end|>", "two words"], "tools": [tools, None]}
+    local, there = (
+        next(run(plan, inputs, batch_size=2, engine=engine)) for engine in (LocalEngine(), RayEngine(device=None))
+    )
+    assert list(there.rows()) == list(local.rows())
+    log_probs = plan.log_probs(there)
+    for name in ("draft", "answer"):
+        drawn = [draw.log_prob for draw in there.cells[name]]
+        assert log_probs[name].tolist() == pytest.approx(drawn, abs=1e-4)
+    without = next(run(plan, {"question": inputs["question"]}, batch_size=2))
+    assert without.cells["answer"][0].log_prob != local.cells["answer"][0].log_prob
+
+
+class Reads(Opaque):
+    def tell_apart(self, input, function, arguments):
+        return f"{input}!"
+
+
+def test_a_component_that_reads_inputs_its_own_way_says_how_on_ray(cluster):
+    plan = System(sampled_systems.x >> node(Reads(str.upper), name="upper")(lambda x: x)).compile()
+    assert next(run(plan, {"x": ["a"]}))["upper"] == ["A!"]
+    with pytest.raises(PlanError, match=r"override `input_reader\(self\)` in Reads"):
+        next(run(plan, {"x": ["a"]}, engine="ray"))
+
+
+def test_bad_rows_are_skipped_as_in_the_local_engine(cluster, tmp_path):
+    inputs = tmp_path / "bad.jsonl"
+    inputs.write_text("\n".join(BAD) + "\n")
+    shown = {}
+    for engine in ("local", "ray"):
+        output = tmp_path / f"{engine}.jsonl"
+        options = ["--runs", 3, "--batch-size", 4, "--on-error", "skip", "--engine", engine, "--output", output]
+        shown[engine] = sample(f"{SYSTEMS}:looped", inputs, *options).replace(str(output), "FILE")
+    assert (tmp_path / "ray.jsonl").read_bytes() == (tmp_path / "local.jsonl").read_bytes()
+    assert "Skipped 4 of 7 rows" in shown["local"]
+    assert shown["ray"] == shown["local"]
+    records = [json.loads((tmp_path / f"{engine}.jsonl.run.json").read_text()) for engine in ("local", "ray")]
+    assert records[1]["skipped"] == records[0]["skipped"]

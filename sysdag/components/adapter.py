@@ -1,8 +1,7 @@
-"""One adapter of the peft library inside a model: put on, switched, saved and read back.
+"""One adapter of the peft library inside a model: put on, switched, and told apart from the base.
 
 The layers are injected in place, so the model keeps its class and any model of torch can carry one. Several components
-may put an adapter each on one base model. Saved adapters have peft's own layout, which
-`PeftModel.from_pretrained(base, folder)` reads.
+may put an adapter each on one base model. What is saved of one is `sysdag.components.adapter_files`'s.
 """
 
 from __future__ import annotations
@@ -14,7 +13,6 @@ import sys
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,14 +20,13 @@ from torch import Tensor, nn
 
 from sysdag.components import adapter_support as support
 from sysdag.components.adapter_effect import effect
-from sysdag.errors import PlanError, SerializationError
-from sysdag.files.atomic import write_text
+from sysdag.errors import PlanError
 
 if TYPE_CHECKING:
     from peft import PeftConfig
 
-_CONFIG, _FILE = "adapter_config.json", "adapter_model.safetensors"
-_PEFT_PREFIX = "base_model.model."  # the names inside a PeftModel
+PEFT_PREFIX = "base_model.model."
+"""Of the names inside a PeftModel."""
 _NAME, _REFERENCE = "sysdag", "reference"
 _SHELL = "_sysdag_peft_model"  # where a model keeps the PeftModel around it, whose state its adapter's layers share
 _NO_MATTER = ("base_model_name_or_path", "inference_mode", "peft_version")  # of a config, to the scores
@@ -151,8 +148,8 @@ def freeze_copy(model: Any, name: str) -> tuple[Any, str]:
         config.init_lora_weights = True  # the weights are replaced, so no costlier start is needed
     made = _inject(model, config, _REFERENCE, f"The {type(model).__name__}")
     weights = state(model, name)
-    _cast(model, state(model, made), {key: weights[key].dtype for key in weights})
-    _fill(model, made, weights)
+    cast(model, state(model, made), {key: weights[key].dtype for key in weights})
+    fill(model, made, weights)
     _copy_buffers(model, name, made)
     for parameter in parameters(model, made).values():
         parameter.requires_grad_(False)
@@ -418,94 +415,11 @@ def state(model: nn.Module, name: str) -> dict[str, Tensor]:
     # What peft adds by itself, embeddings that were resized or targeted, belongs to the base, which is frozen.
     shell = model.__dict__.get(_SHELL)
     own = get_peft_model_state_dict(shell or model, adapter_name=name, save_embedding_layers=False)
-    return own if shell is not None else {_PEFT_PREFIX + key: value for key, value in own.items()}
+    return own if shell is not None else {PEFT_PREFIX + key: value for key, value in own.items()}
 
 
-def save(model: Any, name: str, folder: Path) -> None:
-    """Writes `adapter_config.json` and `adapter_model.safetensors`, the same bytes for the same adapter."""
-    from safetensors.torch import save_file
-
-    folder.mkdir(parents=True, exist_ok=True)
-    config = copy.deepcopy(model.peft_config[name])
-    config.inference_mode = True
-    mapping = None
-    if config.task_type is None:  # as peft does, so that its AutoPeftModel finds the class
-        mapping = {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}
-    config.save_pretrained(str(folder), auto_mapping_dict=mapping)
-    path = folder / _CONFIG
-    written = json.loads(path.read_text(encoding="utf-8"))
-    for key, value in vars(config).items():
-        if isinstance(value, set) and key in written:
-            written[key] = sorted(value)  # peft writes them in the order of their hashes
-    write_text(path, json.dumps(written, indent=2, sort_keys=True))
-    weights = {key: value.detach().cpu().contiguous() for key, value in state(model, name).items()}
-    seen: set[int] = set()
-    for key, tensor in weights.items():
-        if tensor.untyped_storage().data_ptr() in seen:  # of layers that share it; the format does not
-            weights[key] = tensor.clone()
-        seen.add(tensor.untyped_storage().data_ptr())
-    save_file(weights, folder / _FILE, metadata={"format": "pt"})
-
-
-def load(model: nn.Module, name: str, folder: Path) -> None:
-    """Replaces the adapter's weights in place, bit by bit, by those that `save` wrote.
-
-    Raises:
-        SerializationError: if the folder's adapter has other tensors than this one.
-    """
-    from safetensors.torch import load_file
-
-    saved = load_file(folder / _FILE)
-    own = state(model, name)
-    brought = {key: saved.pop(key) for key in saved_embeddings(folder) if key not in own}
-    check_same_tensors(own, saved, folder)
-    # What was saved in a wider dtype than the adapter has keeps it; what was saved in a narrower one loses nothing.
-    _cast(model, own, {key: torch.promote_types(own[key].dtype, saved[key].dtype) for key in own})
-    _fill(model, name, saved)
-    _fill_embeddings(model, brought, folder)
-
-
-def saved_embeddings(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the whole embeddings and heads in a saved adapter: of a vocabulary that was extended.
-
-    Raises:
-        SerializationError: for an adapter that is not in safetensors.
-    """
-    from peft.utils.constants import EMBEDDING_LAYER_NAMES
-    from safetensors import safe_open
-
-    if not (folder / _FILE).is_file():
-        raise SerializationError(f"{str(folder)!r} has no {_FILE}: adapters are read from safetensors only.")
-    with safe_open(folder / _FILE, "pt") as file:
-        found = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 - no mapping
-    return {
-        key: shape
-        for key, shape in found.items()
-        if key.removesuffix(".weight").removesuffix(".base_layer").rpartition(".")[2] in EMBEDDING_LAYER_NAMES
-        and key.endswith(".weight")
-    }
-
-
-def brings_embeddings(folder: Path) -> bool:
-    """Whether a saved adapter changes the base it is put on: it holds embeddings that are no part of the adapter."""
-    kept = getattr(read_config(folder), "modules_to_save", None) or ()
-    return any(not any(f".{name}." in key for name in kept) for key in saved_embeddings(folder))
-
-
-@torch.no_grad()
-def _fill_embeddings(model: nn.Module, brought: dict[str, Tensor], folder: Path) -> None:
-    own = base_state(model)
-    for key, tensor in brought.items():
-        name = key.removeprefix(_PEFT_PREFIX).replace(".base_layer.", ".")
-        if name not in own or own[name].shape != tensor.shape:
-            shape = tuple(own[name].shape) if name in own else None
-            raise SerializationError(
-                f"{str(folder)!r} holds {name!r} of shape {tuple(tensor.shape)}, and the base model has {shape}."
-            )
-        own[name].copy_(tensor)
-
-
-def _cast(model: nn.Module, own: dict[str, Tensor], dtypes: dict[str, torch.dtype]) -> None:
+def cast(model: nn.Module, own: dict[str, Tensor], dtypes: dict[str, torch.dtype]) -> None:
+    """Gives an adapter's weights, as `state` has them, other dtypes."""
     wanted = {tensor.data_ptr(): dtypes[key] for key, tensor in own.items()}
     for parameter in model.parameters():
         dtype = wanted.get(parameter.data_ptr(), parameter.dtype)
@@ -514,30 +428,8 @@ def _cast(model: nn.Module, own: dict[str, Tensor], dtypes: dict[str, torch.dtyp
 
 
 @torch.no_grad()
-def _fill(model: nn.Module, name: str, weights: dict[str, Tensor]) -> None:
+def fill(model: nn.Module, name: str, weights: dict[str, Tensor]) -> None:
+    """Replaces an adapter's weights in place by others that `state` names alike."""
     # In place and not by `load_state_dict`, whose hooks would have sharded parameters under FSDP2.
     for key, tensor in state(model, name).items():
         tensor.copy_(weights[key])
-
-
-def check_same_tensors(own: dict[str, Tensor], saved: dict[str, Tensor], folder: Path) -> None:
-    """Raises a SerializationError where names or shapes differ."""
-    mine, theirs = ({key: tuple(value.shape) for key, value in state.items()} for state in (own, saved))
-    different = sorted(key for key in mine.keys() | theirs.keys() if mine.get(key) != theirs.get(key))
-    if different:
-        key = different[0]
-        raise SerializationError(
-            f"{str(folder)!r} holds other weights than this model: {len(different)} tensors differ, the first is "
-            f"{key!r} (expected shape {mine.get(key)}, got {theirs.get(key)})."
-        )
-
-
-def read_config(folder: Path) -> PeftConfig:
-    """The config that `save` wrote, ready to train; its weights are read, so that no start is computed for them."""
-    from peft import PeftConfig
-
-    config = PeftConfig.from_pretrained(str(folder))
-    config.inference_mode = False
-    if isinstance(getattr(config, "init_lora_weights", None), str):
-        config.init_lora_weights = True
-    return config

@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from sysdag.components.input_reader import InputReader
 from sysdag.errors import DeclarationNeeded, PlanError, shown
 from sysdag.graph.variables import LikelihoodKind
 from sysdag.traces.cells import Draw
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from sysdag.components.residence import Residence
 
 
-class Component(ABC):
+class Component(InputReader, ABC):
     """A conditional distribution p(value | input).
 
     Constructors are cheap: weights load when `module` is first read, so a graph can be built, printed and saved
@@ -40,8 +41,7 @@ class Component(ABC):
             folder.
         is_density: whether an exact `log_prob` is the logarithm of a density, as a Gaussian's, and not of a
             probability. None where the values tell: real numbers, and arrays of them, come from a density.
-        row_options: columns of a row that its inputs take up beside what the node's function returns (see
-            `with_row_options`).
+        row_options: see `InputReader`.
 
     Attributes:
         residence: what moves frozen weights to the host while others work, where an engine does (`offload_idle`).
@@ -51,7 +51,6 @@ class Component(ABC):
     value_type: ClassVar[type | None] = None
     reads_files: ClassVar[bool] = False
     is_density: ClassVar[bool | None] = None
-    row_options: ClassVar[tuple[str, ...]] = ()
     residence: Residence | None = None
 
     @property
@@ -126,13 +125,19 @@ class Component(ABC):
         """
         return list(draws)
 
-    def with_row_options(self, input: Any, options: Mapping[str, Any]) -> Any:
-        """An input with what its row holds under the names in `row_options`.
+    def input_reader(self) -> InputReader:
+        """What does the same with an input as this component, where the node's function is called by another process.
 
         Raises:
-            DataError: for an option of another type.
+            PlanError: for a class that overrides what an `InputReader` does, and not this.
         """
-        return input
+        own = type(self)
+        if own.tell_apart is not InputReader.tell_apart or own.with_row_options is not InputReader.with_row_options:
+            raise PlanError(
+                f"{self!r} reads its inputs in a way of its own: override `input_reader(self)` in {own.__name__} to "
+                "return an InputReader that does the same without the weights, so that it can be sent to Ray's tasks."
+            )
+        return InputReader()
 
     def check(self, values: Sequence[Any]) -> list[Draw]:
         """As `observe`, as far as that goes without loading weights: some records may be missing."""

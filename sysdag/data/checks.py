@@ -116,7 +116,7 @@ class _Check:
         """What the node's function makes of its parents' values; None, and a problem, if it fails."""
         try:
             return node_inputs(self.plan, trace, name)
-        except PlanError as error:
+        except (PlanError, DataError) as error:
             what = str(error).partition(", row 0: ")[2]  # of a trace of one row, whose number says nothing
             self._add("invalid value", name, side, what or str(error))
         except Exception as error:  # noqa: BLE001 - a user's function may raise anything

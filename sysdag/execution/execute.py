@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from sysdag.errors import DataError, PlanError, shown
+from sysdag.execution.origins import Origins
 from sysdag.graph.plan import Plan
 from sysdag.traces.cells import Cell, Draw, value_of
 from sysdag.traces.trace import Trace
@@ -61,11 +62,12 @@ def flat_draws(cells: Sequence[Cell]) -> list[Draw]:
 def node_inputs(plan: Plan, trace: Trace, name: str) -> Elements:
     """Calls the node's function on its parents' values, once a row or once an element of a plate.
 
-    What the rows hold for the node's component beside the inputs (`Component.row_options`) is put to what it returns.
+    What it returns becomes the component's input as that reads it (see `sysdag.components.input_reader`): values are
+    told apart from what the function wrote, and what the rows hold beside the inputs is put to it.
 
     Raises:
         PlanError: if a parent has no value in the trace, or a plate's parent is no list, naming node and row.
-        DataError: for a row's option that the component cannot use, naming node and row.
+        DataError: for a value or a row's option that the component cannot use, naming node and row.
     """
     edges = plan.parents(name)
     columns = {}
@@ -80,14 +82,16 @@ def node_inputs(plan: Plan, trace: Trace, name: str) -> Elements:
     function = plan.system[name].function
     component = plan.system[name].component
     options = {option: trace.inputs[option] for option in row_options(plan) if option in trace.inputs}
+    origins = Origins(plan, trace, name)
 
     def call(arguments: Mapping[str, Any], row: int, place: int | str) -> Any:
         value = _call(function, arguments, name, place)
-        own = {option: column[row] for option, column in options.items() if option in _row_options(component)}
-        if not own:
+        if component is None:
             return value
+        own = {option: column[row] for option, column in options.items() if option in _row_options(component)}
         try:
-            return component.with_row_options(value, own)
+            value = component.tell_apart(value, function, origins.told(arguments, row))
+            return component.with_row_options(value, own) if own else value
         except DataError as error:
             raise DataError(f"Node {name!r}, row {place}: {error}") from error
 

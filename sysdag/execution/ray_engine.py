@@ -20,10 +20,11 @@ import importlib.util
 import logging
 import os
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from sysdag.components.input_reader import Argument, InputReader
 from sysdag.errors import PlanError, RunError, SysdagError
 from sysdag.execution.batches import Runs, with_node
 from sysdag.execution.ray_pools import Packed, ask, dumps, loads, pack, pools
@@ -126,6 +127,17 @@ class _Pooled:
     model: int
     likelihood: LikelihoodKind
     value_type: type | None
+    reader: InputReader
+
+    @property
+    def row_options(self) -> tuple[str, ...]:
+        return self.reader.row_options
+
+    def with_row_options(self, input: Any, options: Mapping[str, Any]) -> Any:
+        return self.reader.with_row_options(input, options)
+
+    def tell_apart(self, input: Any, function: Callable[..., Any], arguments: Mapping[str, Argument]) -> Any:
+        return self.reader.tell_apart(input, function, arguments)
 
 
 def _outline(plan: Plan) -> Packed:
@@ -135,7 +147,9 @@ def _outline(plan: Plan) -> Packed:
     for n in plan.system.nodes:
         pooled = None
         if n.is_random:
-            pooled = _Pooled(model_of[n.name], n.component.likelihood, getattr(n.component, "value_type", None))
+            pooled = _Pooled(
+                model_of[n.name], n.component.likelihood, n.component.value_type, n.component.input_reader()
+            )
         nodes.append((pack(n.function, n.name, "function"), pooled, n.base_name, n.visit))
     system = plan.system
     return pack((system.inputs, nodes, system.edges, system.outputs), plan.order[0], "system")

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from sysdag.components import adapter, hooks
+from sysdag.components import adapter, adapter_files, hooks
 from sysdag.components.adapter_support import check_config, needs_numbers
 from sysdag.components.component import Component, named_source
 from sysdag.components.diffusion import footprint as diffusion_footprint
@@ -388,7 +388,7 @@ class Diffusion(Component):
         if isinstance(self._source, nn.Module):
             return self._peft_config
         saved = Path(self._source) / pipeline_folder.ADAPTER
-        return adapter.read_config(saved) if saved.is_dir() else self._peft_config
+        return adapter_files.read_config(saved) if saved.is_dir() else self._peft_config
 
     def _outlined(self) -> Diffusion:
         """This component with models of the same shapes that have no weights."""

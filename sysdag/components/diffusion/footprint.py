@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from sysdag.components import acceleration, adapter
+from sysdag.components import acceleration, adapter, adapter_files
 from sysdag.components.adapter_support import needs_numbers
 from sysdag.components.diffusion import pipeline_folder
 from sysdag.components.diffusion.pipeline import Pipeline
@@ -51,7 +51,7 @@ def outline(
             parts[name] = _from_config(source, name, index[name], dtype, revision)
         denoiser = parts.pop(pipeline_folder.denoiser_name(parts))
         if (saved := Path(source) / pipeline_folder.ADAPTER).is_dir():
-            peft_config = adapter.read_config(saved)
+            peft_config = adapter_files.read_config(saved)
     if peft_config is not None and needs_numbers(peft_config):
         peft_config = None
     with torch.device("meta"):

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from sysdag.components import adapter as adapters
-from sysdag.components import precision
+from sysdag.components import adapter_files, precision
 from sysdag.components.diffusion import pipeline_folder
 from sysdag.components.diffusion.conditioning import mapped
 from sysdag.errors import PlanError
@@ -110,8 +110,8 @@ class Pipeline:
         if saved_adapter is not None and saved_adapter.is_dir():
             if peft_config is not None:
                 raise PlanError(f"{str(saved_adapter)!r} holds an adapter; leave peft_config out to train that one.")
-            adapter = adapters.attach(denoiser, adapters.read_config(saved_adapter), new=False)
-            adapters.load(denoiser, adapter, saved_adapter)
+            adapter = adapters.attach(denoiser, adapter_files.read_config(saved_adapter), new=False)
+            adapter_files.load(denoiser, adapter, saved_adapter)
         elif peft_config is not None:
             adapter = adapters.attach(denoiser, peft_config)
         elif adapters.brought(denoiser):

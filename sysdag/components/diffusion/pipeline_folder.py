@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from sysdag.components import adapter as adapters
+from sysdag.components import adapter_files
 from sysdag.errors import PlanError, SerializationError
 
 DENOISERS = ("unet", "transformer")
@@ -141,7 +142,7 @@ def save_parts(parts: Mapping[str, Any], folder: Path, adapter_name: str | None 
     for name, part in parts.items():
         if name in DENOISERS and adapter_name is not None:
             without_adapters(part).save_pretrained(folder / name)
-            adapters.save(part, adapter_name, folder / ADAPTER)
+            adapter_files.save(part, adapter_name, folder / ADAPTER)
         else:
             part.save_pretrained(folder / name)
     classes = {entry["class"] for entry in index.values() if "dtype" in entry}
@@ -181,7 +182,7 @@ def load_weights(parts: Mapping[str, Any], folder: Path, adapter_name: str | Non
             raise SerializationError(f"{str(folder)!r} lacks the subfolder {name!r}.")
     load_models(models, folder)
     if adapter_name is not None:
-        adapters.load(parts[denoiser_name(parts)], adapter_name, folder / ADAPTER)
+        adapter_files.load(parts[denoiser_name(parts)], adapter_name, folder / ADAPTER)
 
 
 def load_models(models: Mapping[str, nn.Module], folder: Path) -> None:
@@ -197,6 +198,6 @@ def load_models(models: Mapping[str, nn.Module], folder: Path) -> None:
         options["torch_dtype" if entry["library"] == "diffusers" else "dtype"] = getattr(torch, _dtype_name(part))
         saved = made.from_pretrained(folder, **options).state_dict()
         own = adapters.base_state(part)
-        adapters.check_same_tensors(own, saved, folder / name)
+        adapter_files.check_same_tensors(own, saved, folder / name)
         for key, tensor in own.items():
             tensor.copy_(saved[key])

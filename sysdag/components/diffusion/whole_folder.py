@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sysdag.components import adapter as adapters
+from sysdag.components import adapter_files
 from sysdag.components.diffusion import pipeline_folder
 from sysdag.components.diffusion.pipeline import Pipeline
 from sysdag.errors import PlanError, SerializationError
@@ -98,7 +98,7 @@ def save_adapter(pipeline: Pipeline, folder: Path) -> None:
     """Writes the denoiser's adapter to `adapter/`, where it has one."""
     if pipeline.adapter is not None:
         folder.mkdir(parents=True, exist_ok=True)
-        adapters.save(pipeline.denoiser, pipeline.adapter, folder / pipeline_folder.ADAPTER)
+        adapter_files.save(pipeline.denoiser, pipeline.adapter, folder / pipeline_folder.ADAPTER)
 
 
 def load_weights(pipeline: Pipeline, folder: Path) -> None:
@@ -116,4 +116,4 @@ def load_weights(pipeline: Pipeline, folder: Path) -> None:
             raise SerializationError(f"{str(folder)!r} lacks the subfolder {name!r}.")
     pipeline_folder.load_models({n: part for n, part in models.items() if (folder / n).is_dir()}, folder)
     if pipeline.adapter is not None:
-        adapters.load(pipeline.denoiser, pipeline.adapter, folder / pipeline_folder.ADAPTER)
+        adapter_files.load(pipeline.denoiser, pipeline.adapter, folder / pipeline_folder.ADAPTER)

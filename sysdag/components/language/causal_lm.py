@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
-import logging
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -17,31 +15,29 @@ from sysdag.components.adapter_support import needs_numbers
 from sysdag.components.component import Component, check_max_tokens
 from sysdag.components.decoding import check_truncation
 from sysdag.components.language import footprint
-from sysdag.components.language.chat_template import ChatTemplate, schemas
+from sysdag.components.language.chat_template import schemas
 from sysdag.components.language.completer import Completer
-from sysdag.components.language.completions import CompletionEncoder, check_token_draws, scored_tokens, tokenizer_hash
-from sysdag.components.language.messages import ROW_OPTIONS, completion_value, is_blank, with_row_options
 from sysdag.components.language.non_finite import first_non_finite
 from sysdag.components.language.prefix_scorer import PrefixScorer
 from sysdag.components.language.pretrained import PretrainedLM
-from sysdag.components.language.prompts import Prompt, PromptEncoder
 from sysdag.components.language.router_loss import RouterLoss
 from sysdag.components.language.stop_strings import StopStrings, stop_strings
-from sysdag.errors import DataError, PlanError
+from sysdag.components.language.text_component import TextComponent
+from sysdag.errors import PlanError
 from sysdag.traces.cells import Draw
 
 if TYPE_CHECKING:
     from peft import PeftConfig
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-logger = logging.getLogger(__name__)
 _OPTIONS = ("temperature", "top_p", "top_k", "stop", "batch_size", "pack_prefixes", "sanitize_control_tokens")
 
 
-class CausalLM(Component):
+class CausalLM(TextComponent):
     """Any transformers causal language model.
 
-    The node's function returns the prompt: a string, tokenised as it stands; or a list of chat messages, or a
+    The node's function returns the prompt: a string, tokenised as it stands but for control tokens that the function's
+    arguments spell (see `sysdag.components.language.text_prompts`); or a list of chat messages, or a
     `ChatPrompt`, rendered by the tokenizer's chat template with a generation prompt. A last message of the assistant
     is continued. The value of a sampled completion is its text; the draw's record holds the `token_ids` that were
     sampled (the end-of-sequence token included) and whether it `finished` or was cut at `max_new_tokens`. An observed
@@ -64,7 +60,8 @@ class CausalLM(Component):
             tokens; the nucleus is one of the top-k tokens, as in transformers.
         stop: texts that end a completion. A draw ends at the token that completes one of them and is `finished`; its
             `token_ids` hold all tokens up to that one, and scoring is over exactly those; its text ends before the
-            first of the strings, as in vLLM and OpenAI's interface. The candidates of a search end there, too.
+            first of the strings, as in vLLM and OpenAI's interface. The candidates of a search end there, too, and an
+            observed text that holds one; an observed text without any has an end token.
         batch_size: most sequences decoded side by side.
         pack_prefixes: scores what several sequences of a call begin with once, where the model can (see
             `sysdag.components.language.prefix_scorer`). In training mode they then share that part's dropout, too.
@@ -76,8 +73,8 @@ class CausalLM(Component):
         tools: JSON schemas, or functions with type hints and a docstring, that the chat template tells the model of.
         chat_template_kwargs: variables of the chat template, as `{"enable_thinking": False}`. The columns `tools` and
             `chat_template_kwargs` of a row, and what a node's function gives in a `ChatPrompt`, come before these.
-        sanitize_control_tokens: what only spells a control token, in a message, is text; False lets it be one, and end
-            a turn. A string prompt is tokenised as it stands.
+        sanitize_control_tokens: what only spells a control token, in a message, in a value that flowed into a string
+            prompt, or in an observed completion, is text; False lets it be one, and end a turn.
 
     Raises:
         PlanError: for options out of range, or a folder of something else than a causal language model.
@@ -85,8 +82,6 @@ class CausalLM(Component):
 
     likelihood = "exact"
     is_density = False
-    value_type = str
-    row_options = ROW_OPTIONS
 
     def __init__(
         self,
@@ -119,26 +114,19 @@ class CausalLM(Component):
             raise PlanError("CausalLM: tools must be JSON schemas or functions.")
         if not isinstance(chat_template_kwargs or {}, Mapping):
             raise PlanError(f"CausalLM: chat_template_kwargs must be a dict, got {chat_template_kwargs!r}.")
-        if isinstance(model, PretrainedLM):
-            self.lm = model
-        else:
-            self.lm = PretrainedLM(model, tokenizer, peft_config=peft_config, model_kwargs=model_kwargs)
-        self._warned: set[str] = set()
+        if not isinstance(model, PretrainedLM):
+            model = PretrainedLM(model, tokenizer, peft_config=peft_config, model_kwargs=model_kwargs)
+        super().__init__(
+            model, max_new_tokens=max_new_tokens, max_length=max_length, stop=stop, tools=tools,
+            chat_template_kwargs=chat_template_kwargs, sanitize_control_tokens=sanitize_control_tokens,
+        )  # fmt: skip
         self._scorer: PrefixScorer | None = None
         self._router_loss: RouterLoss | None = None
-        self._prompt_encoder: PromptEncoder | None = None
-        self._completions: CompletionEncoder | None = None
-        self._max_length = max_length
-        self._max_new_tokens = max_new_tokens
         self.temperature = temperature
         self.top_p = top_p
         self.top_k = top_k
-        self.stop = list(stop_strings(stop))
         self.batch_size = batch_size
         self.pack_prefixes = pack_prefixes
-        self.tools = list(tools or [])
-        self.chat_template_kwargs = dict(chat_template_kwargs or {})
-        self.sanitize_control_tokens = sanitize_control_tokens
 
     def __repr__(self) -> str:
         return repr(self.lm)
@@ -150,82 +138,6 @@ class CausalLM(Component):
     @property
     def module(self) -> Any:
         return self.lm.module
-
-    @property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The model's, loaded on first access."""
-        return self.lm.tokenizer
-
-    @property
-    def config(self) -> Any:
-        """The model's config; no weights are loaded for it."""
-        return self.lm.config
-
-    @property
-    def max_length(self) -> int | None:
-        """Most tokens of prompt and completion together; None where nothing limits it."""
-        positions = getattr(self.config, "max_position_embeddings", None)
-        return self._max_length or (positions if positions is not None and positions > 0 else None)
-
-    @property
-    def max_new_tokens(self) -> int:
-        """Most tokens of a completion."""
-        if self._max_new_tokens is not None:
-            return self._max_new_tokens
-        return 256 if self.max_length is None else min(256, self.max_length // 2)
-
-    def prompt_ids(self, prompts: Sequence[Any]) -> list[list[int]]:
-        """Token ids of each prompt, as far as there is room for it (see `max_length`).
-
-        Raises:
-            DataError: for a prompt that is neither a string nor chat messages, or that has no tokens; for messages that
-                the chat template refuses or leaves out, or that are too long without the turns that they can lose.
-        """
-        return [prompt.ids for prompt in self._prompts(prompts)]
-
-    def cut_from(self, input: Any) -> int:
-        """See `Component`; tokens of the prompt."""
-        return self._prompts([input])[0].lost
-
-    @property
-    def _room(self) -> int | None:
-        """Most tokens of a prompt."""
-        room = None if self.max_length is None else self.max_length - self.max_new_tokens
-        if room is not None and room < 1:
-            raise PlanError(
-                f"{self!r}: max_new_tokens={self.max_new_tokens} leaves no room in {self.max_length} positions."
-            )
-        return room
-
-    def _prompts(self, prompts: Sequence[Any]) -> list[Prompt]:
-        found = self._encoder()(prompts, self._room)
-        for element, prompt in enumerate(found):
-            self.lm.check_ids(prompt.ids, "a prompt", element)
-            if prompt.lost:
-                left = len(prompt.ids)
-                how = f"cut to its last {left}" if isinstance(prompt.given, str) else f"left {left} without older turns"
-                self._warn_once("prompt", f"a prompt of {left + prompt.lost} tokens was {how} (max_length)")
-        return found
-
-    def _encoder(self) -> PromptEncoder:
-        if self._prompt_encoder is None:
-            template = ChatTemplate(
-                repr(self), self.tokenizer, tools=self.tools, chat_template_kwargs=self.chat_template_kwargs,
-                sanitize_control_tokens=self.sanitize_control_tokens,
-            )  # fmt: skip
-            self._prompt_encoder = PromptEncoder(repr(self), self.tokenizer, template)
-        return self._prompt_encoder
-
-    def _completion_encoder(self) -> CompletionEncoder:
-        ends = self.lm.eos_token_ids
-        if self._completions is None or self._completions.ends != ends:
-            self._completions = CompletionEncoder(repr(self), self._encoder(), ends)
-        return self._completions
-
-    def _warn_once(self, kind: str, message: str) -> None:
-        if kind not in self._warned:
-            self._warned.add(kind)
-            logger.warning("%r: %s; further cases are not reported.", self, message)
 
     def sample(self, inputs: Sequence[Any], *, generator: torch.Generator | None = None) -> list[Draw]:
         return self.propose(inputs, generator=generator)
@@ -265,52 +177,10 @@ class CausalLM(Component):
         """
         return self._completer().search(self.prompt_ids(inputs), num_candidates, diversity_penalty, ngram_size)
 
-    def key(self, draw: Draw) -> Any:
-        ids = draw.record.get("token_ids")
-        return json.dumps(draw.value, sort_keys=True) if ids is None else tuple(ids)
-
-    def observe(self, values: Sequence[Any]) -> list[Draw]:
-        """Draws of texts or of messages; their tokens depend on the prompt (see `in_context`)."""
-        draws = []
-        for element, value in enumerate(values):
-            try:
-                draws.append(Draw(completion_value(value)))
-            except DataError as error:
-                raise DataError(f"{self!r}: {error}", element=element) from error
-        return draws
-
-    def in_context(self, inputs: Sequence[Any], draws: Sequence[Draw]) -> list[Draw]:
-        """Observed completions with the tokens that say them behind their prompts (see `completions`)."""
-        found = list(draws)
-        places = [place for place, draw in enumerate(draws) if "token_ids" not in draw.record]
-        for place in places:
-            try:
-                [prompt] = self._prompts([inputs[place]])
-                found[place] = Draw(draws[place].value, self._completion_encoder()(prompt, draws[place].value))
-            except DataError as error:
-                error.element = place
-                raise
-        return found
-
-    def with_row_options(self, input: Any, options: Mapping[str, Any]) -> Any:
-        return with_row_options(input, options)
-
-    def check_draws(self, draws: Sequence[Draw]) -> None:
-        check_token_draws(repr(self), draws, self.lm.num_embeddings)
-
-    def is_empty(self, draw: Draw) -> bool:
-        return is_blank(draw.value)
-
-    def longest_draw(self, input: Any = None) -> int | None:
-        """See `Component`; what is longer loses tokens at its end. A prompt takes at least one position."""
-        if self.max_length is None:
-            return None
-        return self.max_length - (1 if input is None else len(self.prompt_ids([input])[0]))
-
     def log_prob(self, inputs: Sequence[Any], draws: Sequence[Draw]) -> Float[Tensor, " n"]:
         """Sum of the log-probabilities of the completion's tokens, its end of sequence included where it has one."""
         draws = self.in_context(inputs, draws)
-        sequences = self._sequences(inputs, draws)
+        sequences = self._in_room(inputs, draws)
         masks = [draw.record.get("completion_mask") for draw in draws]
         masks = [mask and mask[: len(ids)] for mask, (_, ids) in zip(masks, sequences, strict=True)]
         with self.lm.at_work() as model:
@@ -351,21 +221,6 @@ class CausalLM(Component):
             self._scorer = PrefixScorer(model, pack_prefixes=self.pack_prefixes)
         return self._scorer
 
-    def _sequences(self, inputs: Sequence[Any], draws: Sequence[Draw]) -> list[tuple[list[int], list[int]]]:
-        prompts, draws = self.prompt_ids(inputs), self.in_context(inputs, draws)
-        for element, draw in enumerate(draws):
-            self.lm.check_ids(draw.record["token_ids"], "a completion", element)
-        return [self._fit(prompt, draw) for prompt, draw in zip(prompts, draws, strict=True)]
-
-    def _fit(self, prompt: list[int], draw: Draw) -> tuple[list[int], list[int]]:
-        completion: Sequence[int] = draw.record["token_ids"]
-        prompt = prompt[: len(prompt) - draw.record.get("prompt_overlap", 0)]
-        room = None if self.max_length is None else self.max_length - len(prompt)
-        if room is not None and len(completion) > room:
-            self._warn_once("completion", f"a completion of {len(completion)} tokens was cut to {room} (max_length)")
-            completion = completion[:room]
-        return prompt, list(completion)
-
     def locate_non_finite(self, input: Any, draw: Draw) -> str:
         """The first token whose log-probability is not finite given what precedes it alone."""
         [(prompt, completion)] = self._sequences([input], [draw])
@@ -375,21 +230,6 @@ class CausalLM(Component):
             return ""
         text = self.tokenizer.decode([completion[place]])
         return f"token {place + 1} of {len(completion)}, {text!r} (id {completion[place]})"
-
-    def lengths(self, draws: Sequence[Draw]) -> list[int]:
-        known = [scored_tokens(draw) for draw in draws]
-        return [
-            self._completion_encoder().alone(draw.value) if count is None else count
-            for draw, count in zip(draws, known, strict=True)
-        ]
-
-    def positions(self, draws: Sequence[Draw]) -> list[int]:
-        lengths = zip(draws, self.lengths(draws), strict=True)
-        return [len(draw.record.get("token_ids", ())) or length for draw, length in lengths]
-
-    def reading(self) -> str:
-        ends, options = self.lm.eos_token_ids, [schemas(self.tools), self.chat_template_kwargs]
-        return tokenizer_hash(self.tokenizer, [ends, *options, self.sanitize_control_tokens])
 
     def own_parameters(self) -> dict[str, nn.Parameter]:
         """Those of its adapter, where it has one; none where that is switched off."""

@@ -26,6 +26,7 @@ _OWN = frozenset(
 )  # fmt: skip
 _MARK = "Zq7"  # what a probe adds to a text
 _REMEMBERED = 4096
+_ALLOWED = "CausalLM(sanitize_control_tokens=False) reads such text as the token itself."
 
 
 class ChatTemplate:
@@ -108,11 +109,27 @@ class ChatTemplate:
         )
         rendered = self._rendered(told, tokenize=False, **options)
         try:
-            return controls.encode(rendered, marks)
+            return controls.encode_marked(rendered, marks)
         except DataError as error:
-            raise DataError(
-                f"{self.owner}: {error}. CausalLM(sanitize_control_tokens=False) reads such text as the token itself."
-            ) from error
+            raise DataError(f"{self.owner}: {error}. {_ALLOWED}") from error
+
+    def text_ids(self, text: str, spelled: Sequence[tuple[int, int]] = ()) -> list[int]:
+        """Token ids of a text that no template renders, without what the tokenizer puts around one.
+
+        Args:
+            spelled: where it only spells a control token, ascending; see `ControlTokens.encode`.
+        """
+        if not spelled:
+            return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        try:
+            return self.controls_of_texts().encode(text, spelled)
+        except DataError as error:
+            raise DataError(f"{self.owner}: {error}. {_ALLOWED}") from error
+
+    def controls_of_texts(self) -> ControlTokens:
+        """The control tokens of texts that no template renders: those of the tokenizer's own, where it has one."""
+        template = self.tokenizer.chat_template
+        return self._controls("\n".join(template.values()) if isinstance(template, dict) else template or "")
 
     def _controls(self, template: str) -> ControlTokens:
         state = (template, len(self.tokenizer))

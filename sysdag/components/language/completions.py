@@ -4,12 +4,17 @@ The same answer has other ids behind another prompt: tokenizers put a space in f
 merge over the border, and a chat template writes the answer in its own way, with its own end of the turn. So an
 observed completion is tokenised together with its prompt, as TRL does, and begins where the two part:
 
-- behind a text, `prompt + completion + eos_token` is tokenised; a completion that ends in an end token gets no second;
+- behind a text, `prompt + completion + eos_token` is tokenised; a completion that ends in an end token gets no second,
+  and what spells a special token before its end is text;
 - behind messages, the conversation with the answer is rendered, up to the token that ends the turn. What a template
   writes behind that (a line break, as a rule) is not scored: the model has stopped there. A template that ends turns
   without such a token has all of it scored, as TRL has.
 
 Of a completion of several messages the assistant's are scored, each up to its end; the others are read.
+
+Where sampling stops at strings, a text that holds one ends where a draw of it would: at the token that completes the
+first, with no end token behind it. A text without any may have ended by either; it is scored with its end token, as TRL
+has it.
 """
 
 from __future__ import annotations
@@ -24,6 +29,8 @@ from typing import Any
 from sysdag.components.language.chat_template import ChatTemplate
 from sysdag.components.language.messages import ChatPrompt, Message
 from sysdag.components.language.prompts import Prompt, PromptEncoder
+from sysdag.components.language.stop_strings import StopStrings
+from sysdag.components.language.text_prompts import spelled_in
 from sysdag.errors import DataError, shown
 from sysdag.traces.cells import Draw
 
@@ -37,10 +44,12 @@ class CompletionEncoder:
         owner: whose completions they are, for errors.
         prompts: what encodes the prompts.
         ends: the tokens that end a completion when the model writes them, the tokenizer's own first.
+        stop: the texts that end one, too.
     """
 
-    def __init__(self, owner: str, prompts: PromptEncoder, ends: Sequence[int]) -> None:
-        self.owner, self.prompts, self.ends = owner, prompts, list(ends)
+    def __init__(self, owner: str, prompts: PromptEncoder, ends: Sequence[int], stop: Sequence[str] = ()) -> None:
+        self.owner, self.prompts, self.ends, self.stop = owner, prompts, list(ends), list(stop)
+        self._stops = StopStrings(self.stop, prompts.tokenizer) if stop else None
         self.template: ChatTemplate = prompts.template
         self.tokenizer = prompts.tokenizer
         self._said: set[str] = set()
@@ -54,9 +63,9 @@ class CompletionEncoder:
             value: see `completion_value`.
 
         Returns:
-            `token_ids`; whether it is `finished` by an end token; where not all tokens are scored, `completion_mask`
-            (1 for one that is); and where the first of them stand in place of the prompt's last ones, `prompt_overlap`,
-            the number of these.
+            `token_ids`; whether it is `finished` by an end token or a stop string; where not all tokens are scored,
+            `completion_mask` (1 for one that is); and where the first of them stand in place of the prompt's last ones,
+            `prompt_overlap`, the number of these.
 
         Raises:
             DataError: for a completion that does not continue the prompt.
@@ -85,6 +94,13 @@ class CompletionEncoder:
         if not any(mask):
             raise DataError(f"{self.owner}: the completion {shown(value)} has no token to score behind its prompt.")
         ends = ids[-1] in self.ends or (not isinstance(prompt.given, str) and ids[-1] in self._controls())
+        stop = self._stops.first_end(ids) if self._stops is not None and isinstance(value, str) else None
+        if stop is not None:
+            if not all(token in self.ends for token in ids[stop:]):
+                self._say(
+                    "stop", f"a completion goes on behind a stop string ({self.stop}), where a draw ends; it is cut"
+                )
+            ids, mask, ends = ids[:stop], mask[:stop], True
         record: dict[str, Any] = {"token_ids": ids, "finished": ends}
         if not all(mask):
             record["completion_mask"] = mask
@@ -114,13 +130,29 @@ class CompletionEncoder:
                 f"{self.owner}: a completion of several messages, or with calls or reasoning, needs a chat template to "
                 f"render it, but its prompt is a text. Return messages from the node's function. Got {shown(value)}."
             )
+        before = spelled_in(text)
+        spelled = [*before, *((len(text) + start, len(text) + end) for start, end in self._only_spelled(value))]
         if self._spelled_end(value):
-            whole = self.prompts.text_ids(text + value)
+            whole = self.prompts.text_ids(text + value, spelled)
         else:
-            whole = self.prompts.text_ids(text + value + self.tokenizer.eos_token)
+            whole = self.prompts.text_ids(text + value + self.tokenizer.eos_token, spelled)
         if whole[-1] not in self.ends:  # a tokenizer that splits special tokens
-            whole = [*self.prompts.text_ids(text + value), self.tokenizer.eos_token_id]
-        return whole, _shared(prompt.ids if not prompt.lost else self.prompts.text_ids(text), whole)
+            whole = [*self.prompts.text_ids(text + value, spelled), self.tokenizer.eos_token_id]
+        return whole, _shared(prompt.ids if not prompt.lost else self.prompts.text_ids(text, before), whole)
+
+    def _only_spelled(self, text: str) -> list[tuple[int, int]]:
+        """Where a completion only spells a special token: those that it ends in are meant."""
+        if not self.template.sanitizes:
+            return []
+        special = self.template.controls_of_texts().spellings.special
+        found = [match.span() for match in special.finditer(text) if match.group() not in self.stop]
+        end = len(text)
+        while found and not text[found[-1][1] : end].strip():
+            end = found.pop()[0]
+        if found:
+            token = text[slice(*found[0])]
+            self._say("spelled", f"a completion spells the special token {token!r} before its end, which is text there")
+        return found
 
     def _behind_chat(self, prompt: Prompt, value: str | Sequence[Message]) -> tuple[list[int], int, list[int]]:
         """The tokens of a prompt and its completion, how many are the prompt's, and which of the others are scored."""

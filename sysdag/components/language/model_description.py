@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from sysdag.components import adapter
+from sysdag.components import adapter_files
 from sysdag.components.adapter_support import check_config
 from sysdag.components.component import named_source
 from sysdag.components.language import model_source
@@ -93,7 +93,7 @@ class ModelDescription:
                         f"CausalLM({self._given!r}): an adapter, which trains as it is; leave peft_config out, or give "
                         f"the base {base!r} for a new one."
                     )
-                revision = adapter.read_config(folder).revision
+                revision = adapter_files.read_config(folder).revision
                 self.model_kwargs = {name: v for name, v in self.model_kwargs.items() if name != "revision"}
                 self.model_kwargs |= {"revision": revision} if revision else {}
                 if self._tokenizer_source is self._source:
@@ -168,7 +168,7 @@ class ModelDescription:
         """Of its adapter, a saved one or a new one; no weights are loaded for it."""
         if self._peft_config is None and self._base_owner is None:
             self._resolve()
-        return self._peft_config if self._adapter_folder is None else adapter.read_config(self._adapter_folder)
+        return self._peft_config if self._adapter_folder is None else adapter_files.read_config(self._adapter_folder)
 
     @property
     def eos_token_ids(self) -> list[int]:
@@ -230,7 +230,7 @@ class ModelDescription:
     @cached_property
     def _brought_rows(self) -> int:
         """Of the embeddings that its saved adapter brings of a vocabulary which was extended."""
-        found = {} if self._adapter_folder is None else adapter.saved_embeddings(self._adapter_folder)
+        found = {} if self._adapter_folder is None else adapter_files.saved_embeddings(self._adapter_folder)
         return max((shape[0] for shape in found.values()), default=0)
 
     def check_ids(self, ids: Collection[int], what: str, element: int) -> None:

@@ -16,7 +16,7 @@ from typing import Any, Self
 import torch
 from torch import nn
 
-from sysdag.components import adapter
+from sysdag.components import adapter, adapter_files
 from sysdag.components.language import model_source
 from sysdag.components.language.model_description import ModelDescription, num_embeddings_of
 from sysdag.errors import PlanError, SerializationError
@@ -54,7 +54,7 @@ class PretrainedLM(ModelDescription):
                 self._make_room(model, self._adapter_folder)
             self.adapter = adapter.attach(model, adapter_config, repr(self), new=self._adapter_folder is None)
             if self._adapter_folder is not None:
-                adapter.load(model, self.adapter, self._adapter_folder)
+                adapter_files.load(model, self.adapter, self._adapter_folder)
         elif adapter.brought(model):
             model, self.adapter = adapter.adopt(model, repr(self))
         if self.adapter is not None:
@@ -75,7 +75,7 @@ class PretrainedLM(ModelDescription):
         """For the embeddings that an adapter brings of a vocabulary which was extended."""
         if self._brought_rows > num_embeddings_of(model):
             model.resize_token_embeddings(self._brought_rows, mean_resizing=False)
-        self._changed_base = self._saved_base is None and adapter.brings_embeddings(folder)
+        self._changed_base = self._saved_base is None and adapter_files.brings_embeddings(folder)
 
     def prepare_training(self) -> None:
         """Has weights that train by themselves be fp32, unless another dtype was asked for.
@@ -165,7 +165,7 @@ class PretrainedLM(ModelDescription):
         if self.adapter is None:
             self._save_base(folder)
             return self._kept_options(weights_are_saved=True)
-        adapter.save(model, self.adapter, folder)
+        adapter_files.save(model, self.adapter, folder)
         has_name = self.is_named and self._saved_base is None
         if has_name and not self._changed_base and self._num_embeddings == num_embeddings_of(model):
             return {"base": str(self._source), **self._kept_options(weights_are_saved=False)}
@@ -240,7 +240,7 @@ class PretrainedLM(ModelDescription):
     @property
     def _has_own_adapter(self) -> bool:
         if self._adapter_folder is not None:
-            return not adapter.saved_embeddings(self._adapter_folder)
+            return not adapter_files.saved_embeddings(self._adapter_folder)
         return self._peft_config is not None
 
     def _comparable_options(self) -> dict[str, Any]:
@@ -256,11 +256,11 @@ class PretrainedLM(ModelDescription):
         """Replaces the weights in place by those that `save` wrote."""
         model = self.module
         if self.adapter is not None:
-            adapter.load(model, self.adapter, folder)
+            adapter_files.load(model, self.adapter, folder)
             return
         own = adapter.base_state(model)
         saved = type(model).from_pretrained(folder, dtype=model.dtype).state_dict()
-        adapter.check_same_tensors(own, saved, folder)
+        adapter_files.check_same_tensors(own, saved, folder)
         for key, tensor in own.items():
             tensor.copy_(saved[key])
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from sysdag.components.language.chat_template import ChatTemplate
 from sysdag.components.language.messages import ChatPrompt, Message, is_conversation
+from sysdag.components.language.text_prompts import spelled_in
 from sysdag.errors import DataError, shown
 
 logger = logging.getLogger(__name__)
@@ -45,6 +46,7 @@ def is_open(chat: ChatPrompt) -> bool:
 class PromptEncoder:
     """Tokenises prompts: strings as they stand, chat messages by the tokenizer's template with a generation prompt.
 
+    Control tokens that a string only spells (see `TextPrompt`), or a message, are text.
     A string gets what the tokenizer puts in front of a text (its BOS token) unless it begins with it, as a chat that
     was rendered before does, and nothing behind it. A conversation whose last message is the assistant's is left open
     there.
@@ -95,7 +97,7 @@ class PromptEncoder:
             prompt = ChatPrompt(prompt)
         key: tuple[Any, ...]
         if isinstance(prompt, str):
-            key = (prompt, room)
+            key = (prompt, room, spelled_in(prompt))
         elif isinstance(prompt, ChatPrompt):
             prompt = self.template.prompt(prompt)
             key = (json.dumps([prompt.messages, prompt.tools, prompt.chat_template_kwargs], default=repr), room, "chat")
@@ -119,7 +121,7 @@ class PromptEncoder:
                 f"{self.owner}: the prompt is a text, which no chat template renders, so tools and "
                 "chat_template_kwargs cannot reach it. Return messages, or leave them out."
             )
-        ids = self.text_ids(text)
+        ids = self.text_ids(text, spelled_in(text))
         self._check_any(ids, text)
         lost = 0 if room is None else max(len(ids) - room, 0)
         return Prompt(ids[lost:], text, lost)
@@ -128,8 +130,12 @@ class PromptEncoder:
         if not ids:
             raise DataError(f"{self.owner}: the prompt {prompt!r} has no tokens; a model needs at least one.")
 
-    def text_ids(self, text: str) -> list[int]:
-        """Tokens of a text with what the tokenizer puts in front of one, once, and without what it puts behind."""
+    def text_ids(self, text: str, spelled: Sequence[tuple[int, int]] = ()) -> list[int]:
+        """Tokens of a text with what the tokenizer puts in front of one, once, and without what it puts behind.
+
+        Args:
+            spelled: where it only spells a control token, ascending.
+        """
         if self._around is None:
             self._around = self._surroundings()
         before, after = self._around
@@ -137,7 +143,7 @@ class PromptEncoder:
             self._say(
                 f"the tokenizer ends every text with {self._spelled(after)}; prompts go without, so that they go on"
             )
-        ids = list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        ids = self.template.text_ids(text, spelled)
         if before and ids[: len(before)] == before:
             self._say(
                 f"a prompt begins with {self._spelled(before)} already; the tokenizer puts no second one before it"

@@ -1,0 +1,227 @@
+"""A language model's texts: prompts and completions as token ids, in the room that there is for them; no weights."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from sysdag.components.component import Component
+from sysdag.components.input_reader import Argument
+from sysdag.components.language.chat_template import ChatTemplate, schemas
+from sysdag.components.language.completions import CompletionEncoder, check_token_draws, scored_tokens, tokenizer_hash
+from sysdag.components.language.messages import ROW_OPTIONS, completion_value, is_blank
+from sysdag.components.language.pretrained import PretrainedLM
+from sysdag.components.language.prompts import Prompt, PromptEncoder
+from sysdag.components.language.stop_strings import stop_strings
+from sysdag.components.language.text_prompts import PromptReader
+from sysdag.errors import DataError, PlanError
+from sysdag.traces.cells import Draw
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+
+class TextComponent(Component):
+    """A component whose inputs are prompts and whose draws are completions of them.
+
+    Args:
+        lm: the model, of which the tokenizer and the config are read, and not the weights.
+        max_new_tokens, max_length, stop, tools, chat_template_kwargs, sanitize_control_tokens: see `CausalLM`.
+
+    Raises:
+        PlanError: for options out of range.
+    """
+
+    value_type = str
+    row_options = ROW_OPTIONS
+
+    def __init__(
+        self,
+        lm: PretrainedLM,
+        *,
+        max_new_tokens: int | None,
+        max_length: int | None,
+        stop: str | Sequence[str] | None,
+        tools: Sequence[Any] | None,
+        chat_template_kwargs: Mapping[str, Any] | None,
+        sanitize_control_tokens: bool,
+    ) -> None:
+        self.lm = lm
+        self._max_length, self._max_new_tokens = max_length, max_new_tokens
+        self.stop = list(stop_strings(stop))
+        self.tools = list(tools or [])
+        self.chat_template_kwargs = dict(chat_template_kwargs or {})
+        self.sanitize_control_tokens = sanitize_control_tokens
+        self._warned: set[str] = set()
+        self._prompt_encoder: PromptEncoder | None = None
+        self._reader: PromptReader | None = None
+        self._completions: CompletionEncoder | None = None
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The model's, loaded on first access."""
+        return self.lm.tokenizer
+
+    @property
+    def config(self) -> Any:
+        """The model's config; no weights are loaded for it."""
+        return self.lm.config
+
+    @property
+    def max_length(self) -> int | None:
+        """Most tokens of prompt and completion together; None where nothing limits it."""
+        positions = getattr(self.config, "max_position_embeddings", None)
+        return self._max_length or (positions if positions is not None and positions > 0 else None)
+
+    @property
+    def max_new_tokens(self) -> int:
+        """Most tokens of a completion."""
+        if self._max_new_tokens is not None:
+            return self._max_new_tokens
+        return 256 if self.max_length is None else min(256, self.max_length // 2)
+
+    def prompt_ids(self, prompts: Sequence[Any]) -> list[list[int]]:
+        """Token ids of each prompt, as far as there is room for it (see `max_length`).
+
+        Raises:
+            DataError: for a prompt that is neither a string nor chat messages, or that has no tokens; for messages that
+                the chat template refuses or leaves out, or that are too long without the turns that they can lose.
+        """
+        return [prompt.ids for prompt in self._prompts(prompts)]
+
+    def cut_from(self, input: Any) -> int:
+        """See `Component`; tokens of the prompt."""
+        return self._prompts([input])[0].lost
+
+    @property
+    def _room(self) -> int | None:
+        """Most tokens of a prompt."""
+        room = None if self.max_length is None else self.max_length - self.max_new_tokens
+        if room is not None and room < 1:
+            raise PlanError(
+                f"{self!r}: max_new_tokens={self.max_new_tokens} leaves no room in {self.max_length} positions."
+            )
+        return room
+
+    def _prompts(self, prompts: Sequence[Any]) -> list[Prompt]:
+        found = self._encoder()(prompts, self._room)
+        for element, prompt in enumerate(found):
+            self.lm.check_ids(prompt.ids, "a prompt", element)
+            if prompt.lost:
+                left = len(prompt.ids)
+                how = f"cut to its last {left}" if isinstance(prompt.given, str) else f"left {left} without older turns"
+                self._warn_once("prompt", f"a prompt of {left + prompt.lost} tokens was {how} (max_length)")
+        return found
+
+    def _encoder(self) -> PromptEncoder:
+        if self._prompt_encoder is None:
+            template = ChatTemplate(
+                repr(self), self.tokenizer, tools=self.tools, chat_template_kwargs=self.chat_template_kwargs,
+                sanitize_control_tokens=self.sanitize_control_tokens,
+            )  # fmt: skip
+            self._prompt_encoder = PromptEncoder(repr(self), self.tokenizer, template)
+        return self._prompt_encoder
+
+    def _completion_encoder(self) -> CompletionEncoder:
+        ends = self.lm.eos_token_ids
+        if self._completions is None or (self._completions.ends, self._completions.stop) != (ends, self.stop):
+            self._completions = CompletionEncoder(repr(self), self._encoder(), ends, self.stop)
+        return self._completions
+
+    def _warn_once(self, kind: str, message: str) -> None:
+        if kind not in self._warned:
+            self._warned.add(kind)
+            logger.warning("%r: %s; further cases are not reported.", self, message)
+
+    def key(self, draw: Draw) -> Any:
+        ids = draw.record.get("token_ids")
+        return json.dumps(draw.value, sort_keys=True) if ids is None else tuple(ids)
+
+    def observe(self, values: Sequence[Any]) -> list[Draw]:
+        """Draws of texts or of messages; their tokens depend on the prompt (see `in_context`)."""
+        draws = []
+        for element, value in enumerate(values):
+            try:
+                draws.append(Draw(completion_value(value)))
+            except DataError as error:
+                raise DataError(f"{self!r}: {error}", element=element) from error
+        return draws
+
+    def in_context(self, inputs: Sequence[Any], draws: Sequence[Draw]) -> list[Draw]:
+        """Observed completions with the tokens that say them behind their prompts (see `completions`)."""
+        found = list(draws)
+        places = [place for place, draw in enumerate(draws) if "token_ids" not in draw.record]
+        for place in places:
+            try:
+                [prompt] = self._prompts([inputs[place]])
+                found[place] = Draw(draws[place].value, self._completion_encoder()(prompt, draws[place].value))
+            except DataError as error:
+                error.element = place
+                raise
+        return found
+
+    def with_row_options(self, input: Any, options: Mapping[str, Any]) -> Any:
+        return PromptReader(repr(self)).with_row_options(input, options)
+
+    def tell_apart(self, input: Any, function: Callable[..., Any], arguments: Mapping[str, Argument]) -> Any:
+        """See `Component`; of a text, what values spell in it (see `sysdag.components.language.text_prompts`)."""
+        if not isinstance(input, str) or not self.sanitize_control_tokens:
+            return input
+        return self.input_reader().tell_apart(input, function, arguments)
+
+    def input_reader(self) -> PromptReader:
+        spellings = self._encoder().template.controls_of_texts().spellings if self.sanitize_control_tokens else None
+        if self._reader is None or self._reader.spellings != spellings:
+            self._reader = PromptReader(repr(self), spellings, self.tokenizer.eos_token)
+        return self._reader
+
+    def check_draws(self, draws: Sequence[Draw]) -> None:
+        check_token_draws(repr(self), draws, self.lm.num_embeddings)
+
+    def is_empty(self, draw: Draw) -> bool:
+        return is_blank(draw.value)
+
+    def longest_draw(self, input: Any = None) -> int | None:
+        """See `Component`; what is longer loses tokens at its end. A prompt takes at least one position."""
+        if self.max_length is None:
+            return None
+        return self.max_length - (1 if input is None else len(self.prompt_ids([input])[0]))
+
+    def _sequences(self, inputs: Sequence[Any], draws: Sequence[Draw]) -> list[tuple[list[int], list[int]]]:
+        return self._in_room(inputs, self.in_context(inputs, draws))
+
+    def _in_room(self, inputs: Sequence[Any], draws: Sequence[Draw]) -> list[tuple[list[int], list[int]]]:
+        """Prompts and completions, whose tokens are known, as far as there is room for both."""
+        prompts = self.prompt_ids(inputs)
+        for element, draw in enumerate(draws):
+            self.lm.check_ids(draw.record["token_ids"], "a completion", element)
+        return [self._fit(prompt, draw) for prompt, draw in zip(prompts, draws, strict=True)]
+
+    def _fit(self, prompt: list[int], draw: Draw) -> tuple[list[int], list[int]]:
+        completion: Sequence[int] = draw.record["token_ids"]
+        prompt = prompt[: len(prompt) - draw.record.get("prompt_overlap", 0)]
+        room = None if self.max_length is None else self.max_length - len(prompt)
+        if room is not None and len(completion) > room:
+            self._warn_once("completion", f"a completion of {len(completion)} tokens was cut to {room} (max_length)")
+            completion = completion[:room]
+        return prompt, list(completion)
+
+    def lengths(self, draws: Sequence[Draw]) -> list[int]:
+        known = [scored_tokens(draw) for draw in draws]
+        return [
+            self._completion_encoder().alone(draw.value) if count is None else count
+            for draw, count in zip(draws, known, strict=True)
+        ]
+
+    def positions(self, draws: Sequence[Draw]) -> list[int]:
+        lengths = zip(draws, self.lengths(draws), strict=True)
+        return [len(draw.record.get("token_ids", ())) or length for draw, length in lengths]
+
+    def reading(self) -> str:
+        ends, options = self.lm.eos_token_ids, [schemas(self.tools), self.chat_template_kwargs]
+        stop = [self.stop] if self.stop else []
+        return tokenizer_hash(self.tokenizer, [ends, *options, self.sanitize_control_tokens, *stop])
