@@ -17,7 +17,7 @@ from sysdag.components import adapter, adapter_files, hooks
 from sysdag.components.adapter_support import check_config, needs_numbers
 from sysdag.components.component import Component, named_source
 from sysdag.components.diffusion import footprint as diffusion_footprint
-from sysdag.components.diffusion import pipeline_folder, watching, whole_folder
+from sysdag.components.diffusion import pipeline_folder, watching, whole_folder, whole_outline
 from sysdag.components.diffusion.conditioning import Conditioner, Hook
 from sysdag.components.diffusion.denoising_error import CONVENTIONS, denoising_errors, margin_scores
 from sysdag.components.diffusion.forward_process import DiffusionNoise, ForwardProcess
@@ -200,7 +200,7 @@ class Diffusion(Component):
             return Pipeline.load(self._source, self._given, index=self._index, **self._loading, **options)
         whole, folder = self._source, None
         if isinstance(whole, (str, Path)):
-            folder = self._adapter_folder or Path(whole) / pipeline_folder.ADAPTER
+            folder = self._saved_adapter
             whole = whole_folder.load(whole, self._given, **self._loading)
         return Pipeline.of_whole(whole, adapter_folder=folder, **options)
 
@@ -349,24 +349,30 @@ class Diffusion(Component):
     def token_counts(self, draws: Sequence[Draw]) -> list[int]:
         """Positions of a draw's latents (pixels where there is no VAE), at each of its (t, eps)."""
         if self.is_whole:
-            channels = self.pipeline.latent_channels
-            counts = [math.prod(shape) // channels for shape in self._sampler.shapes(draws)]
-            return [self.num_noise_draws * max(1, count) for count in counts]
+            shapes = self._sampler.shapes(draws)
+            return [self.num_noise_draws * _positions(shape, self.pipeline) for shape in shapes]
         _, height, width = self.sample_shape
         return [self.num_noise_draws * height * width] * len(draws)
 
     def tokens_of_any_draw(self) -> int | None:
-        return None if self.is_whole else self._outlined().token_counts([Draw(None)])[0]
+        if not self.is_whole:
+            return self._outlined().token_counts([Draw(None)])[0]
+        outline = self._whole_outline("cpu")
+        if outline is None:
+            return None
+        return self.num_noise_draws * _positions(outline.sample_shape, outline.pipeline)
 
     def footprint(self, *, tokens: int, labels: int, trains: bool, checkpoints: bool, device: str) -> Footprint | None:
         """See `Component`; reads configs. What conditions the model is taken to be text where it has a text encoder.
 
-        None where `condition` makes the denoiser's arguments, whose sizes are its own say, and under an adapter that
-        cannot be run without numbers (LoHa, BOFT, FourierFT and some others).
+        None where `condition` makes the denoiser's arguments, whose sizes are its own say, for a pipeline's own text
+        encoders that train, and for models or adapters that cannot be run without numbers (Lumina2, LoHa, BOFT ...).
         """
         config = self._adapter_config
-        if self.is_whole or self.condition is not None or (config is not None and needs_numbers(config)):
+        if self.condition is not None or (config is not None and needs_numbers(config)):
             return None
+        if self.is_whole:
+            return self._whole_footprint(tokens, trains, checkpoints, device)
         view = self._outlined()
         if trains:
             self._widen(view.pipeline)
@@ -383,11 +389,41 @@ class Diffusion(Component):
             view.pipeline, score, trains=trains, checkpoints=checkpoints, new_adapter=new_adapter, device=device
         )
 
+    def _whole_outline(self, device: str) -> whole_outline.Outline | None:
+        return whole_outline.outline(
+            self._source, self._given, arguments=self._call_arguments, peft_config=self._peft_config,
+            adapter_folder=self._saved_adapter, device=device, **self._loading,
+        )  # fmt: skip
+
+    def _whole_footprint(self, tokens: int, trains: bool, checkpoints: bool, device: str) -> Footprint | None:
+        if self.train_text_encoder:
+            return None  # what is recorded of a prompt has a graph of its own
+        outline, view = self._whole_outline(device), copy.copy(self)
+        if outline is None:
+            return None
+        view._pipeline, view._calls = outline.pipeline, outline.calls
+        if trains:
+            self._widen(view.pipeline)
+        draw = Draw(None, {"latents": numpy.zeros(outline.sample_shape, dtype=numpy.float32)})
+        draws = [draw] * max(1, tokens // view.token_counts([draw])[0])
+        new_adapter = view.pipeline.adapter is not None and self._peft_config is not None
+        return diffusion_footprint.of_diffusion(
+            view.pipeline, lambda: view.score([outline.prompt] * len(draws), draws, view.noise(draws)), trains=trains,
+            checkpoints=checkpoints, new_adapter=new_adapter, device=device, mode=outline.mode,
+        )  # fmt: skip
+
+    @property
+    def _saved_adapter(self) -> Path | None:
+        """Where an adapter of its own would be that it gets back; None for a model that is no folder's."""
+        if not isinstance(self._source, (str, Path)):
+            return None
+        return self._adapter_folder or Path(self._source) / pipeline_folder.ADAPTER
+
     @property
     def _adapter_config(self) -> PeftConfig | None:
-        if isinstance(self._source, nn.Module):
+        saved = self._saved_adapter
+        if saved is None:
             return self._peft_config
-        saved = Path(self._source) / pipeline_folder.ADAPTER
         return adapter_files.read_config(saved) if saved.is_dir() else self._peft_config
 
     def _outlined(self) -> Diffusion:
@@ -403,7 +439,7 @@ class Diffusion(Component):
     def base_key(self) -> Hashable:
         if self._base_owner is not None:
             return self._base_owner.base_key
-        return id(self._source) if isinstance(self._source, nn.Module) else id(self)
+        return id(self) if isinstance(self._source, (str, Path)) else id(self._source)
 
     def share_base(self, others: Iterable[Component]) -> None:
         """Puts its adapter on the pipeline of one of the others that names the same folder, loaded alike."""
@@ -413,7 +449,8 @@ class Diffusion(Component):
 
     def _named_base(self) -> Any:
         """What tells whether two that put a new adapter each on a denoiser load the same; None for others."""
-        if isinstance(self._source, nn.Module) or self._given or self._peft_config is None or self.train_text_encoder:
+        named = isinstance(self._source, (str, Path))
+        if not named or self._given or self._peft_config is None or self.train_text_encoder:
             return None
         folder = Path(self._source)
         return str(folder.resolve() if folder.exists() else self._source), tuple(self._loading.values())
@@ -423,7 +460,7 @@ class Diffusion(Component):
         self._widen(self.pipeline)
 
     def _widen(self, pipeline: Pipeline) -> None:
-        if not isinstance(self._source, nn.Module) and self._loading["dtype"] is None:
+        if isinstance(self._source, (str, Path)) and self._loading["dtype"] is None:
             pipeline.widen([name for name in pipeline.trained if name not in self._given])
 
     def score(self, inputs: Sequence[Any], draws: Sequence[Draw], noise: Any = None) -> Float[Tensor, " n"]:
@@ -482,7 +519,8 @@ class Diffusion(Component):
         return own
 
     def fresh(self) -> Component:
-        if isinstance(self._source, nn.Module) or (self.train_text_encoder and "text_encoder" in self._given):
+        named = isinstance(self._source, (str, Path))
+        if not named or (self.train_text_encoder and "text_encoder" in self._given):
             return super().fresh()
         made = copy.copy(self)
         made._pipeline = made._process = made._calls = None
@@ -556,3 +594,8 @@ class Diffusion(Component):
             whole_folder.load_weights(self.pipeline, Path(folder))
         else:
             pipeline_folder.load_weights(self.pipeline.parts, Path(folder), self.pipeline.adapter)
+
+
+def _positions(shape: tuple[int, ...], pipeline: Pipeline) -> int:
+    """Of latents as a whole pipeline has them: pixels of the latent picture, packed or not."""
+    return max(1, math.prod(shape) // pipeline.latent_channels)

@@ -42,13 +42,13 @@ def outline(
 
     An adapter that cannot be made there is left out.
     """
-    parts = {name: _emptied(part) if isinstance(part, nn.Module) else part for name, part in given.items()}
+    parts = {name: emptied(part) if isinstance(part, nn.Module) else part for name, part in given.items()}
     if isinstance(source, nn.Module):
-        denoiser = _emptied(source)
+        denoiser = emptied(source)
     else:
         index = index or pipeline_folder.read_index(source, revision)
         for name in index.keys() - parts.keys():
-            parts[name] = _from_config(source, name, index[name], dtype, revision)
+            parts[name] = from_config(source, name, index[name], dtype, revision)
         denoiser = parts.pop(pipeline_folder.denoiser_name(parts))
         if (saved := Path(source) / pipeline_folder.ADAPTER).is_dir():
             peft_config = adapter_files.read_config(saved)
@@ -58,13 +58,13 @@ def outline(
         return Pipeline.load(denoiser, parts, peft_config=peft_config, trains_text_encoder=trains_text_encoder)
 
 
-def _emptied(model: Any) -> nn.Module:
+def emptied(model: Any) -> nn.Module:
     with torch.device("meta"):
         make = getattr(type(model), "from_config", type(model))
         return _cast(make(model.config), model.dtype)
 
 
-def _from_config(
+def from_config(
     source: str | Path, name: str, entry: Mapping[str, Any], dtype: torch.dtype | None, revision: str | None
 ) -> Any:
     made = pipeline_folder.find_class(name, entry)
@@ -95,6 +95,7 @@ def of_diffusion(
     checkpoints: bool,
     new_adapter: bool,
     device: str,
+    mode: FakeTensorMode | None = None,
 ) -> Footprint:
     """A diffusion model's.
 
@@ -105,6 +106,7 @@ def of_diffusion(
         checkpoints: whether it recomputes its activations (gradient checkpointing).
         new_adapter: whether its reference is the adapter switched off, which takes no memory.
         device: `cpu` or `cuda`, whose kernels are assumed.
+        mode: of the fake tensors that its weights have become already; None for an outline on the meta device.
     """
     module = pipeline.module
     if not trains:
@@ -112,8 +114,9 @@ def of_diffusion(
     module.train()
     if checkpoints and trains:
         acceleration.enable_checkpointing(module, {"use_reentrant": False})
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.device(device):
-        make_fake(module)
+    with mode or FakeTensorMode(allow_non_fake_inputs=True), torch.device(device):
+        if mode is None:
+            make_fake(module)
         trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
         own = [] if pipeline.adapter is None else adapter.parameters(pipeline.denoiser, pipeline.adapter).values()
         base = sum(map(bytes_of, pipeline.denoiser.parameters())) - sum(map(bytes_of, own))

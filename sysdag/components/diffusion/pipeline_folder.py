@@ -83,12 +83,21 @@ def find_class(name: str, entry: Mapping[str, Any]) -> Any:
         SerializationError: for another library or a name that it does not have.
     """
     library, class_name = entry["library"], entry["class"]
-    found = getattr(importlib.import_module(library), class_name, None) if library in _LIBRARIES else None
+    found = getattr(_module(library), class_name, None)
     if not isinstance(found, type):
         raise SerializationError(
             f"Part {name!r} is {class_name!r} of {library!r}; only classes of diffusers and transformers are loaded."
         )
     return found
+
+
+def _module(library: str) -> Any:
+    """diffusers, transformers, or a package of pipelines in diffusers, which some parts' classes are in."""
+    if library in _LIBRARIES:
+        return importlib.import_module(library)
+    from diffusers import pipelines
+
+    return getattr(pipelines, library, None)
 
 
 def load_part(

@@ -25,7 +25,7 @@ def pipeline_class(source: str | Path, revision: str | None = None) -> Any:
     """
     import diffusers
 
-    index = _model_index(source, revision)
+    index = model_index(source, revision)
     found = getattr(diffusers, index["_class_name"], None) if isinstance(index.get("_class_name"), str) else None
     if not isinstance(found, type) or "prompt" not in inspect.signature(found.__call__).parameters:
         return None
@@ -44,7 +44,8 @@ def _is_known(library: Any) -> bool:
     return library in ("diffusers", "transformers") or hasattr(pipelines, str(library))
 
 
-def _model_index(source: str | Path, revision: str | None) -> Mapping[str, Any]:
+def model_index(source: str | Path, revision: str | None) -> Mapping[str, Any]:
+    """What the folder's or repository's `model_index.json` holds; nothing where there is none."""
     from diffusers import DiffusionPipeline
 
     folder = Path(source)
