@@ -1,0 +1,134 @@
+"""Tokenizers of text encoders, in their own classes, whose vocabulary is the words of one sentence."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import transformers
+from tokenizer_families import CHATML, IM, LLAMA_3, THINK, THINKING
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+WORDS = "a dark light red square circle cube in on over the white room, two black words and an old friend of mine"
+BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
+VISION = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
+# Messages whose content is a text or a list of parts, as processors of vision-language models take them.
+PARTS = """{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.content is string %}{{ m.content }}{% else %}
+{%- for part in m.content %}{% if part.type == 'text' %}{{ part.text }}{% elif part.type == 'image' %}
+{{- '<|vision_start|><|image_pad|><|vision_end|>' }}{% endif %}{% endfor %}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
+
+
+@functools.cache
+def _trained(kind: str) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """Vocabulary and merges of a BPE in which every word of `WORDS` is one token: "bytes", "clip" or "marks" ("▁")."""
+    core = Tokenizer(models.BPE())
+    level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=kind == "bytes")
+    core.pre_tokenizer = {
+        "bytes": level,
+        "clip": pre_tokenizers.Sequence([pre_tokenizers.Whitespace(), level]),
+        "marks": pre_tokenizers.Metaspace("▁"),
+    }[kind]
+    trainer = trainers.BpeTrainer(
+        vocab_size=2000,
+        initial_alphabet=[] if kind == "marks" else BYTES,
+        end_of_word_suffix="</w>" if kind == "clip" else None,
+        show_progress=False,
+    )
+    core.train_from_iterator([WORDS] * 4, trainer)
+    return core.get_vocab(), [tuple(each) for each in json.loads(core.to_str())["model"]["merges"]]
+
+
+def _vocabulary(kind: str, first: Sequence[str] = (), last: Sequence[str] = ()) -> dict[str, int]:
+    words, _ = _trained(kind)
+    tokens = [*first, *sorted(words, key=lambda word: words[word]), *last]
+    return {token: place for place, token in enumerate(tokens)}
+
+
+def clip(length: int = 16, **options: Any) -> Any:
+    """As SD has it: the special tokens are the last two; as SDXL's second, with `pad_token="!"`."""
+    words = _vocabulary("clip", last=("<|startoftext|>", "<|endoftext|>"))
+    return transformers.CLIPTokenizer(vocab=words, merges=_trained("clip")[1], model_max_length=length, **options)
+
+
+def t5(length: int = 16, first: Sequence[str] = ("<pad>", "</s>", "<unk>")) -> Any:
+    words, _ = _trained("marks")
+    scores = [(word, -float(place + 1) / len(word)) for place, word in enumerate(words)]
+    table = [*((token, 0.0) for token in first), *scores]
+    return transformers.T5Tokenizer(vocab=table, extra_ids=0, model_max_length=length)
+
+
+def _byte_fallback(first: Sequence[str]) -> dict[str, int]:
+    return _vocabulary("marks", first=[*first, *(f"<0x{value:02X}>" for value in range(256))])
+
+
+def gemma(length: int = 64, template: str | None = None, **options: Any) -> Any:
+    first = ("<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "<start_of_turn>", "<end_of_turn>")
+    made = transformers.GemmaTokenizer(
+        vocab=_byte_fallback(first), merges=_trained("marks")[1], add_bos_token=True, model_max_length=length, **options
+    )
+    made.chat_template = template
+    return made
+
+
+def llama(length: int = 64, pad: str = "</s>", **options: Any) -> Any:
+    """SentencePiece with a beginning token, as Llama 2 and Pile-T5 have it."""
+    vocabulary = _byte_fallback(("<unk>", "<s>", "</s>"))
+    merges = _trained("marks")[1]
+    options = {"add_bos_token": True, "pad_token": pad, "model_max_length": length} | options
+    return transformers.LlamaTokenizer(vocab=vocabulary, merges=merges, **options)
+
+
+def qwen2(length: int = 256, template: str | None = CHATML, extra: Sequence[str] = (*THINK, *VISION)) -> Any:
+    """Qwen2, Qwen2.5-VL and Qwen3: ChatML over byte-level BPE, padded with `<|endoftext|>`."""
+    vocabulary = _vocabulary("bytes", last=tuple(dict.fromkeys((*IM, *extra))))
+    made = transformers.Qwen2Tokenizer(
+        vocab=vocabulary, merges=_trained("bytes")[1], eos_token="<|im_end|>", pad_token="<|endoftext|>",
+        model_max_length=length, extra_special_tokens=list(dict.fromkeys((*IM, *extra))),
+    )  # fmt: skip
+    made.chat_template = template
+    return made
+
+
+def qwen3(length: int = 256) -> Any:
+    return qwen2(length, THINKING)
+
+
+def fast(specials: Sequence[str], length: int = 64, template: str | None = None, prefix: str = "", **options: Any) -> Any:
+    """A byte-level tokenizer of no class of its own (Llama 3, GLM, Mistral), `prefix` in front of every text."""
+    core = Tokenizer(models.BPE(vocab=_vocabulary("bytes", last=specials), merges=_trained("bytes")[1]))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    from tokenizers import decoders, processors
+
+    core.decoder = decoders.ByteLevel()
+    if prefix:
+        ids = [(token, core.token_to_id(token)) for token in specials if token in prefix]
+        core.post_processor = processors.TemplateProcessing(single=f"{prefix} $A", special_tokens=ids)
+    made = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=core, model_max_length=length, extra_special_tokens=list(specials), **options
+    )
+    made.chat_template = template
+    return made
+
+
+def llama_3(length: int = 64) -> Any:
+    specials = ("<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
+    named = {"bos_token": specials[0], "eos_token": specials[4], "pad_token": specials[4]}
+    return fast(specials, length, LLAMA_3, specials[0], **named)
+
+
+def glm(length: int = 64) -> Any:
+    specials = ("<|endoftext|>", "[gMASK]", "<sop>", "<|system|>", "<|user|>", "<|assistant|>")
+    named = {"eos_token": specials[0], "pad_token": specials[0], "padding_side": "left"}
+    return fast(specials, length, prefix="[gMASK] <sop>", **named)
+
+
+def bert(length: int = 16) -> Any:
+    words = WORDS.replace(",", " ,").split()
+    letters = sorted(set("".join(words)))
+    specials = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+    tokens = dict.fromkeys((*specials, *words, *letters, *(f"##{letter}" for letter in letters)))
+    vocabulary = {token: place for place, token in enumerate(tokens)}
+    return transformers.BertTokenizer(vocab=vocabulary, model_max_length=length)
