@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import zlib
 from collections.abc import Callable
 from typing import Any
 
@@ -24,8 +25,9 @@ def pipeline(name: str, **call: Any) -> Callable[[Callable[[], Any]], Callable[[
             with torch.random.fork_rng():
                 torch.manual_seed(0)
                 pipe = make()
-                for part in pipe.components.values():
+                for part_name, part in pipe.components.items():
                     if isinstance(part, torch.nn.Module):
+                        torch.manual_seed(zlib.crc32(part_name.encode()))
                         redraw(part.eval())
             pipe.set_progress_bar_config(disable=True)
             return pipe
@@ -43,7 +45,7 @@ def redraw(module: torch.nn.Module) -> None:
     with torch.no_grad():
         for name, parameter in module.named_parameters():
             if parameter.ndim > 1:
-                parameter.normal_(0, 0.7 / parameter[0].numel() ** 0.5)
+                parameter.normal_(0, parameter[0].numel() ** -0.5)
             elif "bias" in name:
                 parameter.normal_(0, 0.1)
             elif not parameter.any():

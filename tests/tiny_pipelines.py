@@ -14,8 +14,11 @@ from typing import Any
 
 import diffusers
 import numpy as np
+import tiny_pipelines_dit  # noqa: F401 - registers
+import tiny_pipelines_packed  # noqa: F401 - registers
 import tiny_pipelines_unet  # noqa: F401 - registers
 import torch
+import transformers
 from tiny_parts import CALL, PIPELINES, UNBUILT
 
 __all__ = ["CALL", "PIPELINES", "UNBUILT"]
@@ -69,6 +72,8 @@ def main(names: list[str]) -> None:
     warnings.simplefilter("ignore")
     diffusers.utils.logging.set_verbosity_error()
     logging.disable(logging.WARNING)
+    transformers.utils.logging.disable_progress_bar()
+    diffusers.utils.logging.disable_progress_bar()
     for name in names or PIPELINES:
         try:
             print(report(name), flush=True)

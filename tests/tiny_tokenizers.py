@@ -9,7 +9,7 @@ from typing import Any
 
 import transformers
 from tokenizer_families import CHATML, IM, LLAMA_3, THINK, THINKING
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 WORDS = "a dark light red square circle cube in on over the white room, two black words and an old friend of mine"
 BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -19,6 +19,10 @@ PARTS = """{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.co
 {%- for part in m.content %}{% if part.type == 'text' %}{{ part.text }}{% elif part.type == 'image' %}
 {{- '<|vision_start|><|image_pad|><|vision_end|>' }}{% endif %}{% endfor %}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
+
+MISTRAL_PARTS = """<s>{% for m in messages %}{{ '[SYSTEM_PROMPT]' if m.role == 'system' else '[INST]' }}
+{%- for part in m.content %}{{ part.text }}{% endfor %}
+{{- '[/SYSTEM_PROMPT]' if m.role == 'system' else '[/INST]' }}{% endfor %}"""
 
 
 @functools.cache
@@ -34,7 +38,7 @@ def _trained(kind: str) -> tuple[dict[str, int], list[tuple[str, str]]]:
     trainer = trainers.BpeTrainer(
         vocab_size=2000,
         initial_alphabet=[] if kind == "marks" else BYTES,
-        end_of_word_suffix="</w>" if kind == "clip" else None,
+        **({"end_of_word_suffix": "</w>"} if kind == "clip" else {}),
         show_progress=False,
     )
     core.train_from_iterator([WORDS] * 4, trainer)
@@ -100,8 +104,6 @@ def fast(specials: Sequence[str], length: int = 64, template: str | None = None,
     """A byte-level tokenizer of no class of its own (Llama 3, GLM, Mistral), `prefix` in front of every text."""
     core = Tokenizer(models.BPE(vocab=_vocabulary("bytes", last=specials), merges=_trained("bytes")[1]))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    from tokenizers import decoders, processors
-
     core.decoder = decoders.ByteLevel()
     if prefix:
         ids = [(token, core.token_to_id(token)) for token in specials if token in prefix]
@@ -123,6 +125,13 @@ def glm(length: int = 64) -> Any:
     specials = ("<|endoftext|>", "[gMASK]", "<sop>", "<|system|>", "<|user|>", "<|assistant|>")
     named = {"eos_token": specials[0], "pad_token": specials[0], "padding_side": "left"}
     return fast(specials, length, prefix="[gMASK] <sop>", **named)
+
+
+def mistral(length: int = 64) -> Any:
+    """Mistral 3 without its processor; messages hold a list of texts."""
+    specials = ("<unk>", "<s>", "</s>", "<pad>", "[INST]", "[IMG]", "[/INST]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]")
+    named = {"bos_token": specials[1], "eos_token": specials[2], "pad_token": specials[3], "padding_side": "left"}
+    return fast(specials, length, MISTRAL_PARTS, **named)
 
 
 def bert(length: int = 16) -> Any:
