@@ -27,7 +27,7 @@ __all__ = ["CALL", "PIPELINES", "UNBUILT"]
 def images_of(pipe: Any, prompt: Any, seeds: list[int], **options: Any) -> np.ndarray:
     """What the pipeline makes of a prompt (or several) and as many seeds, after two steps."""
     generator = [torch.Generator().manual_seed(number) for number in seeds]
-    made = pipe(prompt, **({"num_inference_steps": 2, "output_type": "np", "generator": generator} | options))
+    made = pipe(prompt=prompt, **({"num_inference_steps": 2, "output_type": "np", "generator": generator} | options))
     for name in ("images", "frames", "image_embeddings"):
         if hasattr(made, name):
             return np.stack([np.asarray(each) for each in getattr(made, name)]).astype("float64")

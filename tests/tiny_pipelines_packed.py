@@ -152,7 +152,7 @@ def hidream() -> Any:
     first, second, third, fourth = tokenizers.clip(), tokenizers.clip(), tokenizers.t5(), tokenizers.llama_3()
     llama = decoder("LlamaForCausalLM", fourth, 12, attn_implementation="eager")
     return diffusers.HiDreamImagePipeline(
-        scheduler=flow(shift=3.0), vae=autoencoder(levels=1, **KL), text_encoder=clip(first, project=6),
+        scheduler=flow(shift=3.0), vae=autoencoder(levels=1, mid_block_add_attention=False, **KL), text_encoder=clip(first, project=6),
         tokenizer=first, text_encoder_2=clip(second, 12, project=10), tokenizer_2=second,
         text_encoder_3=t5(third, 8), tokenizer_3=third, text_encoder_4=llama, tokenizer_4=fourth,
         transformer=diffusers.HiDreamImageTransformer2DModel(

@@ -12,6 +12,9 @@ from tokenizer_families import CHATML, IM, LLAMA_3, THINK, THINKING
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 WORDS = "a dark light red square circle cube in on over the white room, two black words and an old friend of mine"
+TEMPLATES = """system Describe the image by detailing the color, shape, size, texture, quantity, text, spatial
+relationships of the objects and background: user assistant You are an assistant designed to generate superior images
+with the superior degree of image-text alignment based on textual prompts or user prompts. Prompt Start"""
 BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
 VISION = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
 # Messages whose content is a text or a list of parts, as processors of vision-language models take them.
@@ -27,7 +30,7 @@ MISTRAL_PARTS = """<s>{% for m in messages %}{{ '[SYSTEM_PROMPT]' if m.role == '
 
 @functools.cache
 def _trained(kind: str) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """Vocabulary and merges of a BPE in which every word of `WORDS` is one token: "bytes", "clip" or "marks" ("▁")."""
+    """Vocabulary and merges of a BPE in which every word of `WORDS` and `TEMPLATES` is one token: "bytes", "clip" or "marks" ("▁")."""
     core = Tokenizer(models.BPE())
     level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=kind == "bytes")
     core.pre_tokenizer = {
@@ -41,7 +44,7 @@ def _trained(kind: str) -> tuple[dict[str, int], list[tuple[str, str]]]:
         **({"end_of_word_suffix": "</w>"} if kind == "clip" else {}),
         show_progress=False,
     )
-    core.train_from_iterator([WORDS] * 4, trainer)
+    core.train_from_iterator([WORDS, TEMPLATES] * 4, trainer)
     return core.get_vocab(), [tuple(each) for each in json.loads(core.to_str())["model"]["merges"]]
 
 
