@@ -8,7 +8,9 @@ import diffusers
 import tiny_tokenizers as tokenizers
 import transformers
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
-from tiny_parts import autoencoder, clip, pipeline
+from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import LDMBertConfig, LDMBertModel
+from diffusers.utils import is_sentencepiece_available
+from tiny_parts import UNBUILT, autoencoder, clip, pipeline, t5
 
 SCHEDULE = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1)
 
@@ -91,3 +93,100 @@ def sdxl() -> Any:
         ),
         scheduler=diffusers.EulerDiscreteScheduler(**SCHEDULE, timestep_spacing="leading"),
     )  # fmt: skip
+
+
+@pipeline("sd15-pag", pag_scale=2.0)
+def sd15_pag() -> Any:
+    return stable_diffusion(ddim(), "StableDiffusionPAGPipeline")
+
+
+@pipeline("sdxl-pag", pag_scale=2.0)
+def sdxl_pag() -> Any:
+    return diffusers.StableDiffusionXLPAGPipeline(**sdxl.__wrapped__().components)
+
+
+@pipeline("deepfloyd-if")
+def deepfloyd_if() -> Any:
+    """Over pixels, with learned variances and dynamic thresholding; the length of texts, 77, is the pipeline's own."""
+    tokenizer = tokenizers.t5(77)
+    return diffusers.IFPipeline(
+        tokenizer=tokenizer, text_encoder=t5(tokenizer), safety_checker=None, feature_extractor=None, watermarker=None,
+        requires_safety_checker=False,
+        unet=unet(
+            in_channels=3, out_channels=6, encoder_hid_dim=8, encoder_hid_dim_type="text_proj",
+            addition_embed_type="text", addition_embed_type_num_heads=2, cross_attention_dim=12, act_fn="gelu",
+            down_block_types=("SimpleCrossAttnDownBlock2D", "ResnetDownsampleBlock2D"),
+            up_block_types=("ResnetUpsampleBlock2D", "SimpleCrossAttnUpBlock2D"),
+            mid_block_type="UNetMidBlock2DSimpleCrossAttn", resnet_time_scale_shift="scale_shift",
+            time_embedding_act_fn="gelu", class_embed_type=None, only_cross_attention=True, mid_block_scale_factor=1.414,
+        ),
+        scheduler=diffusers.DDPMScheduler(
+            beta_schedule="squaredcos_cap_v2", variance_type="learned_range", thresholding=True,
+            dynamic_thresholding_ratio=0.95, sample_max_value=1.5, prediction_type="epsilon",
+        ),
+    )  # fmt: skip
+
+
+def movq(**options: Any) -> Any:
+    """Kandinsky's autoencoder, whose norms take the latents; halves the sides thrice, as the pipelines reckon."""
+    tiny = dict(
+        in_channels=3, out_channels=3, latent_channels=4, vq_embed_dim=4, num_vq_embeddings=16, norm_num_groups=2,
+        block_out_channels=(4,) * 4, layers_per_block=1, norm_type="spatial",
+        down_block_types=("DownEncoderBlock2D",) * 3 + ("AttnDownEncoderBlock2D",),
+        up_block_types=("AttnUpDecoderBlock2D",) + ("UpDecoderBlock2D",) * 3,
+    )  # fmt: skip
+    return diffusers.VQModel(**(tiny | options))
+
+
+@pipeline("kandinsky3", height=64, width=64)
+def kandinsky_3() -> Any:
+    tokenizer = tokenizers.t5(128)
+    return diffusers.Kandinsky3Pipeline(
+        tokenizer=tokenizer, text_encoder=t5(tokenizer), movq=movq(),
+        unet=diffusers.Kandinsky3UNet(
+            in_channels=4, time_embedding_dim=8, groups=2, attention_head_dim=4, layers_per_block=1,
+            block_out_channels=(8, 8, 8, 8), cross_attention_dim=8, encoder_hid_dim=8,
+        ),
+        scheduler=diffusers.DDPMScheduler(beta_schedule="squaredcos_cap_v2", clip_sample=True),
+    )  # fmt: skip
+
+
+@pipeline("latent-diffusion", height=16, width=16)
+def latent_diffusion() -> Any:
+    """Without an attention mask, and with an unconditional pass of its own; its texts have 77 tokens."""
+    tokenizer = tokenizers.bert(77)
+    config = LDMBertConfig(
+        vocab_size=len(tokenizer), max_position_embeddings=77, encoder_layers=2, encoder_ffn_dim=16,
+        encoder_attention_heads=2, head_dim=4, d_model=8,
+    )  # fmt: skip
+    return diffusers.LDMTextToImagePipeline(
+        vqvae=autoencoder(levels=4, scaling_factor=0.18215), bert=LDMBertModel(config), tokenizer=tokenizer,
+        unet=unet(cross_attention_dim=8), scheduler=ddim(),
+    )  # fmt: skip
+
+
+def kolors() -> Any:
+    """Its tokenizer needs sentencepiece."""
+    tokenizer = tokenizers.chatglm(32)
+    config = ChatGLMConfig(
+        num_layers=2, padded_vocab_size=tokenizer.vocab_size, hidden_size=8, ffn_hidden_size=16, kv_channels=4,
+        num_attention_heads=2, seq_length=64, multi_query_attention=True, multi_query_group_num=1, add_qkv_bias=True,
+    )  # fmt: skip
+    return diffusers.KolorsPipeline(
+        vae=autoencoder(scaling_factor=0.13025), tokenizer=tokenizer, text_encoder=ChatGLMModel(config),
+        unet=unet(
+            cross_attention_dim=12, encoder_hid_dim=8, encoder_hid_dim_type="text_proj",
+            addition_embed_type="text_time", addition_time_embed_dim=4,
+            projection_class_embeddings_input_dim=8 + 6 * 4, transformer_layers_per_block=(1, 2),
+            use_linear_projection=True,
+        ),
+        scheduler=diffusers.EulerDiscreteScheduler(**(SCHEDULE | dict(beta_end=0.014)), timestep_spacing="leading"),
+    )  # fmt: skip
+
+
+if is_sentencepiece_available():
+    from diffusers.pipelines.kolors.text_encoder import ChatGLMConfig, ChatGLMModel
+
+    pipeline("kolors", max_sequence_length=24)(kolors)
+else:
+    UNBUILT["kolors"] = "its tokenizer (ChatGLMTokenizer) and so the pipeline itself need sentencepiece"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import tempfile
 from collections.abc import Sequence
 from typing import Any
 
@@ -135,6 +136,23 @@ def mistral(length: int = 64) -> Any:
     specials = ("<unk>", "<s>", "</s>", "<pad>", "[INST]", "[IMG]", "[/INST]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]")
     named = {"bos_token": specials[1], "eos_token": specials[2], "pad_token": specials[3], "padding_side": "left"}
     return fast(specials, length, MISTRAL_PARTS, **named)
+
+
+def chatglm(length: int = 32) -> Any:
+    """Kolors' tokenizer, of a SentencePiece model that is trained here; its pieces stay in memory but for a moment."""
+    import sentencepiece
+    from diffusers.pipelines.kolors.tokenizer import ChatGLMTokenizer
+
+    with tempfile.TemporaryDirectory() as folder:
+        prefix = f"{folder}/tokenizer"
+        sentences = iter([WORDS, TEMPLATES.replace("\n", " ")])
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=sentences, model_prefix=prefix, vocab_size=120, model_type="bpe", byte_fallback=False,
+            minloglevel=2, unk_id=0, bos_id=1, eos_id=2,
+        )  # fmt: skip
+        made = ChatGLMTokenizer(vocab_file=f"{prefix}.model", model_max_length=length)
+        made.save_vocabulary = lambda *a: None
+    return made
 
 
 def bert(length: int = 16) -> Any:
