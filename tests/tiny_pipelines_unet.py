@@ -128,10 +128,10 @@ def deepfloyd_if() -> Any:
 
 
 def movq(**options: Any) -> Any:
-    """Kandinsky's autoencoder, whose norms take the latents; halves the sides thrice, as the pipelines reckon."""
+    """Kandinsky's autoencoder, whose norms take the latents, in 32 groups; halves the sides thrice, as is reckoned."""
     tiny = dict(
-        in_channels=3, out_channels=3, latent_channels=4, vq_embed_dim=4, num_vq_embeddings=16, norm_num_groups=2,
-        block_out_channels=(4,) * 4, layers_per_block=1, norm_type="spatial",
+        in_channels=3, out_channels=3, latent_channels=4, vq_embed_dim=4, num_vq_embeddings=16, norm_num_groups=32,
+        block_out_channels=(32,) * 4, layers_per_block=1, norm_type="spatial",
         down_block_types=("DownEncoderBlock2D",) * 3 + ("AttnDownEncoderBlock2D",),
         up_block_types=("AttnUpDecoderBlock2D",) + ("UpDecoderBlock2D",) * 3,
     )  # fmt: skip
@@ -144,8 +144,8 @@ def kandinsky_3() -> Any:
     return diffusers.Kandinsky3Pipeline(
         tokenizer=tokenizer, text_encoder=t5(tokenizer), movq=movq(),
         unet=diffusers.Kandinsky3UNet(
-            in_channels=4, time_embedding_dim=8, groups=2, attention_head_dim=4, layers_per_block=1,
-            block_out_channels=(8, 8, 8, 8), cross_attention_dim=8, encoder_hid_dim=8,
+            in_channels=4, time_embedding_dim=8, groups=2, attention_head_dim=4, layers_per_block=2,
+            block_out_channels=(8, 16, 32, 64), cross_attention_dim=8, encoder_hid_dim=8,
         ),
         scheduler=diffusers.DDPMScheduler(beta_schedule="squaredcos_cap_v2", clip_sample=True),
     )  # fmt: skip
@@ -171,9 +171,13 @@ def kolors() -> Any:
     config = ChatGLMConfig(
         num_layers=2, padded_vocab_size=tokenizer.vocab_size, hidden_size=8, ffn_hidden_size=16, kv_channels=4,
         num_attention_heads=2, seq_length=64, multi_query_attention=True, multi_query_group_num=1, add_qkv_bias=True,
+        original_rope=True,
     )  # fmt: skip
+    encoder = ChatGLMModel(config)
+    for parameter in encoder.parameters():
+        parameter.data.fill_(1)  # it leaves them as they lie in memory
     return diffusers.KolorsPipeline(
-        vae=autoencoder(scaling_factor=0.13025), tokenizer=tokenizer, text_encoder=ChatGLMModel(config),
+        vae=autoencoder(scaling_factor=0.13025), tokenizer=tokenizer, text_encoder=encoder,
         unet=unet(
             cross_attention_dim=12, encoder_hid_dim=8, encoder_hid_dim_type="text_proj",
             addition_embed_type="text_time", addition_time_embed_dim=4,

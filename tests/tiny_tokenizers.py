@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import transformers
+from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import DEFAULT_PROMPT_TEMPLATE
 from tokenizer_families import CHATML, IM, LLAMA_3, THINK, THINKING
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
@@ -45,7 +46,7 @@ def _trained(kind: str) -> tuple[dict[str, int], list[tuple[str, str]]]:
         **({"end_of_word_suffix": "</w>"} if kind == "clip" else {}),
         show_progress=False,
     )
-    core.train_from_iterator([WORDS, TEMPLATES] * 4, trainer)
+    core.train_from_iterator([WORDS, TEMPLATES, DEFAULT_PROMPT_TEMPLATE["template"]] * 4, trainer)
     return core.get_vocab(), [tuple(each) for each in json.loads(core.to_str())["model"]["merges"]]
 
 
@@ -61,11 +62,19 @@ def clip(length: int = 16, **options: Any) -> Any:
     return transformers.CLIPTokenizer(vocab=words, merges=_trained("clip")[1], model_max_length=length, **options)
 
 
-def t5(length: int = 16, first: Sequence[str] = ("<pad>", "</s>", "<unk>")) -> Any:
-    words, _ = _trained("marks")
-    scores = [(word, -float(place + 1) / len(word)) for place, word in enumerate(words)]
-    table = [*((token, 0.0) for token in first), *scores]
+def _scored(first: Sequence[str]) -> list[tuple[str, float]]:
+    """A table of pieces, of which the longer wins."""
+    return [*((token, 0.0) for token in first), *((word, -1.0 / len(word)) for word in _vocabulary("marks"))]
+
+
+def t5(length: int = 16) -> Any:
+    table = _scored(("<pad>", "</s>", "<unk>"))
     return transformers.T5Tokenizer(vocab=table, extra_ids=0, model_max_length=length)
+
+
+def xlm_roberta(length: int = 16) -> Any:
+    table = _scored(("<s>", "<pad>", "</s>", "<unk>", "<mask>"))
+    return transformers.XLMRobertaTokenizer(vocab=table, model_max_length=length)
 
 
 def _byte_fallback(first: Sequence[str]) -> dict[str, int]:
@@ -138,21 +147,23 @@ def mistral(length: int = 64) -> Any:
     return fast(specials, length, MISTRAL_PARTS, **named)
 
 
+@functools.cache
+def _folder() -> tempfile.TemporaryDirectory[str]:
+    """For tokenizers that read their file anew when they are saved; lives as long as the process."""
+    return tempfile.TemporaryDirectory()
+
+
 def chatglm(length: int = 32) -> Any:
-    """Kolors' tokenizer, of a SentencePiece model that is trained here; its pieces stay in memory but for a moment."""
+    """Kolors' tokenizer, on a SentencePiece model that is trained here."""
     import sentencepiece
     from diffusers.pipelines.kolors.tokenizer import ChatGLMTokenizer
 
-    with tempfile.TemporaryDirectory() as folder:
-        prefix = f"{folder}/tokenizer"
-        sentences = iter([WORDS, TEMPLATES.replace("\n", " ")])
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=sentences, model_prefix=prefix, vocab_size=120, model_type="bpe", byte_fallback=False,
-            minloglevel=2, unk_id=0, bos_id=1, eos_id=2,
-        )  # fmt: skip
-        made = ChatGLMTokenizer(vocab_file=f"{prefix}.model", model_max_length=length)
-        made.save_vocabulary = lambda *a: None
-    return made
+    prefix = f"{_folder().name}/tokenizer"
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([WORDS, *TEMPLATES.split("\n")]), model_prefix=prefix, vocab_size=120,
+        model_type="bpe", minloglevel=2,
+    )  # fmt: skip
+    return ChatGLMTokenizer(vocab_file=f"{prefix}.model", model_max_length=length)
 
 
 def bert(length: int = 16) -> Any:
