@@ -17,6 +17,7 @@ import numpy as np
 import tiny_pipelines_dit  # noqa: F401 - registers
 import tiny_pipelines_packed  # noqa: F401 - registers
 import tiny_pipelines_stages  # noqa: F401 - registers
+import tiny_pipelines_text  # noqa: F401 - registers
 import tiny_pipelines_unet  # noqa: F401 - registers
 import tiny_pipelines_video  # noqa: F401 - registers
 import torch
