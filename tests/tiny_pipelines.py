@@ -20,6 +20,7 @@ import tiny_pipelines_stages  # noqa: F401 - registers
 import tiny_pipelines_text  # noqa: F401 - registers
 import tiny_pipelines_unet  # noqa: F401 - registers
 import tiny_pipelines_video  # noqa: F401 - registers
+import tiny_pipelines_video_text  # noqa: F401 - registers
 import torch
 import transformers
 from tiny_parts import CALL, PIPELINES, UNBUILT
@@ -31,7 +32,7 @@ def images_of(pipe: Any, prompt: Any, seeds: list[int], **options: Any) -> np.nd
     """What the pipeline makes of a prompt (or several) and as many seeds, after two steps."""
     generator = [torch.Generator().manual_seed(number) for number in seeds]
     made = pipe(prompt=prompt, **({"num_inference_steps": 2, "output_type": "np", "generator": generator} | options))
-    for name in ("images", "frames", "image_embeddings"):
+    for name in ("images", "image", "frames"):
         if hasattr(made, name):
             return np.stack([np.asarray(each) for each in getattr(made, name)]).astype("float64")
     raise TypeError(f"{type(made).__name__} holds no images")

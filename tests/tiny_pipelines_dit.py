@@ -27,6 +27,14 @@ def sd3() -> Any:
     )  # fmt: skip
 
 
+@pipeline("sd3-pag", max_sequence_length=12, pag_scale=2.0)
+def sd3_pag() -> Any:
+    parts = sd3.__wrapped__().components
+    return diffusers.StableDiffusion3PAGPipeline(
+        **{name: part for name, part in parts.items() if name not in ("image_encoder", "feature_extractor")}
+    )
+
+
 def pixart(kind: str, sample_size: int, extra: bool, **options: Any) -> Any:
     tokenizer = tokenizers.t5(32)
     return getattr(diffusers, kind)(

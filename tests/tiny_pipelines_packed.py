@@ -67,6 +67,11 @@ def flux_2_klein_distilled() -> Any:
     return pipe
 
 
+@pipeline("flux2-klein-kv", height=16, width=16, max_sequence_length=32, text_encoder_out_layers=(1, 2, 3))
+def flux_2_klein_kv() -> Any:
+    return diffusers.Flux2KleinKVPipeline(**flux_2_klein.__wrapped__().components)
+
+
 @pipeline("flux2", height=16, width=16, max_sequence_length=400, text_encoder_out_layers=(1, 2, 3))
 def flux_2() -> Any:
     """With the tokenizer of its processor alone: the processor itself needs torchvision."""

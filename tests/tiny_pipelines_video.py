@@ -163,23 +163,6 @@ def mochi() -> Any:
     )  # fmt: skip
 
 
-@pipeline("hunyuan-video", height=32, width=32, num_frames=5, max_sequence_length=64)
-def hunyuan_video() -> Any:
-    first, second = tokenizers.llama(512), tokenizers.clip(77)
-    return diffusers.HunyuanVideoPipeline(
-        text_encoder=decoder("LlamaModel", first, layers=4), tokenizer=first, text_encoder_2=clip(second),
-        tokenizer_2=second, scheduler=flow(shift=7.0),
-        transformer=diffusers.HunyuanVideoTransformer3DModel(
-            in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=8, num_layers=1,
-            num_single_layers=1, num_refiner_layers=1, text_embed_dim=8, pooled_projection_dim=8,
-            rope_axes_dim=(4, 2, 2),
-        ),
-        vae=diffusers.AutoencoderKLHunyuanVideo(
-            latent_channels=4, block_out_channels=(8,) * 4, layers_per_block=1, norm_num_groups=2
-        ),
-    )  # fmt: skip
-
-
 @pipeline("latte", height=16, width=16, video_length=2)
 def latte() -> Any:
     """Its texts have 120 tokens."""
