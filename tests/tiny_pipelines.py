@@ -15,6 +15,7 @@ from typing import Any
 import diffusers
 import numpy as np
 import tiny_pipelines_dit  # noqa: F401 - registers
+import tiny_pipelines_older  # noqa: F401 - registers
 import tiny_pipelines_packed  # noqa: F401 - registers
 import tiny_pipelines_stages  # noqa: F401 - registers
 import tiny_pipelines_text  # noqa: F401 - registers
@@ -30,9 +31,10 @@ __all__ = ["CALL", "PIPELINES", "UNBUILT"]
 
 def images_of(pipe: Any, prompt: Any, seeds: list[int], **options: Any) -> np.ndarray:
     """What the pipeline makes of a prompt (or several) and as many seeds, after two steps."""
-    generator = [torch.Generator().manual_seed(number) for number in seeds]
+    each = [torch.Generator().manual_seed(number) for number in seeds]
+    generator = each if len(each) > 1 else each[0]
     made = pipe(prompt=prompt, **({"num_inference_steps": 2, "output_type": "np", "generator": generator} | options))
-    for name in ("images", "image", "frames"):
+    for name in ("images", "image", "frames", "rgb"):
         if hasattr(made, name):
             return np.stack([np.asarray(each) for each in getattr(made, name)]).astype("float64")
     raise TypeError(f"{type(made).__name__} holds no images")

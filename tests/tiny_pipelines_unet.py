@@ -105,12 +105,6 @@ def sdxl_pag() -> Any:
     return diffusers.StableDiffusionXLPAGPipeline(**sdxl.__wrapped__().components)
 
 
-@pipeline("sd15-sag")
-def sd15_sag() -> Any:
-    """Self-attention guidance: a third pass, of latents that are blurred where the second attends."""
-    return diffusers.StableDiffusionSAGPipeline(**stable_diffusion(ddim()).components, requires_safety_checker=False)
-
-
 @pipeline("deepfloyd-if")
 def deepfloyd_if() -> Any:
     """Over pixels, with learned variances and dynamic thresholding; the length of texts, 77, is the pipeline's own."""

@@ -40,7 +40,7 @@ def hunyuan_video_1_5() -> Any:
         text_encoder=qwen_vl(tokenizer, layers=4).model.language_model, tokenizer=tokenizer, tokenizer_2=glyphs,
         text_encoder_2=t5(glyphs, 12), scheduler=flow(shift=7.0), guider=diffusers.ClassifierFreeGuidance(6.0),
         vae=diffusers.AutoencoderKLHunyuanVideo15(
-            latent_channels=4, block_out_channels=(32,) * 5, layers_per_block=1
+            latent_channels=4, block_out_channels=(8,) * 5, layers_per_block=1
         ),
         transformer=diffusers.HunyuanVideo15Transformer3DModel(
             in_channels=9, out_channels=4, num_attention_heads=2, attention_head_dim=8, num_layers=1,
@@ -63,7 +63,7 @@ def kandinsky_5() -> Any:
     )  # fmt: skip
 
 
-@pipeline("easyanimate", height=16, width=16, num_frames=5, max_sequence_length=32)
+@pipeline("easyanimate", height=16, width=16, num_frames=5, negative_prompt="")
 def easyanimate() -> Any:
     tokenizer = tokenizers.qwen2(256, tokenizers.PARTS)
     text = dict(
@@ -81,7 +81,7 @@ def easyanimate() -> Any:
             up_block_types=["SpatialUpBlock3D", "SpatialTemporalUpBlock3D", "SpatialTemporalUpBlock3D"],
         ),
         transformer=diffusers.EasyAnimateTransformer3DModel(
-            num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=4, patch_size=2, sample_width=4,
+            num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4, patch_size=2, sample_width=4,
             sample_height=4, num_layers=2, mmdit_layers=1, time_embed_dim=8, text_embed_dim=16,
         ),
         scheduler=flow(shift=5.0),
