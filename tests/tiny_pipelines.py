@@ -65,7 +65,9 @@ def report(name: str) -> str:
         both = f"two prompts: {type(error).__name__}: {str(error)[:80]}"
     facts = [
         f"{name}: {type(pipe).__name__}, {'x'.join(map(str, one.shape))}, build {built:.2f} s, call {taken:.2f} s",
-        "reload the same" if apart < 1e-5 and type(opened) is type(pipe) else f"RELOAD {apart:.1e} {type(opened).__name__}",
+        "reload the same"
+        if apart < 1e-5 and type(opened) is type(pipe)
+        else f"RELOAD {apart:.1e} {type(opened).__name__}",
         f"prompt {np.abs(other - one).mean():.4f}, noise {np.abs(noise - one).mean():.4f}",
         both,
     ]

@@ -66,6 +66,11 @@ def pixart_sigma() -> Any:
     return pixart("PixArtSigmaPipeline", 8, False, scaling_factor=0.13025)
 
 
+@pipeline("pixart-sigma-pag", max_sequence_length=20, use_resolution_binning=False, pag_scale=2.0)
+def pixart_sigma_pag() -> Any:
+    return diffusers.PixArtSigmaPAGPipeline(**pixart_sigma.__wrapped__().components)
+
+
 def deep_compression(channels: int = 4) -> Any:
     """An AutoencoderDC that halves the sides twice."""
     return diffusers.AutoencoderDC(
@@ -103,6 +108,11 @@ def sana() -> Any:
         final_sigmas_type="zero", solver_order=2, solver_type="midpoint", lower_order_final=True,
     )  # fmt: skip
     return of_sana("SanaPipeline", scheduler)
+
+
+@pipeline("sana-pag", height=32, width=32, max_sequence_length=20, use_resolution_binning=False, pag_scale=2.0)
+def sana_pag() -> Any:
+    return of_sana("SanaPAGPipeline", flow(shift=3.0))
 
 
 @pipeline("sana-sprint", height=32, width=32, max_sequence_length=20, use_resolution_binning=False)
@@ -181,6 +191,11 @@ def hunyuandit() -> Any:
             steps_offset=1, clip_sample=False,
         ),
     )  # fmt: skip
+
+
+@pipeline("hunyuandit-pag", height=16, width=16, use_resolution_binning=False, pag_scale=2.0)
+def hunyuandit_pag() -> Any:
+    return diffusers.HunyuanDiTPAGPipeline(**hunyuandit.__wrapped__().components, requires_safety_checker=False)
 
 
 @pipeline("z-image", height=16, width=16, max_sequence_length=48)

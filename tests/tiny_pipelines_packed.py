@@ -10,7 +10,9 @@ import transformers
 from tiny_parts import autoencoder, clip, decoder, flow, pipeline, t5
 
 KL = dict(scaling_factor=0.3611, shift_factor=0.1159, use_quant_conv=False, use_post_quant_conv=False)
-DYNAMIC = dict(base_image_seq_len=256, base_shift=0.5, max_image_seq_len=4096, max_shift=1.15, use_dynamic_shifting=True)
+DYNAMIC = dict(
+    base_image_seq_len=256, base_shift=0.5, max_image_seq_len=4096, max_shift=1.15, use_dynamic_shifting=True
+)
 
 
 def flux(guidance: bool, **schedule: Any) -> Any:

@@ -154,6 +154,22 @@ def cogview3plus() -> Any:
     )  # fmt: skip
 
 
+def prx_pixel() -> Any:
+    """Over pixels; its noise is twice the usual."""
+    tokenizer = tokenizers.qwen2(64)
+    return diffusers.PRXPixelPipeline(
+        scheduler=flow(shift=3.0), tokenizer=tokenizer, text_encoder=decoder("Qwen3Model", tokenizer),
+        default_sample_size=8, prompt_max_tokens=16,
+        transformer=diffusers.PRXTransformer2DModel(
+            in_channels=3, context_in_dim=8, hidden_size=16, mlp_ratio=2.0, num_heads=2, depth=2, axes_dim=[4, 4]
+        ),
+    )  # fmt: skip
+
+
+if diffusers.utils.is_ftfy_available():
+    pipeline("prx-pixel", height=8, width=8, use_resolution_binning=False)(prx_pixel)
+else:
+    UNBUILT["prx-pixel"] = "it reads its prompts with ftfy, without a check whether that is installed"
 UNBUILT["prx"] = (
     "diffusers 0.42.1 does not open what it saved: the text encoder's configuration is written without the one that it "
     "is read from (T5GemmaConfig); it needs ftfy, too, without a check"
@@ -209,7 +225,9 @@ def ideogram_4() -> Any:
     )  # fmt: skip
 
 
-UNBUILT |= dict.fromkeys(("qwen-image-2.1", "bria-fibo2", "dreamlite"), "its processor (Qwen3VLProcessor) needs torchvision")
+UNBUILT |= dict.fromkeys(
+    ("qwen-image-2.1", "bria-fibo2", "dreamlite"), "its processor (Qwen3VLProcessor) needs torchvision"
+)
 UNBUILT["omnigen"] = "its own processor of texts needs torchvision"
 UNBUILT["glm-image"] = "its processor needs torchvision, and a language model draws tokens before the denoiser runs"
 UNBUILT["z-image-omni"] = "its image processor (Siglip2) needs torchvision"

@@ -37,7 +37,9 @@ def safety() -> dict[str, Any]:
     return dict(safety_checker=StableDiffusionSafetyChecker(config), feature_extractor=processor)
 
 
-def stable_diffusion(scheduler: Any, kind: str = "StableDiffusionPipeline", checked: bool = False, **options: Any) -> Any:
+def stable_diffusion(
+    scheduler: Any, kind: str = "StableDiffusionPipeline", checked: bool = False, **options: Any
+) -> Any:
     tokenizer = tokenizers.clip()
     guard = safety() if checked else dict(safety_checker=None, feature_extractor=None)
     return getattr(diffusers, kind)(
@@ -63,9 +65,7 @@ def sd15_safety() -> Any:
 
 @pipeline("sd21-v")
 def sd21_v() -> Any:
-    return stable_diffusion(
-        ddim(prediction_type="v_prediction"), use_linear_projection=True, attention_head_dim=(2, 4)
-    )
+    return stable_diffusion(ddim(prediction_type="v_prediction"), use_linear_projection=True, attention_head_dim=(2, 4))
 
 
 @pipeline("sd15-zero-snr", guidance_rescale=0.7)

@@ -7,7 +7,7 @@ from typing import Any
 import diffusers
 import tiny_tokenizers as tokenizers
 import transformers
-from tiny_parts import clip, decoder, flow, pipeline, t5
+from tiny_parts import UNBUILT, clip, decoder, flow, pipeline, t5
 from tiny_pipelines_packed import qwen_vl
 
 
@@ -86,3 +86,7 @@ def easyanimate() -> Any:
         ),
         scheduler=flow(shift=5.0),
     )  # fmt: skip
+
+
+UNBUILT["ltx2"] = "draws a sound track beside the video: two denoised tensors, two autoencoders and a vocoder"
+UNBUILT["helios"] = "draws chunk after chunk, each with the earlier ones among the denoiser's arguments"

@@ -113,7 +113,9 @@ def qwen3(length: int = 256) -> Any:
     return qwen2(length, THINKING)
 
 
-def fast(specials: Sequence[str], length: int = 64, template: str | None = None, prefix: str = "", **options: Any) -> Any:
+def fast(
+    specials: Sequence[str], length: int = 64, template: str | None = None, prefix: str = "", **options: Any
+) -> Any:
     """A byte-level tokenizer of no class of its own (Llama 3, GLM, Mistral), `prefix` in front of every text."""
     core = Tokenizer(models.BPE(vocab=_vocabulary("bytes", last=specials), merges=_trained("bytes")[1]))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
