@@ -7,8 +7,8 @@ from typing import Any
 import diffusers
 import tiny_tokenizers as tokenizers
 import transformers
-from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import LDMBertConfig, LDMBertModel
+from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from diffusers.utils import is_sentencepiece_available
 from tiny_parts import UNBUILT, autoencoder, clip, pipeline, t5
 
