@@ -121,7 +121,7 @@ def sana_sprint() -> Any:
     return of_sana("SanaSprintPipeline", diffusers.SCMScheduler(), **options)
 
 
-@pipeline("auraflow", height=16, width=16, max_sequence_length=20)
+@pipeline("auraflow", height=16, width=16, max_sequence_length=8)
 def auraflow() -> Any:
     tokenizer = tokenizers.llama()
     return diffusers.AuraFlowPipeline(

@@ -197,7 +197,7 @@ def hunyuan_image() -> Any:
 
 @pipeline("kandinsky5-image")
 def kandinsky_5_image() -> Any:
-    """Its sizes are a list, all of a million pixels for an autoencoder that shrinks eightfold; the one here does not."""
+    """Its sizes are a list, all of a million pixels for an autoencoder that shrinks eightfold; this one does not."""
     tokenizer, second = tokenizers.qwen2(1100), tokenizers.clip(77)
     return diffusers.Kandinsky5T2IPipeline(
         scheduler=flow(shift=3.0), tokenizer=tokenizer, text_encoder=qwen_vl(tokenizer), tokenizer_2=second,

@@ -118,7 +118,8 @@ def deepfloyd_if() -> Any:
             down_block_types=("SimpleCrossAttnDownBlock2D", "ResnetDownsampleBlock2D"),
             up_block_types=("ResnetUpsampleBlock2D", "SimpleCrossAttnUpBlock2D"),
             mid_block_type="UNetMidBlock2DSimpleCrossAttn", resnet_time_scale_shift="scale_shift",
-            time_embedding_act_fn="gelu", class_embed_type=None, only_cross_attention=True, mid_block_scale_factor=1.414,
+            time_embedding_act_fn="gelu", class_embed_type=None, only_cross_attention=True,
+            mid_block_scale_factor=1.414,
         ),
         scheduler=diffusers.DDPMScheduler(
             beta_schedule="squaredcos_cap_v2", variance_type="learned_range", thresholding=True,

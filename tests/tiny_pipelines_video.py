@@ -107,7 +107,7 @@ def sana_video() -> Any:
 @pipeline("ltx", height=32, width=32, num_frames=9, max_sequence_length=16)
 def ltx() -> Any:
     tokenizer = tokenizers.t5(32)
-    four = (1,) * 5
+    one, halved = (1,) * 5, (True, True, False, False)
     return diffusers.LTXPipeline(
         scheduler=flow(
             base_image_seq_len=1024, base_shift=0.95, max_image_seq_len=4096, max_shift=2.05, shift_terminal=0.1,
@@ -115,8 +115,8 @@ def ltx() -> Any:
         ),
         vae=diffusers.AutoencoderKLLTXVideo(
             latent_channels=4, block_out_channels=(8,) * 4, decoder_block_out_channels=(8,) * 4,
-            layers_per_block=four, decoder_layers_per_block=four, patch_size=2,
-            spatio_temporal_scaling=(True, True, False, False), decoder_spatio_temporal_scaling=(True, True, False, False),
+            layers_per_block=one, decoder_layers_per_block=one, patch_size=2,
+            spatio_temporal_scaling=halved, decoder_spatio_temporal_scaling=halved,
         ),
         text_encoder=t5(tokenizer), tokenizer=tokenizer,
         transformer=diffusers.LTXVideoTransformer3DModel(

@@ -20,8 +20,8 @@ with the superior degree of image-text alignment based on textual prompts or use
 BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
 VISION = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
 # Messages whose content is a text or a list of parts, as processors of vision-language models take them.
-PARTS = """{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.content is string %}{{ m.content }}{% else %}
-{%- for part in m.content %}{% if part.type == 'text' %}{{ part.text }}{% elif part.type == 'image' %}
+PARTS = """{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.content is string %}
+{{- m.content }}{% else %}{% for part in m.content %}{% if part.type == 'text' %}{{ part.text }}{% elif part.type == 'image' %}
 {{- '<|vision_start|><|image_pad|><|vision_end|>' }}{% endif %}{% endfor %}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
 
@@ -32,7 +32,11 @@ MISTRAL_PARTS = """<s>{% for m in messages %}{{ '[SYSTEM_PROMPT]' if m.role == '
 
 @functools.cache
 def _trained(kind: str) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """Vocabulary and merges of a BPE in which every word of `WORDS` and `TEMPLATES` is one token: "bytes", "clip" or "marks" ("▁")."""
+    """Vocabulary and merges of a BPE in which every word of `WORDS` and `TEMPLATES` is one token.
+
+    Args:
+        kind: "bytes", "clip" (words end in `</w>`) or "marks" (words begin with "▁").
+    """
     core = Tokenizer(models.BPE())
     level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=kind == "bytes")
     core.pre_tokenizer = {
