@@ -161,7 +161,8 @@ def hidream() -> Any:
     llama = decoder("LlamaForCausalLM", fourth, 12, attn_implementation="eager")
     return diffusers.HiDreamImagePipeline(
         scheduler=flow(shift=3.0), vae=autoencoder(levels=1, mid_block_add_attention=False, **KL),
-        text_encoder=clip(first, project=6), tokenizer=first, text_encoder_2=clip(second, 12, project=10), tokenizer_2=second,
+        text_encoder=clip(first, project=6), tokenizer=first, text_encoder_2=clip(second, 12, project=10),
+        tokenizer_2=second,
         text_encoder_3=t5(third, 8), tokenizer_3=third, text_encoder_4=llama, tokenizer_4=fourth,
         transformer=diffusers.HiDreamImageTransformer2DModel(
             patch_size=16, in_channels=4, out_channels=4, num_layers=1, num_single_layers=1, attention_head_dim=8,
