@@ -152,7 +152,7 @@ def kandinsky_3() -> Any:
     )  # fmt: skip
 
 
-@pipeline("latent-diffusion", height=16, width=16)
+@pipeline("latent-diffusion", height=32, width=32)
 def latent_diffusion() -> Any:
     """Without an attention mask, and with an unconditional pass of its own; its texts have 77 tokens."""
     tokenizer = tokenizers.bert(77)
@@ -192,6 +192,6 @@ def kolors() -> Any:
 if is_sentencepiece_available():
     from diffusers.pipelines.kolors.text_encoder import ChatGLMConfig, ChatGLMModel
 
-    pipeline("kolors", max_sequence_length=24)(kolors)
+    pipeline("kolors")(kolors)
 else:
     UNBUILT["kolors"] = "its tokenizer (ChatGLMTokenizer) and so the pipeline itself need sentencepiece"
