@@ -198,15 +198,30 @@ def hunyuandit_pag() -> Any:
     return diffusers.HunyuanDiTPAGPipeline(**hunyuandit.__wrapped__().components, requires_safety_checker=False)
 
 
-@pipeline("z-image", height=16, width=16, max_sequence_length=48)
-def z_image() -> Any:
+def z_image_parts(**options: Any) -> dict[str, Any]:
     tokenizer = tokenizers.qwen3()
-    return diffusers.ZImagePipeline(
-        tokenizer=tokenizer, text_encoder=decoder("Qwen3Model", tokenizer, layers=3),
+    return dict(
+        tokenizer=tokenizer, text_encoder=decoder("Qwen3Model", tokenizer, layers=3), scheduler=flow(shift=3.0),
         vae=autoencoder(scaling_factor=0.3611, shift_factor=0.1159),
         transformer=diffusers.ZImageTransformer2DModel(
             in_channels=4, dim=24, n_layers=2, n_refiner_layers=1, n_heads=2, n_kv_heads=2, cap_feat_dim=8,
-            axes_dims=[4, 4, 4], axes_lens=[512, 16, 16],
+            axes_dims=[4, 4, 4], axes_lens=[512, 16, 16], **options,
         ),
-        scheduler=flow(shift=3.0),
+    )  # fmt: skip
+
+
+@pipeline("z-image", height=16, width=16, max_sequence_length=48)
+def z_image() -> Any:
+    return diffusers.ZImagePipeline(**z_image_parts())
+
+
+@pipeline("z-image-omni", height=16, width=16, max_sequence_length=48)
+def z_image_omni() -> Any:
+    """Without an image, which it may be given beside the text."""
+    vision = transformers.Siglip2VisionConfig(
+        hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, num_patches=16, patch_size=4
+    )
+    return diffusers.ZImageOmniPipeline(
+        siglip=transformers.Siglip2VisionModel(vision), siglip_processor=transformers.Siglip2ImageProcessor(patch_size=4),
+        **z_image_parts(siglip_feat_dim=8),
     )  # fmt: skip

@@ -116,4 +116,4 @@ def animatediff_sdxl() -> Any:
 UNBUILT["alt-diffusion"] = (
     "diffusers 0.42.1 does not open what it saved: its text encoder is written as a class of diffusers"
 )
-UNBUILT["unclip"] = "the same of its text projection; and its stages are five: a prior, an image, two that enlarge it"
+UNBUILT["unclip"] = "diffusers 0.42.1 does not open what it saved: UnCLIPTextProjModel is written as one of diffusers"

@@ -228,7 +228,6 @@ def ideogram_4() -> Any:
 UNBUILT |= dict.fromkeys(
     ("qwen-image-2.1", "bria-fibo2", "dreamlite"), "its processor (Qwen3VLProcessor) needs torchvision"
 )
-UNBUILT["omnigen"] = "its own processor of texts needs torchvision"
-UNBUILT["glm-image"] = "its processor needs torchvision, and a language model draws tokens before the denoiser runs"
-UNBUILT["z-image-omni"] = "its image processor (Siglip2) needs torchvision"
+UNBUILT["omnigen"] = "its own processor of texts, OmniGenMultiModalProcessor, needs torchvision"
+UNBUILT["glm-image"] = "a language model draws tokens of the image before the denoiser runs; not tried"
 UNBUILT["joyimage"] = "only edits: it needs an image"

@@ -88,5 +88,6 @@ def easyanimate() -> Any:
     )  # fmt: skip
 
 
-UNBUILT["ltx2"] = "draws a sound track beside the video: two denoised tensors, two autoencoders and a vocoder"
-UNBUILT["helios"] = "draws chunk after chunk, each with the earlier ones among the denoiser's arguments"
+UNBUILT["ltx2"] = "draws a sound track beside the video, with an autoencoder and a vocoder of its own; not tried"
+UNBUILT["helios"] = "draws chunk after chunk, each with the earlier ones among the denoiser's arguments; not tried"
+UNBUILT["motif-video"] = "its text encoder is that of a T5Gemma2 with vision; not tried"
