@@ -222,6 +222,7 @@ def z_image_omni() -> Any:
         hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, num_patches=16, patch_size=4
     )
     return diffusers.ZImageOmniPipeline(
-        siglip=transformers.Siglip2VisionModel(vision), siglip_processor=transformers.Siglip2ImageProcessor(patch_size=4),
+        siglip=transformers.Siglip2VisionModel(vision),
+        siglip_processor=transformers.Siglip2ImageProcessor(patch_size=4),
         **z_image_parts(siglip_feat_dim=8),
     )  # fmt: skip
