@@ -169,9 +169,9 @@ def cogview4() -> Any:
     )  # fmt: skip
 
 
-@pipeline("hunyuandit", height=16, width=16, use_resolution_binning=False)
+@pipeline("hunyuandit", height=64, width=64, use_resolution_binning=False)
 def hunyuandit() -> Any:
-    """The lengths of both texts, 77 and 256, are the pipeline's own."""
+    """The lengths of both texts, 77 and 256, and the eightfold shrinking of the sides, are the pipeline's own."""
     first, second = tokenizers.bert(77), tokenizers.t5(256)
     bert = transformers.BertConfig(
         vocab_size=len(first), hidden_size=8, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
@@ -179,7 +179,7 @@ def hunyuandit() -> Any:
     )  # fmt: skip
     return diffusers.HunyuanDiTPipeline(
         tokenizer=first, text_encoder=transformers.BertModel(bert), tokenizer_2=second, text_encoder_2=t5(second, 16),
-        vae=autoencoder(scaling_factor=0.13025), safety_checker=None, feature_extractor=None,
+        vae=autoencoder(levels=4, scaling_factor=0.13025), safety_checker=None, feature_extractor=None,
         requires_safety_checker=False,
         transformer=diffusers.HunyuanDiT2DModel(
             num_attention_heads=2, attention_head_dim=8, in_channels=4, patch_size=2, sample_size=8, hidden_size=16,
@@ -193,7 +193,7 @@ def hunyuandit() -> Any:
     )  # fmt: skip
 
 
-@pipeline("hunyuandit-pag", height=16, width=16, use_resolution_binning=False, pag_scale=2.0)
+@pipeline("hunyuandit-pag", height=64, width=64, use_resolution_binning=False, pag_scale=2.0)
 def hunyuandit_pag() -> Any:
     return diffusers.HunyuanDiTPAGPipeline(**hunyuandit.__wrapped__().components, requires_safety_checker=False)
 
