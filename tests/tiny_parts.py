@@ -41,14 +41,14 @@ def pipeline(name: str, **call: Any) -> Callable[[Callable[[], Any]], Callable[[
 
 
 def redraw(module: torch.nn.Module) -> None:
-    """Weights large enough that the conditioning matters; nothing stays zero (gates, last layers)."""
+    """Weights large enough that the conditioning matters; nothing stays zero (gates, last layers) or as memory lay."""
     with torch.no_grad():
         for name, parameter in module.named_parameters():
             if parameter.ndim > 1:
                 parameter.normal_(0, parameter[0].numel() ** -0.5)
             elif "bias" in name:
                 parameter.normal_(0, 0.1)
-            elif not parameter.any():
+            elif name.endswith("_token") or not parameter.any():
                 parameter.normal_(0, 0.3)
         for name, buffer in module.named_buffers():
             if name.endswith("running_mean"):

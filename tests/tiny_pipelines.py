@@ -15,10 +15,13 @@ from typing import Any
 import diffusers
 import numpy as np
 import tiny_pipelines_dit  # noqa: F401 - registers
+import tiny_pipelines_older  # noqa: F401 - registers
 import tiny_pipelines_packed  # noqa: F401 - registers
 import tiny_pipelines_stages  # noqa: F401 - registers
+import tiny_pipelines_text  # noqa: F401 - registers
 import tiny_pipelines_unet  # noqa: F401 - registers
 import tiny_pipelines_video  # noqa: F401 - registers
+import tiny_pipelines_video_text  # noqa: F401 - registers
 import torch
 import transformers
 from tiny_parts import CALL, PIPELINES, UNBUILT
@@ -28,9 +31,10 @@ __all__ = ["CALL", "PIPELINES", "UNBUILT"]
 
 def images_of(pipe: Any, prompt: Any, seeds: list[int], **options: Any) -> np.ndarray:
     """What the pipeline makes of a prompt (or several) and as many seeds, after two steps."""
-    generator = [torch.Generator().manual_seed(number) for number in seeds]
+    each = [torch.Generator().manual_seed(number) for number in seeds]
+    generator = each if len(each) > 1 else each[0]
     made = pipe(prompt=prompt, **({"num_inference_steps": 2, "output_type": "np", "generator": generator} | options))
-    for name in ("images", "frames", "image_embeddings"):
+    for name in ("images", "image", "frames", "rgb"):
         if hasattr(made, name):
             return np.stack([np.asarray(each) for each in getattr(made, name)]).astype("float64")
     raise TypeError(f"{type(made).__name__} holds no images")
@@ -61,7 +65,9 @@ def report(name: str) -> str:
         both = f"two prompts: {type(error).__name__}: {str(error)[:80]}"
     facts = [
         f"{name}: {type(pipe).__name__}, {'x'.join(map(str, one.shape))}, build {built:.2f} s, call {taken:.2f} s",
-        "reload the same" if apart < 1e-5 and type(opened) is type(pipe) else f"RELOAD {apart:.1e} {type(opened).__name__}",
+        "reload the same"
+        if apart < 1e-5 and type(opened) is type(pipe)
+        else f"RELOAD {apart:.1e} {type(opened).__name__}",
         f"prompt {np.abs(other - one).mean():.4f}, noise {np.abs(noise - one).mean():.4f}",
         both,
     ]

@@ -27,6 +27,14 @@ def sd3() -> Any:
     )  # fmt: skip
 
 
+@pipeline("sd3-pag", max_sequence_length=12, pag_scale=2.0)
+def sd3_pag() -> Any:
+    parts = sd3.__wrapped__().components
+    return diffusers.StableDiffusion3PAGPipeline(
+        **{name: part for name, part in parts.items() if name not in ("image_encoder", "feature_extractor")}
+    )
+
+
 def pixart(kind: str, sample_size: int, extra: bool, **options: Any) -> Any:
     tokenizer = tokenizers.t5(32)
     return getattr(diffusers, kind)(
@@ -56,6 +64,11 @@ def pixart_alpha_1024() -> Any:
 @pipeline("pixart-sigma", max_sequence_length=20, use_resolution_binning=False)
 def pixart_sigma() -> Any:
     return pixart("PixArtSigmaPipeline", 8, False, scaling_factor=0.13025)
+
+
+@pipeline("pixart-sigma-pag", max_sequence_length=20, use_resolution_binning=False, pag_scale=2.0)
+def pixart_sigma_pag() -> Any:
+    return diffusers.PixArtSigmaPAGPipeline(**pixart_sigma.__wrapped__().components)
 
 
 def deep_compression(channels: int = 4) -> Any:
@@ -97,13 +110,18 @@ def sana() -> Any:
     return of_sana("SanaPipeline", scheduler)
 
 
+@pipeline("sana-pag", height=32, width=32, max_sequence_length=20, use_resolution_binning=False, pag_scale=2.0)
+def sana_pag() -> Any:
+    return of_sana("SanaPAGPipeline", flow(shift=3.0))
+
+
 @pipeline("sana-sprint", height=32, width=32, max_sequence_length=20, use_resolution_binning=False)
 def sana_sprint() -> Any:
     options = dict(guidance_embeds=True, qk_norm="rms_norm_across_heads", timestep_scale=1000.0)
     return of_sana("SanaSprintPipeline", diffusers.SCMScheduler(), **options)
 
 
-@pipeline("auraflow", height=16, width=16, max_sequence_length=20)
+@pipeline("auraflow", height=16, width=16, max_sequence_length=8)
 def auraflow() -> Any:
     tokenizer = tokenizers.llama()
     return diffusers.AuraFlowPipeline(
@@ -151,9 +169,9 @@ def cogview4() -> Any:
     )  # fmt: skip
 
 
-@pipeline("hunyuandit", height=16, width=16, use_resolution_binning=False)
+@pipeline("hunyuandit", height=64, width=64, use_resolution_binning=False)
 def hunyuandit() -> Any:
-    """The lengths of both texts, 77 and 256, are the pipeline's own."""
+    """The lengths of both texts, 77 and 256, and the eightfold shrinking of the sides, are the pipeline's own."""
     first, second = tokenizers.bert(77), tokenizers.t5(256)
     bert = transformers.BertConfig(
         vocab_size=len(first), hidden_size=8, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
@@ -161,7 +179,7 @@ def hunyuandit() -> Any:
     )  # fmt: skip
     return diffusers.HunyuanDiTPipeline(
         tokenizer=first, text_encoder=transformers.BertModel(bert), tokenizer_2=second, text_encoder_2=t5(second, 16),
-        vae=autoencoder(scaling_factor=0.13025), safety_checker=None, feature_extractor=None,
+        vae=autoencoder(levels=4, scaling_factor=0.13025), safety_checker=None, feature_extractor=None,
         requires_safety_checker=False,
         transformer=diffusers.HunyuanDiT2DModel(
             num_attention_heads=2, attention_head_dim=8, in_channels=4, patch_size=2, sample_size=8, hidden_size=16,
@@ -175,15 +193,36 @@ def hunyuandit() -> Any:
     )  # fmt: skip
 
 
-@pipeline("z-image", height=16, width=16, max_sequence_length=48)
-def z_image() -> Any:
+@pipeline("hunyuandit-pag", height=64, width=64, use_resolution_binning=False, pag_scale=2.0)
+def hunyuandit_pag() -> Any:
+    return diffusers.HunyuanDiTPAGPipeline(**hunyuandit.__wrapped__().components, requires_safety_checker=False)
+
+
+def z_image_parts(**options: Any) -> dict[str, Any]:
     tokenizer = tokenizers.qwen3()
-    return diffusers.ZImagePipeline(
-        tokenizer=tokenizer, text_encoder=decoder("Qwen3Model", tokenizer, layers=3),
+    return dict(
+        tokenizer=tokenizer, text_encoder=decoder("Qwen3Model", tokenizer, layers=3), scheduler=flow(shift=3.0),
         vae=autoencoder(scaling_factor=0.3611, shift_factor=0.1159),
         transformer=diffusers.ZImageTransformer2DModel(
             in_channels=4, dim=24, n_layers=2, n_refiner_layers=1, n_heads=2, n_kv_heads=2, cap_feat_dim=8,
-            axes_dims=[4, 4, 4], axes_lens=[512, 16, 16],
+            axes_dims=[4, 4, 4], axes_lens=[512, 16, 16], **options,
         ),
-        scheduler=flow(shift=3.0),
+    )  # fmt: skip
+
+
+@pipeline("z-image", height=16, width=16, max_sequence_length=48)
+def z_image() -> Any:
+    return diffusers.ZImagePipeline(**z_image_parts())
+
+
+@pipeline("z-image-omni", height=16, width=16, max_sequence_length=48)
+def z_image_omni() -> Any:
+    """Without an image, which it may be given beside the text."""
+    vision = transformers.Siglip2VisionConfig(
+        hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, num_patches=16, patch_size=4
+    )
+    return diffusers.ZImageOmniPipeline(
+        siglip=transformers.Siglip2VisionModel(vision),
+        siglip_processor=transformers.Siglip2ImageProcessor(patch_size=4),
+        **z_image_parts(siglip_feat_dim=8),
     )  # fmt: skip

@@ -10,7 +10,9 @@ import transformers
 from tiny_parts import autoencoder, clip, decoder, flow, pipeline, t5
 
 KL = dict(scaling_factor=0.3611, shift_factor=0.1159, use_quant_conv=False, use_post_quant_conv=False)
-DYNAMIC = dict(base_image_seq_len=256, base_shift=0.5, max_image_seq_len=4096, max_shift=1.15, use_dynamic_shifting=True)
+DYNAMIC = dict(
+    base_image_seq_len=256, base_shift=0.5, max_image_seq_len=4096, max_shift=1.15, use_dynamic_shifting=True
+)
 
 
 def flux(guidance: bool, **schedule: Any) -> Any:
@@ -67,6 +69,11 @@ def flux_2_klein_distilled() -> Any:
     return pipe
 
 
+@pipeline("flux2-klein-kv", height=16, width=16, max_sequence_length=32, text_encoder_out_layers=(1, 2, 3))
+def flux_2_klein_kv() -> Any:
+    return diffusers.Flux2KleinKVPipeline(**flux_2_klein.__wrapped__().components)
+
+
 @pipeline("flux2", height=16, width=16, max_sequence_length=400, text_encoder_out_layers=(1, 2, 3))
 def flux_2() -> Any:
     """With the tokenizer of its processor alone: the processor itself needs torchvision."""
@@ -90,7 +97,8 @@ def flux_2() -> Any:
 def chroma() -> Any:
     tokenizer = tokenizers.t5()
     return diffusers.ChromaPipeline(
-        scheduler=flow(use_beta_sigmas=True), vae=autoencoder(**KL), text_encoder=t5(tokenizer, 12), tokenizer=tokenizer,
+        scheduler=flow(use_beta_sigmas=True), vae=autoencoder(**KL), text_encoder=t5(tokenizer, 12),
+        tokenizer=tokenizer,
         transformer=diffusers.ChromaTransformer2DModel(
             in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=8, num_attention_heads=2,
             joint_attention_dim=12, axes_dims_rope=(2, 2, 4), approximator_num_channels=8,
@@ -152,8 +160,9 @@ def hidream() -> Any:
     first, second, third, fourth = tokenizers.clip(), tokenizers.clip(), tokenizers.t5(), tokenizers.llama_3()
     llama = decoder("LlamaForCausalLM", fourth, 12, attn_implementation="eager")
     return diffusers.HiDreamImagePipeline(
-        scheduler=flow(shift=3.0), vae=autoencoder(levels=1, mid_block_add_attention=False, **KL), text_encoder=clip(first, project=6),
-        tokenizer=first, text_encoder_2=clip(second, 12, project=10), tokenizer_2=second,
+        scheduler=flow(shift=3.0), vae=autoencoder(levels=1, mid_block_add_attention=False, **KL),
+        text_encoder=clip(first, project=6), tokenizer=first, text_encoder_2=clip(second, 12, project=10),
+        tokenizer_2=second,
         text_encoder_3=t5(third, 8), tokenizer_3=third, text_encoder_4=llama, tokenizer_4=fourth,
         transformer=diffusers.HiDreamImageTransformer2DModel(
             patch_size=16, in_channels=4, out_channels=4, num_layers=1, num_single_layers=1, attention_head_dim=8,

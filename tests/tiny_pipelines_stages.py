@@ -74,6 +74,6 @@ def kandinsky() -> Any:
 
 
 UNBUILT["wuerstchen"] = UNBUILT["stable-cascade"] = (
-    "diffusers 0.42.1 does not open what it saved: PaellaVQModel (and Wuerstchen's denoisers) are written as classes of "
-    "diffusers itself, where they are not found"
+    "diffusers 0.42.1 does not open what it saved: PaellaVQModel (and Wuerstchen's denoisers) are written as classes "
+    "of diffusers itself, where they are not found"
 )

@@ -7,8 +7,8 @@ from typing import Any
 import diffusers
 import tiny_tokenizers as tokenizers
 import transformers
-from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import LDMBertConfig, LDMBertModel
+from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from diffusers.utils import is_sentencepiece_available
 from tiny_parts import UNBUILT, autoencoder, clip, pipeline, t5
 
@@ -37,7 +37,9 @@ def safety() -> dict[str, Any]:
     return dict(safety_checker=StableDiffusionSafetyChecker(config), feature_extractor=processor)
 
 
-def stable_diffusion(scheduler: Any, kind: str = "StableDiffusionPipeline", checked: bool = False, **options: Any) -> Any:
+def stable_diffusion(
+    scheduler: Any, kind: str = "StableDiffusionPipeline", checked: bool = False, **options: Any
+) -> Any:
     tokenizer = tokenizers.clip()
     guard = safety() if checked else dict(safety_checker=None, feature_extractor=None)
     return getattr(diffusers, kind)(
@@ -63,9 +65,7 @@ def sd15_safety() -> Any:
 
 @pipeline("sd21-v")
 def sd21_v() -> Any:
-    return stable_diffusion(
-        ddim(prediction_type="v_prediction"), use_linear_projection=True, attention_head_dim=(2, 4)
-    )
+    return stable_diffusion(ddim(prediction_type="v_prediction"), use_linear_projection=True, attention_head_dim=(2, 4))
 
 
 @pipeline("sd15-zero-snr", guidance_rescale=0.7)
@@ -118,7 +118,8 @@ def deepfloyd_if() -> Any:
             down_block_types=("SimpleCrossAttnDownBlock2D", "ResnetDownsampleBlock2D"),
             up_block_types=("ResnetUpsampleBlock2D", "SimpleCrossAttnUpBlock2D"),
             mid_block_type="UNetMidBlock2DSimpleCrossAttn", resnet_time_scale_shift="scale_shift",
-            time_embedding_act_fn="gelu", class_embed_type=None, only_cross_attention=True, mid_block_scale_factor=1.414,
+            time_embedding_act_fn="gelu", class_embed_type=None, only_cross_attention=True,
+            mid_block_scale_factor=1.414,
         ),
         scheduler=diffusers.DDPMScheduler(
             beta_schedule="squaredcos_cap_v2", variance_type="learned_range", thresholding=True,
@@ -151,7 +152,7 @@ def kandinsky_3() -> Any:
     )  # fmt: skip
 
 
-@pipeline("latent-diffusion", height=16, width=16)
+@pipeline("latent-diffusion", height=32, width=32)
 def latent_diffusion() -> Any:
     """Without an attention mask, and with an unconditional pass of its own; its texts have 77 tokens."""
     tokenizer = tokenizers.bert(77)
@@ -191,6 +192,6 @@ def kolors() -> Any:
 if is_sentencepiece_available():
     from diffusers.pipelines.kolors.text_encoder import ChatGLMConfig, ChatGLMModel
 
-    pipeline("kolors", max_sequence_length=24)(kolors)
+    pipeline("kolors")(kolors)
 else:
     UNBUILT["kolors"] = "its tokenizer (ChatGLMTokenizer) and so the pipeline itself need sentencepiece"

@@ -107,7 +107,7 @@ def sana_video() -> Any:
 @pipeline("ltx", height=32, width=32, num_frames=9, max_sequence_length=16)
 def ltx() -> Any:
     tokenizer = tokenizers.t5(32)
-    four = (1,) * 5
+    one, halved = (1,) * 5, (True, True, False, False)
     return diffusers.LTXPipeline(
         scheduler=flow(
             base_image_seq_len=1024, base_shift=0.95, max_image_seq_len=4096, max_shift=2.05, shift_terminal=0.1,
@@ -115,8 +115,8 @@ def ltx() -> Any:
         ),
         vae=diffusers.AutoencoderKLLTXVideo(
             latent_channels=4, block_out_channels=(8,) * 4, decoder_block_out_channels=(8,) * 4,
-            layers_per_block=four, decoder_layers_per_block=four, patch_size=2,
-            spatio_temporal_scaling=(True, True, False, False), decoder_spatio_temporal_scaling=(True, True, False, False),
+            layers_per_block=one, decoder_layers_per_block=one, patch_size=2,
+            spatio_temporal_scaling=halved, decoder_spatio_temporal_scaling=halved,
         ),
         text_encoder=t5(tokenizer), tokenizer=tokenizer,
         transformer=diffusers.LTXVideoTransformer3DModel(
@@ -159,23 +159,6 @@ def mochi() -> Any:
         transformer=diffusers.MochiTransformer3DModel(
             num_attention_heads=2, attention_head_dim=8, num_layers=2, pooled_projection_dim=8, text_embed_dim=16,
             time_embed_dim=8, max_sequence_length=16,
-        ),
-    )  # fmt: skip
-
-
-@pipeline("hunyuan-video", height=32, width=32, num_frames=5, max_sequence_length=64)
-def hunyuan_video() -> Any:
-    first, second = tokenizers.llama(512), tokenizers.clip(77)
-    return diffusers.HunyuanVideoPipeline(
-        text_encoder=decoder("LlamaModel", first, layers=4), tokenizer=first, text_encoder_2=clip(second),
-        tokenizer_2=second, scheduler=flow(shift=7.0),
-        transformer=diffusers.HunyuanVideoTransformer3DModel(
-            in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=8, num_layers=1,
-            num_single_layers=1, num_refiner_layers=1, text_embed_dim=8, pooled_projection_dim=8,
-            rope_axes_dim=(4, 2, 2),
-        ),
-        vae=diffusers.AutoencoderKLHunyuanVideo(
-            latent_channels=4, block_out_channels=(8,) * 4, layers_per_block=1, norm_num_groups=2
         ),
     )  # fmt: skip
 

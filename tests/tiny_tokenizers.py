@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-import json
+import itertools
 import tempfile
 from collections.abc import Sequence
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import transformers
 from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import DEFAULT_PROMPT_TEMPLATE
 from tokenizer_families import CHATML, IM, LLAMA_3, THINK, THINKING
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 WORDS = "a dark light red square circle cube in on over the white room, two black words and an old friend of mine"
 TEMPLATES = """system Describe the image by detailing the color, shape, size, texture, quantity, text, spatial
@@ -20,8 +20,9 @@ with the superior degree of image-text alignment based on textual prompts or use
 BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
 VISION = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
 # Messages whose content is a text or a list of parts, as processors of vision-language models take them.
-PARTS = """{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.content is string %}{{ m.content }}{% else %}
-{%- for part in m.content %}{% if part.type == 'text' %}{{ part.text }}{% elif part.type == 'image' %}
+PARTS = """{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.content is string %}
+{{- m.content }}{% else %}{% for part in m.content %}{% if part.type == 'text' %}{{ part.text }}
+{%- elif part.type == 'image' %}
 {{- '<|vision_start|><|image_pad|><|vision_end|>' }}{% endif %}{% endfor %}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
 
@@ -30,36 +31,49 @@ MISTRAL_PARTS = """<s>{% for m in messages %}{{ '[SYSTEM_PROMPT]' if m.role == '
 {{- '[/SYSTEM_PROMPT]' if m.role == 'system' else '[/INST]' }}{% endfor %}"""
 
 
+def _words(kind: str) -> list[list[str]]:
+    """The words of all texts as the tokenizers of a kind split them, each in its first pieces: bytes or letters.
+
+    Args:
+        kind: "bytes", "clip" (a word's last piece ends in `</w>`) or "marks" (words begin with "▁").
+    """
+    text = " ".join((WORDS, TEMPLATES, DEFAULT_PROMPT_TEMPLATE["template"]))
+    if kind == "marks":
+        return [list(f"▁{word}") for word in text.split()]
+    if kind == "bytes":
+        split = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        return [list(word) for word, _ in split.pre_tokenize_str(text)]
+    split = pre_tokenizers.Whitespace()
+    return [[*word[:-1], f"{word[-1]}</w>"] for word, _ in split.pre_tokenize_str(text.lower())]
+
+
 @functools.cache
-def _trained(kind: str) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """Vocabulary and merges of a BPE in which every word of `WORDS` and `TEMPLATES` is one token: "bytes", "clip" or "marks" ("▁")."""
-    core = Tokenizer(models.BPE())
-    level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=kind == "bytes")
-    core.pre_tokenizer = {
-        "bytes": level,
-        "clip": pre_tokenizers.Sequence([pre_tokenizers.Whitespace(), level]),
-        "marks": pre_tokenizers.Metaspace("▁"),
-    }[kind]
-    trainer = trainers.BpeTrainer(
-        vocab_size=2000,
-        initial_alphabet=[] if kind == "marks" else BYTES,
-        **({"end_of_word_suffix": "</w>"} if kind == "clip" else {}),
-        show_progress=False,
-    )
-    core.train_from_iterator([WORDS, TEMPLATES, DEFAULT_PROMPT_TEMPLATE["template"]] * 4, trainer)
-    return core.get_vocab(), [tuple(each) for each in json.loads(core.to_str())["model"]["merges"]]
+def _merges(kind: str) -> list[tuple[str, str]]:
+    """Merges of a BPE in which each of the words is one token, the same in every process (a trainer's ties are not)."""
+    ranks: dict[tuple[str, str], int] = {}
+    for pieces in _words(kind):
+        while len(pieces) > 1:
+            pairs = list(itertools.pairwise(pieces))
+            best = min((pair for pair in pairs if pair in ranks), key=lambda pair: ranks[pair], default=pairs[0])
+            ranks.setdefault(best, len(ranks))
+            place = pairs.index(best)
+            pieces[place : place + 2] = ["".join(best)]
+    return list(ranks)
 
 
 def _vocabulary(kind: str, first: Sequence[str] = (), last: Sequence[str] = ()) -> dict[str, int]:
-    words, _ = _trained(kind)
-    tokens = [*first, *sorted(words, key=lambda word: words[word]), *last]
+    letters = {piece for pieces in _words(kind) for piece in pieces}
+    if kind != "marks":
+        letters |= {*BYTES, *(f"{byte}</w>" for byte in BYTES if kind == "clip")}
+    merged = ["".join(pair) for pair in _merges(kind)]
+    tokens = dict.fromkeys((*first, *sorted(letters), *merged, *last))
     return {token: place for place, token in enumerate(tokens)}
 
 
 def clip(length: int = 16, **options: Any) -> Any:
     """As SD has it: the special tokens are the last two; as SDXL's second, with `pad_token="!"`."""
     words = _vocabulary("clip", last=("<|startoftext|>", "<|endoftext|>"))
-    return transformers.CLIPTokenizer(vocab=words, merges=_trained("clip")[1], model_max_length=length, **options)
+    return transformers.CLIPTokenizer(vocab=words, merges=_merges("clip"), model_max_length=length, **options)
 
 
 def _scored(first: Sequence[str]) -> list[tuple[str, float]]:
@@ -84,7 +98,7 @@ def _byte_fallback(first: Sequence[str]) -> dict[str, int]:
 def gemma(length: int = 64, template: str | None = None, **options: Any) -> Any:
     first = ("<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "<start_of_turn>", "<end_of_turn>")
     made = transformers.GemmaTokenizer(
-        vocab=_byte_fallback(first), merges=_trained("marks")[1], add_bos_token=True, model_max_length=length, **options
+        vocab=_byte_fallback(first), merges=_merges("marks"), add_bos_token=True, model_max_length=length, **options
     )
     made.chat_template = template
     return made
@@ -93,7 +107,7 @@ def gemma(length: int = 64, template: str | None = None, **options: Any) -> Any:
 def llama(length: int = 64, pad: str = "</s>", **options: Any) -> Any:
     """SentencePiece with a beginning token, as Llama 2 and Pile-T5 have it."""
     vocabulary = _byte_fallback(("<unk>", "<s>", "</s>"))
-    merges = _trained("marks")[1]
+    merges = _merges("marks")
     options = {"add_bos_token": True, "pad_token": pad, "model_max_length": length} | options
     return transformers.LlamaTokenizer(vocab=vocabulary, merges=merges, **options)
 
@@ -102,7 +116,7 @@ def qwen2(length: int = 256, template: str | None = CHATML, extra: Sequence[str]
     """Qwen2, Qwen2.5-VL and Qwen3: ChatML over byte-level BPE, padded with `<|endoftext|>`."""
     vocabulary = _vocabulary("bytes", last=tuple(dict.fromkeys((*IM, *extra))))
     made = transformers.Qwen2Tokenizer(
-        vocab=vocabulary, merges=_trained("bytes")[1], eos_token="<|im_end|>", pad_token="<|endoftext|>",
+        vocab=vocabulary, merges=_merges("bytes"), eos_token="<|im_end|>", pad_token="<|endoftext|>",
         model_max_length=length, extra_special_tokens=list(dict.fromkeys((*IM, *extra))),
     )  # fmt: skip
     made.chat_template = template
@@ -113,9 +127,11 @@ def qwen3(length: int = 256) -> Any:
     return qwen2(length, THINKING)
 
 
-def fast(specials: Sequence[str], length: int = 64, template: str | None = None, prefix: str = "", **options: Any) -> Any:
+def fast(
+    specials: Sequence[str], length: int = 64, template: str | None = None, prefix: str = "", **options: Any
+) -> Any:
     """A byte-level tokenizer of no class of its own (Llama 3, GLM, Mistral), `prefix` in front of every text."""
-    core = Tokenizer(models.BPE(vocab=_vocabulary("bytes", last=specials), merges=_trained("bytes")[1]))
+    core = Tokenizer(models.BPE(vocab=_vocabulary("bytes", last=specials), merges=_merges("bytes")))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
     if prefix:

@@ -104,7 +104,7 @@ class PipelineCalls:
 
         def on_step(output: Tensor, time: Any, sample: Tensor, step: Any) -> Any:
             if not first:
-                first.append(sample.float().cpu())
+                first.append(sample.float().cpu().clone())  # some pipelines go on in the same tensor
             result = step()
             found = [tensor for tensor in rows.tensors(result) if tensor.shape == sample.shape]
             if not bool(found[0].isfinite().all()):
@@ -118,11 +118,11 @@ class PipelineCalls:
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         steps = {} if self.num_inference_steps is None else {"num_inference_steps": self.num_inference_steps}
         output = watching.run(
-            pipe, {"prompt": prompts, "generator": generators, **self.arguments, **steps},
+            pipe, {"prompt": list(prompts), "generator": generators, **self.arguments, **steps},
             on_step=on_step, seed=seeds[0] % 2**63,
         )  # fmt: skip
         values = output[0]
-        latents = last[0].float().cpu()
+        latents = last[0].float().cpu().clone()
         if len(values) != len(prompts) or len(latents) != len(prompts):
             raise PlanError(f"{type(pipe).__name__} gave {len(values)} values for {len(prompts)} prompts.")
         return [Drawn(*each) for each in zip(values, latents, first[0], strict=True)]
