@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sysdag import Input, System, node
 from sysdag.components import Diffusion
-from sysdag.data.preferences import encode_pairs
+from sysdag.data.encoding import encode_pairs
 from sysdag.engine.replay import accumulate_gradients
 from sysdag.engine.step import EngineOptions, SystemModel
 from sysdag.objectives.options import ObjectiveOptions

@@ -34,6 +34,7 @@ class CallForm:
         unpack: from the denoiser's flat answer to the model output of the same shape as the latents; the first half of
             what the scheduler gets where a model learns its variance too.
         arguments_grow, answer_grows: how both grow with the rows; None where the pipeline takes one prompt at a time.
+        received_grow: how the pipeline's own arguments do: their time may be one number for all rows.
         structure: see `structure_of`.
         answer: one row's, all zeros.
     """
@@ -45,6 +46,7 @@ class CallForm:
     times: Mapping[Path, tuple[TimeArgument, tuple[int, ...]]]
     unpack: Gather
     arguments_grow: How | None
+    received_grow: How | None
     answer_grows: How | None
     structure: tuple[Any, ...]
     answer: Any

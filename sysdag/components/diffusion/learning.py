@@ -27,6 +27,11 @@ _GUIDANCE_OFF: tuple[dict[str, float], ...] = (
 _DIGITS = 3
 _RUNS = 8
 
+NOT_ITS_OWN = (
+    ValueError, TypeError, LookupError, AttributeError, AssertionError, NameError, ImportError, RuntimeError,
+)  # fmt: skip
+"""What a pipeline raises where it cannot do what it is asked for."""
+
 Fill = Callable[[int, int], Tensor] | None
 """From numbers of rows and of elements to what is put in, (rows, elements); None: what was there."""
 
@@ -126,15 +131,13 @@ def run_quietly(pipe: Any, prompts: Sequence[str], arguments: Mapping[str, Any],
     given = {"prompt": list(prompts) if len(prompts) > 1 else prompts[0], "generator": generators}
     try:
         return watching.run(pipe, {**given, **arguments}, scaled_input=False, **watched)
-    except (ValueError, TypeError, LookupError, AttributeError, AssertionError, NameError, ImportError) as error:
+    except NOT_ITS_OWN as error:
         if isinstance(error, SysdagError):
             raise
+        if isinstance(error, RuntimeError) and type(error) is not RuntimeError:
+            raise  # memory that runs out says nothing about the pipeline
         shown = {name: value for name, value in arguments.items() if not isinstance(value, Tensor)}
         raise Misfit(f"called with {shown}, it raises {type(error).__name__}: {error}") from error
-    except RuntimeError as error:
-        if type(error) is not RuntimeError:  # memory that runs out says nothing about the pipeline
-            raise
-        raise Misfit(f"it raises {type(error).__name__}: {error}") from error
 
 
 def _steps(
@@ -255,7 +258,7 @@ def _learnt(pipe: Any, prompt: str, arguments: Mapping[str, Any]) -> CallForm:
         raise Misfit("none of its denoiser's arguments follows the time")
     unpack = _unpacking(pipe, steps, shape)
     form = CallForm(
-        shape, latents_path, leaves[0][latents_path].dtype, pack, times, unpack, None, None,
+        shape, latents_path, leaves[0][latents_path].dtype, pack, times, unpack, None, None, None,
         structure_of(first.arguments), rows.mapped_tensors(first.answer, torch.zeros_like),
     )  # fmt: skip
     _verify(form, steps, [[step.arguments] for step in steps])
@@ -352,6 +355,6 @@ def _with_batches(pipe: Any, prompt: str, arguments: Mapping[str, Any], form: Ca
     joined = grown
     for path in form.times:
         joined = rows.grown_at(joined, path, rows.Along(0))
-    made = replace(form, arguments_grow=joined, answer_grows=answer)
+    made = replace(form, arguments_grow=joined, received_grow=grown, answer_grows=answer)
     _verify(made, two, [rows.parted(grown, step.arguments, 2) for step in two])
     return made

@@ -7,6 +7,8 @@ time (see `call_form`); the conditioning is recorded once a prompt and size, and
 from __future__ import annotations
 
 import contextlib
+import logging
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,8 +20,11 @@ from torch import Tensor, nn
 from sysdag.components.diffusion import rows, watching
 from sysdag.components.diffusion.call_form import CallForm, structure_of
 from sysdag.components.diffusion.decoding_form import DecodingForm, learn_decoding
-from sysdag.components.diffusion.learning import Misfit, learn_calls, run_quietly, unguided
-from sysdag.errors import PlanError
+from sysdag.components.diffusion.learning import NOT_ITS_OWN, Misfit, learn_calls, run_quietly, unguided
+from sysdag.errors import PlanError, SysdagError
+
+logger = logging.getLogger(__name__)
+_ROUNDING = 0.02  # of what is compared: text encoders in bf16 differ with the rows beside
 
 Size = tuple[int, ...]
 """(height, width) of an image, (frames, height, width) of a film; () for what the pipeline draws by itself."""
@@ -77,6 +82,7 @@ class PipelineCalls:
     _kept: OrderedDict[Any, Recorded] = field(default_factory=OrderedDict)
     _off: dict[str, Any] | None = None
     _default_size: Size | None = None
+    _together: dict[int, bool] = field(default_factory=dict)
 
     def sample(self, prompts: Sequence[str], seeds: Sequence[int], batch_size: int) -> list[Drawn]:
         """One draw a prompt, by the pipeline's own call; prompts are called together where their conditioning is as
@@ -89,7 +95,7 @@ class PipelineCalls:
         recorded = [self.recorded(prompt, size) for prompt in prompts]
         drawn: dict[int, Drawn] = {}
         for group in _companies(recorded):
-            most = batch_size if recorded[group[0]].form.takes_batches else 1
+            most = batch_size if self._samples_together([prompts[row] for row in group], recorded[group[0]].form) else 1
             for start in range(0, len(group), most):
                 block = group[start : start + most]
                 made = self._sampled([prompts[row] for row in block], [seeds[row] for row in block], recorded[block[0]])
@@ -117,15 +123,67 @@ class PipelineCalls:
 
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         steps = {} if self.num_inference_steps is None else {"num_inference_steps": self.num_inference_steps}
-        output = watching.run(
-            pipe, {"prompt": list(prompts), "generator": generators, **self.arguments, **steps},
-            on_step=on_step, seed=seeds[0] % 2**63,
-        )  # fmt: skip
+        given = {**self.arguments, **steps}
+        try:
+            output = watching.run(
+                pipe, {"prompt": list(prompts), "generator": generators, **given}, on_step=on_step,
+                seed=seeds[0] % 2**63,
+            )  # fmt: skip
+        except NOT_ITS_OWN as error:
+            if isinstance(error, SysdagError):
+                raise
+            raise PlanError(
+                f"{type(pipe).__name__} cannot sample: called with {given}, it raises {type(error).__name__}: {error}"
+            ) from error
         values = output[0]
         latents = last[0].float().cpu().clone()
         if len(values) != len(prompts) or len(latents) != len(prompts):
             raise PlanError(f"{type(pipe).__name__} gave {len(values)} values for {len(prompts)} prompts.")
         return [Drawn(*each) for each in zip(values, latents, first[0], strict=True)]
+
+    def _samples_together(self, prompts: Sequence[str], form: CallForm) -> bool:
+        """Whether a call with several prompts does to each what a call with it alone does.
+
+        Seen once, at the first step with the first two prompts: the rows that reach the denoiser are the same ones.
+        """
+        others = [prompt for prompt in prompts if prompt != prompts[0]]
+        if not form.takes_batches or not others:
+            return form.takes_batches
+        if id(form) not in self._together:
+            pair = (prompts[0], others[0])
+            alone = [self._first_rows([prompt], [row], form) for row, prompt in enumerate(pair)]
+            wanted = [row for found in alone for row in found or []]
+            agrees = None not in alone and _same_rows(self._first_rows(pair, (0, 1), form) or [], wanted)
+            self._together[id(form)] = agrees
+            if not agrees:
+                kind = type(self.pipe()).__name__
+                logger.warning("%s does not keep the prompts of one call apart: it is called with one at a time.", kind)
+        return self._together[id(form)]
+
+    def _first_rows(self, prompts: Sequence[str], seeds: Sequence[int], form: CallForm) -> list[Any] | None:
+        """The rows that the denoiser gets at the first step, guidance and all; None if that fails."""
+        found: list[Any] = []
+        count, grow = math.prod(form.sample_shape), form.received_grow
+        assert grow is not None
+
+        def on_denoiser(given: dict[str, Any], answer: Any) -> Any:
+            leaf = dict(rows.leaves(given))[form.latents_path]
+            held = sum(tensor.numel() for tensor in rows.tensors(given[form.latents_path[0]])) // count
+            assert isinstance(leaf, Tensor)
+            found.extend([given] if held == 1 else rows.parted(grow, given, held))
+            return form.zero_answer(held)
+
+        def on_step(output: Tensor, time: Any, sample: Tensor, step: Any) -> Any:
+            raise watching.Stop
+
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        arguments = {"prompt": list(prompts), "generator": generators, **self.arguments, **self._steps()}
+        try:
+            watching.run(self.pipe(), arguments, on_denoiser=on_denoiser, on_step=on_step)
+        except NOT_ITS_OWN as error:
+            logger.debug("%s: several prompts raise %r.", type(self.pipe()).__name__, error)
+            return None
+        return found
 
     def default_size(self, prompt: str) -> Size:
         """Of what the pipeline draws where its call is not told a size."""
@@ -248,6 +306,28 @@ class PipelineCalls:
                 output = form.model_output(answer, len(block)).float()
                 found |= dict(zip(block, output, strict=True))
         return [found[row] for row in range(len(recorded))]
+
+
+def _same_rows(found: list[Any], wanted: list[Any]) -> bool:
+    """Whether the same rows are in both lists, in any order, but for how a batch rounds."""
+    left = list(wanted)
+    for row in found:
+        place = next((place for place, other in enumerate(left) if _agree(row, other)), None)
+        if place is None:
+            return False
+        del left[place]
+    return not left
+
+
+def _agree(row: Any, other: Any) -> bool:
+    pairs = zip(rows.tensors(row), rows.tensors(other), strict=False)
+    if structure_of(row) != structure_of(other) or any(one.shape != two.shape for one, two in pairs):
+        return False
+    return all(
+        (one.double() - two.double()).abs().max() <= _ROUNDING * max(1.0, float(two.double().abs().max()))
+        for one, two in zip(rows.tensors(row), rows.tensors(other), strict=True)
+        if one.numel()
+    )
 
 
 def size_of(value: Any) -> Size:

@@ -113,20 +113,21 @@ def company(how: How, value: Any) -> Any:
         case Listed():
             return None
         case Shared():
-            return _fingerprint(value)
+            return fingerprint(value)
     if isinstance(how, Mapping):
         return tuple((key, company(inner, value[key])) for key, inner in how.items())
     return tuple(company(inner, value[place]) for place, inner in enumerate(how))
 
 
-def _fingerprint(value: Any) -> Any:
+def fingerprint(value: Any) -> Any:
+    """Something hashable that equal values have in common, to the last bit of their tensors."""
     if isinstance(value, Tensor):
         numbers = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
         return value.dtype, tuple(value.shape), hashlib.sha256(numbers.tobytes()).hexdigest()
     if isinstance(value, Mapping):
-        return tuple((key, _fingerprint(inner)) for key, inner in value.items())
+        return tuple((key, fingerprint(inner)) for key, inner in value.items())
     if isinstance(value, (list, tuple)):
-        return tuple(map(_fingerprint, value))
+        return tuple(map(fingerprint, value))
     return value if isinstance(value, (str, int, float, bool, type(None))) else id(value)
 
 
