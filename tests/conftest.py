@@ -1,3 +1,4 @@
+import functools
 import gc
 import os
 
@@ -6,12 +7,16 @@ os.environ |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 
 import pytest
 import torch
+import typer.testing
 from hypothesis import settings
 from jaxtyping import install_import_hook
 
 torch.set_num_threads(1)
 settings.register_profile("sysdag", deadline=None, derandomize="CI" in os.environ)
 settings.load_profile("sysdag")
+
+# The commands of an application, which are built from their signatures anew each time that one is invoked.
+typer.testing._get_command = functools.cache(typer.testing._get_command)
 
 # Modules of pure tensor functions: their shape annotations are checked on every call that a test makes.
 _TENSOR_MODULES = [
@@ -40,6 +45,15 @@ def _same_folder_afterwards():
     found = os.getcwd()
     os.chdir(folder)
     assert found == folder, f"the test left the working folder at {found}"
+
+
+@pytest.fixture(autouse=True)
+def _one_thread_afterwards():
+    """So does one that leaves torch more threads: on tensors this small they wait, and count as work, tenfold."""
+    yield
+    found = torch.get_num_threads()
+    torch.set_num_threads(1)
+    assert found == 1, f"the test left torch {found} threads"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
