@@ -61,9 +61,19 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_finish() -> None:
+    _freeze()
+
+
+def _freeze() -> None:
     """What was imported stays: the garbage collector need not look through it, at each training, for what is gone."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _frozen_afterwards():
+    yield
+    _freeze()  # what a file's tests were the first to import
 
 
 def pytest_unconfigure() -> None:
