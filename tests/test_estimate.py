@@ -149,7 +149,10 @@ def test_a_diffusion_models_estimate_is_within_15_percent_of_the_measured_peak(m
 @pytest.mark.parametrize("from_folder", [False, True])
 def test_what_is_resident_of_a_diffusion_model_is_counted_from_its_configs(tmp_path, adapter, from_folder):
     lora = LoraConfig(r=2, target_modules=["to_q", "to_v"]) if adapter else None
-    component = from_text(peft_config=None if from_folder else lora)
+    unet = text_unet(
+        block_out_channels=(8,), down_block_types=("CrossAttnDownBlock2D",), up_block_types=("CrossAttnUpBlock2D",)
+    )
+    component = from_text(unet, peft_config=None if from_folder else lora)
     if from_folder:
         component.save_pretrained(tmp_path)
         component = Diffusion(tmp_path, peft_config=lora)
