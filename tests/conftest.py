@@ -56,6 +56,18 @@ def _one_thread_afterwards():
     assert found == 1, f"the test left torch {found} threads"
 
 
+@pytest.fixture
+def known_losses():
+    """What a test registers is forgotten."""
+    from sysdag.objectives.losses import LOSSES, SMOOTHED_LOSSES
+
+    before, smoothed = LOSSES.copy(), [*SMOOTHED_LOSSES]
+    yield
+    LOSSES.clear()
+    LOSSES.update(before)
+    SMOOTHED_LOSSES[:] = smoothed
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--release", action="store_true", help="also what only a release needs (make test-all)")
 
