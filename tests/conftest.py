@@ -1,3 +1,4 @@
+import functools
 import gc
 import os
 
@@ -6,12 +7,16 @@ os.environ |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 
 import pytest
 import torch
+import typer.testing
 from hypothesis import settings
 from jaxtyping import install_import_hook
 
 torch.set_num_threads(1)
 settings.register_profile("sysdag", deadline=None, derandomize="CI" in os.environ)
 settings.load_profile("sysdag")
+
+# The commands of an application, which are built from their signatures anew each time that one is invoked.
+typer.testing._get_command = functools.cache(typer.testing._get_command)
 
 # Modules of pure tensor functions: their shape annotations are checked on every call that a test makes.
 _TENSOR_MODULES = [
@@ -42,14 +47,45 @@ def _same_folder_afterwards():
     assert found == folder, f"the test left the working folder at {found}"
 
 
+@pytest.fixture(autouse=True)
+def _one_thread_afterwards():
+    """So does one that leaves torch more threads: on tensors this small they wait, and count as work, tenfold."""
+    yield
+    found = torch.get_num_threads()
+    torch.set_num_threads(1)
+    assert found == 1, f"the test left torch {found} threads"
+
+
+@pytest.fixture
+def known_losses():
+    """What a test registers is forgotten."""
+    from sysdag.objectives.losses import LOSSES, SMOOTHED_LOSSES
+
+    before, smoothed = LOSSES.copy(), [*SMOOTHED_LOSSES]
+    yield
+    LOSSES.clear()
+    LOSSES.update(before)
+    SMOOTHED_LOSSES[:] = smoothed
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--release", action="store_true", help="also what only a release needs (make test-all)")
 
 
 def pytest_collection_finish() -> None:
+    _freeze()
+
+
+def _freeze() -> None:
     """What was imported stays: the garbage collector need not look through it, at each training, for what is gone."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _frozen_afterwards():
+    yield
+    _freeze()  # what a file's tests were the first to import
 
 
 def pytest_unconfigure() -> None:

@@ -19,8 +19,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench import measure
 
-PAIRS = 4  # two micro-batches
-TOKENS = 4 * 32 * 32
+PAIRS = 2  # two micro-batches
+TOKENS = 2 * 32 * 32
 CASES = {
     "full": {},
     "adapter": {"adapter": True},

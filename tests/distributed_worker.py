@@ -14,6 +14,7 @@ import judged_answers
 import networkx  # noqa: F401 - a plan needs it, so each process would import it
 import torch
 from accelerate import DistributedType
+from accelerate.commands.launch import launch_command, launch_command_parser
 from accelerate.state import AcceleratorState, PartialState
 from peft import LoraConfig
 from torch.distributed.device_mesh import init_device_mesh
@@ -161,9 +162,8 @@ def one_of_two(rank, port, how, folder, options):
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "test",
     }  # fmt: skip
-    with open(f"{folder}/printed-{rank}", "w") as file:
-        for stream in (1, 2):
-            os.dup2(file.fileno(), stream)
+    for stream in (1, 2):
+        print_to(f"{folder}/printed-{rank}", stream)
     faulthandler.enable()  # a library that aborts says where
     gc.freeze()  # what was imported stays: neither looked through at each training nor copied for that
     losses, weights, seen = {"train": train, "shard": shard, "evaluate": evaluate}[how](folder, **options)
@@ -175,3 +175,16 @@ def one_of_two(rank, port, how, folder, options):
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)  # gloo's threads now and then abort a process that ends in the ordinary way
+
+
+def launch(folder, *arguments):
+    """`accelerate launch` in a folder, where `stdout` and `stderr` hold what it and its processes print."""
+    os.chdir(folder)
+    print_to("stdout", 1)
+    print_to("stderr", 2)
+    launch_command(launch_command_parser().parse_args(arguments))
+
+
+def print_to(name, stream):
+    with open(name, "a") as file:
+        os.dup2(file.fileno(), stream)

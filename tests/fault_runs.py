@@ -1,5 +1,6 @@
 """Trainings that die: each function runs in a process of its own, started from a server that has the imports done."""
 
+import ctypes
 import gc
 import os
 import resource
@@ -13,9 +14,13 @@ from tiny import char_tokenizer, llama
 from trained_systems import rows, two_llms
 from transformers import TrainerCallback
 
-from sysdag import DiverseBeamSearch, SysdagError, SysDPOConfig, SysDPOTrainer
+from sysdag import DiverseBeamSearch, Input, SysdagError, SysDPOConfig, SysDPOTrainer, System, node
 from sysdag.components import CausalLM
+from sysdag.data.encoding import encode_pairs
+from sysdag.engine.replay import accumulate_gradients
+from sysdag.engine.step import SystemModel
 from sysdag.files.run_files import LOG_FILE, RUN_FILE
+from sysdag.objectives.options import EngineOptions, ObjectiveOptions
 
 STEPS = 6
 CASES = {
@@ -121,8 +126,41 @@ class LimitMemory(TrainerCallback):
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         if state.global_step == 2:
-            used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-            resource.setrlimit(resource.RLIMIT_AS, (used + self.spare, resource.getrlimit(resource.RLIMIT_AS)[1]))
+            limit_memory(self.spare)
+
+
+def limit_memory(spare):
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + spare, resource.getrlimit(resource.RLIMIT_AS)[1]))
+
+
+def two_passes(file):
+    """Leaves the tokens of a micro-batch and the gradients: of a step with all memory, and of one with 64 MiB more."""
+    gc.freeze()
+    torch.set_num_threads(1)
+    for option in (-3, -1):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD: freed memory is no reserve
+        assert ctypes.CDLL(None).mallopt(option, 65536) == 1
+    data = [{"question": f"{chr(97 + i)}{i % 10}" * 20, "chosen": "y" * 60, "rejected": "no" * 30} for i in range(24)]
+
+    @node(CausalLM(llama(0, hidden_size=128, intermediate_size=1024, max_position_embeddings=256), char_tokenizer()))
+    def answer(question):
+        return question
+
+    plan = System(Input("question") >> answer).compile()
+    model = SystemModel(plan, ObjectiveOptions(), engine=EngineOptions(engine="two_pass"))
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    pairs = encode_pairs(plan, data, "direct")
+    found = []
+    for spare in (None, 64 << 20):
+        if spare is not None:
+            limit_memory(spare)
+        model.zero_grad()
+        accumulate_gradients(model, model(pairs))
+        found.append((model.budget.max_tokens, {name: p.grad.clone() for name, p in model.named_parameters()}))
+    torch.save(found, file)
 
 
 def save_over(folder, number):

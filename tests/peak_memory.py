@@ -45,7 +45,7 @@ def shown(case: step_systems.Case, name: str) -> str:
 
 
 NAMES = ("sysdag", "one pass")
-SYSTEMS = [step_systems.Case("two LLMs", candidates=4, lora=lora) for lora in (True, False)]
+SYSTEMS = [step_systems.Case("two LLMs", candidates=2, lora=lora) for lora in (True, False)]
 LLMS = {shown(case, name): (case, name) for case in SYSTEMS for name in NAMES}
 
 

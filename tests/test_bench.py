@@ -233,7 +233,8 @@ def commands(monkeypatch):
         return subprocess.CompletedProcess(command, returncode=int(command[3] == "preference_loss"))
 
     monkeypatch.setattr(front.subprocess, "run", run)
-    return found
+    yield found
+    torch.set_num_threads(1)  # it counted the cores before it started any
 
 
 def test_a_group_hands_each_member_its_own_peers(commands):

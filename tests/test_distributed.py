@@ -6,16 +6,16 @@ import multiprocessing
 import multiprocessing.forkserver
 import os
 import socket
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import distributed_worker
 import pytest
+import test_train_command as command
 import torch
 from judged_answers import expected
-from tiny import char_tokenizer, llama
+from tiny import llama
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from trained_systems import rows
@@ -27,6 +27,7 @@ from sysdag.objectives.options import EngineOptions, ObjectiveOptions
 from sysdag.saving.serialization import load_weights
 
 WORKER = Path(distributed_worker.__file__)
+SAMPLING = command.BASIC | {"objective": "sampling", "report_to": "none"}
 
 
 @pytest.fixture(scope="module")
@@ -161,23 +162,49 @@ def test_a_sharded_run_goes_on_from_its_checkpoint_and_saves_what_one_process_lo
         assert all(torch.equal(whole[name], p) for name, p in loaded.items())
 
 
-def test_the_example_runs_under_accelerate_launch(tmp_path):
-    for name, seed in (("drafter", 0), ("refiner", 1)):
-        llama(seed).save_pretrained(tmp_path / name)
-        char_tokenizer().save_pretrained(tmp_path / name)
+@pytest.fixture(scope="module")
+def launched(processes, tmp_path_factory):
+    """A folder in which `accelerate launch` had two processes train by the command, and then by the example."""
+    folder = tmp_path_factory.mktemp("launched")
+    command.furnish(folder)
     data = [{key: row[key] for key in ("question", "chosen", "rejected")} for row in rows(8)]
-    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in data))
-    folder = WORKER.parent.parent / "examples" / "accelerate"
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(folder / "ddp_cpu.yaml"),
-               "--main_process_port", "0", str(folder / "train.py"), "--drafter", "drafter", "--refiner", "refiner",
-               "--data", "pairs.jsonl", "--max-new-tokens", "4", "--max-steps", "2", "--batch", "2",
-               "--use-cpu"]  # fmt: skip
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    ended = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
-    assert ended.returncode == 0, ended.stderr[-4000:]
-    assert (tmp_path / "aligned" / "system.json").exists()
-    assert json.loads((tmp_path / "aligned" / "log.jsonl").read_text().splitlines()[-1])["epoch"] == 1.0  # 2 x 2 x 2
-    assert {path.name for path in (tmp_path / "aligned").iterdir() if path.is_dir()} == {"draft", "answer"}
+    (folder / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in data))
+    example = WORKER.parent.parent / "examples" / "accelerate"
+    programs = [
+        ["-m", "sysdag.cli", "train", f"{command.MODULE}.py:system", "pairs.jsonl",
+         *command.flags(**SAMPLING | {"output_dir": "two", "per_device_train_batch_size": 2})],
+        [str(example / "train.py"), "--drafter", "drafter", "--refiner", "refiner", "--data", "questions.jsonl",
+         "--max-new-tokens", "4", "--max-steps", "2", "--batch", "2", "--use-cpu"],
+    ]  # fmt: skip
+    arguments = ["--config_file", str(example / "ddp_cpu.yaml"), "--main_process_port", "0"]
+    arguments += [str(WORKER.with_name("in_turn.py")), json.dumps(programs)]
+    process = processes.Process(target=distributed_worker.launch, args=(str(folder), *arguments))
+    process.start()
+    process.join(300)
+    process.terminate()
+    process.join()
+    assert process.exitcode == 0, (folder / "stderr").read_text()[-4000:]
+    return folder
+
+
+def test_two_processes_of_the_command_train_as_one_and_only_the_main_one_speaks(launched, monkeypatch, request):
+    monkeypatch.chdir(launched)
+    request.addfinalizer(command.forget)
+    command.run(f"{command.MODULE}.py:system", "pairs.jsonl", *command.flags(**SAMPLING | {"output_dir": "one"}))
+    printed = Path("stdout").read_text()
+    assert printed.count("The aligned system is in two") == 1
+    assert printed.count("level  node") == 1
+    command.same(command.weights("one"), command.weights("two"), tolerance=1e-5)
+    start = llama(1).state_dict()
+    assert any(not torch.equal(start[name], command.weights("two")[f"answer.{name}"]) for name in start)
+    assert [line["step"] for line in read_log("two") if "loss" in line] == [1, 2, 3, 4]
+
+
+def test_the_example_runs_under_accelerate_launch(launched):
+    folder = launched / "aligned"
+    assert (folder / "system.json").exists()
+    assert json.loads((folder / "log.jsonl").read_text().splitlines()[-1])["epoch"] == 1.0  # 2 x 2 x 2
+    assert {path.name for path in folder.iterdir() if path.is_dir()} == {"draft", "answer"}
 
 
 def test_one_pass_is_refused_where_weights_are_sharded():

@@ -168,6 +168,7 @@ def stand_ins(tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+@pytest.mark.usefixtures("known_losses")
 def test_what_a_page_shows_runs(page, stand_ins, tmp_path, monkeypatch):
     if page.name == "architecture.md":
         pytest.importorskip("triton")

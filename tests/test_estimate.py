@@ -1,5 +1,6 @@
 """Estimates of memory against what was measured, and against the parameters themselves."""
 
+import functools
 import importlib.util
 import json
 import os
@@ -35,6 +36,11 @@ measures = pytest.mark.skipif(
 )
 
 
+@functools.cache
+def plan_of(case):
+    return step_systems.build(case)[0].compile()
+
+
 @pytest.fixture(scope="module")
 def measured(request):
     """The peak of each step that `peak_memory` takes, in bytes."""
@@ -52,9 +58,8 @@ def measured(request):
 @pytest.mark.parametrize("key", peak_memory.LLMS)
 def test_the_estimate_of_a_step_is_within_15_percent_of_the_measured_peak(measured, key):
     case, name = peak_memory.LLMS[key]
-    plan = step_systems.build(case)[0].compile()
-    found = plan.estimate(
-        LENGTHS, objective="sampling", num_candidates=4, engine=step.NAMES[name],
+    found = plan_of(case).estimate(
+        LENGTHS, objective="sampling", num_candidates=case.candidates, engine=step.NAMES[name],
         micro_batch_tokens=step_systems.SIZES["small"].micro_batch, device="cpu",
     )  # fmt: skip
     assert found.step == pytest.approx(measured[key], rel=0.15)
@@ -106,7 +111,7 @@ def test_what_is_resident_is_counted_from_the_config_alone(tmp_path, adapter):
 
 
 def test_checkpointing_and_smaller_micro_batches_need_less():
-    plan = step_systems.build(step_systems.Case("two LLMs", candidates=4, lora=True))[0].compile()
+    plan = plan_of(step_systems.Case("two LLMs", candidates=2, lora=True))
     plain, checkpointed, small = (
         plan.estimate(LENGTHS, objective="sampling", device="cpu", **options).step
         for options in ({}, {"gradient_checkpointing": True}, {"micro_batch_tokens": 400})
@@ -128,7 +133,7 @@ def test_what_cannot_be_estimated_is_named():
 
 
 def test_the_table_names_every_node():
-    plan = step_systems.build(step_systems.Case("two LLMs", candidates=2, lora=True))[0].compile()
+    plan = plan_of(step_systems.Case("two LLMs", candidates=2, lora=True))
     shown = str(plan.estimate(LENGTHS, objective="sampling", num_candidates=2, device="cpu"))
     assert [line.split()[0] for line in shown.splitlines()] == ["node", "node0", "node1", "resident"]
     assert torch.get_default_device() == torch.device("cpu")
@@ -144,7 +149,10 @@ def test_a_diffusion_models_estimate_is_within_15_percent_of_the_measured_peak(m
 @pytest.mark.parametrize("from_folder", [False, True])
 def test_what_is_resident_of_a_diffusion_model_is_counted_from_its_configs(tmp_path, adapter, from_folder):
     lora = LoraConfig(r=2, target_modules=["to_q", "to_v"]) if adapter else None
-    component = from_text(peft_config=None if from_folder else lora)
+    unet = text_unet(
+        block_out_channels=(8,), down_block_types=("CrossAttnDownBlock2D",), up_block_types=("CrossAttnUpBlock2D",)
+    )
+    component = from_text(unet, peft_config=None if from_folder else lora)
     if from_folder:
         component.save_pretrained(tmp_path)
         component = Diffusion(tmp_path, peft_config=lora)

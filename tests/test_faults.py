@@ -11,8 +11,9 @@ from pathlib import Path
 import fault_runs
 import pytest
 import torch
-from fault_runs import CASES, STEPS, message_of, run, save_over, trainer_of
+from fault_runs import CASES, STEPS, message_of, run, save_over, trainer_of, two_passes
 from safetensors.torch import load_file
+from test_two_pass import assert_same
 from tiny import char_tokenizer, llama
 from trained_systems import rows, two_llms
 from transformers.trainer_utils import get_last_checkpoint
@@ -337,6 +338,13 @@ def test_memory_that_runs_out_ends_in_a_message_and_leaves_the_last_checkpoint(p
     assert text.startswith("TrainingError: Memory ran out after step 2 "), text
     assert "checkpoint-2 is complete: resume from there" in text
     assert ended(processes, run, folder, DIRECT, None, True, wide=True, optim="adamw_torch", max_steps=3) == 0
+
+
+def test_memory_that_runs_out_in_a_pass_makes_smaller_micro_batches_of_the_same_gradients(processes, tmp_path):
+    assert ended(processes, two_passes, tmp_path / "found.pt") == 0
+    (free, expected), (tight, found) = torch.load(tmp_path / "found.pt")
+    assert_same(found, expected)
+    assert tight < free
 
 
 def test_a_node_named_like_a_folder_does_not_replace_it(tmp_path):

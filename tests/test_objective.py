@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 from sysdag.errors import LoadingError, PlanError
 from sysdag.objectives.losses import (
     LOSSES,
-    SMOOTHED_LOSSES,
     PairScores,
     candidate_log_sum,
     effective_sample_size,
@@ -70,22 +69,12 @@ def test_preference_loss_of_an_unknown_name_is_a_key_error():
         preference_loss(pair_scores([1.0], [0.0]), ["exo_pair"], [1.0], beta=0.1, label_smoothing=0.0)
 
 
-@pytest.fixture
-def known():
-    """What a test registers is forgotten."""
-    before, smoothed = LOSSES.copy(), [*SMOOTHED_LOSSES]
-    yield
-    LOSSES.clear()
-    LOSSES.update(before)
-    SMOOTHED_LOSSES[:] = smoothed
-
-
 def squared(scores, beta, label_smoothing):
     """(m - 1 + e)^2"""
     return (scores.margins - 1 + label_smoothing) ** 2
 
 
-def test_a_loss_of_ones_own_is_named_like_the_others(known):
+def test_a_loss_of_ones_own_is_named_like_the_others(known_losses):
     register_loss("squared", squared, smoothed=True)
     options = ObjectiveOptions(loss_type=("squared", "sft"), loss_weights=(0.5, 2.0), label_smoothing=0.25)
     scores = pair_scores([1.0, -2.0], [0.5, 3.0], nll=2.0)
@@ -96,7 +85,7 @@ def test_a_loss_of_ones_own_is_named_like_the_others(known):
         ObjectiveOptions(loss_type=("squared",), label_smoothing=0.1)
 
 
-def test_a_loss_of_ones_own_is_found_where_it_stands(known, tmp_path, monkeypatch):
+def test_a_loss_of_ones_own_is_found_where_it_stands(known_losses, tmp_path, monkeypatch):
     (tmp_path / "lasting_losses.py").write_text(
         "def doubled(scores, beta, label_smoothing):\n    return 2 * scores.margins"
     )
@@ -109,7 +98,7 @@ def test_a_loss_of_ones_own_is_found_where_it_stands(known, tmp_path, monkeypatc
         ObjectiveOptions(loss_type=("lasting_losses:tripled",))
 
 
-def test_losses_that_cannot_be_registered_are_refused_by_name(known):
+def test_losses_that_cannot_be_registered_are_refused_by_name(known_losses):
     with pytest.raises(PlanError, match="the name 'sigmoid' is taken by <function sigmoid_loss"):
         register_loss("sigmoid", squared)
     with pytest.raises(PlanError, match="name of a loss must be a text that is not empty, got ''"):
@@ -133,7 +122,7 @@ def test_losses_that_cannot_be_registered_are_refused_by_name(known):
         (lambda scores, beta, e: 1.0, "float"),
     ],
 )
-def test_a_loss_returns_one_number_a_pair(known, wrong, got):
+def test_a_loss_returns_one_number_a_pair(known_losses, wrong, got):
     register_loss("own", wrong)
     with pytest.raises(PlanError, match=rf"'own' must return one loss a pair, shape \(2,\), got {got}"):
         preference_loss(pair_scores([1.0, 2.0], [0.0, 1.0]), ["own"], [1.0], beta=0.1, label_smoothing=0.0)

@@ -1,9 +1,6 @@
 """Two passes give the gradients of one, whatever the size of the micro-batches and whenever memory runs out."""
 
 import logging
-import os
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
@@ -281,40 +278,3 @@ def test_measured_bytes_are_those_of_the_graph():
     with SavedBytes() as saved:
         (a @ w).tanh().pow(2)  # saves a, tanh's result (once, for itself and pow); w is a parameter
     assert saved.total == 4 * (50 * 20 + 50 * 30)
-
-
-LIMITED = """
-import resource, torch
-torch.set_num_threads(1)
-from test_two_pass import *
-from test_engine import nudge
-from sysdag.data import encode_pairs
-rows = [
-    {"question": f"{chr(97 + i)}{i % 10}" * 20, "chosen": "y" * 60, "rejected": "no" * 30} for i in range(24)
-]
-@node(CausalLM(llama(0, hidden_size=128, intermediate_size=1024, max_position_embeddings=256), char_tokenizer()))
-def answer(question):
-    return question
-system = System(Input("question") >> answer)
-plan = system.compile()
-model = SystemModel(plan, ObjectiveOptions(), engine=EngineOptions(engine="two_pass"))
-nudge(system)
-pairs = encode_pairs(plan, rows, "direct")
-_, expected = gradients_of(model, pairs)
-free = model.budget.max_tokens
-used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
-resource.setrlimit(resource.RLIMIT_AS, (used + (64 << 20), used + (64 << 20)))
-_, found = gradients_of(model, pairs)
-assert_same(found, expected)
-print(free, model.budget.max_tokens)
-"""
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="limits the process's address space as Linux does")
-def test_memory_that_really_runs_out():
-    returned = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}  # freed memory is no reserve
-    command, tests = [sys.executable, "-c", LIMITED], os.path.dirname(__file__)  # -c imports from where it runs
-    ended = subprocess.run(command, cwd=tests, env=os.environ | returned, capture_output=True, text=True)
-    assert ended.returncode == 0, ended.stderr[-3000:]
-    free, tight = map(int, ended.stdout.split())
-    assert tight < free

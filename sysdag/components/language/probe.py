@@ -78,6 +78,7 @@ def probing(
     device = next(model.parameters()).device
     with contextlib.ExitStack() as outside, contextlib.ExitStack() as arithmetic:
         outside.enter_context(torch.no_grad())
+        outside.enter_context(torch.compiler.set_stance("force_eager"))  # its shapes come once: none is worth compiling
         outside.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
         outside.enter_context(evaluating(model))
         logits = None
