@@ -18,7 +18,9 @@ from sysdag.engine.step import EngineOptions, SystemModel
 from sysdag.objectives.options import ObjectiveOptions
 
 BETA = 2000.0
-WORDS = ["<pad>", "<eos>", "<unk>", "a", "photo", "of", "dark", "light", "square", "circle", "on", "the", "left", "right"]
+WORDS = (
+    "<pad>", "<eos>", "<unk>", "a", "photo", "of", "dark", "light", "square", "circle", "on", "the", "left", "right",
+)  # fmt: skip
 CAPTIONS = ["a dark square on the left", "a light circle on the right", "a photo of the dark circle", "a light square"]
 PIXELS = 512
 
@@ -92,9 +94,7 @@ class Step:
         self.case, self.pipe = case, pipeline(case.model)
         lora = LoraConfig(r=16, lora_alpha=16, target_modules=["to_k", "to_q", "to_v", "to_out.0"])
         options: dict[str, Any] = {} if case.model == "unet" else {"pipeline_kwargs": {"use_resolution_binning": False}}
-        component = Diffusion(
-            self.pipe, convention="diffusion-dpo", peft_config=lora if case.lora else None, **options
-        )
+        component = Diffusion(self.pipe, convention="diffusion-dpo", peft_config=lora if case.lora else None, **options)
 
         @node(component)
         def image(caption: str) -> str:
@@ -139,9 +139,7 @@ class Step:
     def run(self, name: str) -> Tensor:
         """Adds the step's gradients and returns its loss."""
         if name.startswith("script"):
-            if name == "script":
-                self.encoded = self._encode()
-            elif self.encoded is None:
+            if name == "script" or self.encoded is None:
                 self.encoded = self._encode()
             return self._script(*self.encoded)
         self.model.budget.keeps_graphs = name == "one pass"

@@ -66,10 +66,34 @@ def files() -> Iterator[Row]:
         yield Row(f"`--shape {name}`", "pairs written by hand", functools.partial(check, name))
 
 
+def pipelines() -> Iterator[Row]:
+    from pipeline_checks import REFUSED, UNSCORED, checks_of, model_of
+    from tiny_pipelines import PIPELINES, UNBUILT
+
+    def check(name: str) -> tuple[int, list[str]]:
+        count, different = 0, []
+        with tempfile.TemporaryDirectory() as folder:
+            model = model_of(name, folder)
+            for each in checks_of(name):
+                try:
+                    count += each(model)
+                except Exception as error:  # noqa: BLE001 - whatever it raises is what its row is about
+                    different.append(f"{each.__name__}: {error}")
+        return count, different
+
+    for name in sorted(PIPELINES):
+        oracle = f"refused: {REFUSED[name]}" if name in REFUSED else "the pipeline itself"
+        oracle += f"; its score is refused: {UNSCORED[name]}" if name in UNSCORED else ""
+        yield Row(f"`{name}`", oracle, functools.partial(check, name))
+    for name, reason in sorted(UNBUILT.items()):
+        yield Row(f"`{name}`", f"not built here: {reason}", lambda: (0, []))
+
+
 TABLES: dict[str, Callable[[], Iterator[Row]]] = {
     "Tokenizers and chat templates": tokenizers,
     "Adapters": adapters,
     "Preference files": files,
+    "Pipelines of diffusers": pipelines,
 }
 
 HEAD = """# Families
@@ -88,6 +112,11 @@ every text (BERT, T5) is left out behind a prompt; TRL leaves it there.
 Of an adapter: on a tiny model, its score and its reference are those of plain peft and transformers before and after
 training, its saved folder opens in both, and it comes back as it was; or it is refused by name when it is put on. Of a
 known preference set: its rows, as JSON lines and Parquet, become the pairs that were written down by hand.
+
+Of a pipeline of diffusers, tiny and with random weights: the images are those of its own call for each prompt; a score
+is the error, by hand, of what the pipeline hands to its scheduler for that sample at that time, and so are the
+gradients, which reach the denoiser alone; a trained one is saved as a pipeline of the same class with every part; an
+observed image has the latents that the pipeline decodes to what its autoencoder makes of it. Or it is refused by name.
 """
 
 
@@ -96,7 +125,7 @@ def table(title: str) -> Iterator[str]:
     yield from ("| family | oracle | compared | equal |", "|---|---|---:|---|")
     for row in TABLES[title]():
         compared, different = row.check()
-        verdict = "equal" if not different else f"**{len(different)} differ**"
+        verdict = ("equal" if compared else "not tried") if not different else f"**{len(different)} differ**"
         name = row.name.replace("|", r"\|")
         yield f"| {name} | {row.oracle} | {compared} | {verdict} |"
 
