@@ -114,7 +114,9 @@ class Step:
         self.component = component
         self.reference = self.model.references["image"]
         self.captions = [CAPTIONS[pair % len(CAPTIONS)] for pair in range(case.pairs)]
-        self.pixels = torch.rand(2, case.pairs, 3, PIXELS, PIXELS, generator=generator) * 2 - 1
+        noise = torch.rand(case.pairs, 3, PIXELS, PIXELS, generator=generator) * 2 - 1
+        # Far apart, so that the difference of two sides' gradients is not what fp32 rounds.
+        self.pixels = torch.stack([noise, torch.linspace(-1, 1, PIXELS).expand_as(noise)])
         rows = [
             {"caption": caption, "chosen": chosen.numpy(), "rejected": rejected.numpy()}
             for caption, chosen, rejected in zip(self.captions, *self.pixels, strict=True)
