@@ -6,8 +6,9 @@ A UNet (as SD 1.5) and a transformer (as PixArt) of 30 to 60 million parameters 
 one pair, fp32. `script` is the step in the style of diffusers' Diffusion-DPO script: it encodes images and caption,
 concatenates winner and loser, and runs policy and reference on both; `script, encoded before` leaves the encoding out.
 sysdag encodes each image and caption once in a training, so its step never does. The gate compares loss and gradients,
-to 1e-4 of the largest. `peak_mib` is what one step needs beyond weights, gradients and what is kept of the data, in a
-process of its own. Sampling is of 16 prompts in 4 steps against the pipeline's own call on the same prompts.
+on latents of 16 x 16 in fp64, to 1e-4 of the largest. `peak_mib` is what one step needs beyond weights, gradients and
+what is kept of the data, in a process of its own. Sampling is of 16 prompts in 4 steps at latents of 16 x 16, against
+the pipeline's own call on the same prompts; the images are compared first.
 """
 
 from __future__ import annotations
@@ -28,19 +29,20 @@ PEERS = ("script, encoded before", "one pass")
 CASES = [Case(model, lora) for model in ("unet", "transformer") for lora in (True, False)]
 
 
-def check(step: Step) -> None:
-    """The gate: loss and gradients of sysdag's step against the script's."""
-    seen = []
-    for name in ("sysdag", "script", "one pass"):
+def check(case: Case) -> None:
+    """The gate: loss and gradients of sysdag's step against the script's, at latents of 16 x 16 in fp64."""
+    step, seen = Step(case, side=16), []
+    step.in_double()
+    for name in ("sysdag", "one pass", "script, encoded before"):
         step.clear()
         seen.append((step.run(name), step.gradients()))
-    expected, theirs = seen.pop(1)
+    expected, theirs = seen.pop()
     largest = max(float(gradient.abs().max()) for gradient in theirs.values())
     for loss, ours in seen:
         error = max(float((ours[key] - theirs[key]).abs().max()) for key in theirs) / largest
         if not (abs(float(loss - expected)) <= 1e-4 and error <= 1e-4):
             raise SystemExit(
-                f"{step.case}: loss {float(loss):.6f}, script {float(expected):.6f}; gradients {error:.2g} of the "
+                f"{case}: loss {float(loss):.6f}, script {float(expected):.6f}; gradients {error:.2g} of the "
                 "largest apart, 1e-4 is allowed; no speed is reported for a wrong result."
             )
 
@@ -67,8 +69,8 @@ def peak_mib(case: Case, name: str) -> float:
 
 def of_step(case: Case, options: Any) -> list[dict[str, Any]]:
     wanted = list(measure.wanted(dict.fromkeys(["sysdag", BASELINE, *PEERS]), options.peers, baseline=BASELINE))
+    check(case)
     step = Step(case)
-    check(step)
     times = measure.interleave(
         {name: lambda name=name: step.run(name) for name in wanted}, options.repeats, before=step.clear, warmup=1
     )
@@ -82,7 +84,7 @@ def of_step(case: Case, options: Any) -> list[dict[str, Any]]:
 
 def of_sampling(model: str, options: Any) -> list[dict[str, Any]]:
     """16 prompts in 4 steps; the same images, which is the gate."""
-    pipe = pipeline(model)
+    pipe = pipeline(model, side=16)
     pipe.set_progress_bar_config(disable=True)
     arguments = {"output_type": "pil"} | ({} if model == "unet" else {"use_resolution_binning": False})
     from sysdag.components import Diffusion

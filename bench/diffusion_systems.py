@@ -22,7 +22,7 @@ WORDS = (
     "<pad>", "<eos>", "<unk>", "a", "photo", "of", "dark", "light", "square", "circle", "on", "the", "left", "right",
 )  # fmt: skip
 CAPTIONS = ["a dark square on the left", "a light circle on the right", "a photo of the dark circle", "a light square"]
-PIXELS = 512
+FACTOR = 8  # pixels to latents
 
 
 class Case(NamedTuple):
@@ -37,19 +37,20 @@ class Case(NamedTuple):
         return "lora" if self.lora else "full"
 
 
-def pipeline(model: str) -> Any:
-    """Random weights; latents 4 x 64 x 64, images 3 x 512 x 512."""
+def pipeline(model: str, side: int = 64) -> Any:
+    """Random weights; latents 4 x side x side, images eight times as large."""
     import diffusers
     import transformers
 
     torch.manual_seed(0)
     vae = diffusers.AutoencoderKL(
         latent_channels=4, block_out_channels=(32, 64, 64, 64), layers_per_block=1, norm_num_groups=8,
-        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4, sample_size=PIXELS,
+        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+        sample_size=side * FACTOR,
     ).eval()  # fmt: skip
     if model == "unet":
         unet = diffusers.UNet2DConditionModel(
-            sample_size=64, block_out_channels=(64, 128, 256, 256), layers_per_block=2, cross_attention_dim=256,
+            sample_size=side, block_out_channels=(64, 128, 256, 256), layers_per_block=2, cross_attention_dim=256,
             attention_head_dim=8, norm_num_groups=32,
         ).eval()  # fmt: skip
         text_encoder = transformers.CLIPTextModel(
@@ -64,7 +65,7 @@ def pipeline(model: str) -> Any:
             feature_extractor=None, requires_safety_checker=False,
         )  # fmt: skip
     transformer = diffusers.PixArtTransformer2DModel(
-        num_attention_heads=6, attention_head_dim=64, in_channels=4, out_channels=8, num_layers=14, sample_size=64,
+        num_attention_heads=6, attention_head_dim=64, in_channels=4, out_channels=8, num_layers=14, sample_size=side,
         patch_size=2, cross_attention_dim=384, caption_channels=256, norm_num_groups=32, num_embeds_ada_norm=1000,
         use_additional_conditions=False,
     ).eval()  # fmt: skip
@@ -90,8 +91,8 @@ def _words(length: int) -> Any:
 class Step:
     """One case, ready to be computed by sysdag or in the style of diffusers' script on the same models and data."""
 
-    def __init__(self, case: Case) -> None:
-        self.case, self.pipe = case, pipeline(case.model)
+    def __init__(self, case: Case, side: int = 64) -> None:
+        self.case, self.pipe = case, pipeline(case.model, side)
         lora = LoraConfig(r=16, lora_alpha=16, target_modules=["to_k", "to_q", "to_v", "to_out.0"])
         options: dict[str, Any] = {} if case.model == "unet" else {"pipeline_kwargs": {"use_resolution_binning": False}}
         component = Diffusion(self.pipe, convention="diffusion-dpo", peft_config=lora if case.lora else None, **options)
@@ -103,7 +104,7 @@ class Step:
         plan = System(Input("caption") >> image).compile()
         self.model = SystemModel(
             plan, ObjectiveOptions(objective="direct", beta=BETA), None, None,
-            EngineOptions(engine="two_pass", micro_batch_tokens=64 * 64),
+            EngineOptions(engine="two_pass", micro_batch_tokens=side * side),
         )  # fmt: skip
         component.module.train()
         generator = torch.Generator().manual_seed(1)
@@ -114,9 +115,9 @@ class Step:
         self.component = component
         self.reference = self.model.references["image"]
         self.captions = [CAPTIONS[pair % len(CAPTIONS)] for pair in range(case.pairs)]
-        noise = torch.rand(case.pairs, 3, PIXELS, PIXELS, generator=generator) * 2 - 1
-        # Far apart, so that the difference of two sides' gradients is not what fp32 rounds.
-        self.pixels = torch.stack([noise, torch.linspace(-1, 1, PIXELS).expand_as(noise)])
+        pixels = side * FACTOR
+        noise = torch.rand(case.pairs, 3, pixels, pixels, generator=generator) * 2 - 1
+        self.pixels = torch.stack([noise, torch.linspace(-1, 1, pixels).expand_as(noise)])
         rows = [
             {"caption": caption, "chosen": chosen.numpy(), "rejected": rejected.numpy()}
             for caption, chosen, rejected in zip(self.captions, *self.pixels, strict=True)
@@ -131,6 +132,23 @@ class Step:
 
         component.noise = noise  # type: ignore[method-assign]
         self.encoded: Any = None
+
+    def in_double(self) -> None:
+        """Weights, and what the script gets, in fp64: in fp32 much of two sides' difference is rounding."""
+        for component in (self.component, self.reference):
+            component.module.double()  # type: ignore[union-attr]
+        latents, text = self._encode_in_double()
+        own = [self.component.observe(list(side.numpy())) for side in self.pixels]
+        kept = torch.stack([torch.from_numpy(draw.record["latents"]).double() for side in own for draw in side])
+        if float((kept - latents).abs().max()) > 1e-5:
+            raise SystemExit(f"{self.case}: latents are not the script's; no speed is reported for a wrong result.")
+        self.encoded = kept, text
+
+    def _encode_in_double(self) -> tuple[Tensor, dict[str, Any]]:
+        self.pixels = self.pixels.double()
+        found = self._encode()
+        self.pixels = self.pixels.float()
+        return found
 
     def clear(self) -> None:
         self.model.zero_grad(set_to_none=False)

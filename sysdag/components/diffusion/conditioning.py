@@ -107,6 +107,15 @@ class Conditioner:
             return [numpy.zeros(self._width, dtype=numpy.float32)] * count
         return [None] * count
 
+    def tokens_lost(self, text: str) -> int:
+        """Tokens of a text for which its encoder has no room."""
+        return max(0, len(self.tokenizer(text)["input_ids"]) - self._longest)
+
+    @property
+    def _longest(self) -> int:
+        positions = getattr(self.text_encoder.config, "max_position_embeddings", None) or 512
+        return self.max_text_length or min(self.tokenizer.model_max_length, positions)
+
     # What the model takes
 
     @property
@@ -228,11 +237,10 @@ class Conditioner:
         encoder, tokenizer = self.text_encoder, self.tokenizer
         if tokenizer.pad_token_id is None:
             raise PlanError(f"The tokenizer {type(tokenizer).__name__} has no padding token; set tokenizer.pad_token.")
-        positions = getattr(encoder.config, "max_position_embeddings", None) or 512
-        limit = self.max_text_length or min(tokenizer.model_max_length, positions)
+        limit = self._longest
         batch = tokenizer(list(texts), padding="max_length", max_length=limit, truncation=True)
         for element, text in enumerate(texts):
-            if all(batch["attention_mask"][element]) and len(tokenizer(text)["input_ids"]) > limit:
+            if all(batch["attention_mask"][element]) and self.tokens_lost(text):
                 logger.warning("Text %d was cut to %d tokens: %.80r", element, limit, text)
         is_clip = "clip" in encoder.config.model_type
         masked = not is_clip if self.mask_padding is None else self.mask_padding

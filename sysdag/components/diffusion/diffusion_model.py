@@ -24,6 +24,7 @@ from sysdag.components.diffusion.forward_process import DiffusionNoise, ForwardP
 from sysdag.components.diffusion.images import latents_of, read_pixels, stack_latents
 from sysdag.components.diffusion.pipeline import Pipeline
 from sysdag.components.diffusion.pipeline_calls import PipelineCalls
+from sysdag.components.diffusion.prompt_limits import PromptLimit, tokens_lost
 from sysdag.components.diffusion.separate_parts import SeparateParts
 from sysdag.components.diffusion.whole_pipeline import WholePipeline, picture
 from sysdag.components.precision import dtype_named
@@ -147,6 +148,7 @@ class Diffusion(Component):
         self._process: ForwardProcess | None = None
         self._calls: PipelineCalls | None = None
         self._is_whole: bool | None = None
+        self._limits: list[PromptLimit] | None = None
         self._adapter_folder: Path | None = None
         self._saved_here = False
         self._shapes_of_configs: tuple[tuple[int, int, int], tuple[int, int, int]] | None = None
@@ -254,12 +256,7 @@ class Diffusion(Component):
     def _sampler(self) -> SeparateParts | WholePipeline:
         pipeline = self.pipeline
         if pipeline.whole is not None:
-            if self._calls is None:
-                self._calls = PipelineCalls(
-                    pipeline.now, self._call_arguments(pipeline.whole), self.num_inference_steps,
-                    pipeline.trains_text_encoder,
-                )  # fmt: skip
-            return WholePipeline(self._calls, pipeline.denoiser, self.batch_size)
+            return WholePipeline(self._whole_calls, pipeline.denoiser, self.batch_size)
         conditioner = Conditioner(
             pipeline.denoiser, text_encoder=pipeline.parts.get("text_encoder"),
             tokenizer=pipeline.parts.get("tokenizer"), hook=self.condition,
@@ -271,6 +268,16 @@ class Diffusion(Component):
             guidance_scale=1.0 if self.guidance_scale is None else self.guidance_scale,
             num_inference_steps=self.num_inference_steps or 50, batch_size=self.batch_size,
         )  # fmt: skip
+
+    @property
+    def _whole_calls(self) -> PipelineCalls:
+        if self._calls is None:
+            pipeline = self.pipeline
+            self._calls = PipelineCalls(
+                pipeline.now, self._call_arguments(pipeline.whole), self.num_inference_steps,
+                pipeline.trains_text_encoder,
+            )  # fmt: skip
+        return self._calls
 
     def _call_arguments(self, whole: Any) -> dict[str, Any]:
         """What the pipeline's call gets beside prompts, generators and steps."""
@@ -325,6 +332,23 @@ class Diffusion(Component):
             view = self if self._pipeline is not None else self._outlined()
             self._shapes_of_configs = view.sample_shape, view.pipeline.pixel_shape(view.sample_shape)
         return self._shapes_of_configs
+
+    def cut_from(self, input: Any) -> int:
+        """Tokens of a text that none of its text encoders has room for."""
+        if not isinstance(input, str):
+            return 0
+        if not self.is_whole:
+            encoder, tokenizer = self._given.get("text_encoder"), self._given.get("tokenizer")
+            if encoder is None or tokenizer is None or self.condition is not None:
+                return 0
+            return Conditioner(None, encoder, tokenizer, max_text_length=self.max_text_length).tokens_lost(input)
+        if self._limits is None:
+            if self._pipeline is not None:
+                self._limits = self._whole_calls.limits()
+            else:
+                outline = self._whole_outline("cpu")
+                self._limits = [] if outline is None else outline.calls.limits()
+        return tokens_lost(self._limits, input)
 
     def key(self, draw: Draw) -> Any:
         return numpy.asarray(draw.record["latents"]).tobytes()

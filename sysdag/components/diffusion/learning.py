@@ -129,6 +129,10 @@ def _same_numbers(sample: Tensor, tensor: Tensor) -> bool:
 def run_quietly(pipe: Any, prompts: Sequence[str], arguments: Mapping[str, Any], **watched: Any) -> Any:
     generators = [torch.Generator().manual_seed(row) for row in range(len(prompts))]
     given = {"prompt": list(prompts) if len(prompts) > 1 else prompts[0], "generator": generators}
+    from diffusers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # what it warns of, it warns of when it samples
     try:
         return watching.run(pipe, {**given, **arguments}, scaled_input=False, **watched)
     except NOT_ITS_OWN as error:
@@ -138,6 +142,8 @@ def run_quietly(pipe: Any, prompts: Sequence[str], arguments: Mapping[str, Any],
             raise  # memory that runs out says nothing about the pipeline
         shown = {name: value for name, value in arguments.items() if not isinstance(value, Tensor)}
         raise Misfit(f"called with {shown}, it raises {type(error).__name__}: {error}") from error
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def _steps(

@@ -17,14 +17,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sysdag.components.diffusion import rows, watching
+from sysdag.components.diffusion import prompt_limits, rows, watching
 from sysdag.components.diffusion.call_form import CallForm, structure_of
 from sysdag.components.diffusion.decoding_form import DecodingForm, learn_decoding
 from sysdag.components.diffusion.learning import NOT_ITS_OWN, Misfit, learn_calls, run_quietly, unguided
+from sysdag.components.diffusion.prompt_limits import PromptLimit
 from sysdag.errors import PlanError, SysdagError
 
 logger = logging.getLogger(__name__)
 _ROUNDING = 0.02  # of what is compared: text encoders in bf16 differ with the rows beside
+
+ANY_PROMPT = "a photo"
+"""For what does not depend on the prompt."""
 
 Size = tuple[int, ...]
 """(height, width) of an image, (frames, height, width) of a film; () for what the pipeline draws by itself."""
@@ -83,6 +87,7 @@ class PipelineCalls:
     _off: dict[str, Any] | None = None
     _default_size: Size | None = None
     _together: dict[int, bool] = field(default_factory=dict)
+    _limits: list[PromptLimit] = field(default_factory=list)
 
     def sample(self, prompts: Sequence[str], seeds: Sequence[int], batch_size: int) -> list[Drawn]:
         """One draw a prompt, by the pipeline's own call; prompts are called together where their conditioning is as
@@ -240,11 +245,15 @@ class PipelineCalls:
             found.append(given)
             raise watching.Stop
 
-        arguments = self._call(prompt, size)
-        run_quietly(
-            self.pipe(), [prompt], {**arguments, **self._steps()}, on_denoiser=on_denoiser,
-            gradients=gradients and self.trains_text,
-        )  # fmt: skip
+        arguments, pipe = self._call(prompt, size), self.pipe()
+        with prompt_limits.watched(pipe, prompt) as seen:
+            run_quietly(
+                pipe, [prompt], {**arguments, **self._steps()}, on_denoiser=on_denoiser,
+                gradients=gradients and self.trains_text,
+            )  # fmt: skip
+        self._limits = seen
+        if lost := prompt_limits.tokens_lost(seen, prompt):
+            logger.warning("%s cuts the last %d tokens of a prompt: %.80r", type(pipe).__name__, lost, prompt)
         form = self._form(prompt, size, arguments, structure_of(found[0]))
         kept = rows.replaced(found[0], {form.latents_path: None})
         if not self.trains_text:
@@ -254,6 +263,12 @@ class PipelineCalls:
         if not self.trains_text:
             self._keep(key, made)
         return made
+
+    def limits(self) -> list[PromptLimit]:
+        """Where its tokenizers cut a prompt."""
+        if not self._limits:
+            self.recorded(ANY_PROMPT, ())
+        return self._limits
 
     def _steps(self) -> dict[str, int]:
         return {} if self.num_inference_steps is None else {"num_inference_steps": self.num_inference_steps}

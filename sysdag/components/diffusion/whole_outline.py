@@ -27,13 +27,11 @@ from sysdag.components import adapter_files
 from sysdag.components.adapter_support import needs_numbers
 from sysdag.components.diffusion import footprint, rows, watching, whole_folder
 from sysdag.components.diffusion.pipeline import Pipeline
-from sysdag.components.diffusion.pipeline_calls import PipelineCalls
+from sysdag.components.diffusion.pipeline_calls import ANY_PROMPT, PipelineCalls
 from sysdag.components.footprint import make_fake
 
 if TYPE_CHECKING:
     from peft import PeftConfig
-
-_PROMPT = "a photo"
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,7 +46,7 @@ class Outline:
     pipeline: Pipeline
     calls: PipelineCalls
     mode: FakeTensorMode
-    prompt: str = _PROMPT
+    prompt: str = ANY_PROMPT
 
     @property
     def sample_shape(self) -> tuple[int, ...]:
@@ -88,7 +86,7 @@ def outline(
     with _running_on_shapes(whole, mode) as running:
         calls = PipelineCalls(lambda: running, arguments(whole))
         try:
-            calls.recorded(_PROMPT, ())
+            calls.recorded(ANY_PROMPT, ())
         except (DataDependentOutputException, DynamicOutputShapeException):
             return None
     return Outline(pipeline, calls, mode)

@@ -12,11 +12,9 @@ from torch import Tensor
 
 from sysdag.components.diffusion.images import latents_of, read_pixels
 from sysdag.components.diffusion.learning import Misfit
-from sysdag.components.diffusion.pipeline_calls import PipelineCalls, Size
+from sysdag.components.diffusion.pipeline_calls import ANY_PROMPT, PipelineCalls, Size
 from sysdag.errors import DataError, shown
 from sysdag.traces.cells import Draw
-
-_ANY_PROMPT = "a photo"  # how latents are packed does not depend on it
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,9 +44,9 @@ class WholePipeline:
         for element, value in enumerate(values):
             pixels = picture(value, element)
             size = tuple(pixels.shape[1:])
-            own = size == self.calls.default_size(_ANY_PROMPT)
+            own = size == self.calls.default_size(ANY_PROMPT)
             try:
-                latents = self.calls.decoding(_ANY_PROMPT, () if own else size).latents(self.calls.pipe(), pixels)
+                latents = self.calls.decoding(ANY_PROMPT, () if own else size).latents(self.calls.pipe(), pixels)
             except Misfit as misfit:
                 raise DataError(
                     f"expected an image of a size that the pipeline draws; of {_named(size)} it makes {misfit}.",
