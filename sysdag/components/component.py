@@ -42,6 +42,8 @@ class Component(InputReader, ABC):
         is_density: whether an exact `log_prob` is the logarithm of a density, as a Gaussian's, and not of a
             probability. None where the values tell: real numbers, and arrays of them, come from a density.
         row_options: see `InputReader`.
+        winner_safeguard: of a bound, how much of the winner's gradient is to stay (see `sysdag.engine.safeguard`); None
+            where that is not looked after.
 
     Attributes:
         residence: what moves frozen weights to the host while others work, where an engine does (`offload_idle`).
@@ -52,6 +54,7 @@ class Component(InputReader, ABC):
     reads_files: ClassVar[bool] = False
     is_density: ClassVar[bool | None] = None
     residence: Residence | None = None
+    winner_safeguard: float | None = None
 
     @property
     def module(self) -> nn.Module | None:
@@ -195,6 +198,25 @@ class Component(InputReader, ABC):
         """
         return None
 
+    def take_residuals(self) -> list[Tensor] | None:
+        """What the model answered minus what it should have, for each draw scored last, once; see `winner_safeguard`.
+
+        One tensor a draw without gradient, weighted as its square is in the score.
+        """
+        return None
+
+    @property
+    def drops_inputs(self) -> bool:
+        """Whether `noise` in train mode hides the inputs of some draws, so that they score otherwise in evaluation."""
+        return False
+
+    def usual_beta(self, draws: Sequence[Draw]) -> tuple[float, float] | None:
+        """From which to which beta scores on the scale of a bound are usually trained; loads no weights.
+
+        None where that is not told, and for log-probabilities.
+        """
+        return None
+
     def lengths(self, draws: Sequence[Draw]) -> list[int]:
         """How many terms each draw's log-likelihood sums: scored tokens of a text, 1 for anything else.
 
@@ -288,6 +310,10 @@ class Component(InputReader, ABC):
             f"{type(self).__name__} to return a frozen copy (copy.copy(self) with a deep copy of its module that "
             "requires no gradient), or keep it fixed with nodes={'<node>': {'trainable': False}}."
         )
+
+    def moving_reference(self) -> Component:
+        """As `reference`, with weights of its own for all that trains here: it will follow them (`sync_ref_model`)."""
+        return self.reference()
 
     def own_parameters(self) -> dict[str, nn.Parameter]:
         """The parameters that train as this component's, by name: those of its adapter, where several share a model.

@@ -99,12 +99,14 @@ class Scored:
 
     Attributes:
         auxiliary: by node, the coefficient of its auxiliary loss and its mean over the elements, where it has one.
+        residuals: by node and row, where a component has any (see `Component.take_residuals`).
     """
 
     policy: dict[str, Tensor] = field(default_factory=dict)
     reference: dict[str, Tensor] = field(default_factory=dict)
     batches: list[MicroBatch] = field(default_factory=list)
     auxiliary: dict[str, tuple[float, Tensor]] = field(default_factory=dict)
+    residuals: dict[str, dict[int, list[Tensor]]] = field(default_factory=dict)
 
     def detach(self) -> None:
         """Lets go of the graphs."""
@@ -175,6 +177,8 @@ def score(
             scored.batches.append(replace(batch, random=before, is_random=is_random))
             rows += batch.rows
             parts.append(found)
+            for row, residual in zip(batch.rows, found.residuals or (), strict=False):
+                scored.residuals.setdefault(term.name, {}).setdefault(row, []).append(residual)
         for filler in extra:
             _both(filler, component, reference, keep_graph=False)
         policies, frozen_ = [each.policy for each in parts], [each.reference for each in parts]
@@ -197,26 +201,27 @@ def component_of(plan: Plan, name: str) -> Component:
 
 @dataclass(frozen=True)
 class _Scores:
-    """Of one micro-batch; the auxiliary loss that comes with them, where the component trains and has one."""
+    """Of one micro-batch; the auxiliary loss and the residuals that come with them, where the component has any."""
 
     policy: Tensor
     reference: Tensor
     auxiliary: tuple[float, Tensor] | None = None
+    residuals: list[Tensor] | None = None
 
     def detach(self) -> _Scores:
         found = None if self.auxiliary is None else (self.auxiliary[0], self.auxiliary[1].detach())
-        return _Scores(self.policy.detach(), self.reference, found)
+        return _Scores(self.policy.detach(), self.reference, found, self.residuals)
 
 
 def _both(batch: MicroBatch, component: Component, reference: Component | Stored | None, keep_graph: bool) -> _Scores:
     with torch.set_grad_enabled(keep_graph and reference is not None):
         ours = batch.score(component)
-        auxiliary = component.take_auxiliary_loss()
+        auxiliary, residuals = component.take_auxiliary_loss(), component.take_residuals()
     if reference is None:
         return _Scores(ours, ours)
     if isinstance(reference, Stored):
-        return _Scores(ours, torch.zeros_like(ours, requires_grad=False), auxiliary)
-    return _Scores(ours, reference_score(batch, reference).to(ours.device), auxiliary)
+        return _Scores(ours, torch.zeros_like(ours, requires_grad=False), auxiliary, residuals)
+    return _Scores(ours, reference_score(batch, reference).to(ours.device), auxiliary, residuals)
 
 
 @torch.no_grad()

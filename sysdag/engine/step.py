@@ -21,6 +21,7 @@ from sysdag.components.residence import Residence
 from sysdag.data.preferences import PreferencePair, collate
 from sysdag.engine.distributed import rounds_of, whole_weights
 from sysdag.engine.precompute import ReferenceScores
+from sysdag.engine.safeguard import loser_scales
 from sysdag.engine.scoring import Budget, Stored, Turn, component_of, part_of_loss, score, turns, zero_of
 from sysdag.errors import PlanError
 from sysdag.graph.plan import Plan
@@ -169,6 +170,16 @@ class SystemModel(nn.Module):
             if isinstance(reference, Component) and reference.module is not None:
                 reference.module.to(device)
 
+    def let_references_move(self) -> None:
+        """Gives references weights of their own where they are an adapter switched off, in weights they share."""
+        for key, reference in self.references.items():
+            own = reference.own_parameters() if isinstance(reference, Component) else {}
+            trained = {name for name, p in self.components[key].own_parameters().items() if p.requires_grad}
+            if isinstance(reference, Component) and not trained <= own.keys():
+                self.references[key] = self.components[key].moving_reference()
+        if self.options.candidates_from == "reference":
+            self.proposal = self.reference_plan()
+
     def drop_references(self) -> None:
         """Frees the references, whose scores are stored."""
         if self.stored is not None:
@@ -284,6 +295,12 @@ class SystemModel(nn.Module):
         if trains:
             found = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True)
             coefficients = dict(zip(leaves, found, strict=True))
+            for name, residuals in scored.residuals.items():
+                mu = component_of(self.plan, name).winner_safeguard
+                if mu is not None:
+                    scales = loser_scales(name, residuals, coefficients[name], mu)
+                    coefficients[name] = coefficients[name] * torch.cat([torch.ones_like(scales), scales])
+                    output.metrics[f"nodes/{name}/loser_scale"] = scales.float().cpu()
             trained = [batch for batch in scored.batches if self._reference_of(component_of(self.plan, batch.name))]
             output.turns = tuple(turns(trained, coefficients, rounds, scored.auxiliary))
             if budget.keeps_graphs:

@@ -40,10 +40,13 @@ class ReferenceKeeper(TrainerCallback):
         self, model: SystemModel, options: ReferenceOptions, datasets: Mapping[str, Any], output_dir: str | Path
     ) -> None:
         self.model, self.options = model, options
+        if options.sync_ref_model:
+            model.let_references_move()
         self._file = Path(output_dir) / SCORES_FILE
         self._pairs: list[PreferencePair] = []
         if options.precompute_ref_log_probs:
             check(model.options, None if model.candidates is None else model.candidates.strategy)
+            _check_inputs_stay(model)
             for name, part in datasets.items():
                 self._pairs += _all_pairs(name, part)
         self._moved()
@@ -161,11 +164,20 @@ def precompute(model: SystemModel, pairs: Sequence[PreferencePair], file: Path, 
     model.stored.check(expected, file)
 
 
+def _check_inputs_stay(model: SystemModel) -> None:
+    for key in model.references:
+        if model.components[key].drops_inputs:
+            raise PlanError(
+                f"precompute_ref_log_probs: node {key!r} drops captions while it trains, and the reference scored each "
+                "pair under its own. Set caption_dropout=0, or leave precompute_ref_log_probs out."
+            )
+
+
 def moved_parameters(model: SystemModel) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
     """Policy and reference of each tensor that trains.
 
     Raises:
-        PlanError: naming a node whose reference has no weights of its own (an adapter switched off).
+        PlanError: naming a node whose reference has no weights of its own.
     """
     found: dict[str, tuple[nn.Parameter, nn.Parameter]] = {}
     for key, reference in model.references.items():
@@ -174,8 +186,9 @@ def moved_parameters(model: SystemModel) -> dict[str, tuple[nn.Parameter, nn.Par
         trained = {name: parameter for name, parameter in policy.items() if parameter.requires_grad}
         if any(name not in frozen or frozen[name] is parameter for name, parameter in trained.items()):
             raise PlanError(
-                f"sync_ref_model: the reference of node {key!r} is its adapter switched off, so it has no weights that "
-                "could move. Train all weights, start from an adapter that was trained before, or leave it out."
+                f"sync_ref_model: the reference of node {key!r} has no weights of its own for what trains, so none that "
+                f"could move. Override `moving_reference(self)` in {type(model.components[key]).__name__} to return a "
+                "frozen copy, or leave it out."
             )
         found |= {f"{key}.{name}": (parameter, frozen[name]) for name, parameter in trained.items()}
     return found

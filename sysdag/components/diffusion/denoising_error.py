@@ -10,9 +10,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sysdag.components.diffusion.forward_process import DiffusionNoise, ForwardProcess
+from sysdag.components.diffusion.loss_weighting import Weighting
 from sysdag.ops import diffusion_error
 
 CONVENTIONS = ("sysdpo", "diffusion-dpo", "diffusers")
+PUBLISHED_BETAS = (2000.0, 5000.0)  # Wallace et al. 2023: Stable Diffusion 1.5, and SDXL
+_FACTORS = {"diffusion-dpo": 0.5, "diffusers": 1.0}  # of the mean over elements
 
 
 Predict = Callable[[list[int], Float[Tensor, " kM *S"], Tensor], Float[Tensor, " kM *S"]]
@@ -20,7 +23,12 @@ Predict = Callable[[list[int], Float[Tensor, " kM *S"], Tensor], Float[Tensor, "
 
 
 def denoising_errors(
-    predict: Predict, process: ForwardProcess, clean: Sequence[Float[Tensor, " *S"]], noise: DiffusionNoise, device: Any
+    predict: Predict,
+    process: ForwardProcess,
+    clean: Sequence[Float[Tensor, " *S"]],
+    noise: DiffusionNoise,
+    device: Any,
+    residuals: dict[int, Tensor] | None = None,
 ) -> Float[Tensor, "n M"]:
     """|target - prediction|^2 summed over a draw's elements, at each of its M pairs (t, eps), fp32.
 
@@ -30,6 +38,7 @@ def denoising_errors(
     Args:
         clean: each draw's latents.
         device: the denoiser's.
+        residuals: takes each draw's prediction - target, (M, *S), without gradient, where it is given.
     """
     by_shape: dict[torch.Size, list[int]] = {}
     for row, latents in enumerate(clean):
@@ -43,8 +52,12 @@ def denoising_errors(
         repeated = torch.stack([clean[row] for row in rows]).to(device).repeat_interleave(count, dim=0)
         corrupted = process.corrupt(repeated, times, eps)
         prediction = predict(rows, corrupted, process.model_times.to(device)[times])
-        errors = diffusion_error(process.target(repeated, times, eps), prediction)
+        target = process.target(repeated, times, eps)
+        errors = diffusion_error(target, prediction)
         found |= dict(zip(rows, errors.reshape(len(rows), count), strict=True))
+        if residuals is not None:
+            apart = (prediction.detach() - target).reshape(len(rows), count, *shape)
+            residuals |= dict(zip(rows, apart, strict=True))
     return torch.stack([found[row] for row in range(len(clean))])
 
 
@@ -54,7 +67,7 @@ def margin_scores(
     process: ForwardProcess,
     *,
     convention: str,
-    weighting: Callable[[Tensor], Tensor] | None,
+    weighting: Weighting | None,
     elements: Sequence[int],
 ) -> Float[Tensor, " n"]:
     """Errors on the scale of a convention (see `Diffusion`), averaged over the M pairs (t, eps) of each draw.
@@ -64,7 +77,27 @@ def margin_scores(
     """
     if convention == "sysdpo":
         if weighting is not None:
-            snr = process.snr(noise.timesteps.reshape(errors.shape))
-            errors = errors * weighting(snr).to(errors.device)
+            errors = errors * error_weights(weighting, process, noise, errors)
         return -process.num_timesteps * errors.mean(1)
-    return -(0.5 if convention == "diffusion-dpo" else 1.0) * errors.mean(1) / errors.new_tensor(elements)
+    return -_FACTORS[convention] * errors.mean(1) / errors.new_tensor(elements)
+
+
+def error_weights(
+    weighting: Weighting, process: ForwardProcess, noise: DiffusionNoise, errors: Float[Tensor, "n M"]
+) -> Float[Tensor, "n M"]:
+    """omega at each of the times."""
+    return weighting(process.snr(noise.timesteps.reshape(errors.shape))).to(errors.device)
+
+
+def usual_beta(
+    convention: str, num_timesteps: int, elements: float, mean_weight: float = 1.0
+) -> tuple[float, float]:
+    """The betas on the scale of a convention that are 2000 and 5000 on that of the published Diffusion-DPO code.
+
+    Args:
+        elements: N, those of a sample.
+        mean_weight: of omega over the times.
+    """
+    per_mean = _FACTORS.get(convention, num_timesteps * elements * mean_weight)
+    low, high = (beta * _FACTORS["diffusion-dpo"] / per_mean for beta in PUBLISHED_BETAS)
+    return low, high

@@ -19,14 +19,22 @@ from sysdag.components.component import Component, named_source
 from sysdag.components.diffusion import footprint as diffusion_footprint
 from sysdag.components.diffusion import pipeline_folder, watching, whole_folder, whole_outline
 from sysdag.components.diffusion.conditioning import Conditioner, Hook
-from sysdag.components.diffusion.denoising_error import CONVENTIONS, denoising_errors, margin_scores
+from sysdag.components.diffusion.denoising_error import (
+    CONVENTIONS,
+    denoising_errors,
+    error_weights,
+    margin_scores,
+    usual_beta,
+)
 from sysdag.components.diffusion.forward_process import DiffusionNoise, ForwardProcess
 from sysdag.components.diffusion.images import latents_of, read_pixels, stack_latents
+from sysdag.components.diffusion.loss_weighting import Weighting, check_weighting, min_snr
 from sysdag.components.diffusion.pipeline import Pipeline
 from sysdag.components.diffusion.pipeline_calls import PipelineCalls
 from sysdag.components.diffusion.prompt_limits import PromptLimit, tokens_lost
 from sysdag.components.diffusion.separate_parts import SeparateParts
-from sysdag.components.diffusion.whole_pipeline import WholePipeline, picture
+from sysdag.components.diffusion.timestep_density import TimestepDensity
+from sysdag.components.diffusion.whole_pipeline import WholePipeline, check_prompts, picture
 from sysdag.components.precision import dtype_named
 from sysdag.errors import PlanError, SerializationError
 from sysdag.traces.cells import Draw
@@ -40,7 +48,9 @@ if TYPE_CHECKING:
 _FUNCTIONS = ("condition", "weighting")
 _OPTIONS = (
     "sample_shape", "num_inference_steps", "guidance_scale", "convention", "num_noise_draws", "train_text_encoder",
-    "mask_padding", "max_text_length", "null_class", "batch_size", "pipeline_kwargs",
+    "mask_padding", "max_text_length", "null_class", "batch_size", "pipeline_kwargs", "score_guidance_scale",
+    "snr_gamma", "timestep_sampling", "logit_mean", "logit_std", "mode_scale", "caption_dropout", "winner_safeguard",
+    "cache", "cache_bytes",
 )  # fmt: skip
 
 
@@ -64,6 +74,10 @@ class Diffusion(Component):
     Jensen's inequality the loss at random (t, eps) bounds the loss at their expected margin from above; averaging
     `num_noise_draws` of them inside the sigmoid tightens the bound.
 
+    **Times.** `timestep_sampling` draws t from a density p in place of the uniform one, as diffusers' scripts do (see
+    `TimestepDensity`). It is no importance sampling: nothing is divided by p, so the objective changes as if omega were
+    multiplied by T p(t), in training and in evaluation. Policy and reference, winner and loser share t and eps.
+
     Args:
         model: a model object of diffusers, or the path or Hub id of a pipeline folder (`unet/` or `transformer/`,
             `scheduler/`, optional `text_encoder/`, `tokenizer/`, `vae/`), read when `module` is first needed. Parts
@@ -72,12 +86,26 @@ class Diffusion(Component):
         text_encoder, tokenizer: for text; the denoiser attends to its `last_hidden_state`.
         vae: images to latents and back; without one the model works on pixels.
         peft_config: puts a new adapter on the denoiser; only it trains, and the reference is the adapter switched off.
+            A LoraConfig without target_modules adapts the layers that diffusers' scripts for the family do.
         condition: makes the denoiser's keyword arguments from the list of inputs, for models such as SD3 that need
             pooled embeddings; tensors have the batch as first axis. Guidance calls it with a list of None.
         sample_shape: (C, H, W) of what is sampled; by default from the denoiser's config.
-        num_inference_steps, guidance_scale: of sampling; guidance 1 is none. Scores are never guided.
-        convention, weighting: see above; `weighting` maps the signal-to-noise ratios alpha_t^2 / sigma_t^2 to omega.
+        num_inference_steps, guidance_scale: of sampling. None is the pipeline's own (guidance 1, which is none, of
+            models that are passed as objects). Scores are never guided.
+        pipeline_kwargs: what else the call of a pipeline gets.
+        score_guidance_scale: of a distilled model that reads its guidance as an argument (Flux dev), the one that its
+            scores tell it; None is that of sampling. diffusers' scripts call it `--guidance_scale`.
+        convention, weighting: see above; `weighting` maps the signal-to-noise ratios alpha_t^2 / sigma_t^2 to omega, or
+            is "min_snr" (Hang et al. 2023, arXiv 2303.09556) at `snr_gamma`: min(snr, gamma) over snr for epsilon, over
+            snr + 1 for v-prediction, over 1 for samples.
         num_noise_draws: how many (t, eps) are averaged in each score.
+        timestep_sampling, logit_mean, logit_std, mode_scale: see above; "uniform", "logit_normal" or "mode".
+        caption_dropout: probability that a pair is scored under the empty text instead of its own, in train mode only
+            (of `module`); part of the noise, so the same for policy and reference, winner and loser.
+        winner_safeguard: mu in [0, 1] of Diffusion-SDPO (see `sysdag.engine.safeguard`): scales the loser's gradient so
+            that, to first order, the winner's error does not grow. None leaves it as it is; the published runs take 0.9.
+        cache: keeps what a pipeline makes of a text (embeddings) while no text encoder trains; most `cache_bytes` of
+            it, on the host. Latents are in the draws' records anyway.
         train_text_encoder: trains the text encoder too; by default it is frozen, as the VAE always is.
         mask_padding, max_text_length, null_class: see `Conditioner`.
         batch_size: most samples drawn side by side.
@@ -105,9 +133,19 @@ class Diffusion(Component):
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
         pipeline_kwargs: Mapping[str, Any] | None = None,
+        score_guidance_scale: float | None = None,
         convention: str = "sysdpo",
-        weighting: Callable[[Tensor], Tensor] | None = None,
+        weighting: Callable[[Tensor], Tensor] | str | None = None,
+        snr_gamma: float = 5.0,
         num_noise_draws: int = 1,
+        timestep_sampling: str = "uniform",
+        logit_mean: float = 0.0,
+        logit_std: float = 1.0,
+        mode_scale: float = 1.29,
+        caption_dropout: float = 0.0,
+        winner_safeguard: float | None = None,
+        cache: bool = True,
+        cache_bytes: int = 2**30,
         train_text_encoder: bool = False,
         mask_padding: bool | None = None,
         max_text_length: int | None = None,
@@ -121,7 +159,15 @@ class Diffusion(Component):
             raise PlanError(f"convention must be one of {list(CONVENTIONS)}, got {convention!r}.")
         if weighting is not None and convention != "sysdpo":
             raise PlanError(f"weighting belongs to convention='sysdpo'; {convention!r} has none.")
-        counts = dict(num_inference_steps=num_inference_steps, num_noise_draws=num_noise_draws, batch_size=batch_size)
+        check_weighting(weighting, snr_gamma)
+        for name, value in (("caption_dropout", caption_dropout), ("winner_safeguard", winner_safeguard)):
+            if value is not None and not 0 <= value <= 1:
+                raise PlanError(f"{name} must be in [0, 1], got {value}.")
+        self._density = TimestepDensity(timestep_sampling, logit_mean, logit_std, mode_scale)
+        counts = dict(
+            num_inference_steps=num_inference_steps, num_noise_draws=num_noise_draws, batch_size=batch_size,
+            cache_bytes=cache_bytes,
+        )  # fmt: skip
         if any(count is not None and count < 1 for count in counts.values()):
             raise PlanError(f"Diffusion needs counts of at least 1, got {counts}.")
         if sample_shape is not None and (len(sample_shape) != 3 or min(sample_shape) < 1):
@@ -159,7 +205,15 @@ class Diffusion(Component):
         self.pipeline_kwargs = dict(pipeline_kwargs or {})
         self.convention = convention
         self.weighting = weighting
+        self.snr_gamma = snr_gamma
         self.num_noise_draws = num_noise_draws
+        self.timestep_sampling, self.logit_mean = timestep_sampling, logit_mean
+        self.logit_std, self.mode_scale = logit_std, mode_scale
+        self.caption_dropout = caption_dropout
+        self.winner_safeguard = winner_safeguard
+        self.score_guidance_scale = score_guidance_scale
+        self.cache, self.cache_bytes = cache, cache_bytes
+        self._residuals: list[Tensor] | None = None
         self.train_text_encoder = train_text_encoder
         self.mask_padding = mask_padding
         self.max_text_length = max_text_length
@@ -257,6 +311,11 @@ class Diffusion(Component):
         pipeline = self.pipeline
         if pipeline.whole is not None:
             return WholePipeline(self._whole_calls, pipeline.denoiser, self.batch_size)
+        if self.score_guidance_scale is not None:
+            raise PlanError(
+                f"{self!r}: score_guidance_scale is of pipelines whose denoiser reads its guidance; of models that are "
+                "passed as objects condition= makes the arguments."
+            )
         conditioner = Conditioner(
             pipeline.denoiser, text_encoder=pipeline.parts.get("text_encoder"),
             tokenizer=pipeline.parts.get("tokenizer"), hook=self.condition,
@@ -275,7 +334,7 @@ class Diffusion(Component):
             pipeline = self.pipeline
             self._calls = PipelineCalls(
                 pipeline.now, self._call_arguments(pipeline.whole), self.num_inference_steps,
-                pipeline.trains_text_encoder,
+                pipeline.trains_text_encoder, self.cache_bytes if self.cache else 0, self.score_guidance_scale,
             )  # fmt: skip
         return self._calls
 
@@ -354,13 +413,15 @@ class Diffusion(Component):
         return numpy.asarray(draw.record["latents"]).tobytes()
 
     def noise(self, draws: Sequence[Draw], generator: torch.Generator | None = None) -> DiffusionNoise:
-        """Times t ~ U{0..T-1} and standard normal eps for each draw, on the CPU.
+        """Times t in 0..T-1 and standard normal eps for each draw, on the CPU; in train mode, which texts are dropped.
 
         Pass the same to policy and reference, and to the winner and the loser of a pair. The first k of n draws get the
         noise that k draws would get.
         """
-        steps = self.forward_process.num_timesteps
-        return DiffusionNoise.draw(self._sampler.shapes(draws), self.num_noise_draws, steps, generator)
+        return DiffusionNoise.draw(
+            self._sampler.shapes(draws), self.num_noise_draws, self.forward_process.num_timesteps, generator,
+            density=self._density, dropout=self.caption_dropout, drops=self.module.training,
+        )  # fmt: skip
 
     def errors(self, inputs: Sequence[Any], draws: Sequence[Draw], noise: DiffusionNoise) -> Float[Tensor, " n"]:
         """|target - prediction|^2 summed over a draw's C*H*W elements, fp32; with several (t, eps), their mean.
@@ -480,8 +541,14 @@ class Diffusion(Component):
         return str(folder.resolve() if folder.exists() else self._source), tuple(self._loading.values())
 
     def prepare_training(self) -> None:
-        """Has what trains by itself be fp32, where it was loaded and no dtype was asked for."""
+        """Has what trains by itself be fp32, where it was loaded and no dtype was asked for.
+
+        Raises:
+            PlanError: for a `weighting` that is not defined for the model.
+        """
         self._widen(self.pipeline)
+        if isinstance(self.weighting, str):
+            _ = self._weighting
 
     def _widen(self, pipeline: Pipeline) -> None:
         if isinstance(self._source, (str, Path)) and self._loading["dtype"] is None:
@@ -493,13 +560,63 @@ class Diffusion(Component):
         Raises:
             PlanError: without noise, or with noise of another number of draws.
         """
-        errors = self._errors(inputs, draws, noise)
+        weighting = self._weighting
+        residuals: dict[int, Tensor] | None = {} if self.winner_safeguard is not None else None
+        errors = self._errors(inputs, draws, noise, residuals)
+        if residuals is not None:
+            self._residuals = [residuals[row] for row in range(len(draws))]
+            if weighting is not None:
+                weights = error_weights(weighting, self.forward_process, noise, errors.detach())
+                shaped = [own.reshape(-1, *[1] * (r.ndim - 1)) for own, r in zip(weights, self._residuals, strict=True)]
+                self._residuals = [own * each for own, each in zip(shaped, self._residuals, strict=True)]
         return margin_scores(
-            errors, noise, self.forward_process, convention=self.convention, weighting=self.weighting,
+            errors, noise, self.forward_process, convention=self.convention, weighting=weighting,
             elements=[math.prod(shape) for shape in self._sampler.shapes(draws)],
         )  # fmt: skip
 
-    def _errors(self, inputs: Sequence[Any], draws: Sequence[Draw], noise: Any) -> Float[Tensor, "n M"]:
+    @property
+    def _weighting(self) -> Weighting | None:
+        """omega; of min-SNR by what the model predicts.
+
+        Raises:
+            PlanError: if it is not defined for this model.
+        """
+        if not isinstance(self.weighting, str):
+            return self.weighting
+        return min_snr(self.forward_process.prediction, self.snr_gamma)
+
+    def take_residuals(self) -> list[Tensor] | None:
+        taken, self._residuals = self._residuals, None
+        return taken
+
+    @property
+    def drops_inputs(self) -> bool:
+        return self.caption_dropout > 0
+
+    def usual_beta(self, draws: Sequence[Draw]) -> tuple[float, float] | None:
+        """The published betas of Diffusion-DPO, 2000 to 5000, on the scale of this component's scores."""
+        if self.convention != "sysdpo":
+            return usual_beta(self.convention, 0, 0)
+        loaded = self._pipeline is not None
+        elements = [latents_of(draw, 0).numel() for draw in draws if "latents" in draw.record]
+        if not elements and self.is_whole and not loaded:
+            return None  # how it packs its samples is not known before it runs
+        view = self if loaded else self._outlined()
+        if not elements:
+            shapes = view._sampler.shapes(draws) if self.is_whole else [view.sample_shape]
+            elements = [math.prod(shape) for shape in shapes]
+        process, weighting = view.forward_process, view._weighting
+        times = self._density.draw(4096, process.num_timesteps, generator=torch.Generator().manual_seed(0))
+        weight = 1.0 if weighting is None else float(weighting(process.snr(times)).mean())
+        return usual_beta(self.convention, process.num_timesteps, sum(elements) / len(elements), weight)
+
+    def _errors(
+        self,
+        inputs: Sequence[Any],
+        draws: Sequence[Draw],
+        noise: Any,
+        residuals: dict[int, Tensor] | None = None,
+    ) -> Float[Tensor, "n M"]:
         if not isinstance(noise, DiffusionNoise) or not len(noise) == len(draws) == len(inputs):
             got = f"that of {len(noise)} draws" if isinstance(noise, DiffusionNoise) else type(noise).__name__
             raise PlanError(
@@ -509,13 +626,18 @@ class Diffusion(Component):
         if not draws:
             return torch.zeros(0, 1, device=self.device)
         sampler = self._sampler
+        if noise.dropped is not None:
+            check_prompts(inputs, f"that caption_dropout={self.caption_dropout:g} may drop")
+            inputs = ["" if drops else text for text, drops in zip(inputs, noise.dropped.tolist(), strict=True)]
 
         def predict(rows: list[int], noisy: Tensor, times: Tensor) -> Tensor:
             chosen = [inputs[row] for row in rows], [draws[row] for row in rows]
             return sampler.predictions(*chosen, len(noisy) // len(rows), noisy, times)
 
         with self.pipeline.running():
-            return denoising_errors(predict, self.forward_process, sampler.latents(draws), noise, self.device)
+            return denoising_errors(
+                predict, self.forward_process, sampler.latents(draws), noise, self.device, residuals
+            )
 
     def reference(self) -> Diffusion:
         """This component frozen as it is now; its scores carry no gradient.
@@ -523,10 +645,15 @@ class Diffusion(Component):
         A new adapter is switched off, in weights shared with this component. Otherwise (a full model, or an adapter
         that has been trained) what trains is copied. What is frozen is shared.
         """
-        if self.pipeline.frozen:
-            return self
+        return self if self.pipeline.frozen else self._frozen(self.pipeline.reference())
+
+    def moving_reference(self) -> Diffusion:
+        """As `reference`, with a frozen copy of a new adapter on the same denoiser."""
+        return self if self.pipeline.frozen else self._frozen(self.pipeline.reference(moves=True))
+
+    def _frozen(self, pipeline: Pipeline) -> Diffusion:
         view = copy.copy(self)
-        view._pipeline = self.pipeline.reference()
+        view._pipeline, view.winner_safeguard = pipeline, None
         if self.train_text_encoder:
             view._calls = None  # what it records is its own text encoders'
         return view
@@ -559,7 +686,8 @@ class Diffusion(Component):
         """
         if self.pipeline.frozen:
             raise SerializationError(f"{self!r} is a reference; save the component that it was made from.")
-        functions = {name: hooks.describe(name, getattr(self, name)) for name in _FUNCTIONS}
+        given = {name: getattr(self, name) for name in _FUNCTIONS}
+        functions = {n: value if isinstance(value, str) else hooks.describe(n, value) for n, value in given.items()}
         options = {name: getattr(self, name) for name in _OPTIONS if name != "sample_shape"}
         options["sample_shape"] = self._sample_shape
         saved = {"adapter": self.pipeline.adapter is not None, **functions, **options}
@@ -593,7 +721,8 @@ class Diffusion(Component):
             raise SerializationError(
                 f"These are not the options of a saved Diffusion: {unknown} are unknown or missing."
             )
-        functions: dict[str, Any] = {name: hooks.load(name, options.get(name)) for name in _FUNCTIONS}
+        saved = {name: options.get(name) for name in _FUNCTIONS}
+        functions: dict[str, Any] = {n: v if isinstance(v, str) else hooks.load(n, v) for n, v in saved.items()}
         given = {name: options[name] for name in _OPTIONS}
         index, base, folder = options["parts"], options["base"], Path(folder)
         parts = [*(index or ()), *([pipeline_folder.ADAPTER] if options["adapter"] else ())]

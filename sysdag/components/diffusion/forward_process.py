@@ -19,9 +19,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from sysdag.components.diffusion.timestep_density import TimestepDensity
 from sysdag.errors import PlanError
 
 Prediction = Literal["epsilon", "v_prediction", "sample", "flow"]
@@ -43,10 +44,12 @@ class DiffusionNoise:
         timesteps: (n,), or (n, M) for M > 1; integers in 0..T-1.
         eps: (n, *S), or (n, M, *S), S the shape of a sample; standard normal. A tuple of n where samples differ in
             shape.
+        dropped: (n,) whether a draw is scored under the empty text instead of its own; None where none is.
     """
 
     timesteps: Int[Tensor, " n *M"]
     eps: Float[Tensor, " n *M *S"] | tuple[Float[Tensor, " *M *S"], ...]
+    dropped: Bool[Tensor, " n"] | None = None
 
     @classmethod
     def draw(
@@ -55,23 +58,41 @@ class DiffusionNoise:
         draws_each: int,
         num_timesteps: int,
         generator: torch.Generator | None = None,
+        *,
+        density: TimestepDensity | None = None,
+        dropout: float = 0.0,
+        drops: bool = False,
     ) -> DiffusionNoise:
-        """Noise for draws of these shapes, on the CPU. The first k of n draws get the noise that k draws would get."""
+        """Noise for draws of these shapes, on the CPU. The first k of n draws get the noise that k draws would get.
+
+        Args:
+            density: of the times; uniform by default.
+            dropout: probability that a draw's text is dropped. Times and eps are the same whether `drops` or not.
+        """
+        density = density or TimestepDensity()
         place: dict[str, Any] = {"generator": generator, "device": "cpu" if generator is None else generator.device}
         timesteps = torch.zeros(len(shapes), draws_each, dtype=torch.long)
+        dropped = torch.zeros(len(shapes), dtype=torch.bool)
         eps = []
         for row, shape in enumerate(shapes):
-            timesteps[row] = torch.randint(num_timesteps, (draws_each,), **place)
+            timesteps[row] = density.draw(draws_each, num_timesteps, **place)
             eps.append(torch.randn(draws_each, *shape, **place).cpu())
+            if dropout:
+                dropped[row] = torch.rand((), **place).cpu() < dropout
+        hidden = dropped if dropout and drops else None
         if draws_each == 1:
-            return cls(timesteps[:, 0], _together([each[0] for each in eps]))
-        return cls(timesteps, _together(eps))
+            return cls(timesteps[:, 0], _together([each[0] for each in eps]), hidden)
+        return cls(timesteps, _together(eps), hidden)
 
     @staticmethod
     def join(parts: Sequence[DiffusionNoise]) -> DiffusionNoise:
         """The noise of several lists of draws, one after the other."""
+        dropped = [part.dropped for part in parts if part.dropped is not None]
+        assert len(dropped) in (0, len(parts))
         return DiffusionNoise(
-            torch.cat([part.timesteps for part in parts]), _together([eps for part in parts for eps in part.eps])
+            torch.cat([part.timesteps for part in parts]),
+            _together([eps for part in parts for eps in part.eps]),
+            torch.cat(dropped) if dropped else None,
         )
 
     def __len__(self) -> int:
@@ -80,9 +101,10 @@ class DiffusionNoise:
     def select(self, rows: Sequence[int] | Int[Tensor, " k"]) -> DiffusionNoise:
         """The noise of the given draws, in that order; rows may repeat."""
         index = torch.as_tensor(rows, dtype=torch.long, device=self.timesteps.device)
+        dropped = None if self.dropped is None else self.dropped[index.to(self.dropped.device)]
         if isinstance(self.eps, Tensor):
-            return DiffusionNoise(self.timesteps[index], self.eps[index.to(self.eps.device)])
-        return DiffusionNoise(self.timesteps[index], _together([self.eps[row] for row in index.tolist()]))
+            return DiffusionNoise(self.timesteps[index], self.eps[index.to(self.eps.device)], dropped)
+        return DiffusionNoise(self.timesteps[index], _together([self.eps[row] for row in index.tolist()]), dropped)
 
     def stacked(self) -> Float[Tensor, " n *M *S"]:
         """`eps` of draws of one shape."""

@@ -18,6 +18,7 @@ from sysdag.components import adapter as adapters
 from sysdag.components import adapter_files, precision
 from sysdag.components.diffusion import pipeline_folder
 from sysdag.components.diffusion.conditioning import mapped
+from sysdag.components.diffusion.lora_targets import with_targets
 from sysdag.errors import PlanError
 
 if TYPE_CHECKING:
@@ -102,6 +103,7 @@ class Pipeline:
         if self.trains_text_encoder and not self.text_encoders:
             raise PlanError(f"train_text_encoder=True needs a text encoder; the parts are {sorted(self.parts)}.")
         denoiser = self.denoiser
+        owner = f"The {type(denoiser).__name__}"
         trained = self.text_encoders if self.trains_text_encoder else []
         for name, part in self.parts.items():
             if isinstance(part, nn.Module) and part is not denoiser and name not in trained:
@@ -113,7 +115,7 @@ class Pipeline:
             adapter = adapters.attach(denoiser, adapter_files.read_config(saved_adapter), new=False)
             adapter_files.load(denoiser, adapter, saved_adapter)
         elif peft_config is not None:
-            adapter = adapters.attach(denoiser, peft_config)
+            adapter = adapters.attach(denoiser, with_targets(peft_config, denoiser, owner), owner)
         elif adapters.brought(denoiser):
             _, adapter = adapters.adopt(denoiser)
         for name, part in self.parts.items():
@@ -180,6 +182,8 @@ class Pipeline:
         with contextlib.ExitStack() as stack:
             if self.adapter_off:
                 stack.enter_context(adapters.switched_off(self.denoiser))
+            elif self.adapter is not None and self.frozen:
+                stack.enter_context(adapters.activated(self.denoiser, self.adapter))
             elif self.adapter is not None:
                 adapters.activate(self.denoiser, self.adapter)
             if evaluate or self.frozen:
@@ -207,20 +211,27 @@ class Pipeline:
             )
         return output.float()
 
-    def reference(self) -> Pipeline:
+    def reference(self, *, moves: bool = False) -> Pipeline:
         """This pipeline frozen: a new adapter is switched off in shared weights, else what trains is copied.
 
         Frozen parts are shared.
+
+        Args:
+            moves: whether it is to follow what trains, so that a new adapter, too, is copied: onto the same denoiser.
         """
-        parts, adapter_off = dict(self.parts), False
+        parts, adapter, adapter_off = dict(self.parts), self.adapter, False
         trained = self.text_encoders if self.trains_text_encoder else []
         if self.adapter is not None and adapters.is_identity(self.denoiser, self.adapter):
-            adapter_off = True
+            if moves:
+                parts[pipeline_folder.denoiser_name(parts)], adapter = adapters.freeze_copy(self.denoiser, self.adapter)
+            adapter_off = not moves
         else:
             trained.append(pipeline_folder.denoiser_name(parts))
         for name in trained:
             parts[name] = copy.deepcopy(parts[name]).requires_grad_(False).eval()
-        return replace(self, parts=parts, adapter_off=adapter_off, frozen=True, trains_text_encoder=False)
+        return replace(
+            self, parts=parts, adapter=adapter, adapter_off=adapter_off, frozen=True, trains_text_encoder=False
+        )
 
     # Pixels and latents
 

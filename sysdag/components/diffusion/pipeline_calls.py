@@ -73,7 +73,9 @@ class PipelineCalls:
         arguments: of its call, beside prompt, size, generator and number of steps.
         num_inference_steps: of sampling; None: the pipeline's own.
         trains_text: whether gradients reach its text encoders, so that nothing of a prompt can be kept.
-        budget: most bytes of recorded conditioning that are kept, on the CPU.
+        budget: most bytes of recorded conditioning that are kept, on the CPU; 0: nothing is.
+        score_guidance: the guidance that the denoiser reads as one of its arguments when it is scored; None: that of
+            sampling.
     """
 
     pipe: Callable[[], Any]
@@ -81,6 +83,7 @@ class PipelineCalls:
     num_inference_steps: int | None = None
     trains_text: bool = False
     budget: int = 2**30
+    score_guidance: float | None = None
     _forms: dict[Any, list[CallForm]] = field(default_factory=dict)
     _decoding: dict[Size, DecodingForm] = field(default_factory=dict)
     _kept: OrderedDict[Any, Recorded] = field(default_factory=OrderedDict)
@@ -222,7 +225,39 @@ class PipelineCalls:
         """The arguments of the pipeline's call for a size, without guidance."""
         if self._off is None:
             self._off = unguided(self.pipe(), prompt, self.arguments)
+            if self.score_guidance is not None:
+                self._off = self._told(prompt, self._off, self.score_guidance)
         return {**self._off, **self._sizes(size)}
+
+    def _told(self, prompt: str, off: Mapping[str, Any], guidance: float) -> dict[str, Any]:
+        """The same with another guidance, of a denoiser that reads it.
+
+        Raises:
+            PlanError: if its arguments do not depend on it.
+        """
+        told = {**off, "guidance_scale": guidance}
+        other = {**off, "guidance_scale": guidance + 1}
+        pipe = self.pipe()
+        if "guidance_scale" in watching.parameters_of_call(pipe):
+            one, two = (rows.tensors(self._first_call(prompt, {**a, **self._steps()})) for a in (told, other))
+            alike = len(one) == len(two) and all(a.shape == b.shape for a, b in zip(one, two, strict=True))
+            if alike and not all(map(torch.equal, one, two)):
+                return told
+        raise PlanError(
+            f"score_guidance_scale={guidance:g}: the denoiser of {type(pipe).__name__} reads no guidance as an argument, "
+            "so that there is none in its scores. Leave it out; guidance_scale is that of sampling."
+        )
+
+    def _first_call(self, prompt: str, arguments: Mapping[str, Any], *, gradients: bool = False) -> Mapping[str, Any]:
+        """The arguments that reach the denoiser first."""
+        found: list[Mapping[str, Any]] = []
+
+        def on_denoiser(given: dict[str, Any], answer: Any) -> Any:
+            found.append(given)
+            raise watching.Stop
+
+        run_quietly(self.pipe(), [prompt], arguments, on_denoiser=on_denoiser, gradients=gradients)
+        return found[0]
 
     def _sizes(self, size: Size) -> dict[str, int]:
         taken = watching.parameters_of_call(self.pipe())
@@ -239,26 +274,17 @@ class PipelineCalls:
         if key in self._kept and not self.trains_text:
             self._kept.move_to_end(key)
             return self._kept[key]
-        found: list[Mapping[str, Any]] = []
-
-        def on_denoiser(given: dict[str, Any], answer: Any) -> Any:
-            found.append(given)
-            raise watching.Stop
-
         arguments, pipe = self._call(prompt, size), self.pipe()
         with prompt_limits.watched(pipe, prompt) as seen:
-            run_quietly(
-                pipe, [prompt], {**arguments, **self._steps()}, on_denoiser=on_denoiser,
-                gradients=gradients and self.trains_text,
-            )  # fmt: skip
+            given = self._first_call(prompt, {**arguments, **self._steps()}, gradients=gradients and self.trains_text)
         self._limits = seen
         if lost := prompt_limits.tokens_lost(seen, prompt):
             logger.warning("%s cuts the last %d tokens of a prompt: %.80r", type(pipe).__name__, lost, prompt)
-        form = self._form(prompt, size, arguments, structure_of(found[0]))
-        kept = rows.replaced(found[0], {form.latents_path: None})
+        form = self._form(prompt, size, arguments, structure_of(given))
+        kept = rows.replaced(given, {form.latents_path: None})
         if not self.trains_text:
             kept = rows.mapped_tensors(kept, lambda tensor: tensor.detach().cpu())
-        company = None if form.arguments_grow is None else rows.company(form.arguments_grow, found[0])
+        company = None if form.arguments_grow is None else rows.company(form.arguments_grow, given)
         made = Recorded(form, kept, (id(form), company))
         if not self.trains_text:
             self._keep(key, made)
@@ -289,6 +315,8 @@ class PipelineCalls:
         return forms[-1]
 
     def _keep(self, key: Any, made: Recorded) -> None:
+        if not self.budget:
+            return
         self._kept[key] = made
         total = sum(_bytes(each.arguments) for each in self._kept.values())
         while total > self.budget and len(self._kept) > 1:

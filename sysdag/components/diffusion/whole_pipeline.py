@@ -85,11 +85,15 @@ class WholePipeline:
         return torch.stack(self.calls.model_outputs(self.denoiser, recorded, list(noisy), times))
 
 
-def check_prompts(inputs: Sequence[Any]) -> None:
-    """Raises a DataError for an input that is no text."""
+def check_prompts(inputs: Sequence[Any], what: str = "for the pipeline's prompt") -> None:
+    """Raises a DataError for an input that is no text.
+
+    Args:
+        what: the text is expected for, in the message.
+    """
     for element, prompt in enumerate(inputs):
         if not isinstance(prompt, str):
-            raise DataError(f"expected text (str) for the pipeline's prompt, got {shown(prompt)}.", element=element)
+            raise DataError(f"expected text (str) {what}, got {shown(prompt)}.", element=element)
 
 
 def picture(value: Any, element: int | None = None) -> Tensor:

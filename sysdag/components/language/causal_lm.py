@@ -247,6 +247,12 @@ class CausalLM(TextComponent):
         view.lm = self.lm.reference()
         return view
 
+    def moving_reference(self) -> CausalLM:
+        """As `reference`, with a frozen copy of a new adapter on the same model."""
+        view = copy.copy(self)
+        view.lm = self.lm.reference(moves=True)
+        return view
+
     def fresh(self) -> Component:
         if not self.lm.is_named:
             return super().fresh()

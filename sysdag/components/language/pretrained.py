@@ -120,10 +120,13 @@ class PretrainedLM(ModelDescription):
                 adapter.activate(model, self.adapter)
             yield model
 
-    def reference(self) -> Self:
+    def reference(self, *, moves: bool = False) -> Self:
         """The adapter switched off while it changes nothing yet, else a frozen copy of it, on the same model.
 
         Without an adapter the whole model is copied.
+
+        Args:
+            moves: whether it is to follow what trains, so that a new adapter is copied, too.
 
         Raises:
             PlanError: if the model's own weights cannot train: quantised, or under adapters of other components.
@@ -139,7 +142,7 @@ class PretrainedLM(ModelDescription):
             if adapter.is_quantized(model):
                 raise PlanError(f"{self!r}: quantised weights cannot train. Pass a peft_config, or trainable=False.")
             view._model = copy.deepcopy(model).requires_grad_(False).eval()
-        elif adapter.is_identity(model, self.adapter):
+        elif not moves and adapter.is_identity(model, self.adapter):
             view.adapter_off = True
         else:
             view._model, view.adapter = adapter.freeze_copy(model, self.adapter)
