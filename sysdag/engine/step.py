@@ -134,14 +134,7 @@ class SystemModel(nn.Module):
         ).compile()
 
     def _node_options(self, given: dict[str, NodeOptions]) -> dict[str, NodeOptions]:
-        found = {}
-        for name in self.plan.random_nodes:
-            base = self.plan.system[name].base_name
-            found[name] = given.get(name, given.get(base, NodeOptions()))
-        known = {*found, *(self.plan.system[name].base_name for name in found)}
-        unknown = [name for name in given if name not in known]
-        if unknown:
-            raise PlanError(f"nodes: {unknown[0]!r} is no random node of the system; those are {list(found)}.")
+        found = options_by_node(self.plan, given)
         if self.options.objective == "sampling":
             for name, node in found.items():
                 if node.scale != 1.0 or node.beta not in (None, self.options.beta):
@@ -373,6 +366,23 @@ class SystemModel(nn.Module):
         drawn = self.candidates.draw(self.proposal, inputs, of_candidates, step)
         is_lower_bound = self.candidates.strategy.is_lower_bound
         return SamplingComparison(self.plan, self.options, pairs, drawn, is_lower_bound, generator)
+
+
+def options_by_node(plan: Plan, given: Mapping[str, NodeOptions]) -> dict[str, NodeOptions]:
+    """The options of every random node; a base name stands for all visits of a loop.
+
+    Raises:
+        PlanError: for a name that is no random node's.
+    """
+    found = {}
+    for name in plan.random_nodes:
+        base = plan.system[name].base_name
+        found[name] = given.get(name, given.get(base, NodeOptions()))
+    known = {*found, *(plan.system[name].base_name for name in found)}
+    unknown = [name for name in given if name not in known]
+    if unknown:
+        raise PlanError(f"nodes: {unknown[0]!r} is no random node of the system; those are {list(found)}.")
+    return found
 
 
 def _check_precision(key: str, component: Component) -> None:

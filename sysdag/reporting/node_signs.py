@@ -80,15 +80,18 @@ def one_node_carries_everything(history: History, facts: Facts) -> Diagnosis | N
         if node.share is not None and node.share > EVERYTHING:
             split = found.split.replace("eval", "evaluation", 1)
             others = ", ".join(f"{n.name} {number(n.margin)}" for n in found.nodes if n is not node)
+            largest = max(abs(n.margin) for n in found.nodes if n is not node)
+            ratio = node.margin / largest if largest else 0.0
+            factor = f" (at 1/{number(ratio, 2)} of it, {node.name} would be as large as the next)" if ratio else ""
             return Diagnosis(
                 "one_node_carries_everything",
                 "note",
                 f"Node {node.name} carries everything",
                 f"At step {found.step} ({split}) it has {percent(node.share)} of the margin: "
                 f"{number(node.margin)}, and the others {others}.",
-                f"It may be right, if the preference depends on {node.name} alone. If not, give the others a higher "
-                f"learning rate or scale, or {node.name} a larger beta, by node (nodes={{...}}); the separate gradient "
-                "norms tell whether the others get a signal.",
+                f"It may be right, if the preference depends on {node.name} alone. If not, lower its beta, which "
+                f"multiplies its part: nodes={{{node.name!r}: {{'beta': ...}}}}{factor}; or give the others a higher "
+                "learning rate or scale. The separate gradient norms tell whether they get a signal.",
                 found.step,
                 found.step,
             )

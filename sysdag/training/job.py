@@ -8,8 +8,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from sysdag.data.preferences import encode_row
 from sysdag.data.validation import validate_rows
-from sysdag.engine.step import SystemModel
+from sysdag.engine.step import SystemModel, options_by_node
 from sysdag.errors import OptionError
 from sysdag.files.run_files import LOG_FILE, RUN_FILE, TRACE_FOLDER
 from sysdag.graph.plan import Plan
@@ -17,9 +18,11 @@ from sysdag.objectives.strategies import strategy_options
 from sysdag.saving.loading import load_system
 from sysdag.traces.readers import read_all
 from sysdag.training.resume import checkpoint_to_resume, checkpoints_in
+from sysdag.training.scales import beyond_scale
 from sysdag.training.train_options import TrainJob
 from sysdag.training.trainer import SysDPOTrainer
 
+_LOOKED_AT = 4  # rows of a dry run, to tell the sizes of images
 _RESUMED = {"true": True, "last": True, "latest": True, "false": None}  # any other value is a checkpoint's folder
 
 
@@ -54,7 +57,7 @@ def train(job: TrainJob, say: Callable[[str], None] = print) -> SysDPOTrainer | 
         split = job.eval_split or ("train" if Path(job.eval_dataset).is_file() else "test")  # a file is one split
         eval_rows = _rows(job, plan, job.eval_dataset, split, told)
     if job.dry_run:
-        told(_outlined(job))
+        told("\n".join([_outlined(job), *_scales(job, plan, train_rows)]))
         return None
     if args.disable_tqdm is None or not sys.stderr.isatty():
         args.disable_tqdm = True
@@ -132,6 +135,15 @@ def _outlined(job: TrainJob) -> str:
         f"{f', over {args.gradient_accumulation_steps} such steps' if args.gradient_accumulation_steps > 1 else ''}; "
         f"output to {args.output_dir}"
     )
+
+
+def _scales(job: TrainJob, plan: Plan, rows: list[Any]) -> list[str]:
+    """What a dry run says of betas; weights are not loaded."""
+    objective: Any = job.args.objective
+    encoded = (encode_row(plan, row, number, objective, loads=False)[0] for number, row in enumerate(rows[:_LOOKED_AT]))
+    pairs = [pair for pair in encoded if pair is not None]
+    nodes = options_by_node(plan, job.args.node_options())
+    return beyond_scale(plan, pairs, objective=objective, beta=job.args.beta, nodes=nodes) if pairs else []
 
 
 def _options(options: dict[str, Any]) -> str:

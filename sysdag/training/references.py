@@ -186,8 +186,8 @@ def moved_parameters(model: SystemModel) -> dict[str, tuple[nn.Parameter, nn.Par
         trained = {name: parameter for name, parameter in policy.items() if parameter.requires_grad}
         if any(name not in frozen or frozen[name] is parameter for name, parameter in trained.items()):
             raise PlanError(
-                f"sync_ref_model: the reference of node {key!r} has no weights of its own for what trains, so none that "
-                f"could move. Override `moving_reference(self)` in {type(model.components[key]).__name__} to return a "
+                f"sync_ref_model: the reference of node {key!r} has no weights of its own for what trains, so none "
+                f"that could move. Override `moving_reference(self)` in {type(model.components[key]).__name__} to return a "
                 "frozen copy, or leave it out."
             )
         found |= {f"{key}.{name}": (parameter, frozen[name]) for name, parameter in trained.items()}

@@ -6,7 +6,7 @@ import copy
 import functools
 import logging
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ from sysdag.training.reference_check import check_reference
 from sysdag.training.references import ReferenceKeeper
 from sysdag.training.resume import pairs_hash
 from sysdag.training.run_record import RunRecord
+from sysdag.training.scales import beyond_scale
 
 logger = logging.getLogger(__name__)
 
@@ -100,7 +101,7 @@ class SysDPOTrainer(CheckpointTrainer):
         if args.disable_dropout:
             adapter.disable_dropout(system_model)
         self._means = {"train": PairMeans(), "eval": PairMeans()}
-        self._warned_of_collapse = False
+        self._warned_of_collapse = self._said_scales = False
         self._encode = functools.partial(_encoded, plan, args.objective_options().objective, args.empty)
         datasets = {"train_dataset": self._encode(train_dataset), "eval_dataset": self._encode(eval_dataset)}
         output_dir = args.output_dir or "trainer_output"
@@ -179,7 +180,7 @@ class SysDPOTrainer(CheckpointTrainer):
             step = int(self.state.global_step)
             output: StepOutput = self._system_model(pairs, None, step)
             if step == 0:
-                self._check_start(output)
+                self._check_start(output, pairs)
             self._means["train"].add(output.metrics)
         else:
             output = self._system_model(pairs, [self._generator_of(pair) for pair in pairs])
@@ -189,9 +190,18 @@ class SysDPOTrainer(CheckpointTrainer):
         """Of a pair's noise in evaluations: the same in any batch and process."""
         return torch.Generator().manual_seed(self.args.seed + int(pairs_hash([pair])[:15], 16))
 
-    def _check_start(self, output: StepOutput) -> None:
+    def _check_start(self, output: StepOutput, pairs: Sequence[PreferencePair]) -> None:
         if self.args.check_reference:
             check_reference(output, self._system_model, self.args.disable_dropout)
+        if not self._said_scales:
+            self._said_scales = True
+            model = self._system_model
+            options = model.options
+            for said in beyond_scale(
+                model.plan, pairs, objective=options.objective, beta=options.beta, nodes=model.nodes,
+                scores=output.scores,
+            ):  # fmt: skip
+                logger.warning("%s", said)
         size = output.metrics.get("candidates/effective_sample_size")
         if size is not None:
             self._warn_of_collapse("Before the first step", float(size.mean()))

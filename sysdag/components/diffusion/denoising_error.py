@@ -89,9 +89,7 @@ def error_weights(
     return weighting(process.snr(noise.timesteps.reshape(errors.shape))).to(errors.device)
 
 
-def usual_beta(
-    convention: str, num_timesteps: int, elements: float, mean_weight: float = 1.0
-) -> tuple[float, float]:
+def usual_beta(convention: str, num_timesteps: int, elements: float, mean_weight: float = 1.0) -> tuple[float, float]:
     """The betas on the scale of a convention that are 2000 and 5000 on that of the published Diffusion-DPO code.
 
     Args:

@@ -103,7 +103,7 @@ class Diffusion(Component):
         caption_dropout: probability that a pair is scored under the empty text instead of its own, in train mode only
             (of `module`); part of the noise, so the same for policy and reference, winner and loser.
         winner_safeguard: mu in [0, 1] of Diffusion-SDPO (see `sysdag.engine.safeguard`): scales the loser's gradient so
-            that, to first order, the winner's error does not grow. None leaves it as it is; the published runs take 0.9.
+            that, to first order, the winner's error does not grow. None leaves it; the published runs take 0.9.
         cache: keeps what a pipeline makes of a text (embeddings) while no text encoder trains; most `cache_bytes` of
             it, on the host. Latents are in the draws' records anyway.
         train_text_encoder: trains the text encoder too; by default it is frozen, as the VAE always is.
@@ -597,14 +597,20 @@ class Diffusion(Component):
         """The published betas of Diffusion-DPO, 2000 to 5000, on the scale of this component's scores."""
         if self.convention != "sysdpo":
             return usual_beta(self.convention, 0, 0)
-        loaded = self._pipeline is not None
+        view, origin = copy.copy(self), (self._source, self._given, self._loading["revision"])
+        if self.is_whole and self._pipeline is None:
+            view._process = ForwardProcess.of(whole_folder.scheduler_of(*origin))
+        elif self._pipeline is None:
+            view = self._outlined()
         elements = [latents_of(draw, 0).numel() for draw in draws if "latents" in draw.record]
-        if not elements and self.is_whole and not loaded:
-            return None  # how it packs its samples is not known before it runs
-        view = self if loaded else self._outlined()
+        if not elements and self.is_whole:
+            pixels = [picture(draw.value) for draw in draws]
+            found = [whole_folder.latent_elements(*origin, (p.shape[1], p.shape[2])) for p in pixels if p.ndim == 3]
+            elements = [count for count in found if count]
+        elif not elements:
+            elements = [math.prod(view.sample_shape)]
         if not elements:
-            shapes = view._sampler.shapes(draws) if self.is_whole else [view.sample_shape]
-            elements = [math.prod(shape) for shape in shapes]
+            return None
         process, weighting = view.forward_process, view._weighting
         times = self._density.draw(4096, process.num_timesteps, generator=torch.Generator().manual_seed(0))
         weight = 1.0 if weighting is None else float(weighting(process.snr(times)).mean())

@@ -1,4 +1,4 @@
-"""The layers that a LoRA adapts where its config names none: those of diffusers' LoRA scripts for the model's family."""
+"""The layers that a LoRA adapts where its config names none: those of diffusers' scripts for the model's family."""
 
 from __future__ import annotations
 
@@ -42,7 +42,8 @@ def with_targets(config: PeftConfig, denoiser: Any, owner: str) -> PeftConfig:
     Raises:
         PlanError: for a denoiser without any of them.
     """
-    if kind_of(config) != "LORA" or any(getattr(config, name, None) for name in ("target_modules", "target_parameters")):
+    named = [getattr(config, option, None) for option in ("target_modules", "target_parameters")]
+    if kind_of(config) != "LORA" or any(named):
         return config
     name = type(denoiser).__name__
     wanted = _OF_FAMILY.get(name, _ATTENTION)

@@ -1,4 +1,4 @@
-"""Min-SNR weights of a denoising error (Hang et al. 2023, arXiv 2303.09556), as diffusers' scripts apply `snr_gamma`."""
+"""Min-SNR weights of denoising errors (Hang et al. 2023, arXiv 2303.09556), as diffusers' scripts apply `snr_gamma`."""
 
 from __future__ import annotations
 

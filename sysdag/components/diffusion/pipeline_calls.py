@@ -244,8 +244,8 @@ class PipelineCalls:
             if alike and not all(map(torch.equal, one, two)):
                 return told
         raise PlanError(
-            f"score_guidance_scale={guidance:g}: the denoiser of {type(pipe).__name__} reads no guidance as an argument, "
-            "so that there is none in its scores. Leave it out; guidance_scale is that of sampling."
+            f"score_guidance_scale={guidance:g}: the denoiser of {type(pipe).__name__} reads no guidance as an "
+            "argument, so that there is none in its scores. Leave it out; guidance_scale is that of sampling."
         )
 
     def _first_call(self, prompt: str, arguments: Mapping[str, Any], *, gradients: bool = False) -> Mapping[str, Any]:

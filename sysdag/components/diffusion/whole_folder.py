@@ -75,6 +75,36 @@ def load(
     )
 
 
+def scheduler_of(source: Any, given: Mapping[str, Any], revision: str | None) -> Any:
+    """The scheduler of a pipeline, which has no weights, or of the folder or repository that it is in."""
+    import diffusers
+
+    if "scheduler" in given or not isinstance(source, (str, Path)):
+        return given.get("scheduler") or source.scheduler
+    made = getattr(diffusers, _model_index(source, revision)["scheduler"][1])
+    return made.from_pretrained(source, subfolder="scheduler", revision=revision)
+
+
+def latent_elements(source: Any, given: Mapping[str, Any], revision: str | None, size: tuple[int, int]) -> int | None:
+    """Numbers in the latents of an image (height, width), by its autoencoder's config; None where that does not say.
+
+    One that patches latents leaves their number as it is.
+    """
+    vae = given.get("vae") or (None if isinstance(source, (str, Path)) else getattr(source, "vae", None))
+    config = None if vae is None else vae.config
+    if config is None and isinstance(source, (str, Path)) and (entry := _model_index(source, revision).get("vae")):
+        import diffusers
+
+        kind = getattr(diffusers, str(entry[1]), None)
+        config = None if kind is None else kind.load_config(source, subfolder="vae", revision=revision)
+    levels = (config or {}).get("block_out_channels") or (config or {}).get("encoder_block_out_channels")
+    channels = (config or {}).get("latent_channels")
+    if not levels or not channels:
+        return None
+    factor = 2 ** (len(levels) - 1)
+    return channels * (size[0] // factor) * (size[1] // factor)
+
+
 def save(pipeline: Pipeline, folder: Path) -> None:
     """Writes the pipeline as diffusers does, with every part it came with; an adapter goes to `adapter/`.
 
