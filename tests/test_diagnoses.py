@@ -112,6 +112,14 @@ def test_one_node_that_carries_everything(draft, answer, fires):
     assert (found and found.title) == (fires and f"Node {fires} carries everything")
     if found:
         assert "At step 30 (evaluation)" in found.evidence
+        assert "lower its beta" in found.advice
+        assert "nodes={'answer': {'beta': ...}}" in found.advice
+        assert "larger beta" not in found.advice
+
+
+def test_the_advice_on_beta_evens_the_parts_out():
+    found = kinds(rewards_of((0.12, 0.0), (3.0, 0.0))())["one_node_carries_everything"]
+    assert "at 1/25 of it, answer would be as large as the next" in found.advice
 
 
 def test_the_only_node_that_trains_may_carry_everything():

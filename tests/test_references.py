@@ -16,7 +16,7 @@ from tiny_diffusion import LORA, drift, from_text, images, text_unet
 from trained_systems import answer_prompt, draft_prompt, question, rows, two_llms
 from transformers import AutoModelForCausalLM
 
-from sysdag import DiverseBeamSearch, Exhaustive, PlanError, SerializationError, SysDPOTrainer, System, node
+from sysdag import DiverseBeamSearch, Exhaustive, Input, PlanError, SerializationError, SysDPOTrainer, System, node
 from sysdag.components import Categorical, CausalLM, adapter
 from sysdag.data.encoding import encode_pairs
 from sysdag.engine.precompute import weights_hash
@@ -605,9 +605,19 @@ def test_moved_references_survive_resuming(tmp_path):
         run(tmp_path / "parts")[1].train(resume_from_checkpoint=str(tmp_path / "parts" / "checkpoint-3"))
 
 
-def test_an_adapter_switched_off_cannot_move(tmp_path):
-    with pytest.raises(PlanError, match="reference of node 'answer' is its adapter switched off"):
-        SysDPOTrainer(two_llms(lora(), tmp_path / "base"), config(tmp_path, sync_ref_model=True), train_dataset=rows(4))
+def test_a_reference_without_weights_of_its_own_cannot_move(tmp_path):
+    class Shared(Categorical):
+        def reference(self):
+            return self
+
+    @node(Shared(["a", "b"], 1))
+    def choice(question):
+        return [1.0]
+
+    system = System(Input("question", str) >> choice)
+    data = [{"question": "q", "chosen": "a", "rejected": "b"}]
+    with pytest.raises(PlanError, match="reference of node 'choice' has no weights of its own.*moving_reference"):
+        SysDPOTrainer(system, config(tmp_path, sync_ref_model=True), train_dataset=data)
 
 
 @pytest.mark.parametrize(

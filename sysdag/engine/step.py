@@ -166,9 +166,7 @@ class SystemModel(nn.Module):
     def let_references_move(self) -> None:
         """Gives references weights of their own where they are an adapter switched off, in weights they share."""
         for key, reference in self.references.items():
-            own = reference.own_parameters() if isinstance(reference, Component) else {}
-            trained = {name for name, p in self.components[key].own_parameters().items() if p.requires_grad}
-            if isinstance(reference, Component) and not trained <= own.keys():
+            if isinstance(reference, Component) and moved_pairs(self.components[key], reference) is None:
                 self.references[key] = self.components[key].moving_reference()
         if self.options.candidates_from == "reference":
             self.proposal = self.reference_plan()
@@ -366,6 +364,15 @@ class SystemModel(nn.Module):
         drawn = self.candidates.draw(self.proposal, inputs, of_candidates, step)
         is_lower_bound = self.candidates.strategy.is_lower_bound
         return SamplingComparison(self.plan, self.options, pairs, drawn, is_lower_bound, generator)
+
+
+def moved_pairs(policy: Component, reference: Component) -> dict[str, tuple[nn.Parameter, nn.Parameter]] | None:
+    """Each tensor that trains with the reference's, by name; None where the reference has not its own of every one."""
+    own, frozen = policy.own_parameters(), reference.own_parameters()
+    trained = {name: parameter for name, parameter in own.items() if parameter.requires_grad}
+    if any(name not in frozen or frozen[name] is parameter for name, parameter in trained.items()):
+        return None
+    return {name: (parameter, frozen[name]) for name, parameter in trained.items()}
 
 
 def options_by_node(plan: Plan, given: Mapping[str, NodeOptions]) -> dict[str, NodeOptions]:

@@ -16,7 +16,7 @@ from sysdag.data.preferences import PreferencePair
 from sysdag.engine.distributed import rounds_of, whole
 from sysdag.engine.precompute import FILE_NAME as SCORES_FILE
 from sysdag.engine.precompute import ReferenceScores, check, compute, fingerprint
-from sysdag.engine.step import SystemModel
+from sysdag.engine.step import SystemModel, moved_pairs
 from sysdag.errors import PlanError, SerializationError
 from sysdag.objectives.options import ReferenceOptions
 
@@ -182,15 +182,14 @@ def moved_parameters(model: SystemModel) -> dict[str, tuple[nn.Parameter, nn.Par
     found: dict[str, tuple[nn.Parameter, nn.Parameter]] = {}
     for key, reference in model.references.items():
         assert isinstance(reference, Component)  # only stored scores take a reference's place
-        policy, frozen = model.components[key].own_parameters(), reference.own_parameters()
-        trained = {name: parameter for name, parameter in policy.items() if parameter.requires_grad}
-        if any(name not in frozen or frozen[name] is parameter for name, parameter in trained.items()):
+        moved = moved_pairs(model.components[key], reference)
+        if moved is None:
             raise PlanError(
                 f"sync_ref_model: the reference of node {key!r} has no weights of its own for what trains, so none "
-                f"that could move. Override `moving_reference(self)` in {type(model.components[key]).__name__} to return a "
-                "frozen copy, or leave it out."
+                f"that could move. Override `moving_reference(self)` in {type(model.components[key]).__name__} to "
+                "return a frozen copy, or leave it out."
             )
-        found |= {f"{key}.{name}": (parameter, frozen[name]) for name, parameter in trained.items()}
+        found |= {f"{key}.{name}": pair for name, pair in moved.items()}
     return found
 
 
