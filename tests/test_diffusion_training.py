@@ -339,3 +339,65 @@ def test_embeddings_are_kept_unless_told_not_to():
     assert kept[1:] == [0, 1]
     assert torch.equal(scores[0], scores[1])
     assert torch.equal(scores[0], scores[2])
+
+
+def test_embeddings_of_models_that_are_passed_as_objects_are_kept_too():
+    texts = ["a dark square", "light", "light"]
+    scores = []
+    for given, counts in (({}, [2, 0]), ({"cache": False}, [3, 3]), ({"cache_bytes": 1}, [2, 2])):
+        component = from_text(**given)
+        encoder, seen = component.pipeline.parts["text_encoder"], []
+        encoder.register_forward_hook(lambda _, ids, out, seen=seen: seen.append(len(out[0])))
+        draws = component.observe(images(3))
+        noise = component.noise(draws, seed(0))
+        scores += [component.score(texts, draws, noise).detach() for _ in range(2)]
+        assert seen == counts or seen == [count for count in counts if count]
+    for score in scores[1:]:
+        torch.testing.assert_close(score, scores[0], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_what_is_kept_belongs_to_the_encoders_weights(whole, tmp_path):
+    if whole:
+        pipe = PIPELINES["sd15"]()
+        component = Diffusion(pipe, num_inference_steps=2, pipeline_kwargs=CALL.get("sd15", {}))
+        draws = component.sample(["dark"], generator=seed(0))
+    else:
+        component = from_text()
+        draws = component.observe(images(1))
+    noise = component.noise(draws, seed(0))
+    first = component.score(["dark"], draws, noise).detach()
+    component.save_pretrained(tmp_path)
+    with torch.no_grad():
+        for parameter in component.pipeline.parts["text_encoder"].parameters():
+            parameter.mul_(2)
+    assert not torch.allclose(component.score(["dark"], draws, noise), first)
+    component.load_weights(tmp_path)
+    torch.testing.assert_close(component.score(["dark"], draws, noise).detach(), first)
+
+
+def test_what_is_kept_is_another_at_another_length_and_stays_within_its_bytes():
+    component = from_text()
+    draws = component.observe(images(2))
+    noise = component.noise(draws, seed(0))
+    long = component.score(["dark", "light"], draws, noise)
+    component.max_text_length = 4
+    assert not torch.allclose(component.score(["dark", "light"], draws, noise), long)
+    row = component._texts._bytes // 4
+    small = from_text(cache_bytes=2 * row + row // 2)
+    for text in ("dark", "light", "square", "circle"):
+        small.score([text], draws[:1], noise.select([0]))
+    assert 1 <= len(small._texts) <= 3
+    assert small._texts._bytes <= small.cache_bytes
+
+
+def test_a_text_encoder_that_trains_is_asked_every_time():
+    component = from_text(train_text_encoder=True)
+    draws = component.observe(images(1))
+    noise = component.noise(draws, seed(0))
+    before = component.score(["dark"], draws, noise)
+    with torch.no_grad():
+        for parameter in component.pipeline.parts["text_encoder"].parameters():
+            parameter.mul_(1.5)
+    assert not torch.allclose(component.score(["dark"], draws, noise), before)
+    assert len(component._texts) == 0

@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
+from sysdag.components.diffusion.kept_texts import KeptTexts, version_of
 from sysdag.errors import DataError, PlanError
 
 logger = logging.getLogger(__name__)
@@ -36,6 +37,7 @@ class Conditioner:
             whose padding Stable Diffusion and its relatives were trained to see.
         max_text_length: tokens that every text is padded or cut to; None: the tokenizer's limit.
         null_class: the label that means "no class", for guidance; None: the model's own, where it has one.
+        kept: keeps what a text encoder that does not train makes of texts; None: nothing is.
     """
 
     denoiser: Any
@@ -46,6 +48,7 @@ class Conditioner:
     mask_padding: bool | None = None
     max_text_length: int | None = None
     null_class: int | None = None
+    kept: KeptTexts | None = None
 
     def __call__(self, inputs: Sequence[Any]) -> dict[str, Any]:
         """The arguments for a batch; every tensor has the batch as its first axis.
@@ -234,6 +237,26 @@ class Conditioner:
         return {"encoder_hidden_states": states, "encoder_attention_mask": mask.long()}
 
     def _from_text(self, texts: Sequence[str]) -> dict[str, Any]:
+        if self.kept is None or self.train_text_encoder:
+            states, mask = self._encoded(texts)
+        else:
+            device = next(self.text_encoder.parameters()).device
+            computes = self.text_encoder.dtype, torch.is_autocast_enabled(device.type)
+            maker = (
+                id(self.text_encoder), version_of(self.text_encoder), device, computes, self._hides_padding,
+                self.max_text_length,
+            )  # fmt: skip
+            states, mask = self.kept.of(texts, maker, device, self._encoded)
+        if self._hides_padding and "encoder_attention_mask" in self._parameters:
+            return {"encoder_hidden_states": states, "encoder_attention_mask": mask}
+        return {"encoder_hidden_states": states}
+
+    @property
+    def _hides_padding(self) -> bool:
+        return "clip" not in self.text_encoder.config.model_type if self.mask_padding is None else self.mask_padding
+
+    def _encoded(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Hidden states (n, L, D), and which tokens are seen (n, L)."""
         encoder, tokenizer = self.text_encoder, self.tokenizer
         if tokenizer.pad_token_id is None:
             raise PlanError(f"The tokenizer {type(tokenizer).__name__} has no padding token; set tokenizer.pad_token.")
@@ -242,16 +265,12 @@ class Conditioner:
         for element, text in enumerate(texts):
             if all(batch["attention_mask"][element]) and self.tokens_lost(text):
                 logger.warning("Text %d was cut to %d tokens: %.80r", element, limit, text)
-        is_clip = "clip" in encoder.config.model_type
-        masked = not is_clip if self.mask_padding is None else self.mask_padding
         device = next(encoder.parameters()).device
         token_ids = torch.tensor(batch["input_ids"], device=device)
-        mask = torch.tensor(batch["attention_mask"], device=device) if masked else None
+        mask = torch.tensor(batch["attention_mask"], device=device) if self._hides_padding else None
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.train_text_encoder):
             states = encoder(token_ids, attention_mask=mask).last_hidden_state
-        if masked and "encoder_attention_mask" in self._parameters:
-            return {"encoder_hidden_states": states, "encoder_attention_mask": mask}
-        return {"encoder_hidden_states": states}
+        return states, token_ids.new_ones(token_ids.shape) if mask is None else mask
 
     def _from_hook(self, inputs: list[Any]) -> dict[str, Any]:
         assert self.hook is not None

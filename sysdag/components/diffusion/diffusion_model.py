@@ -28,6 +28,7 @@ from sysdag.components.diffusion.denoising_error import (
 )
 from sysdag.components.diffusion.forward_process import DiffusionNoise, ForwardProcess
 from sysdag.components.diffusion.images import latents_of, read_pixels, stack_latents
+from sysdag.components.diffusion.kept_texts import KeptTexts
 from sysdag.components.diffusion.loss_weighting import Weighting, check_weighting, min_snr
 from sysdag.components.diffusion.pipeline import Pipeline
 from sysdag.components.diffusion.pipeline_calls import PipelineCalls
@@ -104,8 +105,8 @@ class Diffusion(Component):
             (of `module`); part of the noise, so the same for policy and reference, winner and loser.
         winner_safeguard: mu in [0, 1] of Diffusion-SDPO (see `sysdag.engine.safeguard`): scales the loser's gradient so
             that, to first order, the winner's error does not grow. None leaves it; the published runs take 0.9.
-        cache: keeps what a pipeline makes of a text (embeddings) while no text encoder trains; most `cache_bytes` of
-            it, on the host. Latents are in the draws' records anyway.
+        cache: keeps what frozen text encoders made of a text, on the host: most `cache_bytes` of it. Latents are in
+            the draws' records anyway.
         train_text_encoder: trains the text encoder too; by default it is frozen, as the VAE always is.
         mask_padding, max_text_length, null_class: see `Conditioner`.
         batch_size: most samples drawn side by side.
@@ -213,6 +214,7 @@ class Diffusion(Component):
         self.winner_safeguard = winner_safeguard
         self.score_guidance_scale = score_guidance_scale
         self.cache, self.cache_bytes = cache, cache_bytes
+        self._texts: KeptTexts | None = KeptTexts(cache_bytes)
         self._residuals: list[Tensor] | None = None
         self.train_text_encoder = train_text_encoder
         self.mask_padding = mask_padding
@@ -320,7 +322,7 @@ class Diffusion(Component):
             pipeline.denoiser, text_encoder=pipeline.parts.get("text_encoder"),
             tokenizer=pipeline.parts.get("tokenizer"), hook=self.condition,
             train_text_encoder=pipeline.trains_text_encoder, mask_padding=self.mask_padding,
-            max_text_length=self.max_text_length, null_class=self.null_class,
+            max_text_length=self.max_text_length, null_class=self.null_class, kept=self._texts if self.cache else None,
         )  # fmt: skip
         return SeparateParts(
             pipeline, conditioner, self.sample_shape,
@@ -518,6 +520,7 @@ class Diffusion(Component):
             self._source, self._given, peft_config=self._peft_config, trains_text_encoder=self.train_text_encoder,
             index=self._index, **self._loading,
         )  # fmt: skip
+        view._texts = None  # there are no numbers to keep
         return view
 
     @property
@@ -681,6 +684,7 @@ class Diffusion(Component):
             return super().fresh()
         made = copy.copy(self)
         made._pipeline = made._process = made._calls = None
+        made._texts = KeptTexts(self.cache_bytes)
         return made
 
     def save_pretrained(self, folder: Path) -> Mapping[str, Any]:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from sysdag.components.diffusion import prompt_limits, rows, watching
 from sysdag.components.diffusion.call_form import CallForm, structure_of
 from sysdag.components.diffusion.decoding_form import DecodingForm, learn_decoding
+from sysdag.components.diffusion.kept_texts import version_of
 from sysdag.components.diffusion.learning import NOT_ITS_OWN, Misfit, learn_calls, run_quietly, unguided
 from sysdag.components.diffusion.prompt_limits import PromptLimit
 from sysdag.errors import PlanError, SysdagError
@@ -270,7 +271,7 @@ class PipelineCalls:
         Raises:
             DataError: if the pipeline does not take the prompt.
         """
-        key = (prompt, size, self._where())
+        key = (prompt, size, self._where(), self._encoders())
         if key in self._kept and not self.trains_text:
             self._kept.move_to_end(key)
             return self._kept[key]
@@ -303,6 +304,12 @@ class PipelineCalls:
         pipe = self.pipe()
         weight = next(getattr(pipe, watching.denoiser_name(pipe)).parameters())
         return weight.device, weight.dtype
+
+    def _encoders(self) -> Any:
+        """Changes where a text encoder or its weights do."""
+        parts = self.pipe().components.items()
+        encoders = [part for name, part in parts if name.startswith("text_encoder") and isinstance(part, nn.Module)]
+        return tuple((id(encoder), version_of(encoder)) for encoder in encoders)
 
     def _form(self, prompt: str, size: Size, arguments: Mapping[str, Any], structure: Any) -> CallForm:
         forms = self._forms.setdefault((size, self._where()), [])
