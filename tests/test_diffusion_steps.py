@@ -1,18 +1,23 @@
 """Training steps of diffusion nodes: the winner's safeguard, references that move, betas on the scale of the scores."""
 
+import json
 import logging
 import re
+from pathlib import Path
 
 import pytest
 import torch
 from peft import LoraConfig
+from PIL import Image
 from test_diffusion_training import painter, rows
 from tiny import char_tokenizer, llama
 from tiny_diffusion import LORA, Diffusion, T, drift, from_text, seed
 from tiny_pipelines import CALL, PIPELINES
 from torch.nn.functional import logsigmoid
+from typer.testing import CliRunner
 
 from sysdag import Input, SysDPOConfig, SysDPOTrainer, System, node
+from sysdag.cli import app
 from sysdag.components import CausalLM
 from sysdag.data import encode_pairs
 from sysdag.engine.replay import accumulate_gradients
@@ -282,3 +287,25 @@ def test_the_first_step_says_so_once_with_what_was_measured(tmp_path, caplog):
     args.output_dir = str(tmp_path / "again")
     SysDPOTrainer(writer_and_painter(from_text(convention="diffusion-dpo")), args, train_dataset=captioned(2)).train()
     assert "usually trained" not in caplog.text
+
+
+def test_a_dry_run_says_so_without_weights(tmp_path, monkeypatch):
+    systems = Path(__file__).with_name("checked_systems.py")
+    for place in range(4):
+        Image.new("RGB", (8, 8), (40 * place, 0, 0)).save(tmp_path / f"{place}.png")
+    row = {
+        "prompt": "ab", "chosen": ["0.png", "1.png"], "rejected": ["2.png", "3.png"],
+        "chosen_intermediates": {"captions": "a,b"}, "rejected_intermediates": {"captions": "b,a"},
+    }  # fmt: skip
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(row) + "\n")
+    monkeypatch.chdir(tmp_path)
+
+    def told(*options):
+        given = ["train", f"{systems}:pictures", "pairs.jsonl", "--dry-run", "--output_dir", "out", *options]
+        result = CliRunner().invoke(app, given)
+        assert result.exit_code == 0, (result.output, result.exception)
+        return result.output
+
+    elements = 4 * 4  # of the painter's latents
+    assert f"Set nodes={{'image': {{'beta': {float(f'{1000 / (T * elements):.2g}'):g}}}}}." in told()
+    assert "usually trained" not in told("--nodes", json.dumps({"image": {"beta": 1.5}}))
