@@ -128,17 +128,22 @@ def of_diffusion(
                 total = score().sum()
             if trains:
                 total.backward()
-        copied = [
-            part
+        copied = {
+            id(parameter): parameter
             for part in module.values()
-            if any(p.requires_grad for p in part.parameters()) and not (new_adapter and part is pipeline.denoiser)
-        ]
+            if any(p.requires_grad for p in part.parameters()) and part is not pipeline.denoiser
+            for parameter in part.parameters()
+        }
+        if pipeline.adapter is None and trains:
+            copied |= {id(parameter): parameter for parameter in pipeline.denoiser.parameters()}
+        elif trains and not new_adapter:
+            copied |= {id(parameter): parameter for parameter in own}
         return Footprint(
             weights=sum(map(bytes_of, module.parameters())),
             base=0 if pipeline.adapter is None else base,
             trained=sum(map(bytes_of, trained)),
             optimizer=optimizer_bytes(trained),
-            reference=sum(bytes_of(parameter) for part in copied for parameter in part.parameters()),
+            reference=sum(map(bytes_of, copied.values())),
             graph=saved.total,
             working=max(0, peak.bytes - saved.total),
         )

@@ -214,21 +214,18 @@ class Pipeline:
     def reference(self, *, moves: bool = False) -> Pipeline:
         """This pipeline frozen: a new adapter is switched off in shared weights, else what trains is copied.
 
-        Frozen parts are shared.
+        An adapter is copied onto the same denoiser. Frozen parts are shared.
 
         Args:
-            moves: whether it is to follow what trains, so that a new adapter, too, is copied: onto the same denoiser.
+            moves: whether it is to follow what trains, so that a new adapter, too, is copied.
         """
         parts, adapter, adapter_off = dict(self.parts), self.adapter, False
-        trained = self.text_encoders if self.trains_text_encoder else []
-        if self.adapter is not None and adapters.is_identity(self.denoiser, self.adapter):
-            if moves:
-                parts[pipeline_folder.denoiser_name(parts)], adapter = adapters.freeze_copy(self.denoiser, self.adapter)
-            adapter_off = not moves
-        else:
-            trained.append(pipeline_folder.denoiser_name(parts))
-        for name in trained:
+        for name in self.trained:
             parts[name] = copy.deepcopy(parts[name]).requires_grad_(False).eval()
+        if self.adapter is not None:
+            adapter_off = not moves and adapters.is_identity(self.denoiser, self.adapter)
+            if not adapter_off:
+                parts[pipeline_folder.denoiser_name(parts)], adapter = adapters.freeze_copy(self.denoiser, self.adapter)
         return replace(
             self, parts=parts, adapter=adapter, adapter_off=adapter_off, frozen=True, trains_text_encoder=False
         )
