@@ -88,6 +88,28 @@ def test_the_losers_gradient_is_scaled_as_published(engine, mu, loss_type):
         torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-4 * largest.item())
 
 
+def test_residuals_are_the_gradients_of_the_error_at_every_time(monkeypatch):
+    def weighting(snr):
+        return 1 / (1 + snr)
+
+    component = from_text(num_noise_draws=3, weighting=weighting, winner_safeguard=0.9)
+    draws = component.observe([row["chosen"] for row in rows(2)])
+    noise = component.noise(draws, seed(0))
+    answers = []
+    predict = type(component.pipeline).predict
+
+    def kept(pipeline, *arguments):
+        answers.append(predict(pipeline, *arguments))
+        return answers[-1]
+
+    monkeypatch.setattr(type(component.pipeline), "predict", kept)
+    error = -component.score(["dark", "light"], draws, noise).sum()
+    (gradient,) = torch.autograd.grad(error, answers[0])
+    taken = torch.stack(component.take_residuals())
+    torch.testing.assert_close(gradient.reshape(2, 3, 1, 8, 8), 2 * T / 3 * taken, rtol=1e-4, atol=1e-4)
+    assert component.take_residuals() is None
+
+
 def test_without_a_safeguard_nothing_is_scaled():
     plan = painter(from_text()).compile()
     model = SystemModel(plan, ObjectiveOptions(beta=BETA))

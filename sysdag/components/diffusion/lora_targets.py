@@ -21,7 +21,7 @@ _JOINT = (
     "attn.add_k_proj", "attn.add_q_proj", "attn.add_v_proj", "attn.to_add_out",
 )  # fmt: skip
 _FLUX_2_SINGLE = r"single_transformer_blocks\.\d+\.attn\.to_out"
-# Names, or patterns of names, by the class of the denoiser: of diffusers' examples/dreambooth.
+# Names, or patterns of names, by the class of the denoiser: those of diffusers' dreambooth scripts.
 _OF_FAMILY: dict[str, tuple[str, ...]] = {
     "UNet2DConditionModel": (*_ATTENTION, "add_k_proj", "add_v_proj"),
     "SD3Transformer2DModel": _JOINT,
