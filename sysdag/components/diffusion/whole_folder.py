@@ -81,7 +81,7 @@ def scheduler_of(source: Any, given: Mapping[str, Any], revision: str | None) ->
 
     if "scheduler" in given or not isinstance(source, (str, Path)):
         return given.get("scheduler") or source.scheduler
-    made = getattr(diffusers, _model_index(source, revision)["scheduler"][1])
+    made = getattr(diffusers, model_index(source, revision)["scheduler"][1])
     return made.from_pretrained(source, subfolder="scheduler", revision=revision)
 
 
@@ -92,7 +92,7 @@ def latent_elements(source: Any, given: Mapping[str, Any], revision: str | None,
     """
     vae = given.get("vae") or (None if isinstance(source, (str, Path)) else getattr(source, "vae", None))
     config = None if vae is None else vae.config
-    if config is None and isinstance(source, (str, Path)) and (entry := _model_index(source, revision).get("vae")):
+    if config is None and isinstance(source, (str, Path)) and (entry := model_index(source, revision).get("vae")):
         import diffusers
 
         kind = getattr(diffusers, str(entry[1]), None)
