@@ -8,7 +8,7 @@ import torch
 from diffusers import DDIMScheduler, UNet2DModel
 from diffusers.training_utils import compute_density_for_timestep_sampling, compute_snr
 from peft import LoraConfig
-from test_pipelines import handed_to_scheduler
+from pipeline_checks import handed_to_scheduler
 from tiny_diffusion import Diffusion, T, from_text, from_vectors, images, scheduler_of, seed, text_unet, vectors
 from tiny_pipelines import CALL, PIPELINES
 
