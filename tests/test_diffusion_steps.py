@@ -3,6 +3,7 @@
 import json
 import logging
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -263,6 +264,39 @@ def test_a_whole_pipeline_tells_its_usual_beta_before_it_is_loaded(convention, t
     )
     assert component._pipeline is None
     assert component.usual_beta(drawn) == pytest.approx(told)
+
+
+def test_a_film_pipeline_tells_its_usual_beta_by_its_outline():
+    pipe = PIPELINES["wan"]()
+    component = Diffusion(pipe, num_inference_steps=2, pipeline_kwargs=CALL.get("wan", {}))
+    drawn = component.sample(["dark"], generator=seed(0))[0]
+    steps, elements = pipe.scheduler.config.num_train_timesteps, drawn.record["latents"].size
+    fresh = Diffusion(pipe, num_inference_steps=2, pipeline_kwargs=CALL.get("wan", {}))
+    low, high = fresh.usual_beta([type(drawn)(drawn.value)])
+    assert (low, high) == pytest.approx((2000 / (2 * steps * elements), 5000 / (2 * steps * elements)))
+    assert fresh._pipeline is None
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_memory_is_told_whatever_the_options_of_training(whole, tmp_path):
+    options = {"caption_dropout": 0.9, "winner_safeguard": 0.9, "timestep_sampling": "logit_normal"}
+    if whole:
+        PIPELINES["sd15"]().save_pretrained(tmp_path)
+        given = {"num_inference_steps": 2, "pipeline_kwargs": CALL.get("sd15", {}), "peft_config": LoraConfig(r=2)}
+        plain, other = Diffusion(tmp_path, **given), Diffusion(tmp_path, **given, **options)
+    else:
+        plain, other = from_text(), from_text(**options)
+    asked = {"tokens": 256, "labels": 1, "trains": True, "checkpoints": False, "device": "cpu"}
+    found = other.footprint(**asked)
+    assert found.graph > 0
+    expected = plain.footprint(**asked)
+    assert expected.working <= found.working <= 1.2 * expected.working  # what the safeguard compares
+    assert replace(found, working=expected.working) == expected
+    if not whole:  # no fake tensor is kept
+        draws = other.observe([row["chosen"] for row in rows(1)])
+        noise = other.noise(draws, seed(0))
+        assert torch.isfinite(other.score(["dark"], draws, noise)).all()
+        assert torch.isfinite(other.score([""], draws, noise)).all()
 
 
 @pytest.mark.parametrize(

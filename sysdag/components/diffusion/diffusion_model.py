@@ -489,6 +489,7 @@ class Diffusion(Component):
         if outline is None:
             return None
         view._pipeline, view._calls = outline.pipeline, outline.calls
+        view.caption_dropout = 0.0  # the outline knows one prompt
         if trains:
             self._widen(view.pipeline)
         draw = Draw(None, {"latents": numpy.zeros(outline.sample_shape, dtype=numpy.float32)})
@@ -520,7 +521,7 @@ class Diffusion(Component):
             self._source, self._given, peft_config=self._peft_config, trains_text_encoder=self.train_text_encoder,
             index=self._index, **self._loading,
         )  # fmt: skip
-        view._texts = None  # there are no numbers to keep
+        view._texts, view.caption_dropout = None, 0.0  # there are no numbers to keep, nor to choose by
         return view
 
     @property
@@ -610,6 +611,8 @@ class Diffusion(Component):
             pixels = [picture(draw.value) for draw in draws]
             found = [whole_folder.latent_elements(*origin, (p.shape[1], p.shape[2])) for p in pixels if p.ndim == 3]
             elements = [count for count in found if count]
+            if not elements and (outline := self._whole_outline("cpu")) is not None:
+                elements = [math.prod(outline.sample_shape)]
         elif not elements:
             elements = [math.prod(view.sample_shape)]
         if not elements:
