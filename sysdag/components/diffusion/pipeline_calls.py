@@ -278,7 +278,7 @@ class PipelineCalls:
         arguments, pipe = self._call(prompt, size), self.pipe()
         with prompt_limits.watched(pipe, prompt) as seen:
             given = self._first_call(prompt, {**arguments, **self._steps()}, gradients=gradients and self.trains_text)
-        self._limits = seen
+        self._limits = seen or self._limits  # an empty prompt is cut by none
         if lost := prompt_limits.tokens_lost(seen, prompt):
             logger.warning("%s cuts the last %d tokens of a prompt: %.80r", type(pipe).__name__, lost, prompt)
         form = self._form(prompt, size, arguments, structure_of(given))

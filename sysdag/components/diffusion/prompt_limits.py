@@ -59,7 +59,7 @@ def _noting(found: list[PromptLimit], tokenizer: Any, prompt: str, original: Cal
         longest = kwargs.get("max_length")
         if isinstance(texts, (list, tuple)) and strategy not in (None, "do_not_truncate") and longest is not None:
             for each in texts:
-                if isinstance(each, str) and each.count(prompt) == 1:
+                if prompt and isinstance(each, str) and each.count(prompt) == 1:
                     before, _, after = each.partition(prompt)
                     adds = kwargs.get("add_special_tokens", True)
                     found.append(PromptLimit(tokenizer, before, after, adds, longest))
