@@ -187,6 +187,10 @@ class Component(InputReader, ABC):
         """
         return None
 
+    def fit_noise(self, noise: Any, draws: Sequence[Draw], generator: torch.Generator | None = None) -> Any:
+        """Noise for these draws that has in common with `noise`, made for others, what their shapes let them share."""
+        return noise
+
     def score(self, inputs: Sequence[Any], draws: Sequence[Draw], noise: Any = None) -> Float[Tensor, " n"]:
         """What enters a preference margin: the log-probability, or for a bound its estimate at the given noise."""
         return self.log_prob(inputs, draws)
@@ -329,6 +333,22 @@ class Component(InputReader, ABC):
     @abstractmethod
     def save_pretrained(self, folder: Path) -> Mapping[str, Any]:
         """Writes the weights in their own library's format; returns the JSON-ready options to build it again."""
+
+    def save_checkpoint(self, folder: Path) -> Mapping[str, Any]:
+        """As `save_pretrained` in the middle of a training: what is frozen, and can be had elsewhere, may be left out.
+
+        `from_pretrained` and `load_weights` take it as they take that.
+        """
+        return self.save_pretrained(folder)
+
+    def usage(self, folder: Path, options: Mapping[str, Any]) -> list[tuple[str, str]]:
+        """How other libraries load what `save_pretrained` wrote: words, and Python in which `folder` is its folder.
+
+        Args:
+            folder: where that was.
+            options: what it returned.
+        """
+        return []
 
     @classmethod
     def from_pretrained(cls, folder: Path, options: Mapping[str, Any]) -> Self:
