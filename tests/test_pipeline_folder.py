@@ -179,7 +179,9 @@ def test_a_folder_with_an_adapter_continues_it(tmp_path):
     draws = component.observe(images(1))
     noise = component.noise(draws, seed(0))
     reference = loaded.reference()
-    assert torch.equal(reference.score(["dark"], draws, noise), component.score(["dark"], draws, noise))
+    # Some processors' convolutions round by where in memory their weights lie.
+    expected = component.score(["dark"], draws, noise)
+    torch.testing.assert_close(reference.score(["dark"], draws, noise), expected, rtol=1e-5, atol=1e-5)
     with pytest.raises(PlanError, match="holds an adapter; leave peft_config out"):
         Diffusion(tmp_path, peft_config=LoraConfig(**LORA)).module
 
