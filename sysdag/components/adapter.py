@@ -418,6 +418,11 @@ def state(model: nn.Module, name: str) -> dict[str, Tensor]:
     return own if shell is not None else {PEFT_PREFIX + key: value for key, value in own.items()}
 
 
+def inner_state(model: nn.Module, name: str) -> dict[str, Tensor]:
+    """The adapter's weights, under their names inside the model itself."""
+    return {key.removeprefix(PEFT_PREFIX): value for key, value in state(model, name).items()}
+
+
 def cast(model: nn.Module, own: dict[str, Tensor], dtypes: dict[str, torch.dtype]) -> None:
     """Gives an adapter's weights, as `state` has them, other dtypes."""
     wanted = {tensor.data_ptr(): dtypes[key] for key, tensor in own.items()}

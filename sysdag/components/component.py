@@ -330,6 +330,13 @@ class Component(InputReader, ABC):
     def save_pretrained(self, folder: Path) -> Mapping[str, Any]:
         """Writes the weights in their own library's format; returns the JSON-ready options to build it again."""
 
+    def save_checkpoint(self, folder: Path) -> Mapping[str, Any]:
+        """As `save_pretrained` in the middle of a training: what is frozen, and can be had elsewhere, may be left out.
+
+        `from_pretrained` and `load_weights` take it as they take that.
+        """
+        return self.save_pretrained(folder)
+
     @classmethod
     def from_pretrained(cls, folder: Path, options: Mapping[str, Any]) -> Self:
         """A component from what `save_pretrained` wrote and returned.

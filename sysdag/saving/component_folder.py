@@ -49,10 +49,10 @@ def _find_class(name: str, key: str) -> type[Component]:
     return found
 
 
-def write_component(component: Component, folder: Path, key: str) -> dict[str, Any]:
+def write_component(component: Component, folder: Path, key: str, *, checkpoint: bool = False) -> dict[str, Any]:
     """Saves a component to a new folder; returns its row of `system.json` without the class."""
     folder.mkdir()
-    options = component.save_pretrained(folder)
+    options = component.save_checkpoint(folder) if checkpoint else component.save_pretrained(folder)
     try:
         options = json.loads(json.dumps(dict(options), allow_nan=False))
     except (TypeError, ValueError) as error:

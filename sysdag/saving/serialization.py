@@ -107,10 +107,13 @@ def system_from_dict(
         raise SerializationError(f"The saved graph and its node functions form no system. {error}") from error
 
 
-def save_system(system: System, folder: str | Path) -> None:
+def save_system(system: System, folder: str | Path, *, checkpoint: bool = False) -> None:
     """Writes `system.json` and one folder for each distinct component.
 
     The old system in the folder is replaced as a whole, at one moment; see `sysdag.files.atomic`.
+
+    Args:
+        checkpoint: see `Component.save_checkpoint`.
 
     Raises:
         SerializationError: naming the node whose component cannot be saved, or whose name is that of something else in
@@ -137,7 +140,7 @@ def save_system(system: System, folder: str | Path) -> None:
         replacing(folder) as temporary,
     ):
         data["components"] = {
-            key: {"class": classes[key], **write_component(component, temporary / key, key)}
+            key: {"class": classes[key], **write_component(component, temporary / key, key, checkpoint=checkpoint)}
             for key, component in components.items()
         }
         (temporary / FILE_NAME).write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")

@@ -25,7 +25,7 @@ from sysdag.errors import PlanError
 from sysdag.graph.plan import Objective, Plan
 from sysdag.graph.system import System
 from sysdag.objectives.candidates import CandidateStrategy
-from sysdag.saving.serialization import load_weights
+from sysdag.saving.serialization import load_weights, save_system
 from sysdag.training.arguments import check_arguments, check_dataset, check_precision
 from sysdag.training.checkpoint import CheckpointTrainer
 from sysdag.training.config import SysDPOConfig
@@ -316,7 +316,8 @@ class SysDPOTrainer(CheckpointTrainer):
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         if self.args.should_save:
             folder = Path(output_dir or self.args.output_dir or "trainer_output")
-            self.system.save_pretrained(folder)
+            # What is pushed as it goes has to be whole: its checkpoints become the repository's system.
+            save_system(self.system, folder, checkpoint=self._staging is not None and not self.args.push_to_hub)
             if self._staging is not None:  # a checkpoint
                 self._references.save(folder)
             self._save_arguments(folder)

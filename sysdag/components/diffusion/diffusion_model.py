@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -16,8 +17,8 @@ from torch import Tensor, nn
 from sysdag.components import adapter, adapter_files, hooks
 from sysdag.components.adapter_support import check_config, needs_numbers
 from sysdag.components.component import Component, named_source
+from sysdag.components.diffusion import component_folder, pipeline_folder, watching, whole_folder, whole_outline
 from sysdag.components.diffusion import footprint as diffusion_footprint
-from sysdag.components.diffusion import pipeline_folder, watching, whole_folder, whole_outline
 from sysdag.components.diffusion.conditioning import Conditioner, Hook
 from sysdag.components.diffusion.denoising_error import (
     CONVENTIONS,
@@ -53,6 +54,10 @@ _OPTIONS = (
     "snr_gamma", "timestep_sampling", "logit_mean", "logit_std", "mode_scale", "caption_dropout", "winner_safeguard",
     "cache", "cache_bytes",
 )  # fmt: skip
+
+
+# Of options that systems saved by earlier versions lack.
+_LATER_OPTIONS: Mapping[str, Any] = {"base": None, "pipeline_kwargs": {}}
 
 
 class Diffusion(Component):
@@ -175,6 +180,8 @@ class Diffusion(Component):
             raise PlanError(f"sample_shape must be (C, H, W), got {tuple(sample_shape)}.")
         dtype = None if dtype is None else dtype_named(dtype, "Diffusion")
         loading = {"dtype": dtype, "revision": revision, "variant": variant}
+        if not isinstance(model, (str, Path)) and any(value is not None for value in loading.values()):
+            raise PlanError(f"{list(loading)} choose what is loaded, but the model is an object; leave them out.")
         if isinstance(model, nn.Module):
             if scheduler is None:
                 raise PlanError("Diffusion(model) was given a model object; pass its scheduler too.")
@@ -182,8 +189,6 @@ class Diffusion(Component):
                 raise PlanError("text_encoder and tokenizer go together; pass both or neither.")
             if train_text_encoder and text_encoder is None:
                 raise PlanError("train_text_encoder=True needs a text_encoder.")
-            if any(value is not None for value in loading.values()):
-                raise PlanError(f"{list(loading)} choose what is loaded, but the model is an object; leave them out.")
         parts = {"scheduler": scheduler, "text_encoder": text_encoder, "tokenizer": tokenizer, "vae": vae}
         self._source: Any = model
         self._given = {name: part for name, part in parts.items() if part is not None}
@@ -197,6 +202,8 @@ class Diffusion(Component):
         self._is_whole: bool | None = None
         self._limits: list[PromptLimit] | None = None
         self._adapter_folder: Path | None = None
+        self._saved_parts: tuple[Path, pipeline_folder.Index] | None = None
+        self._base_component: str | None = None
         self._saved_here = False
         self._shapes_of_configs: tuple[tuple[int, int, int], tuple[int, int, int]] | None = None
         self._sample_shape = None if sample_shape is None else (sample_shape[0], sample_shape[1], sample_shape[2])
@@ -225,7 +232,7 @@ class Diffusion(Component):
             check_config(peft_config, repr(self))
 
     def __repr__(self) -> str:
-        is_object = isinstance(self._source, nn.Module)
+        is_object = not isinstance(self._source, (str, Path))
         shown = [type(self._source).__name__ if is_object else repr(str(self._source))]
         shown += [f"{name}={type(part).__name__}" for name, part in self._given.items() if name != "tokenizer"]
         shown += ["adapter"] if self._peft_config is not None else []
@@ -247,28 +254,53 @@ class Diffusion(Component):
         return self._pipeline
 
     def _loaded(self) -> Pipeline:
-        options: dict[str, Any] = dict(peft_config=self._peft_config, trains_text_encoder=self.train_text_encoder)
+        options: dict[str, Any] = dict(
+            peft_config=self._peft_config, trains_text_encoder=self.train_text_encoder,
+            adapter_folder=self._adapter_folder,
+        )  # fmt: skip
         if self._base_owner is not None:
             base = self._base_owner.pipeline
             if base.whole is not None:
                 return Pipeline.of_whole(base.whole, **options)
             given = {name: part for name, part in base.parts.items() if part is not base.denoiser}
             return Pipeline.load(base.denoiser, given, **options)
-        if not self.is_whole:
-            return Pipeline.load(self._source, self._given, index=self._index, **self._loading, **options)
-        whole, folder = self._source, None
-        if isinstance(whole, (str, Path)):
-            folder = self._saved_adapter
-            whole = whole_folder.load(whole, self._given, **self._loading)
-        return Pipeline.of_whole(whole, adapter_folder=folder, **options)
+        with self._naming_its_base():
+            given = {**self._given, **self._loaded_parts()}
+            if not self.is_whole:
+                return Pipeline.load(self._source, given, index=self._index, **self._loading, **options)
+            whole = self._source
+            if isinstance(whole, (str, Path)):
+                options["adapter_folder"] = self._adapter_folder or Path(whole) / pipeline_folder.ADAPTER
+                whole = whole_folder.load(whole, given, **self._loading)
+        return Pipeline.of_whole(whole, **options)
+
+    def _loaded_parts(self) -> dict[str, Any]:
+        """Those that were saved beside the base."""
+        folder, index = self._saved_parts or (Path(), {})
+        return {name: pipeline_folder.load_part(folder, name, entry) for name, entry in index.items()}
+
+    @contextlib.contextmanager
+    def _naming_its_base(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if self._saved_parts is None:
+                raise
+            raise PlanError(
+                f"{self!r} was saved without its base model {str(self._source)!r}, which cannot be loaded "
+                f"({type(error).__name__}: {error})."
+            ) from error
 
     @property
     def is_whole(self) -> bool:
         """Whether everything is left to a pipeline of diffusers that samples from a prompt."""
+        if self._base_owner is not None:
+            return self._base_owner.is_whole
         if self._is_whole is None:
             named = isinstance(self._source, (str, Path))
             if named and self.condition is None and self._index is None:
-                self._is_whole = whole_folder.pipeline_class(self._source, self._loading["revision"]) is not None
+                with self._naming_its_base():
+                    self._is_whole = whole_folder.pipeline_class(self._source, self._loading["revision"]) is not None
             else:
                 self._is_whole = not named and not isinstance(self._source, nn.Module)
             if self._is_whole:
@@ -518,7 +550,7 @@ class Diffusion(Component):
         """This component with models of the same shapes that have no weights."""
         view = copy.copy(self)
         view._pipeline = diffusion_footprint.outline(
-            self._source, self._given, peft_config=self._peft_config, trains_text_encoder=self.train_text_encoder,
+            self._source, self._given, peft_config=self._adapter_config, trains_text_encoder=self.train_text_encoder,
             index=self._index, **self._loading,
         )  # fmt: skip
         view._texts, view.caption_dropout = None, 0.0  # there are no numbers to keep, nor to choose by
@@ -528,7 +560,10 @@ class Diffusion(Component):
     def base_key(self) -> Hashable:
         if self._base_owner is not None:
             return self._base_owner.base_key
-        return id(self) if isinstance(self._source, (str, Path)) else id(self._source)
+        if isinstance(self._source, (str, Path)):
+            return id(self)
+        source = self._source
+        return id(source if isinstance(source, nn.Module) else getattr(source, watching.denoiser_name(source)))
 
     def share_base(self, others: Iterable[Component]) -> None:
         """Puts its adapter on the pipeline of one of the others that names the same folder, loaded alike."""
@@ -538,11 +573,22 @@ class Diffusion(Component):
 
     def _named_base(self) -> Any:
         """What tells whether two that put a new adapter each on a denoiser load the same; None for others."""
-        named = isinstance(self._source, (str, Path))
-        if not named or self._given or self._peft_config is None or self.train_text_encoder:
+        has_adapter = self._peft_config is not None or self._adapter_folder is not None
+        named = isinstance(self._source, (str, Path)) and not self._saved_here
+        if not named or not has_adapter or self._given or self._saved_parts_names or self.train_text_encoder:
             return None
         folder = Path(self._source)
         return str(folder.resolve() if folder.exists() else self._source), tuple(self._loading.values())
+
+    @property
+    def _saved_parts_names(self) -> list[str]:
+        return [] if self._saved_parts is None else list(self._saved_parts[1])
+
+    def connect(self, components: Mapping[str, Component]) -> None:
+        """Shares the loaded base of the component that it was saved with."""
+        owner = components.get(self._base_component or "")
+        if owner is not self and isinstance(owner, Diffusion):
+            self._base_owner = owner
 
     def prepare_training(self) -> None:
         """Has what trains by itself be fp32, where it was loaded and no dtype was asked for.
@@ -682,8 +728,7 @@ class Diffusion(Component):
         return own
 
     def fresh(self) -> Component:
-        named = isinstance(self._source, (str, Path))
-        if not named or (self.train_text_encoder and "text_encoder" in self._given):
+        if not isinstance(self._source, (str, Path)) or (self.train_text_encoder and "text_encoder" in self._given):
             return super().fresh()
         made = copy.copy(self)
         made._pipeline = made._process = made._calls = None
@@ -693,34 +738,36 @@ class Diffusion(Component):
     def save_pretrained(self, folder: Path) -> Mapping[str, Any]:
         """Writes each part to the subfolder that its own library loads, and an adapter to `adapter/`.
 
+        A LoRA node whose base has a name writes its adapter alone, for peft and for diffusers (see `component_folder`).
+
         Raises:
             SerializationError: for a reference, a part that is no class of diffusers or transformers, or a `condition`
                 or `weighting` that cannot be imported again.
         """
-        if self.pipeline.frozen:
+        alone = self.pipeline.adapter is not None and not self._given and not self._saved_parts_names
+        return self._save(Path(folder), only_what_trains=alone and not self.train_text_encoder)
+
+    def save_checkpoint(self, folder: Path) -> Mapping[str, Any]:
+        """As `save_pretrained`, without what is frozen and can be had by name."""
+        return self._save(Path(folder), only_what_trains=True)
+
+    def _save(self, folder: Path, *, only_what_trains: bool) -> Mapping[str, Any]:
+        pipeline = self.pipeline
+        if pipeline.frozen:
             raise SerializationError(f"{self!r} is a reference; save the component that it was made from.")
         given = {name: getattr(self, name) for name in _FUNCTIONS}
         functions = {n: value if isinstance(value, str) else hooks.describe(n, value) for n, value in given.items()}
         options = {name: getattr(self, name) for name in _OPTIONS if name != "sample_shape"}
         options["sample_shape"] = self._sample_shape
-        saved = {"adapter": self.pipeline.adapter is not None, **functions, **options}
-        if not self.is_whole:
-            index = pipeline_folder.save_parts(self.pipeline.parts, Path(folder), self.pipeline.adapter)
-            return {"parts": index, "base": None, **saved}
-        if self.pipeline.adapter is None or self._is_copied or not isinstance(self._source, (str, Path)):
-            whole_folder.save(self.pipeline, Path(folder))
-            return {"parts": None, "base": None, **saved}
-        whole_folder.save_adapter(self.pipeline, Path(folder))
-        loading = {name: value for name, value in self._loading.items() if value is not None}
-        if "dtype" in loading:
-            loading["dtype"] = str(loading["dtype"]).removeprefix("torch.")
-        return {"parts": None, "base": {"source": str(self._source), **loading}, **saved}
-
-    @property
-    def _is_copied(self) -> bool:
-        """Whether saving needs a copy of the base: it is not what stands at its name."""
-        inside = isinstance(self._source, Path) and self._adapter_folder is None and self._saved_here
-        return bool(self._given) or inside or self.train_text_encoder
+        base, only = None, None
+        if only_what_trains and isinstance(self._source, (str, Path)) and not self._saved_here:
+            loading = {name: value for name, value in self._loading.items() if value is not None}
+            if "dtype" in loading:
+                loading["dtype"] = str(loading["dtype"]).removeprefix("torch.")
+            base = {"source": str(self._source), **loading}
+            only = {*pipeline.trained, *self._given, *self._saved_parts_names}
+        written = component_folder.save(pipeline, folder, base, only)
+        return {**written, "adapter": pipeline.adapter is not None, **functions, **options}
 
     @classmethod
     def from_pretrained(cls, folder: Path, options: Mapping[str, Any]) -> Self:
@@ -729,6 +776,7 @@ class Diffusion(Component):
         Raises:
             SerializationError: if an option or a part's folder is missing or unknown, or a function cannot be had.
         """
+        options = {**_LATER_OPTIONS, **options}
         known = {"parts", "base", "adapter", *_FUNCTIONS, *_OPTIONS}
         if unknown := sorted(options.keys() ^ known):
             raise SerializationError(
@@ -740,26 +788,30 @@ class Diffusion(Component):
         index, base, folder = options["parts"], options["base"], Path(folder)
         parts = [*(index or ()), *([pipeline_folder.ADAPTER] if options["adapter"] else ())]
         missing = [name for name in parts if not (folder / name).is_dir()]
-        if missing or (index is not None and not index.keys() <= pipeline_folder.PARTS):
+        unnamed = index is not None and base is None and not index.keys() <= pipeline_folder.PARTS
+        if missing or unnamed:
             raise SerializationError(f"{str(folder)!r} lacks {missing} of the parts {parts} of a saved Diffusion.")
-        if base is not None:
-            made = cls(base["source"], **{k: v for k, v in base.items() if k != "source"}, **functions, **given)
-            made._adapter_folder = folder / pipeline_folder.ADAPTER
+        component_folder.check_base(base, folder)
+        if base is None:
+            made = cls(folder, **functions, **given)
+            made._index, made._saved_here = index, True
             return made
-        made = cls(folder, **functions, **given)
-        made._index, made._saved_here = index, True
+        if "component" in base:
+            made = cls(folder.parent / base["component"], **functions, **given)
+            made._index, made._saved_here, made._base_component = base["parts"], True, base["component"]
+        else:
+            made = cls(base["source"], **{k: v for k, v in base.items() if k != "source"}, **functions, **given)
+            made._saved_parts = folder, index or {}
+        made._adapter_folder = folder / pipeline_folder.ADAPTER if options["adapter"] else None
         return made
 
     def load_weights(self, folder: Path) -> None:
-        """Replaces every tensor of denoiser, adapter, text encoder and VAE in place by the saved one, bit by bit.
+        """Replaces every tensor that was saved of denoiser, adapter, text encoder and VAE in place, bit by bit.
 
         Raises:
-            SerializationError: if a part is missing in the folder or has other tensors.
+            SerializationError: if a part that trains is missing in the folder, or one has other tensors.
         """
-        if self.is_whole:
-            whole_folder.load_weights(self.pipeline, Path(folder))
-        else:
-            pipeline_folder.load_weights(self.pipeline.parts, Path(folder), self.pipeline.adapter)
+        component_folder.load_weights(self.pipeline, Path(folder))
 
 
 def _positions(shape: tuple[int, ...], pipeline: Pipeline) -> int:

@@ -55,6 +55,7 @@ class Pipeline:
         peft_config: PeftConfig | None,
         trains_text_encoder: bool,
         index: pipeline_folder.Index | None = None,
+        adapter_folder: Path | None = None,
         **loading: Any,
     ) -> Self:
         """The parts that are given and, for a folder or Hub id, the rest from there, ready to train.
@@ -62,15 +63,18 @@ class Pipeline:
         What does not train is frozen. A folder that holds an adapter gets it back; an adapter that the denoiser's own
         `add_adapter` put on it is this component's.
 
+        Args:
+            adapter_folder: of an adapter that lies elsewhere.
+
         Raises:
             PlanError: if there is an adapter in the folder and a config for another, a text encoder is to be trained
                 that does not exist, or a part beside the denoiser carries an adapter.
         """
-        parts, saved_adapter = dict(given), None
+        parts, saved_adapter = dict(given), adapter_folder
         if isinstance(source, nn.Module):
             parts["unet" if "UNet" in type(source).__name__ else "transformer"] = source
         else:
-            saved_adapter = Path(source) / pipeline_folder.ADAPTER
+            saved_adapter = adapter_folder or Path(source) / pipeline_folder.ADAPTER
             index = index or pipeline_folder.read_index(source, loading.get("revision"))
             for name in index.keys() - parts.keys():
                 parts[name] = pipeline_folder.load_part(source, name, index[name], **loading)

@@ -14,6 +14,7 @@ import importlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from sysdag.errors import PlanError, SerializationError
 DENOISERS = ("unet", "transformer")
 PARTS = frozenset({*DENOISERS, "scheduler", "text_encoder", "tokenizer", "vae"})
 ADAPTER = "adapter"
-_LIBRARIES = ("diffusers", "transformers")
+LIBRARIES = ("diffusers", "transformers")
 _PIPELINES = {
     ("UNet2DModel",): "DDPMPipeline",
     ("DiTTransformer2DModel", "AutoencoderKL"): "DiTPipeline",
@@ -77,7 +78,7 @@ def denoiser_name(parts: Mapping[str, Any]) -> str:
 
 
 def find_class(name: str, entry: Mapping[str, Any]) -> Any:
-    """The class of a part; only diffusers and transformers are searched.
+    """The class of a part; only diffusers, its pipelines and transformers are searched.
 
     Raises:
         SerializationError: for another library or a name that it does not have.
@@ -91,13 +92,15 @@ def find_class(name: str, entry: Mapping[str, Any]) -> Any:
     return found
 
 
-def _module(library: str) -> Any:
+def _module(library: Any) -> Any:
     """diffusers, transformers, or a package of pipelines in diffusers, which some parts' classes are in."""
-    if library in _LIBRARIES:
+    if library in LIBRARIES:
         return importlib.import_module(library)
     from diffusers import pipelines
 
-    return getattr(pipelines, library, None)
+    found = getattr(pipelines, library, None) if isinstance(library, str) and library.isidentifier() else None
+    inside = isinstance(found, ModuleType) and found.__name__ == f"{pipelines.__name__}.{library}"
+    return found if inside else None
 
 
 def load_part(
@@ -121,14 +124,14 @@ def load_part(
         recorded = entry.get("dtype")
         dtype = dtype or (recorded and getattr(torch, recorded))
         if dtype is not None:
-            options["torch_dtype" if entry["library"] == "diffusers" else "dtype"] = dtype
+            options[_dtype_option(made)] = dtype
     elif entry["class"] == "AutoTokenizer":
         options["trust_remote_code"] = False
     return made.from_pretrained(source, **options)
 
 
-def save_parts(parts: Mapping[str, Any], folder: Path, adapter_name: str | None = None) -> dict[str, dict[str, Any]]:
-    """Writes every part to its subfolder and `model_index.json`; a denoiser's adapter goes to `adapter/`.
+def save_parts(parts: Mapping[str, Any], folder: Path) -> dict[str, dict[str, Any]]:
+    """Writes every part to its subfolder, models without the adapters that they carry.
 
     Returns:
         The index of what was written, ready for JSON.
@@ -136,35 +139,51 @@ def save_parts(parts: Mapping[str, Any], folder: Path, adapter_name: str | None 
     Raises:
         SerializationError: for a part whose class is not one of diffusers or transformers.
     """
-    import diffusers
-
     index = {}
     for name, part in parts.items():
-        entry = {"library": type(part).__module__.partition(".")[0], "class": type(part).__name__}
+        entry = _entry(part)
         if find_class(name, entry) is not type(part):
             raise SerializationError(
                 f"Part {name!r} is of class {type(part).__module__}.{type(part).__name__}, which diffusers and "
                 "transformers could not load again."
             )
         index[name] = entry | ({"dtype": _dtype_name(part)} if isinstance(part, nn.Module) else {})
-    folder.mkdir(parents=True, exist_ok=True)
     for name, part in parts.items():
-        if name in DENOISERS and adapter_name is not None:
-            without_adapters(part).save_pretrained(folder / name)
-            adapter_files.save(part, adapter_name, folder / ADAPTER)
-        else:
-            part.save_pretrained(folder / name)
+        carries = isinstance(part, nn.Module) and adapters.names(part)
+        (without_adapters(part) if carries else part).save_pretrained(folder / name)
+    return index
+
+
+def write_model_index(index: Index, folder: Path) -> None:
+    """Writes `model_index.json`, as diffusers does for a pipeline of these parts."""
+    import diffusers
+
     classes = {entry["class"] for entry in index.values() if "dtype" in entry}
     pipeline = next((made for needed, made in _PIPELINES.items() if set(needed) == classes), "DiffusionPipeline")
     model_index: dict[str, Any] = {"_class_name": pipeline, "_diffusers_version": diffusers.__version__}
     model_index |= {name: [entry["library"], entry["class"]] for name, entry in index.items()}
     model_index |= {name: [None, None] for name in _OPTIONAL.get(pipeline, ())}
     (folder / "model_index.json").write_text(json.dumps(model_index, indent=2) + "\n")
-    return index
+
+
+def _entry(part: Any) -> dict[str, str]:
+    """A part's class as diffusers names it: one that only a pipeline's folder has, by that folder."""
+    import diffusers
+
+    kind = type(part)
+    path = kind.__module__.split(".")
+    inside = path[:2] == ["diffusers", "pipelines"] and not hasattr(diffusers, kind.__name__)
+    return {"library": path[2] if inside else path[0], "class": kind.__name__}
 
 
 def _dtype_name(model: Any) -> str:
     return str(model.dtype).removeprefix("torch.")
+
+
+def _dtype_option(made: type) -> str:
+    from diffusers import ModelMixin
+
+    return "torch_dtype" if issubclass(made, ModelMixin) else "dtype"
 
 
 def without_adapters(model: Any) -> Any:
@@ -176,24 +195,6 @@ def without_adapters(model: Any) -> Any:
     return bare
 
 
-def load_weights(parts: Mapping[str, Any], folder: Path, adapter_name: str | None = None) -> None:
-    """Replaces the weights of every model among `parts` in place by those that `save_parts` wrote.
-
-    Raises:
-        SerializationError: if the folder lacks a part, or a part there has other tensors.
-    """
-    if (folder / ADAPTER).is_dir() != (adapter_name is not None):
-        have, want = ("an adapter", "none") if adapter_name is None else ("no adapter", "one")
-        raise SerializationError(f"{str(folder)!r} holds {have}, but the component has {want}.")
-    models = {name: part for name, part in parts.items() if isinstance(part, nn.Module)}
-    for name in models:
-        if not (folder / name).is_dir():
-            raise SerializationError(f"{str(folder)!r} lacks the subfolder {name!r}.")
-    load_models(models, folder)
-    if adapter_name is not None:
-        adapter_files.load(parts[denoiser_name(parts)], adapter_name, folder / ADAPTER)
-
-
 def load_models(models: Mapping[str, nn.Module], folder: Path) -> None:
     """Replaces models' own weights in place by those in the subfolders of their names, adapters aside.
 
@@ -201,10 +202,10 @@ def load_models(models: Mapping[str, nn.Module], folder: Path) -> None:
         SerializationError: if one there has other tensors.
     """
     for name, part in models.items():
-        entry = {"library": type(part).__module__.partition(".")[0], "class": type(part).__name__}
-        made: Any = type(part) if name not in PARTS else find_class(name, entry)
+        entry = _entry(part)
+        made = find_class(name, entry)
         options: dict[str, Any] = {"subfolder": name, "use_safetensors": True}
-        options["torch_dtype" if entry["library"] == "diffusers" else "dtype"] = getattr(torch, _dtype_name(part))
+        options[_dtype_option(made)] = getattr(torch, _dtype_name(part))
         saved = made.from_pretrained(folder, **options).state_dict()
         own = adapters.base_state(part)
         adapter_files.check_same_tensors(own, saved, folder / name)

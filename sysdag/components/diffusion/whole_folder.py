@@ -9,9 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
-from sysdag.components import adapter_files
 from sysdag.components.diffusion import pipeline_folder
 from sysdag.components.diffusion.pipeline import Pipeline
 from sysdag.errors import PlanError, SerializationError
@@ -41,7 +39,7 @@ def pipeline_class(source: str | Path, revision: str | None = None) -> Any:
 def _is_known(library: Any) -> bool:
     from diffusers import pipelines
 
-    return library in ("diffusers", "transformers") or hasattr(pipelines, str(library))
+    return library in pipeline_folder.LIBRARIES or hasattr(pipelines, str(library))
 
 
 def model_index(source: str | Path, revision: str | None) -> Mapping[str, Any]:
@@ -106,14 +104,14 @@ def latent_elements(source: Any, given: Mapping[str, Any], revision: str | None,
 
 
 def save(pipeline: Pipeline, folder: Path) -> None:
-    """Writes the pipeline as diffusers does, with every part it came with; an adapter goes to `adapter/`.
+    """Writes the pipeline as diffusers does, with every part it came with, the denoiser without its adapter.
 
     Raises:
         SerializationError: for a part whose class is not one of diffusers or transformers.
     """
     pipe = pipeline.now()
     for name, part in pipe.components.items():
-        if part is not None and type(part).__module__.partition(".")[0] not in ("diffusers", "transformers"):
+        if part is not None and type(part).__module__.partition(".")[0] not in pipeline_folder.LIBRARIES:
             raise SerializationError(
                 f"Part {name!r} is of class {type(part).__module__}.{type(part).__name__}, which diffusers and "
                 "transformers could not load again."
@@ -122,29 +120,3 @@ def save(pipeline: Pipeline, folder: Path) -> None:
         name = pipeline_folder.denoiser_name(pipeline.parts)
         setattr(pipe, name, pipeline_folder.without_adapters(pipeline.denoiser))
     pipe.save_pretrained(folder, safe_serialization=True)
-    save_adapter(pipeline, folder)
-
-
-def save_adapter(pipeline: Pipeline, folder: Path) -> None:
-    """Writes the denoiser's adapter to `adapter/`, where it has one."""
-    if pipeline.adapter is not None:
-        folder.mkdir(parents=True, exist_ok=True)
-        adapter_files.save(pipeline.denoiser, pipeline.adapter, folder / pipeline_folder.ADAPTER)
-
-
-def load_weights(pipeline: Pipeline, folder: Path) -> None:
-    """Replaces the weights that `save` wrote to a folder in place; what is not there has not been trained.
-
-    Raises:
-        SerializationError: if a part that trains is missing there, or has other tensors.
-    """
-    if (folder / pipeline_folder.ADAPTER).is_dir() != (pipeline.adapter is not None):
-        have, want = ("an adapter", "none") if pipeline.adapter is None else ("no adapter", "one")
-        raise SerializationError(f"{str(folder)!r} holds {have}, but the component has {want}.")
-    models = {name: part for name, part in pipeline.parts.items() if isinstance(part, nn.Module)}
-    for name in pipeline.trained:
-        if not (folder / name).is_dir():
-            raise SerializationError(f"{str(folder)!r} lacks the subfolder {name!r}.")
-    pipeline_folder.load_models({n: part for n, part in models.items() if (folder / n).is_dir()}, folder)
-    if pipeline.adapter is not None:
-        adapter_files.load(pipeline.denoiser, pipeline.adapter, folder / pipeline_folder.ADAPTER)
