@@ -337,6 +337,15 @@ class Component(InputReader, ABC):
         """
         return self.save_pretrained(folder)
 
+    def usage(self, folder: Path, options: Mapping[str, Any]) -> list[tuple[str, str]]:
+        """How other libraries load what `save_pretrained` wrote: words, and Python in which `folder` is its folder.
+
+        Args:
+            folder: where that was.
+            options: what it returned.
+        """
+        return []
+
     @classmethod
     def from_pretrained(cls, folder: Path, options: Mapping[str, Any]) -> Self:
         """A component from what `save_pretrained` wrote and returned.

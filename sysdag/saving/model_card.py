@@ -18,6 +18,8 @@ from sysdag.files import atomic
 from sysdag.files.hub import is_repository
 from sysdag.files.run_files import read_log, read_run
 from sysdag.graph.system import System
+from sysdag.saving.schema import read_json, section_of
+from sysdag.saving.serialization import FILE_NAME as SYSTEM_FILE
 from sysdag.saving.serialization import component_keys, system_to_dict
 
 FILE_NAME = "README.md"
@@ -87,6 +89,7 @@ def write_card(
         _training_part(run) if run else "",
         _results_part(Path(run_folder), run) if run and run_folder is not None else "",
         _use_part(system, loads_from or name),
+        _models_part(system, Path(folder), loads_from or name),
         _table("Versions", ("package", "version"), (run.get("versions") or {}).items()),
         f"## Citation\n\n```bibtex\n{_CITATION}\n```",
     ]
@@ -192,6 +195,23 @@ def _use_part(system: System, source: str) -> str:
     run = f"trace = system.compile().sample({inputs!r})\nprint(trace[{system.outputs[0]!r}])"
     code = f"from sysdag import System\n\n{load}\n{run}"
     return f"## Use\n\n{words}\n\n{_fenced(code, 'python')}"
+
+
+def _models_part(system: System, folder: Path, source: str) -> str:
+    """How other libraries load the models that are saved in the folder."""
+    rows = section_of(read_json(folder / SYSTEM_FILE), "components", dict) if (folder / SYSTEM_FILE).is_file() else {}
+    parts = []
+    for key, component in component_keys(system).items():
+        row = rows.get(key, {"folder": None})
+        if row["folder"] is None or not (ways := component.usage(folder / key, row["options"])):
+            continue
+        if is_repository(source):
+            where = f"from huggingface_hub import snapshot_download\nfolder = snapshot_download({source!r}) + {'/' + key!r}"
+        else:
+            where = f"folder = {f'{source}/{key}'!r}"
+        shown = [f"{words}\n\n{_fenced(f'{where}{chr(10)}{code}', 'python')}" for words, code in ways]
+        parts.append("\n\n".join([f"### {_escaped(key)}", *shown]))
+    return "\n\n".join(["## The models by themselves", *parts]) if parts else ""
 
 
 def _base_models(system: System) -> list[str]:

@@ -36,6 +36,7 @@ from sysdag.components.diffusion.pipeline_calls import PipelineCalls
 from sysdag.components.diffusion.prompt_limits import PromptLimit, tokens_lost
 from sysdag.components.diffusion.separate_parts import SeparateParts
 from sysdag.components.diffusion.timestep_density import TimestepDensity
+from sysdag.components.diffusion.usage import usage
 from sysdag.components.diffusion.whole_pipeline import WholePipeline, check_prompts, picture
 from sysdag.components.precision import dtype_named
 from sysdag.errors import PlanError, SerializationError
@@ -750,6 +751,9 @@ class Diffusion(Component):
     def save_checkpoint(self, folder: Path) -> Mapping[str, Any]:
         """As `save_pretrained`, without what is frozen and can be had by name."""
         return self._save(Path(folder), only_what_trains=True)
+
+    def usage(self, folder: Path, options: Mapping[str, Any]) -> list[tuple[str, str]]:
+        return [] if self._pipeline is None else usage(self._pipeline, folder, options)
 
     def _save(self, folder: Path, *, only_what_trains: bool) -> Mapping[str, Any]:
         pipeline = self.pipeline

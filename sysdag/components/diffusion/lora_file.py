@@ -53,30 +53,37 @@ def no_layout(pipeline: Pipeline) -> str | None:
         return f"diffusers loads LoRA adapters, and this is {getattr(kind, 'value', kind)}"
     if not hasattr(denoiser, "load_lora_adapter"):
         return f"diffusers' {type(denoiser).__name__} loads no LoRA"
-    if _writer(pipeline) is None:
-        return f"diffusers' {type(pipeline.whole).__name__} has no load_lora_weights"
     if other := [key for key in _weights(pipeline) if "lora" not in key]:
         return f"diffusers loads LoRA layers alone, and this adapter also holds {other[0]!r}"
     return None
 
 
-def is_written(pipeline: Pipeline, folder: Path) -> bool:
-    return pipeline.adapter is not None and (folder / FILE).is_file()
+def loading_call(pipeline: Pipeline) -> str:
+    """The call by which diffusers puts the file in `folder` on the pipeline `pipe`, or on a denoiser of its own."""
+    part = _part(pipeline)
+    if _has_loader(pipeline):
+        return f"pipe.load_lora_weights(folder, weight_name={FILE!r})"
+    model = part if pipeline.whole is None else f"pipe.{part}"
+    return f"{model}.load_lora_adapter(folder, prefix={part!r}, weight_name={FILE!r})"
 
 
 def _part(pipeline: Pipeline) -> str:
     return pipeline_folder.denoiser_name(pipeline.parts)
 
 
+def _has_loader(pipeline: Pipeline) -> bool:
+    kind = type(pipeline.whole)
+    return hasattr(kind, "save_lora_weights") and hasattr(kind, "load_lora_weights")
+
+
 def _writer(pipeline: Pipeline) -> Any:
-    """The class whose `save_lora_weights` writes the file; None where the pipeline has none."""
+    """The class whose `save_lora_weights` writes the file: the pipeline's, or one that writes the denoiser alone."""
     from diffusers import loaders
 
-    if pipeline.whole is None:
-        of_unet, of_transformer = loaders.StableDiffusionLoraLoaderMixin, loaders.QwenImageLoraLoaderMixin
-        return of_unet if _part(pipeline) == "unet" else of_transformer
-    kind = type(pipeline.whole)
-    return kind if hasattr(kind, "save_lora_weights") and hasattr(kind, "load_lora_weights") else None
+    if _has_loader(pipeline):
+        return type(pipeline.whole)
+    of_unet, of_transformer = loaders.StableDiffusionLoraLoaderMixin, loaders.QwenImageLoraLoaderMixin
+    return of_unet if _part(pipeline) == "unet" else of_transformer
 
 
 def _weights(pipeline: Pipeline) -> dict[str, Tensor]:
