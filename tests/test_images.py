@@ -2,14 +2,17 @@
 
 import io
 
+import datasets
 import numpy
 import pytest
 import torch
+from diffusers.utils import load_image
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from tiny_diffusion import Diffusion, autoencoder, dit, from_vectors, images, latents_of, scheduler_of, seed, vectors
 
+from sysdag.components.diffusion.images import read_pixels
 from sysdag.errors import DataError
 
 
@@ -84,6 +87,69 @@ def test_damaged_files_raise_nothing_but_data_errors(kind, place, garbage):
 
 
 _IMAGES = from_vectors()
+
+
+def turned(orientation, size=(24, 16)):
+    """A JPEG whose EXIF data say how it is looked at."""
+    image = Image.effect_noise(size, 80).convert("RGB")
+    exif = image.getexif()
+    exif[0x0112] = orientation
+    buffer = io.BytesIO()
+    image.save(buffer, format="JPEG", exif=exif)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_photographs_are_turned_as_datasets_and_diffusers_turn_them(orientation, tmp_path):
+    raw = turned(orientation)
+    (tmp_path / "photo.jpg").write_bytes(raw)
+    ours = read_pixels(raw, (3, None, None))
+    by_diffusers = load_image(str(tmp_path / "photo.jpg"))
+    by_datasets = datasets.Image(mode="RGB").decode_example({"path": None, "bytes": raw})
+    for own in (by_diffusers, by_datasets):
+        expected = torch.from_numpy(numpy.array(own, dtype=numpy.float32)).permute(2, 0, 1) / 127.5 - 1
+        assert torch.equal(ours, expected)
+    height, width = (24, 16) if orientation > 4 else (16, 24)
+    for value in (str(tmp_path / "photo.jpg"), Image.open(io.BytesIO(raw)), by_datasets):
+        assert torch.equal(read_pixels(value, (3, height, width)), ours)  # each is turned once
+    with pytest.raises(DataError, match=f"got {width}x{height} mode RGB"):
+        read_pixels(raw, (3, width, height))
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "RGBX", "CMYK", "YCbCr", "HSV", "LA", "PA", "RGBA"])
+def test_modes_are_converted_as_datasets_and_diffusers_do(mode):
+    colours = Image.effect_noise((8, 8), 90).convert("RGB")
+    colours = Image.merge("RGB", [colours.getchannel(0).rotate(90 * turn) for turn in range(3)])
+    image = colours.convert("P" if mode == "PA" else "L" if mode == "LA" else mode).convert(mode)
+    assert image.mode == mode
+    expected = numpy.array(load_image(image), dtype=numpy.float32)
+    ours = read_pixels(image, (3, 8, 8)).permute(1, 2, 0)
+    numpy.testing.assert_allclose(ours, expected / 127.5 - 1, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("image", "channels", "message"),
+    [
+        (Image.new("I;16", (8, 8)), 3, "mode RGB, got 8x8 mode I;16"),
+        (Image.new("I", (8, 8)), 3, "got 8x8 mode I"),
+        (Image.new("F", (8, 8)), 3, "got 8x8 mode F"),
+        (Image.new("LAB", (8, 8)), 3, "got 8x8 mode LAB"),
+        (Image.new("RGBA", (8, 8), (9, 9, 9, 254)), 3, "opaque image, got Image of mode RGBA with transparent pixels"),
+        (Image.new("LA", (8, 8), (9, 0)), 1, "transparent pixels; paste it onto the background"),
+        (Image.new("CMYK", (8, 8)), 1, "mode L, got 8x8 mode CMYK"),
+    ],
+    ids=str,
+)
+def test_modes_whose_content_would_be_lost_are_refused(image, channels, message):
+    with pytest.raises(DataError, match=message):
+        read_pixels(image, (channels, 8, 8))
+
+
+def test_a_palette_with_a_transparent_colour_is_refused():
+    image = Image.effect_noise((8, 8), 90).convert("P")
+    image.info["transparency"] = image.getpixel((0, 0))
+    with pytest.raises(DataError, match="mode P with transparent pixels"):
+        read_pixels(image, (3, 8, 8))
 
 
 def test_images_of_models_that_draw_no_image_are_refused():

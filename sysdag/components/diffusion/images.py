@@ -15,7 +15,12 @@ from torch import Tensor
 from sysdag.errors import DataError, shown
 from sysdag.traces.cells import Draw
 
-_MODES = {1: ("L", "1"), 3: ("RGB", "P")}
+# What an image is converted to, and from which modes: those that hold no more than 8 bits a channel, as
+# diffusers' `load_image` does. It clips 16 bits at 255, so these are refused; LAB has no conversion of its own.
+_MODES = {
+    1: ("L", ("L", "1", "LA")),
+    3: ("RGB", ("RGB", "RGBX", "RGBA", "P", "PA", "L", "LA", "1", "CMYK", "YCbCr", "HSV")),
+}
 
 
 def to_pil(pixels: Float[Tensor, "C H W"]) -> Any:
@@ -33,7 +38,9 @@ Shape = tuple[int, int | None, int | None]
 def read_pixels(value: Any, shape: Shape, *, element: int | None = None) -> Float[Tensor, "C H W"]:
     """Pixels of a PIL image, an image file (path or bytes), or a float array that holds them already.
 
-    Nothing is resized or converted: a model scores images of the size and the channels that it draws.
+    A photograph is turned as its EXIF orientation says, as `datasets.Image` and diffusers' `load_image` do. Nothing is
+    resized, and no content is lost: a colour model takes gray, palette and CMYK images, but none with transparent
+    pixels (what shows behind them is not in the image) or more than 8 bits; a gray model takes no colours.
 
     Args:
         shape: the (C, H, W) that is expected. Arrays with other than 1 or 3 channels are no images, and are not
@@ -41,7 +48,7 @@ def read_pixels(value: Any, shape: Shape, *, element: int | None = None) -> Floa
         element: goes into the error.
 
     Raises:
-        DataError: for an unreadable file, or another size, number of channels or range.
+        DataError: for an unreadable file, or another size, mode, number of channels or range.
     """
     if isinstance(value, (str, Path, bytes, bytearray)) or type(value).__module__.partition(".")[0] == "PIL":
         return _decode(value, shape, element)
@@ -57,16 +64,18 @@ def _decode(value: Any, shape: Shape, element: int | None) -> Float[Tensor, "C H
             f"an image has 1 or 3 channels, but this model draws {channels}: pass a float array {shape}.",
             element=element,
         )
+    mode, modes = _MODES[channels]
     what = f"the file {str(value)!r}" if isinstance(value, (str, Path)) else type(value).__name__
     try:
         raw = Path(value).read_bytes() if isinstance(value, (str, Path)) else value
         image = Image.open(io.BytesIO(raw)) if isinstance(raw, (bytes, bytearray)) else raw
-        # The size is in the header: a wrong one is refused before any pixel is decoded.
-        sizes = zip(image.size, (width, height), strict=True)
-        wrong = any(want not in (None, got) for got, want in sizes) or image.mode not in _MODES[channels]
-        found = f"{image.width}x{image.height} mode {image.mode}"
-        if not wrong:
-            pixels = numpy.array(image.convert(_MODES[channels][0]), dtype=numpy.float32)
+        # Size and mode are in the header: a wrong one is refused before any pixel is decoded.
+        fits = any(_has_size(size, (width, height)) for size in (image.size, image.size[::-1]))
+        if fits and image.mode in modes:
+            image = _upright(image)
+            fits = _has_size(image.size, (width, height))
+            see_through = _is_see_through(image)
+            pixels = numpy.array(image.convert(mode), dtype=numpy.float32)
     except FileNotFoundError as error:
         raise DataError(f"expected a readable image, got {what}, which does not exist.", element=element) from error
     except Exception as error:  # the decoders of PIL raise a dozen types on damaged files
@@ -74,14 +83,36 @@ def _decode(value: Any, shape: Shape, element: int | None) -> Float[Tensor, "C H
             f"expected a readable image, got {what} that PIL cannot decode ({type(error).__name__}: {error}).",
             element=element,
         ) from error
-    if wrong:
+    if not fits or image.mode not in modes:
         size = "" if width is None else f" of {width}x{height} (width x height)"
         raise DataError(
-            f"expected an image{size} with {channels} channel(s), mode {_MODES[channels][0]}, got {found}. Resize it "
-            "and convert its mode first.",
+            f"expected an image{size} with {channels} channel(s), mode {mode}, got {image.width}x{image.height} mode "
+            f"{image.mode}. Resize it and convert its mode first.",
+            element=element,
+        )
+    if see_through:
+        raise DataError(
+            f"expected an opaque image, got {what} of mode {image.mode} with transparent pixels; paste it onto the "
+            "background that it was seen on.",
             element=element,
         )
     return torch.from_numpy(pixels if channels == 3 else pixels[:, :, None]).permute(2, 0, 1) / 127.5 - 1
+
+
+def _has_size(size: tuple[int, int], wanted: tuple[int | None, int | None]) -> bool:
+    return all(want in (None, got) for got, want in zip(size, wanted, strict=True))
+
+
+def _upright(image: Any) -> Any:
+    """The image as it is looked at: turned and mirrored as its EXIF data say."""
+    from PIL import ExifTags, ImageOps
+
+    turned = image.getexif().get(ExifTags.Base.Orientation) is not None
+    return ImageOps.exif_transpose(image) if turned else image
+
+
+def _is_see_through(image: Any) -> bool:
+    return image.has_transparency_data and image.convert("RGBA").getchannel("A").getextrema()[0] < 255
 
 
 def _from_array(value: Any, shape: Shape, element: int | None) -> Float[Tensor, "C H W"]:
