@@ -167,6 +167,8 @@ def _steps(
                 raise Misfit("it calls its denoiser more than once a step")
             if not own:
                 own.append(answer())
+                if not all(bool(tensor.isfinite().all()) for tensor in rows.tensors(own[0])):
+                    raise Misfit("its denoiser's answer has numbers that are not finite; its weights may have diverged")
             fill = answers[len(found)]
             made = own[0] if fill is None else _filled(own[0], fill, len(prompts))
             pending.append((rows.mapped_tensors(given, torch.clone), made))

@@ -19,6 +19,7 @@ from sysdag.components import adapter_files, precision
 from sysdag.components.diffusion import pipeline_folder
 from sysdag.components.diffusion.conditioning import mapped
 from sysdag.components.diffusion.lora_targets import with_targets
+from sysdag.components.diffusion.reverse_process import check_decoded
 from sysdag.errors import PlanError
 
 if TYPE_CHECKING:
@@ -260,7 +261,9 @@ class Pipeline:
             return latents
         mean, scale = _latent_scale(self.vae)
         unscaled = (latents.to(self.vae.device) / scale + mean).to(self.vae.dtype)
-        return self.vae.decode(unscaled, return_dict=False)[0].float()
+        images = self.vae.decode(unscaled, return_dict=False)[0].float()
+        check_decoded(self.vae, images)
+        return images
 
 
 class PipelineModule(nn.ModuleDict):

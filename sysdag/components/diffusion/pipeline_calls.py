@@ -7,6 +7,7 @@ time (see `call_form`); the conditioning is recorded once a prompt and size, and
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import math
 from collections import OrderedDict
@@ -23,6 +24,7 @@ from sysdag.components.diffusion.decoding_form import DecodingForm, learn_decodi
 from sysdag.components.diffusion.kept_texts import version_of
 from sysdag.components.diffusion.learning import NOT_ITS_OWN, Misfit, learn_calls, run_quietly, unguided
 from sysdag.components.diffusion.prompt_limits import PromptLimit
+from sysdag.components.diffusion.reverse_process import check_decoded, check_step
 from sysdag.errors import PlanError, SysdagError
 
 logger = logging.getLogger(__name__)
@@ -98,7 +100,7 @@ class PipelineCalls:
         long, so that none is padded for another's sake.
 
         Raises:
-            PlanError: for a sampler that leaves numbers that are not finite.
+            PlanError: for numbers that are not finite, naming the denoiser, scheduler or decoder they come from.
         """
         size: Size = ()
         recorded = [self.recorded(prompt, size) for prompt in prompts]
@@ -117,17 +119,21 @@ class PipelineCalls:
         last: list[Tensor] = []
         place = self.decoding(prompts[0], ()).place
 
+        number = itertools.count(1)
+
         def on_step(output: Tensor, time: Any, sample: Tensor, step: Any) -> Any:
             if not first:
                 first.append(sample.float().cpu().clone())  # some pipelines go on in the same tensor
             result = step()
             found = [tensor for tensor in rows.tensors(result) if tensor.shape == sample.shape]
-            if not bool(found[0].isfinite().all()):
-                raise PlanError(
-                    f"{type(pipe.scheduler).__name__} left numbers that are not finite at time {float(time):g} "
-                    f"({type(pipe).__name__}); it cannot sample with this model. Pass another scheduler."
-                )
+            check_step(pipe.scheduler, next(number), time, output, found[0])
             last[:] = [found[place if place < len(found) else 0]]
+            return result
+
+        def on_decode(decoder: nn.Module, latents: Tensor, decode: Any) -> Any:
+            result = decode()
+            for images in rows.tensors(result):
+                check_decoded(decoder, images)
             return result
 
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
@@ -136,7 +142,7 @@ class PipelineCalls:
         try:
             output = watching.run(
                 pipe, {"prompt": list(prompts), "generator": generators, **given}, on_step=on_step,
-                seed=seeds[0] % 2**63,
+                on_decode=on_decode, seed=seeds[0] % 2**63,
             )  # fmt: skip
         except NOT_ITS_OWN as error:
             if isinstance(error, SysdagError):

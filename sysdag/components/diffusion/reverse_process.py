@@ -38,7 +38,8 @@ def denoise(
         patch_size: of a transformer; schedulers with dynamic shifting depend on the number of its tokens.
 
     Raises:
-        PlanError: for a scheduler whose steps take something else than the model's output, a time and the sample.
+        PlanError: for a scheduler whose steps take something else than the model's output, a time and the sample; for
+            numbers that are not finite.
     """
     scheduler = copy.deepcopy(scheduler)
     _check(scheduler)
@@ -56,14 +57,51 @@ def denoise(
     # A few schedulers draw from the global generator whatever they are passed.
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seeds[0])
-        for time in scheduler.timesteps:
+        for number, time in enumerate(scheduler.timesteps, 1):
             scaled = scheduler.scale_model_input(samples, time) if hasattr(scheduler, "scale_model_input") else samples
             prediction = predict(scaled, time.expand(len(samples)))
             with _naming(scheduler, num_inference_steps):
                 samples = scheduler.step(prediction, time, samples, return_dict=False, **options)[0].float()
+            check_step(scheduler, number, time, prediction, samples)
     return samples
 
 
+def check_step(scheduler: Any, number: int, time: Any, prediction: Tensor, samples: Tensor) -> None:
+    """Refuses a step of sampling that leaves numbers that are not finite, which would become a black image.
+
+    Args:
+        number: which step it is, from 1.
+        time: the scheduler's.
+        prediction: what the scheduler was given.
+        samples: what it made of that.
+
+    Raises:
+        PlanError: naming what they came from: the denoiser or the scheduler.
+    """
+    if bool(samples.isfinite().all()):
+        return
+    where = f"at step {number} (time {float(time):g})"
+    if not bool(prediction.isfinite().all()):
+        raise PlanError(
+            f"The denoiser's answer has numbers that are not finite {where}. Its weights may have diverged; in float16 "
+            "numbers may run over: pass dtype='bfloat16' or 'float32'."
+        )
+    config = scheduler.config
+    options = {name: config[name] for name in _UNSTABLE if config.get(name) not in (None, False)}
+    raise PlanError(f"{type(scheduler).__name__} left numbers that are not finite {where}; it has {options}. {_INSTEAD}")
+
+
+def check_decoded(decoder: Any, images: Tensor) -> None:
+    """Raises a PlanError for images that are not finite, of latents that are."""
+    if not bool(images.isfinite().all()):
+        raise PlanError(
+            f"{type(decoder).__name__} decodes latents to numbers that are not finite. In float16 some autoencoders "
+            "run over: pass dtype='bfloat16' or 'float32'."
+        )
+
+
+# Options with which schedulers of diffusers are known to divide by zero.
+_UNSTABLE = ("variance_type", "prediction_type", "rescale_betas_zero_snr", "timestep_spacing", "clip_sample")
 _INSTEAD = "Pass another scheduler for sampling, such as DDIMScheduler or FlowMatchEulerDiscreteScheduler."
 
 
