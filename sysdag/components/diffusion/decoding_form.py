@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from sysdag.components.diffusion import watching
+from sysdag.components.diffusion.autoencoder import latents_of
 from sysdag.components.diffusion.call_form import CallForm
 from sysdag.components.diffusion.gathering import Gather, digit, places
 from sysdag.components.diffusion.learning import Misfit, run_quietly, with_samples
@@ -63,20 +64,12 @@ class DecodingForm:
             else:
                 batch = (pixels[:, None] if len(self.shape) == 4 and pixels.ndim == 3 else pixels)[None]
             with torch.no_grad():
-                encoded = _encoded(decoder.encode(batch.to(next(decoder.parameters()))))
+                encoded = latents_of(decoder.encode(batch.to(next(decoder.parameters()))))
             encoded = encoded[None] if self.frames_are_rows else encoded
         if tuple(encoded.shape[1:]) != self.shape:
             raise Misfit(f"latents of shape {tuple(encoded.shape[1:])} where it decodes {self.shape}")
         plain = (encoded.float() - self.shift.to(encoded.device)) / self.scale.to(encoded.device)
         return self.to_latents(plain.flatten(1))
-
-
-def _encoded(output: Any) -> Tensor:
-    for name in ("latent_dist", "latents", "latent"):
-        if hasattr(output, name):
-            found = getattr(output, name)
-            return found.mode() if name == "latent_dist" else found
-    return output[0] if isinstance(output, tuple) else output
 
 
 def learn_decoding(pipe: Any, prompt: str, arguments: Mapping[str, Any], form: CallForm) -> DecodingForm:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from sysdag.components import adapter as adapters
 from sysdag.components import adapter_files, precision
-from sysdag.components.diffusion import pipeline_folder
+from sysdag.components.diffusion import autoencoder, pipeline_folder
 from sysdag.components.diffusion.conditioning import mapped
 from sysdag.components.diffusion.lora_targets import with_targets
 from sysdag.components.diffusion.reverse_process import check_decoded
@@ -69,7 +69,8 @@ class Pipeline:
 
         Raises:
             PlanError: if there is an adapter in the folder and a config for another, a text encoder is to be trained
-                that does not exist, or a part beside the denoiser carries an adapter.
+                that does not exist, a part beside the denoiser carries an adapter, or the autoencoder is one whose
+                latents only a pipeline knows to scale.
         """
         parts, saved_adapter = dict(given), adapter_folder
         if isinstance(source, nn.Module):
@@ -79,6 +80,8 @@ class Pipeline:
             index = index or pipeline_folder.read_index(source, loading.get("revision"))
             for name in index.keys() - parts.keys():
                 parts[name] = pipeline_folder.load_part(source, name, index[name], **loading)
+        if parts.get("vae") is not None:
+            autoencoder.check(parts["vae"])
         made = cls(parts, trains_text_encoder=trains_text_encoder)
         return made._readied(peft_config, saved_adapter)
 
@@ -241,7 +244,7 @@ class Pipeline:
         """(C, H, W) of the images whose latents have `sample_shape`."""
         if self.vae is None:
             return sample_shape
-        factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
+        factor = autoencoder.compression(self.vae)
         return self.vae.config.in_channels, sample_shape[1] * factor, sample_shape[2] * factor
 
     @torch.no_grad()
@@ -250,16 +253,15 @@ class Pipeline:
         if self.vae is None:
             return pixels
         encoded = self.vae.encode(pixels.to(self.vae.device, self.vae.dtype))
-        latents = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latents
-        mean, scale = _latent_scale(self.vae)
-        return (latents.float() - mean) * scale
+        mean, scale = autoencoder.latent_scale(self.vae)
+        return (autoencoder.latents_of(encoded).float() - mean) * scale
 
     @torch.no_grad()
     def decode(self, latents: Float[Tensor, "n C H W"]) -> Float[Tensor, "n c h w"]:
         """Images of latents, pixels in [-1, 1]."""
         if self.vae is None:
             return latents
-        mean, scale = _latent_scale(self.vae)
+        mean, scale = autoencoder.latent_scale(self.vae)
         unscaled = (latents.to(self.vae.device) / scale + mean).to(self.vae.dtype)
         images = self.vae.decode(unscaled, return_dict=False)[0].float()
         check_decoded(self.vae, images)
@@ -299,13 +301,3 @@ def _evaluating(module: nn.Module) -> Iterator[None]:
     finally:
         for part, training in modes:
             part.training = training
-
-
-def _latent_scale(vae: Any) -> tuple[Any, Any]:
-    """Mean and scale with which latents = (encoded - mean) * scale, from a VAE's config."""
-    config = vae.config
-    scale = config.get("scaling_factor") or 1.0
-    if config.get("latents_mean") is None or config.get("latents_std") is None:
-        return config.get("shift_factor") or 0.0, scale
-    mean, std = (torch.tensor(config[key], device=vae.device)[:, None, None] for key in ("latents_mean", "latents_std"))
-    return mean, scale / std
