@@ -187,6 +187,10 @@ class Component(InputReader, ABC):
         """
         return None
 
+    def fit_noise(self, noise: Any, draws: Sequence[Draw], generator: torch.Generator | None = None) -> Any:
+        """Noise for these draws that has in common with `noise`, made for others, what their shapes let them share."""
+        return noise
+
     def score(self, inputs: Sequence[Any], draws: Sequence[Draw], noise: Any = None) -> Float[Tensor, " n"]:
         """What enters a preference margin: the log-probability, or for a bound its estimate at the given noise."""
         return self.log_prob(inputs, draws)

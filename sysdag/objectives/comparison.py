@@ -280,6 +280,7 @@ def paired_noise(component: Component, cells: Sequence[Cell], generator: Generat
     for column in longest:
         starts.append(starts[-1] + len(column))
     noise = component.noise([draw for column in longest for draw in column], generator)
-    return noise.select(
+    shared = noise.select(
         [starts[row % count] + place for row, column in enumerate(columns) for place in range(len(column))]
     )
+    return component.fit_noise(shared, [draw for column in columns for draw in column], generator)

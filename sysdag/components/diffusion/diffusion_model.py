@@ -458,6 +458,12 @@ class Diffusion(Component):
             density=self._density, dropout=self.caption_dropout, drops=self.module.training,
         )  # fmt: skip
 
+    def fit_noise(
+        self, noise: DiffusionNoise, draws: Sequence[Draw], generator: torch.Generator | None = None
+    ) -> DiffusionNoise:
+        """The same times for other draws, and the same eps for those of the same shape."""
+        return noise.fitted(self._sampler.shapes(draws), generator)
+
     def errors(self, inputs: Sequence[Any], draws: Sequence[Draw], noise: DiffusionNoise) -> Float[Tensor, " n"]:
         """|target - prediction|^2 summed over a draw's C*H*W elements, fp32; with several (t, eps), their mean.
 

@@ -38,7 +38,8 @@ _PREDICTIONS: dict[str, Prediction] = {
 class DiffusionNoise:
     """What a diffusion score is random in: the times and the noise, M of each for every draw.
 
-    Policy and reference, and the winner and the loser of a pair, are scored at the same noise.
+    Policy and reference, and the winner and the loser of a pair, are scored at the same noise; a winner and a loser of
+    different shapes at the same times.
 
     Attributes:
         timesteps: (n,), or (n, M) for M > 1; integers in 0..T-1.
@@ -83,6 +84,18 @@ class DiffusionNoise:
         if draws_each == 1:
             return cls(timesteps[:, 0], _together([each[0] for each in eps]), hidden)
         return cls(timesteps, _together(eps), hidden)
+
+    def fitted(self, shapes: Sequence[tuple[int, ...]], generator: torch.Generator | None = None) -> DiffusionNoise:
+        """The same times, and the same eps for every draw whose shape it has; the others get one of their own."""
+        lead = self.timesteps.ndim - 1
+        if all(tuple(eps.shape[lead:]) == tuple(shape) for eps, shape in zip(self.eps, shapes, strict=True)):
+            return self
+        place: dict[str, Any] = {"generator": generator, "device": "cpu" if generator is None else generator.device}
+        made = [
+            eps if tuple(eps.shape[lead:]) == tuple(shape) else torch.randn(*eps.shape[:lead], *shape, **place).cpu()
+            for eps, shape in zip(self.eps, shapes, strict=True)
+        ]
+        return DiffusionNoise(self.timesteps, _together(made))
 
     @staticmethod
     def join(parts: Sequence[DiffusionNoise]) -> DiffusionNoise:
