@@ -54,7 +54,13 @@ def rows(count):
 
 def trainer_of(component, folder, **options):
     system = OUTLINE.with_components({"picture": component})
-    options = {"objective": "direct", "beta": 2000.0, "save_strategy": "steps", "save_steps": 2, "max_steps": 4} | options
+    options = {
+        "objective": "direct",
+        "beta": 2000.0,
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "max_steps": 4,
+    } | options
     return SysDPOTrainer(system, config(folder, learning_rate=1e-2, **options), train_dataset=rows(8))
 
 
@@ -218,7 +224,9 @@ def test_two_adapters_share_their_base_after_loading(kind, tmp_path):
     for component, image in zip(again, expected, strict=True):
         assert abs(drawn(component) - image).max() <= 1
     for (_, code), image in zip(
-        second.usage(tmp_path / "out" / "second", saved_options(tmp_path / "out", "second")), expected[1:] * 2, strict=True
+        second.usage(tmp_path / "out" / "second", saved_options(tmp_path / "out", "second")),
+        expected[1:] * 2,
+        strict=True,
     ):
         if kind == "pipeline":
             names = {}

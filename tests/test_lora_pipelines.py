@@ -130,7 +130,9 @@ def run(code, folder, **names):
     return made.get("pipe")
 
 
-@pytest.mark.parametrize("name", ["sd15", "sdxl", "sd3", "flux-dev", "qwen-image", "z-image", "wan", "latent-diffusion"])
+@pytest.mark.parametrize(
+    "name", ["sd15", "sdxl", "sd3", "flux-dev", "qwen-image", "z-image", "wan", "latent-diffusion"]
+)
 def test_the_code_of_the_card_gives_the_trained_model(name, tmp_path):
     base = base_of(name, tmp_path / "base")
     component, image = trained(base, name, lora())

@@ -206,7 +206,9 @@ def _models_part(system: System, folder: Path, source: str) -> str:
         if row["folder"] is None or not (ways := component.usage(folder / key, row["options"])):
             continue
         if is_repository(source):
-            where = f"from huggingface_hub import snapshot_download\nfolder = snapshot_download({source!r}) + {'/' + key!r}"
+            where = (
+                f"from huggingface_hub import snapshot_download\nfolder = snapshot_download({source!r}) + {'/' + key!r}"
+            )
         else:
             where = f"folder = {f'{source}/{key}'!r}"
         shown = [f"{words}\n\n{_fenced(f'{where}{chr(10)}{code}', 'python')}" for words, code in ways]

@@ -28,7 +28,7 @@ from sysdag.components.diffusion.denoising_error import (
     usual_beta,
 )
 from sysdag.components.diffusion.forward_process import DiffusionNoise, ForwardProcess
-from sysdag.components.diffusion.images import latents_of, read_pixels, stack_latents
+from sysdag.components.diffusion.images import latents_of, noise_of, read_pixels, stack_latents
 from sysdag.components.diffusion.kept_texts import KeptTexts
 from sysdag.components.diffusion.loss_weighting import Weighting, check_weighting, min_snr
 from sysdag.components.diffusion.pipeline import Pipeline
@@ -53,12 +53,14 @@ _OPTIONS = (
     "sample_shape", "num_inference_steps", "guidance_scale", "convention", "num_noise_draws", "train_text_encoder",
     "mask_padding", "max_text_length", "null_class", "batch_size", "pipeline_kwargs", "score_guidance_scale",
     "snr_gamma", "timestep_sampling", "logit_mean", "logit_std", "mode_scale", "caption_dropout", "winner_safeguard",
-    "cache", "cache_bytes",
+    "cache", "cache_bytes", "record_noise", "score_noise",
 )  # fmt: skip
 
 
 # Of options that systems saved by earlier versions lack.
-_LATER_OPTIONS: Mapping[str, Any] = {"base": None, "pipeline_kwargs": {}}
+_LATER_OPTIONS: Mapping[str, Any] = {
+    "base": None, "pipeline_kwargs": {}, "record_noise": False, "score_noise": "drawn",
+}  # fmt: skip
 
 
 class Diffusion(Component):
@@ -116,6 +118,12 @@ class Diffusion(Component):
         train_text_encoder: trains the text encoder too; by default it is frozen, as the VAE always is.
         mask_padding, max_text_length, null_class: see `Conditioner`.
         batch_size: most samples drawn side by side.
+        record_noise: whether the draw's record also holds the `noise`, fp32 of the latents' shape, that sampling began
+            with.
+        score_noise: "drawn": eps is drawn anew for each score. "recorded": it is the draw's recorded noise, so that x_t
+            lies on the line from the image to the noise that it was sampled from (Lu et al. 2026, arXiv 2605.09433);
+            winner and loser then share their times alone. For flow matching, whose paths are nearly straight, and
+            draws that were sampled with record_noise=True.
         dtype, revision, variant: of the weights that are loaded from a folder or the Hub. Without a dtype, weights that
             train are fp32.
 
@@ -158,6 +166,8 @@ class Diffusion(Component):
         max_text_length: int | None = None,
         null_class: int | None = None,
         batch_size: int = 64,
+        record_noise: bool = False,
+        score_noise: str = "drawn",
         dtype: torch.dtype | str | None = None,
         revision: str | None = None,
         variant: str | None = None,
@@ -179,6 +189,10 @@ class Diffusion(Component):
             raise PlanError(f"Diffusion needs counts of at least 1, got {counts}.")
         if sample_shape is not None and (len(sample_shape) != 3 or min(sample_shape) < 1):
             raise PlanError(f"sample_shape must be (C, H, W), got {tuple(sample_shape)}.")
+        if score_noise not in ("drawn", "recorded"):
+            raise PlanError(f"score_noise must be 'drawn' or 'recorded', got {score_noise!r}.")
+        if score_noise == "recorded" and not record_noise:
+            raise PlanError("score_noise='recorded' needs the noise of what is sampled; pass record_noise=True too.")
         dtype = None if dtype is None else dtype_named(dtype, "Diffusion")
         loading = {"dtype": dtype, "revision": revision, "variant": variant}
         if not isinstance(model, (str, Path)) and any(value is not None for value in loading.values()):
@@ -229,6 +243,8 @@ class Diffusion(Component):
         self.max_text_length = max_text_length
         self.null_class = null_class
         self.batch_size = batch_size
+        self.record_noise = record_noise
+        self.score_noise = score_noise
         if peft_config is not None:
             check_config(peft_config, repr(self))
 
@@ -394,7 +410,10 @@ class Diffusion(Component):
         place = "cpu" if generator is None else generator.device
         seeds = torch.randint(2**62, (len(inputs),), generator=generator, device=place).tolist()
         with self.pipeline.running(evaluate=True):
-            return self._sampler.sample(inputs, seeds)
+            draws = self._sampler.sample(inputs, seeds)
+        if not self.record_noise:
+            draws = [Draw(d.value, {name: kept for name, kept in d.record.items() if name != "noise"}) for d in draws]
+        return draws
 
     def observe(self, values: Sequence[Any]) -> list[Draw]:
         """Draws for given images: PIL images, files (path or bytes), or float arrays (C, H, W) in [-1, 1].
@@ -415,6 +434,8 @@ class Diffusion(Component):
 
     def check_draws(self, draws: Sequence[Draw]) -> None:
         for element, draw in enumerate(draws):
+            if self.score_noise == "recorded":
+                noise_of(draw, element)
             if self.is_whole:
                 latents_of(draw, element)
             else:
@@ -448,20 +469,33 @@ class Diffusion(Component):
         return numpy.asarray(draw.record["latents"]).tobytes()
 
     def noise(self, draws: Sequence[Draw], generator: torch.Generator | None = None) -> DiffusionNoise:
-        """Times t in 0..T-1 and standard normal eps for each draw, on the CPU; in train mode, which texts are dropped.
+        """Times t in 0..T-1 and standard normal eps for each draw, or its recorded noise, on the CPU; in train mode,
+        which texts are dropped.
 
         Pass the same to policy and reference, and to the winner and the loser of a pair. The first k of n draws get the
         noise that k draws would get.
         """
-        return DiffusionNoise.draw(
+        noise = DiffusionNoise.draw(
             self._sampler.shapes(draws), self.num_noise_draws, self.forward_process.num_timesteps, generator,
             density=self._density, dropout=self.caption_dropout, drops=self.module.training,
         )  # fmt: skip
+        return noise if self.score_noise == "drawn" else self._with_recorded(noise, draws)
+
+    def _with_recorded(self, noise: DiffusionNoise, draws: Sequence[Draw]) -> DiffusionNoise:
+        if self.forward_process.prediction != "flow":
+            raise PlanError(
+                f"{self!r}: score_noise='recorded' takes the way from noise to image for a line, which it is nearly in "
+                f"flow matching; {type(self.pipeline.parts['scheduler']).__name__} predicts "
+                f"{self.forward_process.prediction}."
+            )
+        return noise.replaced([noise_of(draw, element) for element, draw in enumerate(draws)])
 
     def fit_noise(
         self, noise: DiffusionNoise, draws: Sequence[Draw], generator: torch.Generator | None = None
     ) -> DiffusionNoise:
-        """The same times for other draws, and the same eps for those of the same shape."""
+        """The same times for other draws, and the same eps for those of the same shape, or each one's recorded noise."""
+        if self.score_noise == "recorded":
+            return self._with_recorded(noise, draws)
         return noise.fitted(self._sampler.shapes(draws), generator)
 
     def errors(self, inputs: Sequence[Any], draws: Sequence[Draw], noise: DiffusionNoise) -> Float[Tensor, " n"]:

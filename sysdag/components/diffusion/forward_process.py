@@ -97,6 +97,13 @@ class DiffusionNoise:
         ]
         return DiffusionNoise(self.timesteps, _together(made))
 
+    def replaced(self, eps: Sequence[Float[Tensor, " *S"]]) -> DiffusionNoise:
+        """The same times with one eps for each draw, at all of its times."""
+        if self.timesteps.ndim == 1:
+            return DiffusionNoise(self.timesteps, _together(list(eps)))
+        count = self.timesteps.shape[1]
+        return DiffusionNoise(self.timesteps, _together([each.expand(count, *each.shape) for each in eps]))
+
     @staticmethod
     def join(parts: Sequence[DiffusionNoise]) -> DiffusionNoise:
         """The noise of several lists of draws, one after the other."""

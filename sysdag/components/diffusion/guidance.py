@@ -23,8 +23,9 @@ def guided_latents(
     seeds: Sequence[int],
     num_inference_steps: int,
     device: torch.device,
-) -> Float[Tensor, "n C H W"]:
-    """One sample a seed from a pipeline's denoiser and scheduler (Ho and Salimans 2022, arXiv 2207.12598).
+) -> tuple[Float[Tensor, "n C H W"], Float[Tensor, "n C H W"]]:
+    """One sample a seed from a pipeline's denoiser and scheduler (Ho and Salimans 2022, arXiv 2207.12598), and the
+    noise that it began with.
 
     Args:
         conditional: the denoiser's keyword arguments for the n samples.

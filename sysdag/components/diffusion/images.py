@@ -141,16 +141,33 @@ def latents_of(draw: Draw, element: int) -> Tensor:
     Raises:
         DataError: for a draw that holds none.
     """
-    if "latents" not in draw.record:
+    return _array_of(draw, element, "latents", "make draws of images with observe(...)")
+
+
+def noise_of(draw: Draw, element: int) -> Tensor:
+    """The noise that a draw was sampled from, fp32 on the CPU, of the shape of its latents.
+
+    Raises:
+        DataError: for a draw that holds none.
+    """
+    noise = _array_of(draw, element, "noise", "only what was sampled with record_noise=True has it")
+    latents = latents_of(draw, element)
+    if noise.shape != latents.shape:
         raise DataError(
-            f"expected a draw that holds latents, got the record {list(draw.record)}; make draws of images with "
-            "observe(...).",
-            element=element,
+            f"expected noise of the latents' shape {tuple(latents.shape)}, got {tuple(noise.shape)}.", element=element
         )
-    given = draw.record["latents"]
+    return noise
+
+
+def _array_of(draw: Draw, element: int, name: str, advice: str) -> Tensor:
+    if name not in draw.record:
+        raise DataError(
+            f"expected a draw that holds {name}, got the record {list(draw.record)}; {advice}.", element=element
+        )
+    given = draw.record[name]
     is_float = given.dtype.kind == "f" if isinstance(given, numpy.ndarray) else isinstance(given, Tensor)
     if not is_float:
-        raise DataError(f"expected latents in a float array, got {shown(given)}.", element=element)
+        raise DataError(f"expected {name} in a float array, got {shown(given)}.", element=element)
     return torch.as_tensor(given, dtype=torch.float32).cpu()
 
 

@@ -26,8 +26,8 @@ def denoise(
     num_inference_steps: int,
     device: torch.device,
     patch_size: int = 1,
-) -> Float[Tensor, "n C H W"]:
-    """One sample a seed, fp32.
+) -> tuple[Float[Tensor, "n C H W"], Float[Tensor, "n C H W"]]:
+    """One sample a seed, and the noise that the first step began with, fp32.
 
     Noise comes from one CPU generator a sample, so a sample depends on its own seed and neither on the device nor on
     the others of its batch. The scheduler is copied, never changed.
@@ -53,7 +53,7 @@ def denoise(
     takes_generator = "generator" in inspect.signature(scheduler.step).parameters
     options = {"generator": generators} if takes_generator else {}
     noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators]).to(device)
-    samples = noise * getattr(scheduler, "init_noise_sigma", 1.0)
+    samples = start = noise * getattr(scheduler, "init_noise_sigma", 1.0)
     # A few schedulers draw from the global generator whatever they are passed.
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seeds[0])
@@ -63,7 +63,7 @@ def denoise(
             with _naming(scheduler, num_inference_steps):
                 samples = scheduler.step(prediction, time, samples, return_dict=False, **options)[0].float()
             check_step(scheduler, number, time, prediction, samples)
-    return samples
+    return samples, start
 
 
 def check_step(scheduler: Any, number: int, time: Any, prediction: Tensor, samples: Tensor) -> None:
@@ -88,7 +88,9 @@ def check_step(scheduler: Any, number: int, time: Any, prediction: Tensor, sampl
         )
     config = scheduler.config
     options = {name: config[name] for name in _UNSTABLE if config.get(name) not in (None, False)}
-    raise PlanError(f"{type(scheduler).__name__} left numbers that are not finite {where}; it has {options}. {_INSTEAD}")
+    raise PlanError(
+        f"{type(scheduler).__name__} left numbers that are not finite {where}; it has {options}. {_INSTEAD}"
+    )
 
 
 def check_decoded(decoder: Any, images: Tensor) -> None:

@@ -38,14 +38,14 @@ class SeparateParts:
         for start in range(0, len(inputs), self.batch_size):
             rows = slice(start, start + self.batch_size)
             guided = self.guidance_scale != 1
-            latents = guided_latents(
+            latents, noise = guided_latents(
                 self.pipeline, self.conditioner(inputs[rows]),
                 self.conditioner.unconditional(inputs[rows]) if guided else None,
                 guidance_scale=self.guidance_scale, sample_shape=self.sample_shape, seeds=seeds[rows],
                 num_inference_steps=self.num_inference_steps,
                 device=next(self.pipeline.denoiser.parameters()).device,
             )  # fmt: skip
-            draws += [_draw(*pair) for pair in zip(self.pipeline.decode(latents), latents, strict=True)]
+            draws += [_draw(*each) for each in zip(self.pipeline.decode(latents), latents, noise, strict=True)]
         return draws
 
     def observe(self, values: Sequence[Any]) -> list[Draw]:
@@ -82,6 +82,9 @@ class SeparateParts:
         return self.pipeline.predict(noisy, times, conditioning)[:, : noisy.shape[1]]
 
 
-def _draw(pixels: Float[Tensor, "c h w"], latents: Float[Tensor, "C H W"]) -> Draw:
+def _draw(
+    pixels: Float[Tensor, "c h w"], latents: Float[Tensor, "C H W"], noise: Float[Tensor, "C H W"] | None = None
+) -> Draw:
     image = to_pil(pixels) if len(pixels) in (1, 3) else pixels.cpu().numpy().copy()
-    return Draw(image, {"latents": latents.cpu().numpy().copy()})
+    record = {"latents": latents, **({} if noise is None else {"noise": noise})}
+    return Draw(image, {name: tensor.cpu().numpy().copy() for name, tensor in record.items()})

@@ -34,7 +34,7 @@ class WholePipeline:
         """See `Diffusion.sample`; one seed a draw."""
         check_prompts(inputs)
         return [
-            Draw(each.value, {"latents": each.latents.numpy().copy()})
+            Draw(each.value, {"latents": each.latents.numpy().copy(), "noise": each.noise.numpy().copy()})
             for each in self.calls.sample(inputs, seeds, self.batch_size)
         ]
 
