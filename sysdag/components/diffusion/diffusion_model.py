@@ -493,7 +493,7 @@ class Diffusion(Component):
     def fit_noise(
         self, noise: DiffusionNoise, draws: Sequence[Draw], generator: torch.Generator | None = None
     ) -> DiffusionNoise:
-        """The same times for other draws, and the same eps for those of the same shape, or each one's recorded noise."""
+        """The same times for other draws; the same eps for those of the same shape, or each one's recorded noise."""
         if self.score_noise == "recorded":
             return self._with_recorded(noise, draws)
         return noise.fitted(self._sampler.shapes(draws), generator)
