@@ -33,7 +33,8 @@ def separate(**parts):
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_a_scheduler_that_yields_nan_is_named_with_its_step(make, name):
     scheduler = SCHEDULERS[name]
-    match = rf"{type(scheduler).__name__} left numbers that are not finite at step \d \(time \d+\); it has .*{options_of(name)}"
+    kind, options = type(scheduler).__name__, options_of(name)
+    match = rf"{kind} left numbers that are not finite at step \d \(time \d+\); it has .*{options}"
     with pytest.raises(PlanError, match=match):
         make(scheduler=scheduler).sample(["dark"], generator=seed(0))
 

@@ -4,8 +4,8 @@ import math
 
 import pytest
 import torch
+from pipeline_checks import handed_to_scheduler, target_of
 from test_diffusion_checkpoints import OUTLINE, base_of, noise_image
-from test_pipelines import handed_to_scheduler, target_of
 from test_trainer import config, weights
 from test_two_pass import gradients_of
 from tiny_diffusion import drift, seed

@@ -3,8 +3,8 @@
 import pytest
 import torch
 from diffusers import DDIMScheduler
+from pipeline_checks import pixels
 from test_diffusion_checkpoints import OUTLINE, base_of, noise_image, opened
-from test_pipelines import pixels
 from tiny_diffusion import drift, from_vectors, seed, vectors
 from tiny_pipelines import CALL
 
