@@ -19,7 +19,7 @@ from sysdag.components.diffusion.lora_file import FILE
 from sysdag.saving.model_card import write_card
 
 PROMPT = "a dark square"
-TARGETS = ["to_q", "to_v", "to_qkv_mlp_proj"]
+TARGETS = ["to_q", "to_v", "to_qkv_mlp_proj", "to_query", "to_value"]  # what families call them
 NO_LAYOUT = {"kandinsky3"}  # a UNet of its own, which loads none
 NOT_LOADABLE = {"pixart-sigma": "PixArtTransformer2DModel", "hunyuandit": "HunyuanDiT2DModel", "latte": "Latte"}
 QUICK = ["sd15", "sdxl", "sd3", "flux-dev", "qwen-image", "z-image", "wan", "latent-diffusion"]
@@ -76,7 +76,7 @@ def test_the_base_with_the_file_is_the_trained_model(name, tmp_path):
 @pytest.mark.release("all pipelines of diffusers that can be built tiny: five minutes")
 @pytest.mark.parametrize("name", sorted(PIPELINES.keys() - REFUSED.keys() - set(QUICK)))
 def test_the_base_of_any_family_with_the_file_is_the_trained_model(name, tmp_path):
-    words = check_code(name, lora(target_modules="all-linear"), tmp_path)
+    words = check_code(name, lora(), tmp_path)
     if not hasattr(opened(tmp_path / "base"), "load_lora_weights") or name in NO_LAYOUT:
         assert "loads no LoRA" in words[0] or words == ["With diffusers.", "With peft:"]
     else:
