@@ -87,6 +87,7 @@ def test_the_base_of_any_family_with_the_file_is_the_trained_model(name, tmp_pat
     "options",
     [
         {"use_rslora": True},
+        {"lora_dropout": 0.5},
         {"rank_pattern": {"to_v": 3}, "alpha_pattern": {"to_q": 1}},
         {"use_dora": True},
         {"init_lora_weights": "gaussian"},

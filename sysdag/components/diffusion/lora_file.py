@@ -97,6 +97,7 @@ def _config(pipeline: Pipeline) -> dict[str, Any]:
     config = pipeline.denoiser.peft_config[pipeline.adapter].to_dict()
     if isinstance(config.get("init_lora_weights"), str):
         config["init_lora_weights"] = True  # some starts would change the base's weights again
+    config["lora_dropout"] = 0.0  # `load_lora_weights` leaves it in train mode, so that images would be drawn with it
     plain = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
     return json.loads(json.dumps(plain))
 
