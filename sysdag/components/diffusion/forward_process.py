@@ -97,8 +97,8 @@ class DiffusionNoise:
         ]
         return replace(self, eps=_together(made))
 
-    def replaced(self, eps: Sequence[Float[Tensor, " *S"]]) -> DiffusionNoise:
-        """The same times with one eps for each draw, at all of its times."""
+    def replaced(self, eps: Sequence[Tensor]) -> DiffusionNoise:
+        """The same times with one eps (*S) for each draw, at all of its times; shapes may differ."""
         if self.timesteps.ndim == 1:
             return replace(self, eps=_together(list(eps)))
         count = self.timesteps.shape[1]
