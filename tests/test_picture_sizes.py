@@ -1,6 +1,7 @@
 """Pictures of different sizes in one batch: each is scored as it is alone, and as the pipeline does at its size."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -95,6 +96,11 @@ def test_fitted_noise_of_several_times_keeps_what_fits():
     fitted = noise.fitted([(1, 6, 4), (1, 4, 4)], seed(1))
     assert torch.equal(fitted.timesteps, noise.timesteps)
     assert torch.equal(fitted.eps[1], noise.eps[1])
+    dropped = torch.tensor([True, False])
+    hidden = replace(noise, dropped=dropped)
+    own = [torch.zeros(1, 4, 6), torch.zeros(1, 4, 4)]
+    for changed in (hidden.fitted([(1, 6, 4), (1, 4, 4)]), hidden.replaced(own)):
+        assert torch.equal(changed.dropped, dropped)
     assert torch.equal(fitted.eps[0], torch.randn(2, 1, 6, 4, generator=seed(1)))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
 import math
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -57,10 +58,11 @@ _OPTIONS = (
 )  # fmt: skip
 
 
-# Of options that systems saved by earlier versions lack.
-_LATER_OPTIONS: Mapping[str, Any] = {
-    "base": None, "pipeline_kwargs": {}, "record_noise": False, "score_noise": "drawn",
-}  # fmt: skip
+# Systems saved by earlier versions have these and no others, which are then the constructor's defaults.
+_FIRST_OPTIONS = frozenset({
+    "sample_shape", "num_inference_steps", "guidance_scale", "convention", "num_noise_draws", "train_text_encoder",
+    "mask_padding", "max_text_length", "null_class", "batch_size",
+})  # fmt: skip
 
 
 class Diffusion(Component):
@@ -469,7 +471,7 @@ class Diffusion(Component):
         return numpy.asarray(draw.record["latents"]).tobytes()
 
     def noise(self, draws: Sequence[Draw], generator: torch.Generator | None = None) -> DiffusionNoise:
-        """Times t in 0..T-1 for each draw, and standard normal eps or its recorded noise, on the CPU; in train mode,
+        """Times t in 0..T-1 and standard normal eps for each draw, or its recorded noise, on the CPU; in train mode,
         which texts are dropped.
 
         Pass the same to policy and reference, and to the winner and the loser of a pair. The first k of n draws get the
@@ -820,7 +822,9 @@ class Diffusion(Component):
         Raises:
             SerializationError: if an option or a part's folder is missing or unknown, or a function cannot be had.
         """
-        options = {**_LATER_OPTIONS, **options}
+        defaults = inspect.signature(cls.__init__).parameters
+        later = {name: defaults[name].default for name in _OPTIONS if name not in _FIRST_OPTIONS}
+        options = {"base": None, **later, **options}
         known = {"parts", "base", "adapter", *_FUNCTIONS, *_OPTIONS}
         if unknown := sorted(options.keys() ^ known):
             raise SerializationError(

@@ -15,7 +15,7 @@ Times are integers t in 0..T-1 and more noise comes with larger t, whatever the 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -95,15 +95,14 @@ class DiffusionNoise:
             eps if tuple(eps.shape[lead:]) == tuple(shape) else torch.randn(*eps.shape[:lead], *shape, **place).cpu()
             for eps, shape in zip(self.eps, shapes, strict=True)
         ]
-        return DiffusionNoise(self.timesteps, _together(made), self.dropped)
+        return replace(self, eps=_together(made))
 
-    def replaced(self, eps: Sequence[Float[Tensor, " *S"]]) -> DiffusionNoise:
-        """The same times with one eps for each draw, at all of its times."""
+    def replaced(self, eps: Sequence[Tensor]) -> DiffusionNoise:
+        """The same times with one eps (*S) for each draw, at all of its times; shapes may differ."""
         if self.timesteps.ndim == 1:
-            return DiffusionNoise(self.timesteps, _together(list(eps)), self.dropped)
+            return replace(self, eps=_together(list(eps)))
         count = self.timesteps.shape[1]
-        made = _together([each.expand(count, *each.shape) for each in eps])
-        return DiffusionNoise(self.timesteps, made, self.dropped)
+        return replace(self, eps=_together([each.expand(count, *each.shape) for each in eps]))
 
     @staticmethod
     def join(parts: Sequence[DiffusionNoise]) -> DiffusionNoise:
