@@ -138,7 +138,7 @@ def test_modes_are_converted_as_datasets_and_diffusers_do(mode):
         (Image.new("LA", (8, 8), (9, 0)), 1, "transparent pixels; paste it onto the background"),
         (Image.new("CMYK", (8, 8)), 1, "mode L, got 8x8 mode CMYK"),
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "mode", None),
 )
 def test_modes_whose_content_would_be_lost_are_refused(image, channels, message):
     with pytest.raises(DataError, match=message):
