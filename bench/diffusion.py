@@ -16,7 +16,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -76,9 +76,10 @@ def of_step(case: Case, options: Any) -> list[dict[str, Any]]:
     )
     millions = sum(p.numel() for p in step.pipe.components[case.model].parameters()) / 1e6
     columns = {"what": "step", "model": case.model, "millions": round(millions, 1), "trained": case.trained}
-    shown = measure.rows(times, baseline=BASELINE, **columns)
+    shown = _compared(times, BASELINE, columns)
     for row in shown:
         row["peak_mib"] = peak_mib(case, row["name"])
+        print({key: row[key] for key in ("model", "trained", "name", "median_ms", "peak_mib")}, flush=True)
     return shown
 
 
@@ -110,7 +111,15 @@ def of_sampling(model: str, options: Any) -> list[dict[str, Any]]:
     times = measure.interleave({"sysdag": ours, "pipeline": theirs}, options.repeats, warmup=0)
     millions = sum(p.numel() for p in pipe.components[model].parameters()) / 1e6
     columns = {"what": "sampling", "model": model, "millions": round(millions, 1), "trained": ""}
-    return [row | {"peak_mib": ""} for row in measure.rows(times, baseline="pipeline", **columns)]
+    return [row | {"peak_mib": ""} for row in _compared(times, "pipeline", columns)]
+
+
+def _compared(times: Mapping[str, measure.Times], baseline: str, columns: dict[str, Any]) -> list[dict[str, Any]]:
+    """Rows whose ratio to diffusers' own way has one name."""
+    found = measure.rows(times, baseline=baseline, **columns)
+    for row in found:
+        row["times_diffusers"] = row.pop(f"times_{baseline}")
+    return found
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -186,6 +186,22 @@ def step_table(folder: Path = measure.RESULTS) -> str:
     return "\n\n".join(parts)
 
 
+def diffusion_table(folder: Path = measure.RESULTS) -> str:
+    """The diffusion step's and sampling's table: times as a ratio to diffusers' own way, and peak memory."""
+    file = folder / "diffusion-cpu.csv"
+    if not file.exists():
+        return "Diffusion: not measured on a CPU yet."
+    rows = measure.read(file)
+    lines = [["", "way", "time", "to diffusers' own", "peak memory"], ["---", "---", "---:", "---:", "---:"]]
+    for row in rows:
+        what = f"{row['what']}, {row['model']}" + (f", {row['trained']}" if row["trained"] else "")
+        ratio = f"{1 / float(row['times_diffusers']):.2f}x"
+        peak = f"{float(row['peak_mib']):.0f} MiB" if row["peak_mib"] else ""
+        lines.append([what, row["name"], duration(float(row["median_ms"])), ratio, peak])
+    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return f"{measure.described(rows[0], 'cpu')}; `python -m bench diffusion --csv`:\n\n{table}"
+
+
 def render(folder: Path = measure.RESULTS) -> str:
     """What stands between the ops' markers."""
     drawn = sorted(FIGURES.glob("linear_logprob-*.svg"))
@@ -213,7 +229,8 @@ def replaced(text: str, content: str, what: str = "ops", page: str = PAGE.name) 
 
 def written(text: str) -> str:
     """The page with all its tables made anew."""
-    return replaced(replaced(text, render()), step_table(), "step")
+    text = replaced(replaced(text, render()), step_table(), "step")
+    return replaced(text, diffusion_table(), "diffusion")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -178,7 +178,7 @@ def test_images_are_checked_by_the_configs_alone(tmp_path):
     good = [Image.new("RGB", (8, 8)), "good.png"]
     assert kinds_of([row(good), row([latents, latents])], PICTURES) == set()
     bad = [
-        "bad.png", png((4, 8)), png(mode="L"), b"GIF89a", 4, latents.record["latents"], numpy.zeros((3, 8, 8), int),
+        "bad.png", png((5, 8)), b"GIF89a", 4, latents.record["latents"], numpy.zeros((3, 8, 8), int),
         Draw(None, {"latents": numpy.zeros((2, 4, 4), "float32")}), Draw(None, {"latents": [1.0]}), "\0",
     ]  # fmt: skip
     found = kinds_of([row(["good.png", each]) for each in bad], PICTURES, limit=99)

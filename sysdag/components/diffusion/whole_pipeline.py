@@ -13,7 +13,7 @@ from torch import Tensor
 from sysdag.components.diffusion.images import latents_of, read_pixels
 from sysdag.components.diffusion.learning import Misfit
 from sysdag.components.diffusion.pipeline_calls import ANY_PROMPT, PipelineCalls, Size
-from sysdag.errors import DataError, shown
+from sysdag.errors import DataError, PlanError, shown
 from sysdag.traces.cells import Draw
 
 
@@ -47,11 +47,12 @@ class WholePipeline:
             own = size == self.calls.default_size(ANY_PROMPT)
             try:
                 latents = self.calls.decoding(ANY_PROMPT, () if own else size).latents(self.calls.pipe(), pixels)
-            except Misfit as misfit:
+            except (Misfit, PlanError) as error:
+                if own and isinstance(error, PlanError):
+                    raise
                 raise DataError(
-                    f"expected an image of a size that the pipeline draws; of {_named(size)} it makes {misfit}.",
-                    element=element,
-                ) from None
+                    f"expected an image of a size that the pipeline draws; of {_named(size)}: {error}", element=element
+                ) from error
             record = {"latents": latents[0].cpu().numpy().copy()}
             draws.append(Draw(value, record if own else record | {"size": numpy.array(size)}))
         return draws
@@ -108,6 +109,30 @@ def picture(value: Any, element: int | None = None) -> Tensor:
     if not frames or any(frame.shape != frames[0].shape for frame in frames):
         raise DataError("expected a list of images of one size, at least one.", element=element)
     return torch.stack(frames, dim=1)
+
+
+def check_size(pixels: Tensor, factor: int | None, element: int) -> None:
+    """Raises a DataError for an image that is no whole number of its latents' pixels.
+
+    Args:
+        factor: pixels of the image for each of the latents, along an axis; None where that is not known.
+    """
+    *_, height, width = pixels.shape
+    if factor is not None and (height % factor or width % factor):
+        raise DataError(
+            f"expected an image whose sides are multiples of {factor}, got {width}x{height}.", element=element
+        )
+
+
+def check_latents(draw: Draw, default: tuple[int, ...] | None, element: int) -> None:
+    """Raises a DataError for a draw whose latents are not those of a pipeline.
+
+    Args:
+        default: the shape of what the pipeline draws by itself; None where that is not known.
+    """
+    found = tuple(latents_of(draw, element).shape)
+    if default is not None and (len(found) != len(default) or ("size" not in draw.record and found != default)):
+        raise DataError(f"expected latents of shape {default}, got {found}.", element=element)
 
 
 def _size(draw: Draw) -> Size:
