@@ -50,8 +50,10 @@ def pipeline(model: str, side: int = 64) -> Any:
     ).eval()  # fmt: skip
     if model == "unet":
         unet = diffusers.UNet2DConditionModel(
-            sample_size=side, block_out_channels=(64, 128, 256, 256), layers_per_block=2, cross_attention_dim=256,
+            sample_size=side, block_out_channels=(32, 64, 256, 448), layers_per_block=2, cross_attention_dim=256,
             attention_head_dim=8, norm_num_groups=32,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
         ).eval()  # fmt: skip
         text_encoder = transformers.CLIPTextModel(
             transformers.CLIPTextConfig(
