@@ -17,10 +17,9 @@ from sysdag.components.precision import dtype_named
 from sysdag.errors import PlanError, SerializationError
 
 _FUNCTIONS = ("condition", "weighting")
-
 _OPTIONS = (
-    "num_inference_steps", "guidance_scale", "convention", "num_noise_draws", "train_text_encoder",
-    "mask_padding", "max_text_length", "null_class", "batch_size", "pipeline_kwargs", "score_guidance_scale",
+    "num_inference_steps", "guidance_scale", "convention", "num_noise_draws", "train_text_encoder", "mask_padding",
+    "max_text_length", "null_class", "batch_size", "pipeline_kwargs", "score_guidance_scale",
     "snr_gamma", "timestep_sampling", "logit_mean", "logit_std", "mode_scale", "caption_dropout", "winner_safeguard",
     "cache", "cache_bytes", "record_noise", "score_noise", "sample_shape",
 )  # fmt: skip
