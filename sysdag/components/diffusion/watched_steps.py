@@ -28,6 +28,14 @@ Fill = Callable[[int, int], Tensor] | None
 
 @dataclass(frozen=True, eq=False)
 class Step:
+    """One watched step.
+
+    Attributes:
+        arguments: that the denoiser was called with.
+        answer: what it was made to answer.
+        output, time, sample: what the scheduler's step was called with.
+    """
+
     arguments: Mapping[str, Any]
     answer: Any
     output: Tensor
