@@ -19,7 +19,7 @@ from sysdag.components.diffusion import watching
 from sysdag.components.diffusion.autoencoder import latents_of
 from sysdag.components.diffusion.call_form import CallForm
 from sysdag.components.diffusion.gathering import Gather, digit, places
-from sysdag.components.diffusion.learning import Misfit, run_quietly, with_samples
+from sysdag.components.diffusion.watched_steps import Misfit, run_quietly, with_samples
 from sysdag.components.precision import is_half
 
 _BASE = 16  # low, since what arrives has been scaled and shifted

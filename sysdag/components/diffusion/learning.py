@@ -7,58 +7,22 @@ random numbers, and for two rows at a time. A pipeline that does anything else i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sysdag.components.diffusion import rows, watching
+from sysdag.components.diffusion import rows
 from sysdag.components.diffusion.call_form import CallForm, structure_of
 from sysdag.components.diffusion.gathering import Gather, digit, places
 from sysdag.components.diffusion.rows import Path
 from sysdag.components.diffusion.time_argument import TimeArgument
-from sysdag.errors import PlanError, SysdagError
+from sysdag.components.diffusion.watched_steps import Fill, Misfit, Step, watched_steps
+from sysdag.errors import PlanError
 
-_GUIDANCE_OFF: tuple[dict[str, float], ...] = (
-    {}, {"true_cfg_scale": 1.0}, {"guidance_scale": 1.0}, {"guidance_scale": 0.0},
-)  # fmt: skip
 _DIGITS = 3
-_RUNS = 8
-
-NOT_ITS_OWN = (
-    ValueError, TypeError, LookupError, AttributeError, AssertionError, NameError, ImportError, RuntimeError,
-)  # fmt: skip
-"""What a pipeline raises where it cannot do what it is asked for."""
-
-Fill = Callable[[int, int], Tensor] | None
-"""From numbers of rows and of elements to what is put in, (rows, elements); None: what was there."""
-
-
-def _random(seed: int) -> Fill:
-    return lambda n, count: torch.randn(n, count, generator=torch.Generator().manual_seed(seed))
-
-
-def _constant(value: float) -> Fill:
-    return lambda n, count: torch.full((n, count), value)
-
-
-def _digit(power: int) -> Fill:
-    return lambda n, count: digit(count, power).expand(n, -1)
-
-
-@dataclass(frozen=True, eq=False)
-class _Step:
-    arguments: Mapping[str, Any]
-    answer: Any
-    output: Tensor
-    time: Tensor
-    sample: Tensor
-
-
-class Misfit(Exception):
-    """What a pipeline does that no form describes; the words go into an error with its name."""
 
 
 def learn_calls(pipe: Any, prompt: str, arguments: Mapping[str, Any]) -> CallForm:
@@ -76,167 +40,23 @@ def learn_calls(pipe: Any, prompt: str, arguments: Mapping[str, Any]) -> CallFor
         raise PlanError(f"{type(pipe).__name__} cannot be scored: {misfit}.") from None
 
 
-def unguided(pipe: Any, prompt: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of the pipeline's call with which its denoiser sees each prompt once a step.
-
-    A guidance that the model has learnt to read as one of its own arguments stays as it is.
-
-    Raises:
-        PlanError: if there are none.
-    """
-    taken = watching.parameters_of_call(pipe)
-    seen = []
-    for change in _GUIDANCE_OFF:
-        if not change.keys() <= taken.keys():
-            continue
-        perturbed = {"pag_scale": 0.0} if change and "pag_scale" in taken else {}
-        tried = {**arguments, **change, **perturbed}
-        calls: list[Mapping[str, Any]] = []
-        samples: list[Tensor] = []
-
-        def on_denoiser(given: dict[str, Any], answer: Any, calls: list[Any] = calls) -> Any:
-            calls.append(given)
-            return answer()
-
-        def on_step(output: Tensor, time: Any, sample: Tensor, step: Any, samples: list[Tensor] = samples) -> Any:
-            samples.append(sample)
-            raise watching.Stop
-
-        try:
-            run_quietly(pipe, [prompt], {**tried, "num_inference_steps": 2}, on_denoiser=on_denoiser, on_step=on_step)
-        except Misfit as misfit:
-            raise PlanError(f"{type(pipe).__name__} cannot be scored: {misfit}.") from misfit
-        if not samples:
-            raise PlanError(f"{type(pipe).__name__} cannot be scored: its scheduler's step is not called.")
-        if (
-            len(calls) == 1
-            and [_same_numbers(samples[0], tensor) for tensor in rows.tensors(calls[0])].count(True) == 1
-        ):
-            return tried
-        seen.append(f"{len(calls)} calls a step with {change or 'its own guidance'}")
-    raise PlanError(
-        f"{type(pipe).__name__} cannot be scored: at no setting of its guidance does it call its denoiser once a step "
-        f"with each prompt once ({'; '.join(seen)})."
-    )
+def _random(seed: int) -> Fill:
+    return lambda n, count: torch.randn(n, count, generator=torch.Generator().manual_seed(seed))
 
 
-def _same_numbers(sample: Tensor, tensor: Tensor) -> bool:
-    if tensor.numel() != sample.numel():
-        return False
-    return torch.equal(sample.to(tensor.dtype).flatten().sort().values, tensor.flatten().sort().values)
+def _constant(value: float) -> Fill:
+    return lambda n, count: torch.full((n, count), value)
 
 
-def run_quietly(pipe: Any, prompts: Sequence[str], arguments: Mapping[str, Any], **watched: Any) -> Any:
-    generators = [torch.Generator().manual_seed(row) for row in range(len(prompts))]
-    given = {"prompt": list(prompts) if len(prompts) > 1 else prompts[0], "generator": generators}
-    from diffusers.utils import logging
-
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # what it warns of, it warns of when it samples
-    try:
-        return watching.run(pipe, {**given, **arguments}, scaled_input=False, **watched)
-    except NOT_ITS_OWN as error:
-        if isinstance(error, SysdagError):
-            raise
-        if isinstance(error, RuntimeError) and type(error) is not RuntimeError:
-            raise  # memory that runs out says nothing about the pipeline
-        shown = {name: value for name, value in arguments.items() if not isinstance(value, Tensor)}
-        raise Misfit(f"called with {shown}, it raises {type(error).__name__}: {error}") from error
-    finally:
-        logging.set_verbosity(verbosity)
-
-
-def _steps(
-    pipe: Any, prompts: Sequence[str], arguments: Mapping[str, Any], answers: Sequence[Fill], samples: Sequence[Fill]
-) -> list[_Step]:
-    """As many watched steps as there are answers.
-
-    Args:
-        answers: what is put into the denoiser's answer at each step.
-        samples: what is put into the sample that each step returns.
-    """
-    found: list[_Step] = []
-    own: list[Any] = []
-    count = len(answers)
-    for _ in range(_RUNS):
-        pending: list[tuple[Mapping[str, Any], Any]] = []
-        started = len(found)
-
-        def on_denoiser(given: dict[str, Any], answer: Any, pending: list[Any] = pending) -> Any:
-            if pending:
-                raise Misfit("it calls its denoiser more than once a step")
-            if not own:
-                own.append(answer())
-                if not all(bool(tensor.isfinite().all()) for tensor in rows.tensors(own[0])):
-                    raise Misfit("its denoiser's answer has numbers that are not finite; its weights may have diverged")
-            fill = answers[len(found)]
-            made = own[0] if fill is None else _filled(own[0], fill, len(prompts))
-            pending.append((rows.mapped_tensors(given, torch.clone), made))
-            return made
-
-        def on_step(output: Tensor, time: Any, sample: Tensor, step: Any, pending: list[Any] = pending) -> Any:
-            if not pending:
-                raise Misfit("it steps without calling its denoiser")
-            given, made = pending.pop()
-            found.append(_Step(given, made, output.clone(), torch.as_tensor(time).clone(), sample.clone()))
-            if len(found) == len(answers):
-                raise watching.Stop
-            fill = samples[len(found) - 1]
-            return step() if fill is None else with_samples(step(), sample, fill(len(sample), sample[0].numel()))
-
-        def on_other(name: str, started: int = started) -> None:
-            if len(found) > started:
-                raise Misfit(f"its {name} works between the steps")
-
-        try:
-            run_quietly(
-                pipe, prompts, {**arguments, "num_inference_steps": count},
-                on_denoiser=on_denoiser, on_step=on_step, on_other=on_other,
-            )  # fmt: skip
-        except Misfit as misfit:
-            if found or count == 2 or not isinstance(misfit.__cause__, ValueError):
-                raise
-            count = 2  # a few pipelines take no other number of steps
-            continue
-        if len(found) == len(answers):
-            return found
-        if len(found) == started:
-            break
-    raise Misfit(f"{len(answers)} steps were wanted and {len(found)} seen")
-
-
-def _filled(answer: Any, fill: Callable[[int, int], Tensor], count: int) -> Any:
-    """The answer with other numbers: row by row, in the order of its tensors."""
-    sizes = [tensor.numel() for tensor in rows.tensors(answer)]
-    if len(sizes) % count == 0 and count > 1:  # a list with an element for each row
-        flat = list(fill(count, sum(sizes) // count).flatten().split(sizes))
-    elif any(size % count for size in sizes):
-        raise Misfit(f"its denoiser's answer for {count} rows has tensors of {sizes} elements")
-    else:
-        parts = fill(count, sum(sizes) // count).split([size // count for size in sizes], dim=1)
-        flat = [part.flatten() for part in parts]
-    return rows.mapped_tensors(answer, lambda tensor: flat.pop(0).reshape(tensor.shape).to(tensor))
-
-
-def with_samples(result: Any, sample: Tensor, flat: Tensor, place: int = 0) -> Any:
-    """A step's result with other numbers in one of its tensors of the sample's shape and zeros in the others."""
-    seen = -1
-
-    def other(tensor: Tensor) -> Tensor:
-        nonlocal seen
-        if tensor.shape != sample.shape:
-            return tensor
-        seen += 1
-        return flat.reshape(sample.shape).to(tensor) if seen == place else torch.zeros_like(tensor)
-
-    return rows.mapped_tensors(result, other)
+def _digit(power: int) -> Fill:
+    return lambda n, count: digit(count, power).expand(n, -1)
 
 
 def _learnt(pipe: Any, prompt: str, arguments: Mapping[str, Any]) -> CallForm:
     tells = [_digit(power) for power in range(_DIGITS)]
     answers = [None, *tells, _constant(1.0), _random(1), _random(2)]
     samples = [*tells, _random(3), _random(4), _random(5)]
-    steps = _steps(pipe, [prompt], arguments, answers, samples)
+    steps = watched_steps(pipe, [prompt], arguments, answers, samples)
     first = steps[0]
     shape = tuple(first.sample.shape[1:])
     if first.sample.shape[0] != 1 or any(step.sample.shape != first.sample.shape for step in steps):
@@ -282,7 +102,7 @@ def _constant_over(values: Sequence[Any]) -> bool:
     return all(value is first for value in values)
 
 
-def _time(name: str, steps: Sequence[_Step], values: Sequence[Tensor], pipe: Any) -> Any:
+def _time(name: str, steps: Sequence[Step], values: Sequence[Tensor], pipe: Any) -> Any:
     given = [step.time.reshape(-1) for step in steps]
     flat = [value.reshape(-1) for value in values]
     if any(len(time) != 1 for time in given) or any(not bool((value == value[0]).all()) for value in flat):
@@ -297,7 +117,7 @@ def _time(name: str, steps: Sequence[_Step], values: Sequence[Tensor], pipe: Any
     return time, tuple(values[0].shape) or (1,)
 
 
-def _unpacking(pipe: Any, steps: Sequence[_Step], shape: tuple[int, ...]) -> Gather:
+def _unpacking(pipe: Any, steps: Sequence[Step], shape: tuple[int, ...]) -> Gather:
     count = steps[0].sample.numel()
     signs = steps[1 + _DIGITS].output.flatten()
     sign = signs[0].item() if len(signs) else 0.0
@@ -314,7 +134,7 @@ def _unpacking(pipe: Any, steps: Sequence[_Step], shape: tuple[int, ...]) -> Gat
     return Gather(index, shape, sign)
 
 
-def _verify(form: CallForm, steps: Sequence[_Step], recorded: Sequence[Sequence[Mapping[str, Any]]]) -> None:
+def _verify(form: CallForm, steps: Sequence[Step], recorded: Sequence[Sequence[Mapping[str, Any]]]) -> None:
     """That the form gives what was seen at every step.
 
     Args:
@@ -345,10 +165,10 @@ def _agree(made: tuple[Path, Any], seen: tuple[Path, Any]) -> bool:
     return torch.equal(made[1], seen[1].expand(made[1].shape) if seen[1].numel() == 1 else seen[1])
 
 
-def _with_batches(pipe: Any, prompt: str, arguments: Mapping[str, Any], form: CallForm, one: _Step) -> CallForm:
+def _with_batches(pipe: Any, prompt: str, arguments: Mapping[str, Any], form: CallForm, one: Step) -> CallForm:
     """The form for several rows at a time, where the pipeline takes several prompts."""
     try:
-        two = _steps(pipe, [prompt, prompt], arguments, [None, _random(6), _random(7)], [_random(8), _random(9)])
+        two = watched_steps(pipe, [prompt, prompt], arguments, [None, _random(6), _random(7)], [_random(8), _random(9)])
     except Misfit as misfit:
         if misfit.__cause__ is None:
             raise

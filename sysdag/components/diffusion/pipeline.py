@@ -16,9 +16,11 @@ from torch import Tensor, nn
 
 from sysdag.components import adapter as adapters
 from sysdag.components import adapter_files, precision
+from sysdag.components.component import evaluating
 from sysdag.components.diffusion import autoencoder, pipeline_folder
 from sysdag.components.diffusion.conditioning import mapped
 from sysdag.components.diffusion.lora_targets import with_targets
+from sysdag.components.diffusion.pipeline_module import PipelineModule
 from sysdag.components.diffusion.reverse_process import check_decoded
 from sysdag.errors import PlanError
 
@@ -195,7 +197,7 @@ class Pipeline:
             elif self.adapter is not None:
                 adapters.activate(self.denoiser, self.adapter)
             if evaluate or self.frozen:
-                stack.enter_context(_evaluating(self.module))
+                stack.enter_context(evaluating(self.module))
                 stack.enter_context(torch.no_grad())
             yield
 
@@ -266,38 +268,3 @@ class Pipeline:
         images = self.vae.decode(unscaled, return_dict=False)[0].float()
         check_decoded(self.vae, images)
         return images
-
-
-class PipelineModule(nn.ModuleDict):
-    """The modules of a pipeline. Frozen ones stay in eval mode whatever mode the others are put in."""
-
-    def __init__(self, denoiser: nn.Module, others: Mapping[str, nn.Module]) -> None:
-        super().__init__({"denoiser": denoiser, **others})
-        self.training = denoiser.training
-        self._settle()
-
-    def train(self, mode: bool = True) -> Self:
-        super().train(mode)
-        self._settle()
-        return self
-
-    def _settle(self) -> None:
-        from diffusers.models.embeddings import LabelEmbedding
-
-        for part in self.values():
-            if not any(parameter.requires_grad for parameter in part.parameters()):
-                part.eval()
-        for module in self.modules():
-            if isinstance(module, LabelEmbedding):
-                module.eval()  # in train mode it replaces labels at random: the score would not be that of the label
-
-
-@contextlib.contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
-    modes = [(part, part.training) for part in module.modules()]
-    module.eval()
-    try:
-        yield
-    finally:
-        for part, training in modes:
-            part.training = training

@@ -7,9 +7,7 @@ time (see `call_form`); the conditioning is recorded once a prompt and size, and
 from __future__ import annotations
 
 import contextlib
-import itertools
 import logging
-import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,14 +19,16 @@ from torch import Tensor, nn
 from sysdag.components.diffusion import prompt_limits, rows, watching
 from sysdag.components.diffusion.call_form import CallForm, structure_of
 from sysdag.components.diffusion.decoding_form import DecodingForm, learn_decoding
+from sysdag.components.diffusion.guidance_off import unguided
 from sysdag.components.diffusion.kept_texts import version_of
-from sysdag.components.diffusion.learning import NOT_ITS_OWN, Misfit, learn_calls, run_quietly, unguided
+from sysdag.components.diffusion.learning import learn_calls
+from sysdag.components.diffusion.pipeline_sampling import Drawn, draw_rows
 from sysdag.components.diffusion.prompt_limits import PromptLimit
-from sysdag.components.diffusion.reverse_process import check_decoded, check_step
-from sysdag.errors import PlanError, SysdagError
+from sysdag.components.diffusion.prompts_together import keeps_apart
+from sysdag.components.diffusion.watched_steps import Misfit, run_quietly
+from sysdag.errors import PlanError
 
 logger = logging.getLogger(__name__)
-_ROUNDING = 0.02  # of what is compared: text encoders in bf16 differ with the rows beside
 
 ANY_PROMPT = "a photo"
 """For what does not depend on the prompt."""
@@ -50,21 +50,6 @@ class Recorded:
     form: CallForm
     arguments: Mapping[str, Any]
     company: Any
-
-
-@dataclass(frozen=True, eq=False)
-class Drawn:
-    """What one row of a pipeline's call gave.
-
-    Attributes:
-        value: a PIL image, or a list of them.
-        latents: fp32 on the CPU, as the last step left them.
-        noise: as `latents`, what the first step began with.
-    """
-
-    value: Any
-    latents: Tensor
-    noise: Tensor
 
 
 @dataclass(eq=False)
@@ -109,52 +94,13 @@ class PipelineCalls:
             most = batch_size if self._samples_together([prompts[row] for row in group], recorded[group[0]].form) else 1
             for start in range(0, len(group), most):
                 block = group[start : start + most]
-                made = self._sampled([prompts[row] for row in block], [seeds[row] for row in block], recorded[block[0]])
+                made = self._drawn([prompts[row] for row in block], [seeds[row] for row in block])
                 drawn |= dict(zip(block, made, strict=True))
         return [drawn[row] for row in range(len(prompts))]
 
-    def _sampled(self, prompts: list[str], seeds: list[int], recorded: Recorded) -> list[Drawn]:
-        pipe = self.pipe()
-        first: list[Tensor] = []
-        last: list[Tensor] = []
+    def _drawn(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[Drawn]:
         place = self.decoding(prompts[0], ()).place
-
-        number = itertools.count(1)
-
-        def on_step(output: Tensor, time: Any, sample: Tensor, step: Any) -> Any:
-            if not first:
-                first.append(sample.float().cpu().clone())  # some pipelines go on in the same tensor
-            result = step()
-            found = [tensor for tensor in rows.tensors(result) if tensor.shape == sample.shape]
-            check_step(pipe.scheduler, next(number), time, output, found[0])
-            last[:] = [found[place if place < len(found) else 0]]
-            return result
-
-        def on_decode(decoder: nn.Module, latents: Tensor, decode: Any) -> Any:
-            result = decode()
-            for images in rows.tensors(result):
-                check_decoded(decoder, images)
-            return result
-
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        steps = {} if self.num_inference_steps is None else {"num_inference_steps": self.num_inference_steps}
-        given = {**self.arguments, **steps}
-        try:
-            output = watching.run(
-                pipe, {"prompt": list(prompts), "generator": generators, **given}, on_step=on_step,
-                on_decode=on_decode, seed=seeds[0] % 2**63,
-            )  # fmt: skip
-        except NOT_ITS_OWN as error:
-            if isinstance(error, SysdagError):
-                raise
-            raise PlanError(
-                f"{type(pipe).__name__} cannot sample: called with {given}, it raises {type(error).__name__}: {error}"
-            ) from error
-        values = output[0]
-        latents = last[0].float().cpu().clone()
-        if len(values) != len(prompts) or len(latents) != len(prompts):
-            raise PlanError(f"{type(pipe).__name__} gave {len(values)} values for {len(prompts)} prompts.")
-        return [Drawn(*each) for each in zip(values, latents, first[0], strict=True)]
+        return draw_rows(self.pipe(), prompts, seeds, {**self.arguments, **self._steps()}, place)
 
     def _samples_together(self, prompts: Sequence[str], form: CallForm) -> bool:
         """Whether a call with several prompts does to each what a call with it alone does.
@@ -165,40 +111,12 @@ class PipelineCalls:
         if not form.takes_batches or not others:
             return form.takes_batches
         if id(form) not in self._together:
-            pair = (prompts[0], others[0])
-            alone = [self._first_rows([prompt], [row], form) for row, prompt in enumerate(pair)]
-            wanted = [row for found in alone for row in found or []]
-            agrees = None not in alone and _same_rows(self._first_rows(pair, (0, 1), form) or [], wanted)
-            self._together[id(form)] = agrees
+            pair, arguments = (prompts[0], others[0]), {**self.arguments, **self._steps()}
+            agrees = self._together[id(form)] = keeps_apart(self.pipe, pair, arguments, form)
             if not agrees:
                 kind = type(self.pipe()).__name__
                 logger.warning("%s does not keep the prompts of one call apart: it is called with one at a time.", kind)
         return self._together[id(form)]
-
-    def _first_rows(self, prompts: Sequence[str], seeds: Sequence[int], form: CallForm) -> list[Any] | None:
-        """The rows that the denoiser gets at the first step, guidance and all; None if that fails."""
-        found: list[Any] = []
-        count, grow = math.prod(form.sample_shape), form.received_grow
-        assert grow is not None
-
-        def on_denoiser(given: dict[str, Any], answer: Any) -> Any:
-            leaf = dict(rows.leaves(given))[form.latents_path]
-            held = sum(tensor.numel() for tensor in rows.tensors(given[form.latents_path[0]])) // count
-            assert isinstance(leaf, Tensor)
-            found.extend([given] if held == 1 else rows.parted(grow, given, held))
-            return form.zero_answer(held)
-
-        def on_step(output: Tensor, time: Any, sample: Tensor, step: Any) -> Any:
-            raise watching.Stop
-
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        arguments = {"prompt": list(prompts), "generator": generators, **self.arguments, **self._steps()}
-        try:
-            watching.run(self.pipe(), arguments, on_denoiser=on_denoiser, on_step=on_step)
-        except NOT_ITS_OWN as error:
-            logger.debug("%s: several prompts raise %r.", type(self.pipe()).__name__, error)
-            return None
-        return found
 
     def default_size(self, prompt: str) -> Size:
         """Of what the pipeline draws where its call is not told a size."""
@@ -362,28 +280,6 @@ class PipelineCalls:
                 output = form.model_output(answer, len(block)).float()
                 found |= dict(zip(block, output, strict=True))
         return [found[row] for row in range(len(recorded))]
-
-
-def _same_rows(found: list[Any], wanted: list[Any]) -> bool:
-    """Whether the same rows are in both lists, in any order, but for how a batch rounds."""
-    left = list(wanted)
-    for row in found:
-        place = next((place for place, other in enumerate(left) if _agree(row, other)), None)
-        if place is None:
-            return False
-        del left[place]
-    return not left
-
-
-def _agree(row: Any, other: Any) -> bool:
-    pairs = zip(rows.tensors(row), rows.tensors(other), strict=False)
-    if structure_of(row) != structure_of(other) or any(one.shape != two.shape for one, two in pairs):
-        return False
-    return all(
-        (one.double() - two.double()).abs().max() <= _ROUNDING * max(1.0, float(two.double().abs().max()))
-        for one, two in zip(rows.tensors(row), rows.tensors(other), strict=True)
-        if one.numel()
-    )
 
 
 def size_of(value: Any) -> Size:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from sysdag.components.diffusion.images import latents_of, read_pixels
-from sysdag.components.diffusion.learning import Misfit
 from sysdag.components.diffusion.pipeline_calls import ANY_PROMPT, PipelineCalls, Size
+from sysdag.components.diffusion.watched_steps import Misfit
 from sysdag.errors import DataError, PlanError, shown
 from sysdag.traces.cells import Draw
 

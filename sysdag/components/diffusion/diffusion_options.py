@@ -1,0 +1,142 @@
+"""The options of `Diffusion`: what they may be, and how a saved system keeps them."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sysdag.components import hooks
+from sysdag.components.diffusion.denoising_error import CONVENTIONS
+from sysdag.components.diffusion.loss_weighting import check_weighting
+from sysdag.components.precision import dtype_named
+from sysdag.errors import PlanError, SerializationError
+
+_FUNCTIONS = ("condition", "weighting")
+_OPTIONS = (
+    "num_inference_steps", "guidance_scale", "convention", "num_noise_draws", "train_text_encoder", "mask_padding",
+    "max_text_length", "null_class", "batch_size", "pipeline_kwargs", "score_guidance_scale",
+    "snr_gamma", "timestep_sampling", "logit_mean", "logit_std", "mode_scale", "caption_dropout", "winner_safeguard",
+    "cache", "cache_bytes", "record_noise", "score_noise", "sample_shape",
+)  # fmt: skip
+_PLACES = ("parts", "base", "adapter")
+
+# Systems saved by earlier versions have these and no others, which are then the constructor's defaults.
+_FIRST_OPTIONS = frozenset({
+    "sample_shape", "num_inference_steps", "guidance_scale", "convention", "num_noise_draws", "train_text_encoder",
+    "mask_padding", "max_text_length", "null_class", "batch_size",
+})  # fmt: skip
+
+
+def check_scale(
+    convention: str,
+    weighting: Callable[[Tensor], Tensor] | str | None,
+    snr_gamma: float,
+    *,
+    caption_dropout: float,
+    winner_safeguard: float | None,
+) -> None:
+    """Refuses options of the score's scale and of its gradient.
+
+    Raises:
+        PlanError: naming them.
+    """
+    if convention not in CONVENTIONS:
+        raise PlanError(f"convention must be one of {list(CONVENTIONS)}, got {convention!r}.")
+    if weighting is not None and convention != "sysdpo":
+        raise PlanError(f"weighting belongs to convention='sysdpo'; {convention!r} has none.")
+    check_weighting(weighting, snr_gamma)
+    for name, value in (("caption_dropout", caption_dropout), ("winner_safeguard", winner_safeguard)):
+        if value is not None and not 0 <= value <= 1:
+            raise PlanError(f"{name} must be in [0, 1], got {value}.")
+
+
+def check_draws(
+    counts: Mapping[str, int | None], sample_shape: Sequence[int] | None, *, record_noise: bool, score_noise: str
+) -> None:
+    """Refuses options of what is drawn.
+
+    Raises:
+        PlanError: naming them.
+    """
+    if any(count is not None and count < 1 for count in counts.values()):
+        raise PlanError(f"Diffusion needs counts of at least 1, got {counts}.")
+    if sample_shape is not None and (len(sample_shape) != 3 or min(sample_shape) < 1):
+        raise PlanError(f"sample_shape must be (C, H, W), got {tuple(sample_shape)}.")
+    if score_noise not in ("drawn", "recorded"):
+        raise PlanError(f"score_noise must be 'drawn' or 'recorded', got {score_noise!r}.")
+    if score_noise == "recorded" and not record_noise:
+        raise PlanError("score_noise='recorded' needs the noise of what is sampled; pass record_noise=True too.")
+
+
+def loading_options(
+    model: Any, dtype: torch.dtype | str | None, revision: str | None, variant: str | None
+) -> dict[str, Any]:
+    """How the parts of a folder are loaded.
+
+    Raises:
+        PlanError: for a dtype that is none, or any of them beside a model object.
+    """
+    dtype = None if dtype is None else dtype_named(dtype, "Diffusion")
+    loading = {"dtype": dtype, "revision": revision, "variant": variant}
+    if not isinstance(model, (str, Path)) and any(value is not None for value in loading.values()):
+        raise PlanError(f"{list(loading)} choose what is loaded, but the model is an object; leave them out.")
+    return loading
+
+
+def check_parts(model: Any, given: Mapping[str, Any], *, train_text_encoder: bool) -> None:
+    """Refuses a denoiser object without the parts that it needs beside it.
+
+    Raises:
+        PlanError: naming them.
+    """
+    if not isinstance(model, nn.Module):
+        return
+    if "scheduler" not in given:
+        raise PlanError("Diffusion(model) was given a model object; pass its scheduler too.")
+    if ("text_encoder" in given) != ("tokenizer" in given):
+        raise PlanError("text_encoder and tokenizer go together; pass both or neither.")
+    if train_text_encoder and "text_encoder" not in given:
+        raise PlanError("train_text_encoder=True needs a text_encoder.")
+
+
+def to_saved(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The options as JSON has them, functions by where they are imported from.
+
+    Args:
+        given: by `names()`.
+
+    Raises:
+        SerializationError: for a function that cannot be imported again.
+    """
+    functions = {name: given[name] for name in _FUNCTIONS}
+    described = {n: value if isinstance(value, str) else hooks.describe(n, value) for n, value in functions.items()}
+    return described | {name: given[name] for name in _OPTIONS}
+
+
+def names() -> tuple[str, ...]:
+    """Of the options that a saved system keeps."""
+    return *_FUNCTIONS, *_OPTIONS
+
+
+def from_saved(saved: Mapping[str, Any], defaults: Mapping[str, inspect.Parameter]) -> dict[str, Any]:
+    """Arguments of the constructor from what a component saved.
+
+    Args:
+        saved: `parts`, `base` and `adapter` (see `component_folder`), and what `to_saved` made.
+        defaults: the constructor's parameters, for options that came later than the saved system.
+
+    Raises:
+        SerializationError: if an option is missing or unknown, or a function cannot be had.
+    """
+    later = {name: defaults[name].default for name in _OPTIONS if name not in _FIRST_OPTIONS}
+    options = {"base": None, **later, **saved}
+    if unknown := sorted(options.keys() ^ {*_PLACES, *names()}):
+        raise SerializationError(f"These are not the options of a saved Diffusion: {unknown} are unknown or missing.")
+    functions = {name: options[name] for name in _FUNCTIONS}
+    loaded: dict[str, Any] = {n: v if isinstance(v, str) else hooks.load(n, v) for n, v in functions.items()}
+    return loaded | {name: options[name] for name in _OPTIONS}
