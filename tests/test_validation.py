@@ -188,8 +188,6 @@ def test_images_are_checked_by_the_configs_alone(tmp_path):
     }  # fmt: skip
     (problem,) = validate_rows(PICTURES, [row(good[:1])], "direct").problems
     assert str(problem) == "Row 0 (line 3), chosen, node 'image': its plate has 2 elements, but 1 values are given."
-    latents_for = checked_systems.image.component._shapes()
-    assert latents_for == ((1, 4, 4), (3, 8, 8))
 
 
 def test_no_weights_are_loaded():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy
@@ -19,14 +20,40 @@ from sysdag.components.diffusion.denoising_error import usual_beta
 from sysdag.components.diffusion.forward_process import ForwardProcess
 from sysdag.components.diffusion.images import latents_of, noise_of, read_pixels, stack_latents
 from sysdag.components.diffusion.pipeline import Pipeline
+from sysdag.components.diffusion.pipeline_calls import ANY_PROMPT, PipelineCalls
 from sysdag.components.diffusion.prompt_limits import PromptLimit, tokens_lost
 from sysdag.components.diffusion.scored_diffusion import ScoredDiffusion
 from sysdag.components.diffusion.separate_parts import SeparateParts
-from sysdag.components.diffusion.whole_pipeline import picture
+from sysdag.components.diffusion.whole_pipeline import check_latents, check_size, picture
 from sysdag.traces.cells import Draw
 
 if TYPE_CHECKING:
     from sysdag.components.footprint import Footprint
+
+
+@dataclass(frozen=True)
+class _WholeFacts:
+    """Of a whole pipeline.
+
+    Attributes:
+        limits: where its tokenizers cut a prompt.
+        sample_shape: of the latents of what it draws by itself; None where that is not known.
+        factor: pixels of an image for each of its latents, along an axis; None likewise.
+    """
+
+    limits: list[PromptLimit]
+    sample_shape: tuple[int, ...] | None
+    factor: int | None
+
+    @classmethod
+    def of(cls, calls: PipelineCalls | None) -> _WholeFacts:
+        """Those of watched calls; None for a model that has to load before it can be watched."""
+        if calls is None:
+            return cls([], None, None)
+        names = ("vae_scale_factor", "vae_scale_factor_spatial")
+        factors = [getattr(calls.pipe(), name, None) for name in names]
+        factor = next((factor for factor in factors if isinstance(factor, int)), None)
+        return cls(calls.limits(), calls.recorded(ANY_PROMPT, ()).form.sample_shape, factor)
 
 
 class OutlinedDiffusion(ScoredDiffusion):
@@ -38,14 +65,14 @@ class OutlinedDiffusion(ScoredDiffusion):
 
     def __init__(self, source: Any, **scored: Any) -> None:
         super().__init__(source, **scored)
-        self._limits: list[PromptLimit] | None = None
+        self._facts: _WholeFacts | None = None
         self._shapes_of_configs: tuple[tuple[int, int, int], tuple[int, int, int]] | None = None
 
     def check(self, values: Sequence[Any]) -> list[Draw]:
         """See `Component`; sizes are those of the configs, and the draws have no latents."""
         for element, value in enumerate(values):
             if self.is_whole:
-                picture(value, element)
+                check_size(picture(value, element), self._whole_facts.factor, element)
             else:
                 read_pixels(value, self._shapes()[1], element=element)
         return [Draw(value) for value in values]
@@ -55,7 +82,7 @@ class OutlinedDiffusion(ScoredDiffusion):
             if self.score_noise == "recorded":
                 noise_of(draw, element)
             if self.is_whole:
-                latents_of(draw, element)
+                check_latents(draw, self._whole_facts.sample_shape, element)
             else:
                 stack_latents([draw], self._shapes()[0], first=element)
 
@@ -75,13 +102,19 @@ class OutlinedDiffusion(ScoredDiffusion):
             if encoder is None or tokenizer is None or self.condition is not None:
                 return 0
             return Conditioner(None, encoder, tokenizer, max_text_length=self.max_text_length).tokens_lost(input)
-        if self._limits is None:
+        return tokens_lost(self._whole_facts.limits, input)
+
+    @property
+    def _whole_facts(self) -> _WholeFacts:
+        """What is known of a whole pipeline, loaded or not; found out once."""
+        if self._facts is None:
             if self._pipeline is not None:
-                self._limits = self._whole_calls.limits()
+                calls: PipelineCalls | None = self._whole_calls
             else:
                 outline = self._whole_outline("cpu")
-                self._limits = [] if outline is None else outline.calls.limits()
-        return tokens_lost(self._limits, input)
+                calls = None if outline is None else outline.calls
+            self._facts = _WholeFacts.of(calls)
+        return self._facts
 
     def token_counts(self, draws: Sequence[Draw]) -> list[int]:
         """Positions of a draw's latents (pixels where there is no VAE), at each of its (t, eps)."""
