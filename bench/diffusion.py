@@ -31,7 +31,8 @@ CASES = [Case(model, lora) for model in ("unet", "transformer") for lora in (Tru
 
 def check(case: Case) -> None:
     """The gate: loss and gradients of sysdag's step against the script's, at latents of 16 x 16 in fp64."""
-    step, seen = Step(case, side=16), []
+    # At a beta of 2000 the loss would magnify how fp32 rounds a score, which sysdag's are in.
+    step, seen = Step(case, side=16, beta=20.0), []
     step.in_double()
     for name in ("sysdag", "one pass", "script, encoded before"):
         step.clear()

@@ -93,8 +93,8 @@ def _words(length: int) -> Any:
 class Step:
     """One case, ready to be computed by sysdag or in the style of diffusers' script on the same models and data."""
 
-    def __init__(self, case: Case, side: int = 64) -> None:
-        self.case, self.pipe = case, pipeline(case.model, side)
+    def __init__(self, case: Case, side: int = 64, beta: float = BETA) -> None:
+        self.case, self.pipe, self.beta = case, pipeline(case.model, side), beta
         lora = LoraConfig(r=16, lora_alpha=16, target_modules=["to_k", "to_q", "to_v", "to_out.0"])
         options: dict[str, Any] = {} if case.model == "unet" else {"pipeline_kwargs": {"use_resolution_binning": False}}
         component = Diffusion(self.pipe, convention="diffusion-dpo", peft_config=lora if case.lora else None, **options)
@@ -105,7 +105,7 @@ class Step:
 
         plan = System(Input("caption") >> image).compile()
         self.model = SystemModel(
-            plan, ObjectiveOptions(objective="direct", beta=BETA), None, None,
+            plan, ObjectiveOptions(objective="direct", beta=beta), None, None,
             EngineOptions(engine="two_pass", micro_batch_tokens=side * side),
         )  # fmt: skip
         component.module.train()
@@ -201,6 +201,6 @@ class Step:
             predicted = reference.denoiser(noisy, timestep=times, **text).sample[:, :4]
             frozen = F.mse_loss(predicted, eps, reduction="none").mean((1, 2, 3))
         winner, loser = (losses - frozen).chunk(2)
-        loss = -F.logsigmoid(-0.5 * BETA * (winner - loser)).mean()
+        loss = -F.logsigmoid(-0.5 * self.beta * (winner - loser)).mean()
         loss.backward()
         return loss.detach()
