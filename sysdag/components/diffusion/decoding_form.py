@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sysdag.components.diffusion import watching
+from sysdag.components.diffusion import rows, watching
 from sysdag.components.diffusion.autoencoder import latents_of
 from sysdag.components.diffusion.call_form import CallForm
 from sysdag.components.diffusion.gathering import Gather, digit, places
@@ -103,7 +103,7 @@ def learn_decoding(pipe: Any, prompt: str, arguments: Mapping[str, Any], form: C
     taken = None if order is None else Gather(order, tuple(seen.shape[1:])).inverse(form.sample_shape)
     if order is None or taken is None:
         raise Misfit("what it decodes is not its last sample in another order")
-    sent = told[-1].to(form.latents_dtype).float()[order].reshape(shift.shape)
+    sent = told[-1][order].reshape(shift.shape)
     if not torch.allclose(numbers[-1], sent, rtol=1e-3, atol=1e-3):
         raise Misfit("what it decodes is no scaled and shifted sample")
     return DecodingForm(decoder, taken, tuple(shift.shape), _shrunk(scale), _shrunk(shift), place, films)
@@ -145,7 +145,8 @@ def _decoded_in_blocks(
             return made
 
         def on_step(output: Tensor, time: Any, sample: Tensor, step: Any, block: Tensor = block) -> Any:
-            return with_samples(step(), sample, block, place)
+            whole = rows.mapped_tensors(step(), Tensor.float)  # what is measured is not to be rounded
+            return with_samples(whole, sample, block, place)
 
         def on_decode(decoder: nn.Module, latents: Tensor, decode: Any) -> Any:
             found.append((decoder, latents.detach().float().cpu().clone()))

@@ -48,14 +48,21 @@ class Misfit(Exception):
 
 
 def run_quietly(pipe: Any, prompts: Sequence[str], arguments: Mapping[str, Any], **watched: Any) -> Any:
+    """One watched call (see `watching.run`), out of any autocast: what is learnt and recorded is the pipeline's own.
+
+    Raises:
+        Misfit: for a call that fails.
+    """
     generators = [torch.Generator().manual_seed(row) for row in range(len(prompts))]
     given = {"prompt": list(prompts) if len(prompts) > 1 else prompts[0], "generator": generators}
+    device = next(getattr(pipe, watching.denoiser_name(pipe)).parameters()).device
     from diffusers.utils import logging
 
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # what it warns of, it warns of when it samples
     try:
-        return watching.run(pipe, {**given, **arguments}, scaled_input=False, **watched)
+        with torch.autocast(device.type, enabled=False):
+            return watching.run(pipe, {**given, **arguments}, scaled_input=False, **watched)
     except NOT_ITS_OWN as error:
         if isinstance(error, SysdagError):
             raise
