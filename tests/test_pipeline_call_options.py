@@ -66,3 +66,9 @@ def test_an_option_that_is_given_twice_is_refused(option):
 def test_a_scheduler_that_is_none_is_refused(scheduler):
     with pytest.raises(PlanError, match="scheduler.*of diffusers.*DDIMScheduler.*got"):
         Diffusion("a-folder", scheduler=scheduler)
+
+
+@pytest.mark.parametrize("place", ["/no/such/pipeline", "./pipeline", "~/no/such"])
+def test_a_folder_that_is_not_there_is_named(place):
+    with pytest.raises(PlanError, match=rf"Diffusion\('{place}'.*there is no folder .*Hub id"):
+        _ = Diffusion(place).module
