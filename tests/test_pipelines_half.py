@@ -10,7 +10,7 @@ from tiny_pipelines import CALL
 
 from sysdag.components import Diffusion
 
-NAMES = ["sd15", "sdxl", "flux-dev", "qwen-image", "z-image"]
+NAMES = ["sd15", "sdxl", "flux-dev", "qwen-image", "z-image", "lcm"]
 
 
 @pytest.fixture(scope="module", params=NAMES)
