@@ -10,7 +10,7 @@ from tiny_pipelines import CALL
 
 from sysdag.components import Diffusion
 
-NAMES = ["sd15", "sdxl", "flux-dev", "qwen-image", "z-image"]
+NAMES = ["sd15", "sdxl", "flux-dev", "qwen-image", "z-image", "lcm"]
 
 
 @pytest.fixture(scope="module", params=NAMES)
@@ -47,7 +47,7 @@ def test_a_score_is_the_error_of_the_pipelines_own_answer(half, plain):
 def test_latents_of_a_picture_lose_nothing_but_in_the_encoder(half, plain):
     picture = plain.draws[0].value
     latents = torch.from_numpy(half.component.observe([picture])[0].record["latents"])
-    decoder, decoded = decoded_by(plain.pipe, PROMPTS[0], latents, num_inference_steps=2, **unguided(plain.name))
+    _, decoded = decoded_by(plain.pipe, PROMPTS[0], latents, num_inference_steps=2, **unguided(plain.name))
     image = torch.from_numpy(pixels(picture)).float().permute(3, 0, 1, 2) / 127.5 - 1  # (3, 1, H, W)
     given = (image[None] if decoded.ndim == 5 else image.transpose(0, 1)).bfloat16()
     encoded = half.pipe.vae.encode(given).latent_dist.mode().float()

@@ -8,7 +8,7 @@ So images become latents by the decoder's own encoder and the inverse.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,7 +85,18 @@ def learn_decoding(pipe: Any, prompt: str, arguments: Mapping[str, Any], form: C
         count = int(torch.tensor(form.sample_shape).prod())
         plain = Gather(torch.arange(count), form.sample_shape)
         return DecodingForm(None, plain, form.sample_shape, torch.tensor(1.0), torch.tensor(0.0), 0)
-    pipe = _in_full_precision(pipe)
+    try:
+        return _learnt(_in_full_precision(pipe, watching.decoders(pipe)), prompt, arguments, form)
+    except Misfit:
+        denoiser = getattr(pipe, watching.denoiser_name(pipe))
+        models = [part for part in pipe.components.values() if isinstance(part, nn.Module) and part is not denoiser]
+        if not any(is_half(part.dtype) for part in models if part not in watching.decoders(pipe)):
+            raise
+    # LCM's casts what it decodes to the dtype of its text encoder.
+    return _learnt(_in_full_precision(pipe, models), prompt, arguments, form)
+
+
+def _learnt(pipe: Any, prompt: str, arguments: Mapping[str, Any], form: CallForm) -> DecodingForm:
     count = torch.Size(form.sample_shape).numel()
     told = [torch.zeros(count), torch.ones(count), *(digit(count, power, _BASE) for power in range(_DIGITS))]
     told.append(torch.randn(count, generator=torch.Generator().manual_seed(0)))
@@ -113,10 +124,11 @@ def _shrunk(values: Tensor) -> Tensor:
     return values.flatten()[0].clone() if bool((values == values.flatten()[0]).all()) else values
 
 
-def _in_full_precision(pipe: Any) -> Any:
+def _in_full_precision(pipe: Any, models: Collection[nn.Module]) -> Any:
+    """The pipeline with fp32 copies of these of its models, so that what is measured is not rounded."""
     made = copy.copy(pipe)
     for name, part in pipe.components.items():
-        if part in watching.decoders(pipe) and is_half(part.dtype):
+        if part in models and is_half(part.dtype):
             setattr(made, name, copy.deepcopy(part).float())
     return made
 
@@ -145,8 +157,7 @@ def _decoded_in_blocks(
             return made
 
         def on_step(output: Tensor, time: Any, sample: Tensor, step: Any, block: Tensor = block) -> Any:
-            whole = rows.mapped_tensors(step(), Tensor.float)  # what is measured is not to be rounded
-            return with_samples(whole, sample, block, place)
+            return with_samples(rows.mapped_tensors(step(), Tensor.float), sample, block, place)
 
         def on_decode(decoder: nn.Module, latents: Tensor, decode: Any) -> Any:
             found.append((decoder, latents.detach().float().cpu().clone()))

@@ -60,7 +60,8 @@ class Diffusion(OutlinedDiffusion):
         sample_shape: (C, H, W) of what is sampled; by default from the denoiser's config.
         num_inference_steps, guidance_scale: of sampling. None is the pipeline's own (guidance 1, which is none, of
             models that are passed as objects). Scores are never guided.
-        pipeline_kwargs: what else the call of a pipeline gets.
+        pipeline_kwargs: what else the call of a pipeline gets. A text (`negative_prompt`) goes with every prompt; what
+            the component itself gives (`prompt`, `generator`, `latents`, more than one image a prompt) is refused.
         score_guidance_scale: of a distilled model that reads its guidance as an argument (Flux dev), the one that its
             scores tell it; None is that of sampling. diffusers' scripts call it `--guidance_scale`.
         convention, weighting: see above; `weighting` maps the signal-to-noise ratios alpha_t^2 / sigma_t^2 to omega, or
@@ -137,6 +138,9 @@ class Diffusion(OutlinedDiffusion):
             cache_bytes=cache_bytes,
         )  # fmt: skip
         diffusion_options.check_draws(counts, sample_shape, record_noise=record_noise, score_noise=score_noise)
+        diffusion_options.check_call(
+            pipeline_kwargs, guidance_scale=guidance_scale, num_inference_steps=num_inference_steps
+        )
         loading = diffusion_options.loading_options(model, dtype, revision, variant)
         parts = {"scheduler": scheduler, "text_encoder": text_encoder, "tokenizer": tokenizer, "vae": vae}
         given = {name: part for name, part in parts.items() if part is not None}

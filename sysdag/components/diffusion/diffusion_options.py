@@ -14,7 +14,7 @@ from sysdag.components import hooks
 from sysdag.components.diffusion.denoising_error import CONVENTIONS
 from sysdag.components.diffusion.loss_weighting import check_weighting
 from sysdag.components.precision import dtype_named
-from sysdag.errors import PlanError, SerializationError
+from sysdag.errors import PlanError, SerializationError, shown
 
 _FUNCTIONS = ("condition", "weighting")
 _OPTIONS = (
@@ -23,6 +23,15 @@ _OPTIONS = (
     "snr_gamma", "timestep_sampling", "logit_mean", "logit_std", "mode_scale", "caption_dropout", "winner_safeguard",
     "cache", "cache_bytes", "record_noise", "score_noise", "sample_shape",
 )  # fmt: skip
+_GIVEN_BY_US: Mapping[str, tuple[str, Any]] = {
+    "prompt": ("the prompt is what the node's function returns", None),
+    "generator": ("it is made from the seed that is sampled with", None),
+    "latents": ("the noise is drawn from the seed that is sampled with", None),
+    "output_type": ("the node's value is a PIL image", "pil"),
+    "num_images_per_prompt": ("a node draws one image for each input", 1),
+    "num_videos_per_prompt": ("a node draws one film for each input", 1),
+}
+"""Arguments of a pipeline's call that are the component's: why, and the value that says the same."""
 _PLACES = ("parts", "base", "adapter")
 
 # Systems saved by earlier versions have these and no others, which are then the constructor's defaults.
@@ -73,6 +82,24 @@ def check_draws(
         raise PlanError("score_noise='recorded' needs the noise of what is sampled; pass record_noise=True too.")
 
 
+def check_call(pipeline_kwargs: Mapping[str, Any] | None, **options: float | None) -> None:
+    """Refuses arguments of the pipeline's call that the component gives it.
+
+    Args:
+        options: those of the component that the call takes under the same name.
+
+    Raises:
+        PlanError: naming them.
+    """
+    given = pipeline_kwargs or {}
+    for name, (own, allowed) in _GIVEN_BY_US.items():
+        if name in given and not (isinstance(given[name], (str, int)) and given[name] == allowed):
+            raise PlanError(f"pipeline_kwargs must not hold {name!r}: {own}. Leave it out.")
+    for name, value in options.items():
+        if value is not None and name in given:
+            raise PlanError(f"{name}={value} and pipeline_kwargs={dict(given)} say the same; give {name} once.")
+
+
 def loading_options(
     model: Any, dtype: torch.dtype | str | None, revision: str | None, variant: str | None
 ) -> dict[str, Any]:
@@ -89,11 +116,17 @@ def loading_options(
 
 
 def check_parts(model: Any, given: Mapping[str, Any], *, train_text_encoder: bool) -> None:
-    """Refuses a denoiser object without the parts that it needs beside it.
+    """Refuses a scheduler that is none, and a denoiser object without the parts that it needs beside it.
 
     Raises:
         PlanError: naming them.
     """
+    scheduler = given.get("scheduler")
+    if scheduler is not None and (isinstance(scheduler, type) or not hasattr(scheduler, "set_timesteps")):
+        raise PlanError(
+            "scheduler must be a scheduler object of diffusers, such as DDIMScheduler.from_pretrained(folder, "
+            f"subfolder='scheduler'), got {shown(scheduler)}."
+        )
     if not isinstance(model, nn.Module):
         return
     if "scheduler" not in given:

@@ -17,6 +17,7 @@ from sysdag.components.diffusion.conditioning import Hook
 from sysdag.components.diffusion.pipeline import Pipeline
 from sysdag.components.diffusion.usage import usage
 from sysdag.errors import PlanError, SerializationError
+from sysdag.files.hub import is_repository
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -115,6 +116,11 @@ class PretrainedDiffusion(Component):
         if self._is_whole is None:
             named = isinstance(self._source, (str, Path))
             if named and self.condition is None and self._index is None:
+                missing = not Path(self._source).exists() and not is_repository(self._source)
+                if missing and self._saved_parts is None:
+                    raise PlanError(
+                        f"{self!r}: there is no folder {self._source}. Give a pipeline's folder or a Hub id."
+                    )
                 with self._naming_its_base():
                     self._is_whole = whole_folder.pipeline_class(self._source, self._loading["revision"]) is not None
             else:

@@ -10,6 +10,7 @@ import contextlib
 import copy
 import functools
 import inspect
+import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -21,6 +22,7 @@ from sysdag.components.diffusion import rows
 from sysdag.errors import PlanError
 
 DENOISERS = ("unet", "transformer")
+_OTHER_TEXTS = re.compile(r"(negative_)?prompt(_\d+)?")
 
 OnDenoiser = Callable[[dict[str, Any], Callable[[], Any]], Any]
 """From the arguments by name, and a function that runs the denoiser on them, to the answer that the pipeline gets."""
@@ -116,12 +118,23 @@ def run(
             stack.enter_context(shadowed(scheduler, "scale_model_input", _handing_on))
         processors = dict(getattr(denoiser, "attn_processors", {}))
         try:
-            return call(pipe, **arguments)
+            return call(pipe, **_with_texts_each(arguments))
         except Stop:
             # A pipeline that puts other attention processors in for its call has not put these back.
             if any(now is not processors[name] for name, now in getattr(denoiser, "attn_processors", {}).items()):
                 denoiser.set_attn_processor(processors)
             return None
+
+
+def _with_texts_each(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Has the call's other texts (`negative_prompt`, `prompt_2`) be those of each of several prompts."""
+    prompts = arguments.get("prompt")
+    if not isinstance(prompts, list):
+        return dict(arguments)
+    return {
+        name: [value] * len(prompts) if _OTHER_TEXTS.fullmatch(name) and isinstance(value, str) else value
+        for name, value in arguments.items()
+    }
 
 
 def decoders(pipe: Any) -> list[nn.Module]:
