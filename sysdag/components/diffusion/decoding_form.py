@@ -89,7 +89,9 @@ def learn_decoding(pipe: Any, prompt: str, arguments: Mapping[str, Any], form: C
         return _learnt(_in_full_precision(pipe, watching.decoders(pipe)), prompt, arguments, form)
     except Misfit:
         denoiser = getattr(pipe, watching.denoiser_name(pipe))
-        models = [part for part in pipe.components.values() if isinstance(part, nn.Module) and part is not denoiser]
+        models: list[Any] = [
+            part for part in pipe.components.values() if isinstance(part, nn.Module) and part is not denoiser
+        ]
         if not any(is_half(part.dtype) for part in models if part not in watching.decoders(pipe)):
             raise
     # LCM's casts what it decodes to the dtype of its text encoder.
