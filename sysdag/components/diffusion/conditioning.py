@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
+from sysdag.components.diffusion import rows
 from sysdag.components.diffusion.kept_texts import KeptTexts, version_of
 from sysdag.errors import DataError, PlanError
 
@@ -213,17 +214,17 @@ class Conditioner:
         return {"encoder_hidden_states": torch.zeros(count, 1, self._width)}
 
     def _from_vectors(self, inputs: Sequence[Any]) -> dict[str, Any]:
-        rows = [torch.as_tensor(numpy.asarray(v) if not isinstance(v, Tensor) else v).float() for v in inputs]
-        for element, row in enumerate(rows):
+        vectors = [torch.as_tensor(numpy.asarray(v) if not isinstance(v, Tensor) else v).float() for v in inputs]
+        for element, row in enumerate(vectors):
             if row.ndim > 2 or row.numel() == 0 or (self._width is not None and row.shape[-1] != self._width):
                 raise DataError(
                     f"expected a vector (D,) or (L, D) with D = {self._width or 'the width of the model'}, got shape "
                     f"{tuple(row.shape)}.",
                     element=element,
                 )
-        rows = [row[None] if row.ndim == 1 else row for row in rows]
-        lengths = [len(row) for row in rows]
-        states = nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        vectors = [row[None] if row.ndim == 1 else row for row in vectors]
+        lengths = [len(row) for row in vectors]
+        states = nn.utils.rnn.pad_sequence(vectors, batch_first=True)
         if len(set(lengths)) == 1:
             return {"encoder_hidden_states": states}
         if "encoder_attention_mask" not in self._parameters:
@@ -280,8 +281,9 @@ class Conditioner:
         unknown = sorted(made.keys() - self._parameters.keys())
         if unknown:
             raise PlanError(f"condition= made {unknown}, which {self._name} does not take: {list(self._parameters)}.")
-        for name, tensor in _leaves(made):
-            if tensor.shape[:1] != (len(inputs),):
+        for (first, *inner), tensor in rows.leaves(made):
+            if isinstance(tensor, Tensor) and tensor.shape[:1] != (len(inputs),):
+                name = first + "".join(f"[{key!r}]" for key in inner)
                 raise PlanError(
                     f"condition= made {name} of shape {tuple(tensor.shape)}; its first axis must be the batch of "
                     f"{len(inputs)}."
@@ -315,29 +317,3 @@ def kind_of(value: Any, element: int | None = None) -> str:
         f"{type(value).__name__} {value!r:.100}.",
         element=element,
     )
-
-
-def repeated(arguments: Mapping[str, Any], times: int) -> dict[str, Any]:
-    """The arguments with every row `times` times in a row."""
-    return mapped(arguments, lambda tensor: tensor.repeat_interleave(times, dim=0))
-
-
-def mapped(arguments: Mapping[str, Any], function: Callable[[Tensor], Tensor]) -> dict[str, Any]:
-    """The arguments with every tensor replaced, in nested dicts too."""
-
-    def applied(value: Any) -> Any:
-        if isinstance(value, Mapping):
-            return mapped(value, function)
-        return function(value) if isinstance(value, Tensor) else value
-
-    return {key: applied(value) for key, value in arguments.items()}
-
-
-def _leaves(arguments: Mapping[str, Any]) -> list[tuple[str, Tensor]]:
-    found = []
-    for name, value in arguments.items():
-        if isinstance(value, Mapping):
-            found += [(f"{name}[{inner!r}]", tensor) for inner, tensor in _leaves(value)]
-        elif isinstance(value, Tensor):
-            found.append((name, value))
-    return found

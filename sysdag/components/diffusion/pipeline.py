@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from sysdag.components import adapter as adapters
 from sysdag.components import adapter_files, precision
 from sysdag.components.component import evaluating
-from sysdag.components.diffusion import autoencoder, pipeline_folder
-from sysdag.components.diffusion.conditioning import mapped
+from sysdag.components.diffusion import autoencoder, pipeline_folder, rows
 from sysdag.components.diffusion.lora_targets import with_targets
 from sysdag.components.diffusion.pipeline_module import PipelineModule
 from sysdag.components.diffusion.reverse_process import check_decoded
@@ -211,7 +210,9 @@ class Pipeline:
         """
         weight = next(parameter for parameter in self.denoiser.parameters() if parameter.is_floating_point())
         device, dtype = weight.device, weight.dtype
-        placed = mapped(arguments, lambda tensor: tensor.to(device, dtype if tensor.is_floating_point() else None))
+        placed = rows.mapped_tensors(
+            arguments, lambda tensor: tensor.to(device, dtype if tensor.is_floating_point() else None)
+        )
         output = self.denoiser(noisy.to(device, dtype), timestep=times.to(device), **placed, return_dict=False)[0]
         n, channels, *size = noisy.shape
         if tuple(output.shape) not in ((n, channels, *size), (n, 2 * channels, *size)):

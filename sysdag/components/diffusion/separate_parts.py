@@ -9,7 +9,8 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
-from sysdag.components.diffusion.conditioning import Conditioner, mapped
+from sysdag.components.diffusion import rows
+from sysdag.components.diffusion.conditioning import Conditioner
 from sysdag.components.diffusion.guidance import guided_latents
 from sysdag.components.diffusion.images import read_pixels, stack_latents, to_pil
 from sysdag.components.diffusion.pipeline import Pipeline
@@ -36,12 +37,12 @@ class SeparateParts:
         """See `Diffusion.sample`; one seed a draw."""
         draws: list[Draw] = []
         for start in range(0, len(inputs), self.batch_size):
-            rows = slice(start, start + self.batch_size)
+            block = slice(start, start + self.batch_size)
             guided = self.guidance_scale != 1
             latents, noise = guided_latents(
-                self.pipeline, self.conditioner(inputs[rows]),
-                self.conditioner.unconditional(inputs[rows]) if guided else None,
-                guidance_scale=self.guidance_scale, sample_shape=self.sample_shape, seeds=seeds[rows],
+                self.pipeline, self.conditioner(inputs[block]),
+                self.conditioner.unconditional(inputs[block]) if guided else None,
+                guidance_scale=self.guidance_scale, sample_shape=self.sample_shape, seeds=seeds[block],
                 num_inference_steps=self.num_inference_steps,
                 device=next(self.pipeline.denoiser.parameters()).device,
             )  # fmt: skip
@@ -78,7 +79,9 @@ class SeparateParts:
         Args:
             times: (nM,) the scheduler's.
         """
-        conditioning = mapped(self.conditioner(inputs), lambda tensor: tensor.repeat_interleave(times_each, dim=0))
+        conditioning = rows.mapped_tensors(
+            self.conditioner(inputs), lambda tensor: tensor.repeat_interleave(times_each, dim=0)
+        )
         return self.pipeline.predict(noisy, times, conditioning)[:, : noisy.shape[1]]
 
 
