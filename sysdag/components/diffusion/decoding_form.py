@@ -8,6 +8,7 @@ So images become latents by the decoder's own encoder and the inverse.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -82,7 +83,7 @@ def learn_decoding(pipe: Any, prompt: str, arguments: Mapping[str, Any], form: C
         Misfit: for a pipeline that does anything else.
     """
     if not watching.decoders(pipe):
-        count = int(torch.tensor(form.sample_shape).prod())
+        count = math.prod(form.sample_shape)
         plain = Gather(torch.arange(count), form.sample_shape)
         return DecodingForm(None, plain, form.sample_shape, torch.tensor(1.0), torch.tensor(0.0), 0)
     try:
@@ -99,7 +100,7 @@ def learn_decoding(pipe: Any, prompt: str, arguments: Mapping[str, Any], form: C
 
 
 def _learnt(pipe: Any, prompt: str, arguments: Mapping[str, Any], form: CallForm) -> DecodingForm:
-    count = torch.Size(form.sample_shape).numel()
+    count = math.prod(form.sample_shape)
     told = [torch.zeros(count), torch.ones(count), *(digit(count, power, _BASE) for power in range(_DIGITS))]
     told.append(torch.randn(count, generator=torch.Generator().manual_seed(0)))
     for place in (0, 1):

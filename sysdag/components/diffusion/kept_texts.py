@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -53,9 +53,9 @@ class KeptTexts:
 
     def _keep(self, key: tuple[Hashable, str], row: Encoded) -> None:
         self._rows[key] = row
-        self._bytes += _bytes(row)
+        self._bytes += bytes_of(row)
         while self._bytes > self.budget:
-            self._bytes -= _bytes(self._rows.popitem(last=False)[1])
+            self._bytes -= bytes_of(self._rows.popitem(last=False)[1])
 
 
 def version_of(model: nn.Module) -> int:
@@ -63,5 +63,6 @@ def version_of(model: nn.Module) -> int:
     return sum(parameter._version for parameter in model.parameters())
 
 
-def _bytes(row: Encoded) -> int:
+def bytes_of(row: Iterable[Tensor]) -> int:
+    """Of all their numbers."""
     return sum(tensor.numel() * tensor.element_size() for tensor in row)

@@ -39,21 +39,24 @@ class _WholeFacts:
         limits: where its tokenizers cut a prompt.
         sample_shape: of the latents of what it draws by itself; None where that is not known.
         factor: pixels of an image for each of its latents, along an axis; None likewise.
+        channels: of the latents that its decoder takes.
     """
 
     limits: list[PromptLimit]
     sample_shape: tuple[int, ...] | None
     factor: int | None
+    channels: int = 1
 
     @classmethod
-    def of(cls, calls: PipelineCalls | None) -> _WholeFacts:
-        """Those of watched calls; None for a model that has to load before it can be watched."""
-        if calls is None:
+    def of(cls, calls: PipelineCalls | None, pipeline: Pipeline | None) -> _WholeFacts:
+        """Those of a watched pipeline; None for a model that has to load before it can be watched."""
+        if calls is None or pipeline is None:
             return cls([], None, None)
         names = ("vae_scale_factor", "vae_scale_factor_spatial")
         factors = [getattr(calls.pipe(), name, None) for name in names]
         factor = next((factor for factor in factors if isinstance(factor, int)), None)
-        return cls(calls.limits(), calls.recorded(ANY_PROMPT, ()).form.sample_shape, factor)
+        shape = calls.recorded(ANY_PROMPT, ()).form.sample_shape
+        return cls(calls.limits(), shape, factor, pipeline.latent_channels)
 
 
 class OutlinedDiffusion(ScoredDiffusion):
@@ -109,28 +112,28 @@ class OutlinedDiffusion(ScoredDiffusion):
         """What is known of a whole pipeline, loaded or not; found out once."""
         if self._facts is None:
             if self._pipeline is not None:
-                calls: PipelineCalls | None = self._whole_calls
+                self._facts = _WholeFacts.of(self._whole_calls, self._pipeline)
             else:
                 outline = self._whole_outline("cpu")
-                calls = None if outline is None else outline.calls
-            self._facts = _WholeFacts.of(calls)
+                known = (None, None) if outline is None else (outline.calls, outline.pipeline)
+                self._facts = _WholeFacts.of(*known)
         return self._facts
 
     def token_counts(self, draws: Sequence[Draw]) -> list[int]:
         """Positions of a draw's latents (pixels where there is no VAE), at each of its (t, eps)."""
         if self.is_whole:
             shapes = self._sampler.shapes(draws)
-            return [self.num_noise_draws * _positions(shape, self.pipeline) for shape in shapes]
+            return [self.num_noise_draws * _positions(shape, self.pipeline.latent_channels) for shape in shapes]
         _, height, width = self.sample_shape
         return [self.num_noise_draws * height * width] * len(draws)
 
     def tokens_of_any_draw(self) -> int | None:
         if not self.is_whole:
             return self._outlined().token_counts([Draw(None)])[0]
-        outline = self._whole_outline("cpu")
-        if outline is None:
+        facts = self._whole_facts
+        if facts.sample_shape is None:
             return None
-        return self.num_noise_draws * _positions(outline.sample_shape, outline.pipeline)
+        return self.num_noise_draws * _positions(facts.sample_shape, facts.channels)
 
     def usual_beta(self, draws: Sequence[Draw]) -> tuple[float, float] | None:
         """The published betas of Diffusion-DPO, 2000 to 5000, on the scale of this component's scores."""
@@ -146,8 +149,8 @@ class OutlinedDiffusion(ScoredDiffusion):
             pixels = [picture(draw.value) for draw in draws]
             found = [whole_folder.latent_elements(*origin, (p.shape[1], p.shape[2])) for p in pixels if p.ndim == 3]
             elements = [count for count in found if count]
-            if not elements and (outline := self._whole_outline("cpu")) is not None:
-                elements = [math.prod(outline.sample_shape)]
+            if not elements and (shape := self._whole_facts.sample_shape) is not None:
+                elements = [math.prod(shape)]
         elif not elements:
             elements = [math.prod(view.sample_shape)]
         if not elements:
@@ -219,6 +222,6 @@ class OutlinedDiffusion(ScoredDiffusion):
         )  # fmt: skip
 
 
-def _positions(shape: tuple[int, ...], pipeline: Pipeline) -> int:
+def _positions(shape: tuple[int, ...], channels: int) -> int:
     """Of latents as a whole pipeline has them: pixels of the latent picture, packed or not."""
-    return max(1, math.prod(shape) // pipeline.latent_channels)
+    return max(1, math.prod(shape) // channels)

@@ -20,7 +20,7 @@ from sysdag.components.diffusion import prompt_limits, rows, watching
 from sysdag.components.diffusion.call_form import CallForm, structure_of
 from sysdag.components.diffusion.decoding_form import DecodingForm, learn_decoding
 from sysdag.components.diffusion.guidance_off import unguided
-from sysdag.components.diffusion.kept_texts import version_of
+from sysdag.components.diffusion.kept_texts import bytes_of, version_of
 from sysdag.components.diffusion.learning import learn_calls
 from sysdag.components.diffusion.pipeline_sampling import Drawn, draw_rows
 from sysdag.components.diffusion.prompt_limits import PromptLimit
@@ -75,6 +75,7 @@ class PipelineCalls:
     _forms: dict[Any, list[CallForm]] = field(default_factory=dict)
     _decoding: dict[Size, DecodingForm] = field(default_factory=dict)
     _kept: OrderedDict[Any, Recorded] = field(default_factory=OrderedDict)
+    _kept_bytes: int = 0
     _off: dict[str, Any] | None = None
     _default_size: Size | None = None
     _together: dict[int, bool] = field(default_factory=dict)
@@ -195,17 +196,18 @@ class PipelineCalls:
         Raises:
             DataError: if the pipeline does not take the prompt.
         """
-        key = (prompt, size, self._where(), self._encoders())
+        pipe = self.pipe()
+        key = (prompt, size, _where(pipe), _encoders(pipe))
         if key in self._kept and not self.trains_text:
             self._kept.move_to_end(key)
             return self._kept[key]
-        arguments, pipe = self._call(prompt, size), self.pipe()
+        arguments = self._call(prompt, size)
         with prompt_limits.watched(pipe, prompt) as seen:
             given = self._first_call(prompt, {**arguments, **self._steps()}, gradients=gradients and self.trains_text)
         self._limits = seen or self._limits  # an empty prompt is cut by none
         if lost := prompt_limits.tokens_lost(seen, prompt):
             logger.warning("%s cuts the last %d tokens of a prompt: %.80r", type(pipe).__name__, lost, prompt)
-        form = self._form(prompt, size, arguments, structure_of(given))
+        form = self._form(pipe, prompt, size, arguments, structure_of(given))
         kept = rows.replaced(given, {form.latents_path: None})
         if not self.trains_text:
             kept = rows.mapped_tensors(kept, lambda tensor: tensor.detach().cpu())
@@ -224,34 +226,23 @@ class PipelineCalls:
     def _steps(self) -> dict[str, int]:
         return {} if self.num_inference_steps is None else {"num_inference_steps": self.num_inference_steps}
 
-    def _where(self) -> Any:
-        pipe = self.pipe()
-        weight = next(getattr(pipe, watching.denoiser_name(pipe)).parameters())
-        return weight.device, weight.dtype
-
-    def _encoders(self) -> Any:
-        """Changes where a text encoder or its weights do."""
-        parts = self.pipe().components.items()
-        encoders = [part for name, part in parts if name.startswith("text_encoder") and isinstance(part, nn.Module)]
-        return tuple((id(encoder), version_of(encoder)) for encoder in encoders)
-
-    def _form(self, prompt: str, size: Size, arguments: Mapping[str, Any], structure: Any) -> CallForm:
-        forms = self._forms.setdefault((size, self._where()), [])
+    def _form(self, pipe: Any, prompt: str, size: Size, arguments: Mapping[str, Any], structure: Any) -> CallForm:
+        forms = self._forms.setdefault((size, _where(pipe)), [])
         for form in forms:
             if form.structure == structure:
                 return form
-        forms.append(learn_calls(self.pipe(), prompt, arguments))
+        forms.append(learn_calls(pipe, prompt, arguments))
         if forms[-1].structure != structure:
-            raise PlanError(f"{type(self.pipe()).__name__} cannot be scored: its calls differ for one prompt.")
+            raise PlanError(f"{type(pipe).__name__} cannot be scored: its calls differ for one prompt.")
         return forms[-1]
 
     def _keep(self, key: Any, made: Recorded) -> None:
         if not self.budget:
             return
         self._kept[key] = made
-        total = sum(_bytes(each.arguments) for each in self._kept.values())
-        while total > self.budget and len(self._kept) > 1:
-            total -= _bytes(self._kept.popitem(last=False)[1].arguments)
+        self._kept_bytes += bytes_of(rows.tensors(made.arguments))
+        while self._kept_bytes > self.budget and len(self._kept) > 1:
+            self._kept_bytes -= bytes_of(rows.tensors(self._kept.popitem(last=False)[1].arguments))
 
     def model_outputs(
         self, denoiser: Any, recorded: Sequence[Recorded], noisy: Sequence[Tensor], times: Tensor
@@ -282,6 +273,18 @@ class PipelineCalls:
         return [found[row] for row in range(len(recorded))]
 
 
+def _where(pipe: Any) -> Any:
+    weight = next(getattr(pipe, watching.denoiser_name(pipe)).parameters())
+    return weight.device, weight.dtype
+
+
+def _encoders(pipe: Any) -> Any:
+    """Changes where a text encoder or its weights do."""
+    parts = pipe.components.items()
+    encoders = [part for name, part in parts if name.startswith("text_encoder") and isinstance(part, nn.Module)]
+    return tuple((id(encoder), version_of(encoder)) for encoder in encoders)
+
+
 def size_of(value: Any) -> Size:
     """The size of a drawn image or film."""
     frames = list(value) if isinstance(value, (list, tuple)) else [value]
@@ -308,7 +311,3 @@ def _as_sampling(denoiser: nn.Module) -> Iterator[None]:
 
 def _to(device: torch.device) -> Callable[[Tensor], Tensor]:
     return lambda tensor: tensor.to(device)
-
-
-def _bytes(arguments: Mapping[str, Any]) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in rows.tensors(arguments))

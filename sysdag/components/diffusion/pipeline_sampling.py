@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from sysdag.components.diffusion import rows, watching
 from sysdag.components.diffusion.reverse_process import check_decoded, check_step
-from sysdag.components.diffusion.watched_steps import NOT_ITS_OWN
-from sysdag.errors import PlanError, SysdagError
+from sysdag.components.diffusion.watched_steps import NOT_ITS_OWN, tells_of_pipeline
+from sysdag.errors import PlanError
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,7 +69,7 @@ def draw_rows(
             on_decode=on_decode, seed=seeds[0] % 2**63,
         )  # fmt: skip
     except NOT_ITS_OWN as error:
-        if isinstance(error, SysdagError):
+        if not tells_of_pipeline(error):
             raise
         raise PlanError(
             f"{type(pipe).__name__} cannot sample: called with {arguments}, it raises {type(error).__name__}: {error}"

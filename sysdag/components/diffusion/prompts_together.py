@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sysdag.components.diffusion import rows, watching
 from sysdag.components.diffusion.call_form import CallForm, structure_of
-from sysdag.components.diffusion.watched_steps import NOT_ITS_OWN
+from sysdag.components.diffusion.watched_steps import NOT_ITS_OWN, tells_of_pipeline
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +60,8 @@ def _first_rows(
     try:
         watching.run(pipe(), given, on_denoiser=on_denoiser, on_step=on_step)
     except NOT_ITS_OWN as error:
+        if not tells_of_pipeline(error):
+            raise
         logger.debug("%s: several prompts raise %r.", type(pipe()).__name__, error)
         return None
     return found

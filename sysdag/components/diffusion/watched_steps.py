@@ -22,6 +22,12 @@ NOT_ITS_OWN = (
 )  # fmt: skip
 """What a pipeline raises where it cannot do what it is asked for."""
 
+
+def tells_of_pipeline(error: Exception) -> bool:
+    """Whether one of `NOT_ITS_OWN` is the pipeline's say; memory that runs out, or an error of sysdag's own, is not."""
+    return not isinstance(error, SysdagError) and (type(error) is RuntimeError or not isinstance(error, RuntimeError))
+
+
 Fill = Callable[[int, int], Tensor] | None
 """From numbers of rows and of elements to what is put in, (rows, elements); None: what was there."""
 
@@ -64,10 +70,8 @@ def run_quietly(pipe: Any, prompts: Sequence[str], arguments: Mapping[str, Any],
         with torch.autocast(device.type, enabled=False):
             return watching.run(pipe, {**given, **arguments}, scaled_input=False, **watched)
     except NOT_ITS_OWN as error:
-        if isinstance(error, SysdagError):
+        if not tells_of_pipeline(error):
             raise
-        if isinstance(error, RuntimeError) and type(error) is not RuntimeError:
-            raise  # memory that runs out says nothing about the pipeline
         shown = {name: value for name, value in arguments.items() if not isinstance(value, Tensor)}
         raise Misfit(f"called with {shown}, it raises {type(error).__name__}: {error}") from error
     finally:
