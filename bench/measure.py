@@ -18,6 +18,8 @@ import importlib.metadata
 import os
 import platform
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -25,6 +27,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+Grads = Mapping[str, Tensor]
 
 RESULTS = Path(__file__).resolve().parent / "results"
 
@@ -166,6 +170,30 @@ class PeakMemory:
     def __exit__(self, *_: object) -> None:
         now = torch.cuda.max_memory_allocated() / 2**20 if self.device == "cuda" else _high_water()
         self.mib = now - self._before
+
+
+def peak_in_a_process(code: str) -> float:
+    """What the last line says that Python code prints, MiB as a rule, in a process of its own."""
+    # Freed memory goes back to the system at once, so that what is resident is what is in use.
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    ended = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True, env=environment)
+    return float(ended.stdout.splitlines()[-1])
+
+
+def gate_step(what: object, peer: str, own: tuple[Tensor, Grads], wanted: tuple[Tensor, Grads]) -> None:
+    """Ends the run unless a step's loss and gradients are a peer's, to 1e-4 of the largest gradient.
+
+    Args:
+        own, wanted: the loss, and the gradients by name, of sysdag and of the peer.
+    """
+    (loss, ours), (expected, theirs) = own, wanted
+    largest = max(float(gradient.abs().max()) for gradient in theirs.values())
+    error = max(float((ours[key] - theirs[key]).abs().max()) for key in theirs) / largest
+    if not (abs(float(loss - expected)) <= 1e-4 and error <= 1e-4):
+        raise SystemExit(
+            f"{what}: loss {float(loss):.6f}, {peer} {float(expected):.6f}; gradients {error:.2g} of the largest "
+            "apart, 1e-4 is allowed; no speed is reported for a wrong result."
+        )
 
 
 def _high_water() -> float:

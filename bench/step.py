@@ -14,9 +14,6 @@ a CPU (Linux) the high-water mark of resident memory, in a process of its own; o
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -53,14 +50,7 @@ def check(step: Step, name: str) -> None:
     for each in ("sysdag", name):
         step.clear()
         seen.append((step.run(each), step.gradients(each)))
-    (loss, ours), (expected, theirs) = seen
-    largest = max(float(gradient.abs().max()) for gradient in theirs.values())
-    error = max(float((ours[key] - theirs[key]).abs().max()) for key in theirs) / largest
-    if not (abs(float(loss - expected)) <= 1e-4 and error <= 1e-4):
-        raise SystemExit(
-            f"{step.case}: loss {float(loss):.6f}, {name} {float(expected):.6f}; gradients {error:.2g} of the largest "
-            "apart, 1e-4 is allowed; no speed is reported for a wrong result."
-        )
+    measure.gate_step(step.case, name, *seen)
 
 
 def peak_of(step: Step, name: str, device: str) -> float:
@@ -81,10 +71,7 @@ def peak(case: Case, name: str, threads: int) -> None:
 def peak_mib(case: Case, name: str) -> float:
     arguments = f"{case!r}, {name!r}, {torch.get_num_threads()}"
     code = f"from bench.step import *; peak({arguments})"
-    # Freed memory goes back to the system at once, so that what is resident is what is in use.
-    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-    ended = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True, env=environment)
-    return float(ended.stdout.splitlines()[-1])
+    return measure.peak_in_a_process(code)
 
 
 def measured(case: Case, peers: Sequence[str] | None, options: Any) -> list[dict[str, Any]]:
