@@ -162,35 +162,28 @@ def test_a_sharded_run_goes_on_from_its_checkpoint_and_saves_what_one_process_lo
         assert all(torch.equal(whole[name], p) for name, p in loaded.items())
 
 
-@pytest.fixture(scope="module")
-def launched(processes, tmp_path_factory):
-    """A folder in which `accelerate launch` had two processes train by the command, and then by the example."""
-    folder = tmp_path_factory.mktemp("launched")
-    command.furnish(folder)
-    data = [{key: row[key] for key in ("question", "chosen", "rejected")} for row in rows(8)]
-    (folder / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in data))
-    example = WORKER.parent.parent / "examples" / "accelerate"
-    programs = [
-        ["-m", "sysdag.cli", "train", f"{command.MODULE}.py:system", "pairs.jsonl",
-         *command.flags(**SAMPLING | {"output_dir": "two", "per_device_train_batch_size": 2})],
-        [str(example / "train.py"), "--drafter", "drafter", "--refiner", "refiner", "--data", "questions.jsonl",
-         "--max-new-tokens", "4", "--max-steps", "2", "--batch", "2", "--use-cpu"],
-    ]  # fmt: skip
-    arguments = ["--config_file", str(example / "ddp_cpu.yaml"), "--main_process_port", "0"]
-    arguments += [str(WORKER.with_name("in_turn.py")), json.dumps(programs)]
+def launch(processes, folder, *program):
+    """Has `accelerate launch` start two processes of a program with its arguments, each with a group of its own."""
+    config = str(WORKER.parent.parent / "examples" / "accelerate" / "ddp_cpu.yaml")
+    arguments = ["--config_file", config, "--main_process_port", "0", *map(str, program)]
     process = processes.Process(target=distributed_worker.launch, args=(str(folder), *arguments))
     process.start()
     process.join(300)
     process.terminate()
     process.join()
     assert process.exitcode == 0, (folder / "stderr").read_text()[-4000:]
-    return folder
 
 
-def test_two_processes_of_the_command_train_as_one_and_only_the_main_one_speaks(launched, monkeypatch, request):
-    monkeypatch.chdir(launched)
+def test_two_processes_of_the_command_train_as_one_and_only_the_main_one_speaks(
+    processes, tmp_path, monkeypatch, request
+):
+    monkeypatch.chdir(tmp_path)
     request.addfinalizer(command.forget)
-    command.run(f"{command.MODULE}.py:system", "pairs.jsonl", *command.flags(**SAMPLING | {"output_dir": "one"}))
+    command.furnish(tmp_path)
+    train = ["train", f"{command.MODULE}.py:system", "pairs.jsonl"]
+    two = command.flags(**SAMPLING | {"output_dir": "two", "per_device_train_batch_size": 2})
+    launch(processes, tmp_path, "-m", "sysdag.cli", *train, *two)
+    command.run(*train[1:], *command.flags(**SAMPLING | {"output_dir": "one"}))
     printed = Path("stdout").read_text()
     assert printed.count("The aligned system is in two") == 1
     assert printed.count("level  node") == 1
@@ -200,8 +193,14 @@ def test_two_processes_of_the_command_train_as_one_and_only_the_main_one_speaks(
     assert [line["step"] for line in read_log("two") if "loss" in line] == [1, 2, 3, 4]
 
 
-def test_the_example_runs_under_accelerate_launch(launched):
-    folder = launched / "aligned"
+def test_the_example_runs_under_accelerate_launch(processes, tmp_path):
+    command.furnish(tmp_path)
+    data = [{key: row[key] for key in ("question", "chosen", "rejected")} for row in rows(8)]
+    (tmp_path / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in data))
+    options = {"drafter": "drafter", "refiner": "refiner", "data": "questions.jsonl", "max-new-tokens": 4}
+    flags = [part for name, value in (options | {"max-steps": 2, "batch": 2}).items() for part in (f"--{name}", value)]
+    launch(processes, tmp_path, WORKER.parent.parent / "examples" / "accelerate" / "train.py", *flags, "--use-cpu")
+    folder = tmp_path / "aligned"
     assert (folder / "system.json").exists()
     assert json.loads((folder / "log.jsonl").read_text().splitlines()[-1])["epoch"] == 1.0  # 2 x 2 x 2
     assert {path.name for path in folder.iterdir() if path.is_dir()} == {"draft", "answer"}
