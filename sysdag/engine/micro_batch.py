@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sysdag.components.component import Component
+from sysdag.engine.kept_work import Kept
 from sysdag.execution.execute import naming
 from sysdag.execution.likelihood import aligned
 from sysdag.graph.plan import Plan
@@ -61,6 +62,7 @@ class MicroBatch:
         inputs, draws, noise: what the component gets.
         random: the state that the first pass scored under.
         is_random: whether the first pass drew from it (dropout).
+        kept: what the first pass kept of all these elements.
     """
 
     name: str
@@ -70,6 +72,7 @@ class MicroBatch:
     noise: Any = None
     random: RandomState | None = None
     is_random: bool = False
+    kept: Kept | None = None
 
     def score(self, component: Component) -> Float[Tensor, " n"]:
         """The component's scores of these elements."""
@@ -77,14 +80,19 @@ class MicroBatch:
             return component.score(self.inputs, self.draws, self.noise)
 
     def select(self, kept: Sequence[int]) -> MicroBatch:
-        """Some of the elements, by their position here."""
+        """Some of the elements, by their position here, of which nothing is kept."""
         return replace(
             self,
+            kept=None,
             rows=tuple(self.rows[at] for at in kept),
             inputs=tuple(self.inputs[at] for at in kept),
             draws=tuple(self.draws[at] for at in kept),
             noise=None if self.noise is None else self.noise.select(list(kept)),
         )
+
+    def anew(self) -> MicroBatch:
+        """The same, of which nothing is kept."""
+        return replace(self, kept=None)
 
     def split(self, component: Component, max_tokens: int | None) -> list[MicroBatch]:
         """Parts of at most `max_tokens` each, where one element alone is not larger."""

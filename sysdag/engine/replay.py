@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn
 
+from sysdag.engine.kept_work import KeptGradient
 from sysdag.engine.scoring import attempt
 from sysdag.engine.step import StepOutput, SystemModel
 
@@ -39,7 +40,12 @@ def accumulate_gradients(
     while queue:
         turn, before = queue.popleft(), _gradients(parameters)
         if not attempt(lambda: _done(backward(model(turn)))):  # noqa: B023
-            queue.extendleft(reversed(model.split(turn.without(_changed(parameters, before)))))
+            rest = turn.without(_changed(parameters, before))
+            if any(isinstance(other.batch.kept, KeptGradient) for other in (turn, *queue)):
+                model.budget.reuses = False
+                queue = deque(other.without(()) for other in (rest, *queue))
+            else:
+                queue.extendleft(reversed(model.split(rest)))
 
 
 def _done(_: object) -> bool:

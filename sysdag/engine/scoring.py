@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from sysdag.components.component import Component, evaluating
 from sysdag.components.residence import admit
 from sysdag.engine.finite import check_finite
+from sysdag.engine.kept_work import Kept, KeptGradient, KeptGraph, Room
 from sysdag.engine.micro_batch import MicroBatch, RandomState, whole
 from sysdag.errors import TrainingError
 from sysdag.execution.likelihood import sum_by_row
@@ -54,8 +55,8 @@ class Turn:
         return replace(self, batch=self.batch.select(kept), coefficients=self.coefficients[at], auxiliary=share)
 
     def without(self, finished: Iterable[nn.Parameter]) -> Turn:
-        """The same for the other parameters only."""
-        return replace(self, finished=self.finished | frozenset(finished))
+        """The same for the other parameters only, computed anew."""
+        return replace(self, batch=self.batch.anew(), finished=self.finished | frozenset(finished))
 
 
 @dataclass
@@ -65,10 +66,12 @@ class Budget:
     Attributes:
         max_tokens: of a micro-batch, as `Component.micro_batches` counts them. Halved when memory runs out.
         keeps_graphs: whether the first pass keeps its graphs; dropped when memory runs out.
+        reuses: whether it keeps some of its work where it keeps no graphs; dropped likewise.
     """
 
     max_tokens: int
     keeps_graphs: bool
+    reuses: bool = True
 
     def shrink(self, batch: MicroBatch, component: Component) -> list[list[int]]:
         """The micro-batch's elements in two or more parts, after memory ran out on it.
@@ -113,6 +116,12 @@ class Scored:
         self.policy = {name: values.detach() for name, values in self.policy.items()}
         self.auxiliary = {name: (factor, loss.detach()) for name, (factor, loss) in self.auxiliary.items()}
 
+    def forget_gradients(self) -> bool:
+        """Lets go of single elements' gradients; whether there were any."""
+        before = self.batches
+        self.batches = [replace(b, kept=None) if isinstance(b.kept, KeptGradient) else b for b in before]
+        return any(isinstance(batch.kept, KeptGradient) for batch in before)
+
 
 class Stored:
     """Stands for a reference whose scores are on file; see `sysdag.engine.precompute`."""
@@ -129,6 +138,7 @@ def score(
     references: References,
     budget: Budget,
     rounds: Callable[[int], int] | None = None,
+    room: Room | None = None,
 ) -> Scored:
     """The first pass: policy and reference side by side, micro-batch by micro-batch.
 
@@ -137,6 +147,7 @@ def score(
             scores are on file, zeros stand for them.
         budget: is shrunk when memory runs out; what was scored before stays.
         rounds: where processes must call the models equally often, the largest of their numbers of micro-batches.
+        room: for work of this pass that the second one uses, if any.
 
     Raises:
         TrainingError: if a score is not finite, or memory runs out where a micro-batch cannot be split.
@@ -153,7 +164,8 @@ def score(
         while queue:
             batch = queue.popleft()
             before = RandomState.now(component.device)
-            found = attempt(lambda: _both(batch, component, reference, budget.keeps_graphs))  # noqa: B023
+            keeps = _what_is_kept(batch, component, reference, budget, room, term is terms[-1] and not queue)
+            found = attempt(lambda: _both(batch, component, reference, keeps, room, budget.keeps_graphs))  # noqa: B023
             if found is None:
                 before.restore()
                 if rounds is not None:
@@ -167,6 +179,10 @@ def score(
                     parts = [each.detach() for each in parts]
                     scored.detach()
                     queue.appendleft(batch)
+                elif scored.forget_gradients():
+                    logger.warning("Memory ran out with gradients that waited; from now on none do.")
+                    budget.reuses = False
+                    queue.appendleft(batch)
                 else:
                     shrunk = budget.shrink(batch, component)
                     queue.extendleft(batch.select(part) for part in reversed(shrunk))
@@ -174,13 +190,13 @@ def score(
             frozen = None if isinstance(reference, Stored) else reference
             check_finite(term, batch, component, frozen, found.policy, found.reference)
             is_random = RandomState.now(component.device) != before
-            scored.batches.append(replace(batch, random=before, is_random=is_random))
+            scored.batches.append(replace(batch, random=before, is_random=is_random, kept=found.kept))
             rows += batch.rows
             parts.append(found)
             for row, residual in zip(batch.rows, found.residuals or (), strict=False):
                 scored.residuals.setdefault(term.name, {}).setdefault(row, []).append(residual)
         for filler in extra:
-            _both(filler, component, reference, keep_graph=False)
+            _both(filler, component, reference)
         policies, frozen_ = [each.policy for each in parts], [each.reference for each in parts]
         scored.policy[term.name] = sum_by_row(policies, rows, len(term.trace), component.device)
         scored.reference[term.name] = sum_by_row(frozen_, rows, len(term.trace), component.device)
@@ -207,21 +223,54 @@ class _Scores:
     reference: Tensor
     auxiliary: tuple[float, Tensor] | None = None
     residuals: list[Tensor] | None = None
+    kept: Kept | None = None
 
     def detach(self) -> _Scores:
         found = None if self.auxiliary is None else (self.auxiliary[0], self.auxiliary[1].detach())
         return _Scores(self.policy.detach(), self.reference, found, self.residuals)
 
 
-def _both(batch: MicroBatch, component: Component, reference: Component | Stored | None, keep_graph: bool) -> _Scores:
-    with torch.set_grad_enabled(keep_graph and reference is not None):
+def _what_is_kept(
+    batch: MicroBatch,
+    component: Component,
+    reference: Component | Stored | None,
+    budget: Budget,
+    room: Room | None,
+    is_last: bool,
+) -> type[Kept] | None:
+    """How a micro-batch's work waits for the second pass, if at all; nothing does whose graphs are kept anyway."""
+    if room is None or reference is None or not budget.reuses or budget.keeps_graphs:
+        return None
+    if is_last:
+        return KeptGraph
+    trained = [parameter for parameter in component.own_parameters().values() if parameter.requires_grad]
+    return KeptGradient if len(batch.rows) == 1 and room.take(trained) else None
+
+
+def _both(
+    batch: MicroBatch,
+    component: Component,
+    reference: Component | Stored | None,
+    keeps: type[Kept] | None = None,
+    room: Room | None = None,
+    keep_graph: bool = False,
+) -> _Scores:
+    frozen = reference_score(batch, reference) if isinstance(reference, Component) else None
+    with torch.set_grad_enabled(reference is not None and (keep_graph or keeps is not None)):
         ours = batch.score(component)
         auxiliary, residuals = component.take_auxiliary_loss(), component.take_residuals()
     if reference is None:
         return _Scores(ours, ours)
-    if isinstance(reference, Stored):
-        return _Scores(ours, torch.zeros_like(ours, requires_grad=False), auxiliary, residuals)
-    return _Scores(ours, reference_score(batch, reference).to(ours.device), auxiliary, residuals)
+    frozen = torch.zeros_like(ours, requires_grad=False) if frozen is None else frozen.to(ours.device)
+    found = _Scores(ours, frozen, auxiliary, residuals)
+    if keeps is None:
+        return found
+    kept: Kept | None = None
+    if keeps is KeptGraph:
+        kept = KeptGraph(ours, auxiliary)
+    elif auxiliary is None and room is not None:
+        kept = KeptGradient(ours, room.parameters)
+    return replace(found.detach(), kept=kept)
 
 
 @torch.no_grad()
@@ -252,14 +301,16 @@ def turns(
         share = len(batch.rows) / counts[batch.name] if batch.name in counts else 0.0
         turn = Turn(batch, of_row[torch.tensor(batch.rows, device=of_row.device)], share)
         found.setdefault(batch.name, []).append(turn)
-    return [turn for own in found.values() for turn in (_needed(own) if rounds is None else _evened(own, rounds))]
+    every = [turn for own in found.values() for turn in (_needed(own) if rounds is None else _evened(own, rounds))]
+    # What waited goes first, the smaller things before the graph: no other graph is built beside it.
+    return sorted(every, key=lambda turn: (turn.batch.kept is None, isinstance(turn.batch.kept, KeptGraph)))
 
 
 def _needed(turns: Sequence[Turn]) -> list[Turn]:
     found = []
     for turn in turns:
         kept = turn.coefficients.nonzero()[:, 0].tolist()
-        if turn.auxiliary:
+        if turn.auxiliary or (kept and turn.batch.kept is not None):
             found.append(turn)
         elif kept:
             found.append(turn.select(kept) if len(kept) < len(turn.coefficients) and not turn.batch.is_random else turn)
@@ -273,10 +324,12 @@ def _evened(turns: Sequence[Turn], rounds: Callable[[int], int]) -> list[Turn]:
 
 
 def part_of_loss(turn: Turn, component: Component) -> Float[Tensor, ""]:
-    """sum_i coefficient_i score_i of a micro-batch, scored again under the random state of the first pass.
+    """sum_i coefficient_i score_i of a micro-batch, with its share of the node's auxiliary loss, where there is one.
 
-    With its share of the node's auxiliary loss, where there is one.
+    From what the first pass kept; else scored again under the random state of the first pass.
     """
+    if turn.batch.kept is not None:
+        return turn.batch.kept.part_of_loss(turn.coefficients, turn.auxiliary)
     admit(component)
     frozen = [parameter for parameter in turn.finished if parameter.requires_grad]
     for parameter in frozen:

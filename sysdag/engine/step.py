@@ -20,6 +20,7 @@ from sysdag.components.memory import SavedBytes
 from sysdag.components.residence import Residence
 from sysdag.data.preferences import PreferencePair, collate
 from sysdag.engine.distributed import rounds_of, whole_weights
+from sysdag.engine.kept_work import Room
 from sysdag.engine.precompute import ReferenceScores
 from sysdag.engine.safeguard import loser_scales
 from sysdag.engine.scoring import Budget, Stored, Turn, component_of, part_of_loss, score, turns, zero_of
@@ -251,7 +252,9 @@ class SystemModel(nn.Module):
         if self.budget.keeps_graphs and self._would_recompute_another_adapter():
             self.budget.keeps_graphs = False
         budget = self.budget if trains else replace(self.budget, keeps_graphs=False)
-        scored = score(self.plan, comparison.terms, self._reference_of, budget, rounds)
+        # A first step that measures graphs builds each in the second pass.
+        room = Room.of(self) if trains and rounds is None and self._graph_bytes is None else None
+        scored = score(self.plan, comparison.terms, self._reference_of, budget, rounds, room)
         for term in comparison.terms:
             if stored is not None and self._reference_of(component_of(self.plan, term.name)):
                 scored.reference[term.name] = stored.of(term, pairs).to(scored.policy[term.name].device)
@@ -324,6 +327,7 @@ class SystemModel(nn.Module):
             "options": asdict(self.engine),
             "max_tokens": self.budget.max_tokens,
             "keeps_graphs": self.budget.keeps_graphs,
+            "reuses": self.budget.reuses,
             "graph_bytes": None
             if found is None
             else {"total": found.total, "devices": sorted(map(str, found.devices))},
@@ -334,6 +338,7 @@ class SystemModel(nn.Module):
         if state["options"] != asdict(self.engine):
             return
         self.budget.max_tokens, self.budget.keeps_graphs = state["max_tokens"], state["keeps_graphs"]
+        self.budget.reuses = state.get("reuses", True)
         self._graph_bytes = None
         if state["graph_bytes"] is not None:
             self._graph_bytes = SavedBytes()

@@ -215,6 +215,8 @@ class SysDPOTrainer(CheckpointTrainer):
         exchanges what has accumulated, once, at the end.
         """
         model.train()
+        if self._uses_deepspeed:  # whose hooks want to see each gradient once
+            self._system_model.budget.reuses = False
         with self.compute_loss_context_manager():
             loss, output = self.compute_loss(model, inputs, return_outputs=True)
         share = 1 / self.current_gradient_accumulation_steps
