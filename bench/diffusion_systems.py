@@ -46,7 +46,7 @@ def pipeline(model: str, side: int = 64) -> Any:
     vae = diffusers.AutoencoderKL(
         latent_channels=4, block_out_channels=(32, 64, 64, 64), layers_per_block=1, norm_num_groups=8,
         down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
-        sample_size=side * FACTOR,
+        sample_size=side * FACTOR, scaling_factor=3.8,  # latents of variance 1, as trained ones have
     ).eval()  # fmt: skip
     if model == "unet":
         unet = diffusers.UNet2DConditionModel(

@@ -21,6 +21,8 @@ from tiny_diffusion import clip, from_text, pooled, scheduler_of, sd3, text_unet
 from sysdag import Input, PlanError, System, node
 from sysdag.components import CausalLM, Diffusion, Tabular
 from sysdag.components.component import Component
+from sysdag.engine import kept_work
+from sysdag.engine.kept_work import KeptGradient
 from sysdag.ops import _dispatch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -118,6 +120,38 @@ def test_checkpointing_and_smaller_micro_batches_need_less():
     )
     assert checkpointed < 0.6 * plain
     assert small < 0.6 * plain
+
+
+def test_gradients_that_wait_for_the_second_pass_are_counted(monkeypatch):
+    lengths = {"draft": (10, 4), "answer": (20, 4, 10)}
+    options = {"objective": "sampling", "num_candidates": 3, "pairs": 2, "micro_batch_tokens": 1}
+    for share in (16, 1 / 16):  # a tiny model's adapters are no small part of it
+        monkeypatch.setattr(kept_work, "_SHARE_OF_WEIGHTS", share)
+        model, pairs = make("adapters", engine="two_pass", micro_batch_tokens=1)
+        kept = [turn.batch.kept for turn in model(pairs).turns]
+        held = sum(4 * g.numel() for each in kept if isinstance(each, KeptGradient) for g in each._gradients)
+        trained = sum(4 * p.numel() for p in model.trained_parameters())
+        found = model.plan.estimate(lengths, **options)
+        assert held <= trained + found.waiting <= 1.5 * held
+        assert (found.waiting > 0) == (share < 1)
+        assert found.step == found.waiting + max(found.graphs[n] + f.working for n, f in found.footprints.items())
+        assert model.plan.estimate(lengths, **options | {"engine": "one_pass"}).waiting == 0
+        assert model.plan.estimate(lengths, **options | {"micro_batch_tokens": 1000}).waiting == 0
+
+
+def test_what_may_be_kept_of_prompts_is_said():
+    parts = {"scheduler": scheduler_of("epsilon"), "text_encoder": clip(), "tokenizer": word_tokenizer()}
+    for options, most in (({}, 2**30), ({"cache_bytes": 2**20}, 2**20), ({"cache": False}, 0)):
+        made = node(Diffusion(text_unet(), **parts, **options))
+
+        @made
+        def image(caption):
+            return caption
+
+        found = System(Input("caption") >> image).compile().estimate({})
+        assert found.host_cache == most
+        assert ("of encoded prompts" in str(found)) == (most > 0)
+        assert found.total == found.resident + found.step
 
 
 def test_what_cannot_be_estimated_is_named():

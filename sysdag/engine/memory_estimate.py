@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import networkx
@@ -12,6 +12,7 @@ import torch
 
 from sysdag.components.component import Component
 from sysdag.components.footprint import Footprint
+from sysdag.engine.kept_work import room_for_gradients
 from sysdag.errors import PlanError
 from sysdag.graph.plan import Objective, Plan
 
@@ -23,6 +24,7 @@ class Estimate:
     Attributes:
         footprints: of each component; see `Footprint`.
         graphs: what one step's graphs save for each component: of one micro-batch, or of all in one pass.
+        waiting: gradients of single elements that wait for the second pass, all components' together.
         engine: `one_pass` or `two_pass`.
         offload_idle: whether frozen weights are on the device only while their model works.
         bases: the name under which a component's base is counted, where others work on the same one.
@@ -31,6 +33,7 @@ class Estimate:
     footprints: Mapping[str, Footprint]
     graphs: Mapping[str, int]
     engine: str
+    waiting: int = 0
     offload_idle: bool = False
     bases: Mapping[str, str] = field(default_factory=dict)
 
@@ -55,7 +58,12 @@ class Estimate:
         """The peak of a step beside what is resident: of the largest micro-batch, or of all in one pass."""
         if self.engine == "one_pass":
             return sum(self.graphs.values()) + max(f.working for f in self.footprints.values())
-        return max(graph + self.footprints[name].working for name, graph in self.graphs.items())
+        return self.waiting + max(graph + self.footprints[name].working for name, graph in self.graphs.items())
+
+    @property
+    def host_cache(self) -> int:
+        """What may be kept on the host beside (see `Footprint.host_cache`); no part of the total."""
+        return sum(each.host_cache for each in self.footprints.values())
 
     @property
     def total(self) -> int:
@@ -77,9 +85,11 @@ class Estimate:
             },
             "bases": dict(self.bases),
             "engine": self.engine,
+            "waiting": self.waiting,
             "offload_idle": self.offload_idle,
             "resident": self.resident,
             "step": self.step,
+            "host_cache": self.host_cache,
             "total": self.total,
         }
 
@@ -93,7 +103,8 @@ class Estimate:
         where = " (idle models on the host)" if self.offload_idle else ""
         held = f"resident {_shown(self.resident)}{where}, a step in {passes} {_shown(self.step)}"
         rows += [f"{name} is on the base of {other}" for name, other in self.bases.items() if other != name]
-        return "\n".join([*rows, f"{held}: {_shown(self.total)} in all"])
+        cache = f"; on the host up to {_shown(self.host_cache)} of encoded prompts" if self.host_cache else ""
+        return "\n".join([*rows, f"{held}: {_shown(self.total)} in all{cache}"])
 
 
 def estimate(
@@ -146,6 +157,7 @@ def estimate(
     footprints: dict[str, Footprint] = {}
     graphs: dict[str, int] = {}
     owner: dict[int, str] = {}
+    elements: dict[str, int] = {}  # that are scored alone, by their component's key
     for name in plan.factors(objective):
         component: Component | None = plan.system[name].component
         assert component is not None  # factors are random nodes
@@ -173,6 +185,8 @@ def estimate(
         if found is None:
             raise PlanError(f"estimate: the memory of node {name!r} ({component!r}) is not known before it runs.")
         key = owner.setdefault(id(component), name)
+        if common + 2 * (prompt - common + completion) > micro_batch_tokens:
+            elements[key] = elements.get(key, 0) + pairs * completions
         held = found.graph if engine == "two_pass" else found.graph * whole // tokens
         graphs[key] = max(graphs.get(key, 0), held) if engine == "two_pass" else graphs.get(key, 0) + held
         if key not in footprints or found.working > footprints[key].working:
@@ -184,7 +198,14 @@ def estimate(
             owner[id(plan.system[n].component)] for n in names if id(plan.system[n].component) in owner
         )
     }
-    return Estimate(footprints, graphs, engine, offload_idle, bases)
+    told = Estimate(footprints, graphs, engine, 0, offload_idle, bases)
+    if engine == "one_pass":
+        return told
+    # Gradients that wait come before those that the resident bytes count.
+    trained = sum(each.trained for each in footprints.values())
+    wanted = sum(count * footprints[key].trained for key, count in elements.items())
+    room = room_for_gradients(sum(told.weights(key) for key in footprints), trained)
+    return replace(told, waiting=max(0, min(wanted, room) - trained))
 
 
 def _shown(count: int) -> str:

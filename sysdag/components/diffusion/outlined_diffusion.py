@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy
@@ -183,9 +183,11 @@ class OutlinedDiffusion(ScoredDiffusion):
             return view.score(sampler.conditioner.typical(len(draws)), draws, view.noise(draws))
 
         new_adapter = view.pipeline.adapter is not None and self._peft_config is not None
-        return diffusion_footprint.of_diffusion(
+        found = diffusion_footprint.of_diffusion(
             view.pipeline, score, trains=trains, checkpoints=checkpoints, new_adapter=new_adapter, device=device
         )
+        has_text = bool(view.pipeline.text_encoders) and not self.train_text_encoder
+        return replace(found, host_cache=self.cache_bytes if self.cache and has_text else 0)
 
     def _whole_footprint(self, tokens: int, trains: bool, checkpoints: bool, device: str) -> Footprint | None:
         if self.train_text_encoder:
@@ -200,10 +202,11 @@ class OutlinedDiffusion(ScoredDiffusion):
         draw = Draw(None, {"latents": numpy.zeros(outline.sample_shape, dtype=numpy.float32)})
         draws = [draw] * max(1, tokens // view.token_counts([draw])[0])
         new_adapter = view.pipeline.adapter is not None and self._peft_config is not None
-        return diffusion_footprint.of_diffusion(
+        found = diffusion_footprint.of_diffusion(
             view.pipeline, lambda: view.score([outline.prompt] * len(draws), draws, view.noise(draws)), trains=trains,
             checkpoints=checkpoints, new_adapter=new_adapter, device=device, mode=outline.mode,
         )  # fmt: skip
+        return replace(found, host_cache=self.cache_bytes if self.cache else 0)
 
     def _outlined(self) -> Self:
         """This component with models of the same shapes that have no weights."""
