@@ -64,6 +64,20 @@ class OptionError(SysdagError, ValueError):
     """A command's options, or its configuration file, cannot be used; the message names the option and the line."""
 
 
+_ELEMENT = "_sysdag_element"
+
+
+def mark_element(error: Exception, element: int) -> None:
+    """Says of an error of any kind which value, by its index in the list that a component was given, was at fault."""
+    error.__dict__[_ELEMENT] = element
+
+
+def failed_element(error: BaseException) -> int | None:
+    """What `mark_element` said of an error, or a `DataError` of itself."""
+    marked = getattr(error, _ELEMENT, None)
+    return getattr(error, "element", None) if marked is None and isinstance(error, DataError) else marked
+
+
 def shown(value: object, length: int = 100) -> str:
     """A value in an error: the beginning of its repr, or its type where that has none."""
     try:

@@ -15,7 +15,7 @@ from PIL import Image
 
 from sysdag.errors import JudgeError, LoadingError
 from sysdag.evaluation import endpoint
-from sysdag.evaluation.endpoint import Answer, Endpoint, api_key_of
+from sysdag.evaluation.endpoint import Endpoint, api_key_of
 from sysdag.evaluation.endpoint_judge import EndpointJudge
 from sysdag.evaluation.judge_prompt import TEMPLATE, check_template, message, named_parts, read_verdict
 from sysdag.evaluation.judges import ColumnScore, ComparingJudge, ScoringJudge, function_judge, runs_of, same_outputs
@@ -414,7 +414,7 @@ def test_a_judging_that_was_cut_off_asks_only_for_the_rest(tmp_path):
 
 def test_a_damaged_cache_is_reported(tmp_path, caplog):
     (tmp_path / "c").write_text('not json\n{"key": "k", "text": "t", "problem": ""}\n')
-    assert endpoint._read_cache(tmp_path / "c") == {"k": Answer("t")}
+    assert endpoint._opened_cache(tmp_path / "c").get("k") == {"key": "k", "text": "t", "problem": ""}
     assert "1 line(s) hold no answer" in caplog.text
 
 

@@ -24,6 +24,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from sysdag.errors import JudgeError
+from sysdag.files.keyed_lines import KeyedLines
 
 logger = logging.getLogger(__name__)
 
@@ -117,8 +118,9 @@ class _Session:
         self.endpoint = endpoint
         self.stopped = threading.Event()
         self._lock = threading.Lock()
-        self._known = _read_cache(endpoint.cache)
-        self._answered = bool(self._known)
+        self._cache = _opened_cache(endpoint.cache)
+        self._known: dict[str, Answer] = {}
+        self._answered = bool(self._cache)
         self._refused = 0
         self._refusal = ""
         self._failure: JudgeError | None = None
@@ -134,6 +136,8 @@ class _Session:
         with self._lock:
             if key in self._known:
                 return self._known[key]
+        if self._cache is not None and (row := self._cache.get(key)) is not None:
+            return Answer(row["text"], row["problem"])
         try:
             found = self._ask(data)
         except JudgeError as error:
@@ -211,12 +215,11 @@ class _Session:
         return Answer(None, f"refused: {said}")
 
     def _keep(self, key: str, answer: Answer) -> None:
-        line = {"key": key, "model": self.endpoint.model, "text": answer.text, "problem": answer.problem}
-        with self._lock:
-            self._known[key] = answer
-            if self.endpoint.cache is not None:
-                with self.endpoint.cache.open("ab") as file:  # a single write of a whole line
-                    file.write(json.dumps(line).encode() + b"\n")
+        if self._cache is None:
+            with self._lock:
+                self._known[key] = answer
+        else:
+            self._cache.put({"key": key, "model": self.endpoint.model, "text": answer.text, "problem": answer.problem})
 
     def _said(self, error: urllib.error.HTTPError) -> str:
         try:
@@ -253,27 +256,14 @@ def _asked_wait(error: urllib.error.HTTPError, otherwise: float) -> float:
     return min(float(asked), 10 * _LONGEST_WAIT) if asked.strip().isdecimal() else otherwise
 
 
-def _read_cache(path: Path | None) -> dict[str, Answer]:
-    """The answers of an earlier run. A line that a killed process left unfinished is not one, and is asked again."""
+def _opened_cache(path: Path | None) -> KeyedLines | None:
+    """The answers of earlier runs; what is no answer is asked again."""
     if path is None:
-        return {}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    known: dict[str, Answer] = {}
-    damaged = 0
-    with path.open("a+b") as file:
-        file.seek(0)
-        line = b"\n"
-        for line in file:
-            try:
-                row = json.loads(line)
-                known[row["key"]] = Answer(row["text"], row["problem"])
-            except (ValueError, LookupError, TypeError):
-                damaged += 1
-        if not line.endswith(b"\n"):
-            file.write(b"\n")
-    if damaged:
-        logger.warning("%s: %d line(s) hold no answer of an endpoint; those are asked for again.", path, damaged)
-    return known
+        return None
+    cache = KeyedLines(path, ["text", "problem"])
+    if cache.damaged:
+        logger.warning("%s: %d line(s) hold no answer of an endpoint; those are asked for again.", path, cache.damaged)
+    return cache
 
 
 def api_key_of(variable: str | None, environment: Mapping[str, str] = os.environ) -> str | None:

@@ -152,7 +152,9 @@ def with_node(plan: Plan, trace: Trace, name: str, sampler: Sampler) -> Trace:
             error.input_row = prompt
             raise
         rows = row_names(trace)
-        notes = getattr(error, "__notes__", [f"In node {name!r}, rows {rows[0]} to {rows[-1]}."])
+        notes = list(getattr(error, "__notes__", ()))
+        if not any(repr(name) in note for note in notes):
+            notes.append(f"In node {name!r}, rows {rows[0]} to {rows[-1]}.")
         raised = RunError(f"{type(error).__name__}: {error}. {' '.join(notes)}")
         raised.input_row = prompt
         raise raised from error

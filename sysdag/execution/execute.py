@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from sysdag.errors import DataError, PlanError, shown
+from sysdag.errors import DataError, PlanError, failed_element, shown
 from sysdag.execution.origins import Origins
 from sysdag.graph.plan import Plan
 from sysdag.traces.cells import Cell, Draw, value_of
@@ -225,9 +225,9 @@ def draw(plan: Plan, trace: Trace, name: str, sampler: Sampler | None = None) ->
     with naming(name, [names[row] for row in elements.rows]):
         try:
             draws = sampler(elements.values)
-        except DataError as error:
-            if error.element is not None:
-                error.__dict__[_FAILED_ROW] = elements.rows[error.element]
+        except Exception as error:
+            if (element := failed_element(error)) is not None:
+                error.__dict__[_FAILED_ROW] = elements.rows[element]
             raise
     return elements.cells(draws)
 
@@ -249,13 +249,20 @@ def at_work(plan: Plan, name: str) -> Component:
 
 @contextlib.contextmanager
 def naming(name: str, rows: Sequence[int | str]) -> Iterator[None]:
-    """Context in which a component's `DataError` about an element is told as one about a node and the element's row."""
+    """Context in which a component's error about an element tells the node and the element's row.
+
+    A `DataError` says so itself; an error of another kind, as a tool raises, is raised as it is with a note.
+    """
     try:
         yield
-    except DataError as error:
-        if error.element is None:
+    except Exception as error:
+        element = failed_element(error)
+        if element is None:
             raise
-        named = DataError(f"Node {name!r}, row {rows[error.element]}: {error}")
+        if not isinstance(error, DataError):
+            error.add_note(f"In node {name!r}, row {rows[element]}.")
+            raise
+        named = DataError(f"Node {name!r}, row {rows[element]}: {error}")
         named.__dict__[_FAILED_ROW] = failed_row(error)
         raise named from error
 
