@@ -31,6 +31,7 @@ COMMANDS = OPS | {
     "decode": "diverse beam search against transformers 4.56's group beam search; needs --peer-python",
     "sweep": "linear_logprob over the number of rows and the vocabulary",
     "study": "the paper's experiments on small systems that train from scratch here",
+    "reference_free": "a step, and its scores, of a loss without a reference against one with",
     "diversity": "what searches for candidates leave standing on a real language model; needs --model",
     "theory": "Theorem 1 and the bias of few candidates on an enumerable system",
     "plots": "draws docs/images/benchmarks/*.svg from the CSVs in bench/results",

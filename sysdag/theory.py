@@ -24,8 +24,8 @@ from sysdag.execution.execute import fill
 from sysdag.execution.likelihood import log_probs
 from sysdag.graph.plan import Objective, Plan
 from sysdag.graph.system import System
+from sysdag.objectives.candidate_sums import candidate_log_sum
 from sysdag.objectives.candidates import Candidates, CandidateStrategy
-from sysdag.objectives.losses import candidate_log_sum
 from sysdag.traces.trace import Trace
 
 Reward = Callable[[Mapping[str, Any], Mapping[str, Any]], float]

@@ -59,13 +59,13 @@ def _one_thread_afterwards():
 @pytest.fixture
 def known_losses():
     """What a test registers is forgotten."""
-    from sysdag.objectives.losses import LOSSES, SMOOTHED_LOSSES
+    from sysdag.objectives.losses import KINDS, LOSSES
 
-    before, smoothed = LOSSES.copy(), [*SMOOTHED_LOSSES]
+    tables = [(table, table.copy()) for table in (LOSSES, KINDS)]
     yield
-    LOSSES.clear()
-    LOSSES.update(before)
-    SMOOTHED_LOSSES[:] = smoothed
+    for table, before in tables:
+        table.clear()
+        table.update(before)  # type: ignore[arg-type]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

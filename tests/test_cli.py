@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 import sysdag.ops
 from sysdag.cli import app
+from sysdag.objectives.losses import LOSSES
 from sysdag.ops import _dispatch
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -119,6 +120,14 @@ def test_a_gpu_is_served_by_triton(machine, monkeypatch):
     assert "triton" not in found["absent"]
     for served in found["ops"].values():
         assert served["chosen"] == {"cpu": "reference", "cuda": "triton"}
+
+
+def test_losses_that_no_kernel_serves_are_told(machine):
+    machine(extension=False)
+    found = environment()["losses"]
+    assert found["kernels"] == ["sigmoid", "ipo", "hinge", "robust"]
+    assert sorted([*found["kernels"], *found["plain"]]) == sorted(LOSSES)
+    assert "serves sigmoid, ipo, hinge, robust; in plain torch everywhere: sft, exo_pair" in run("env")
 
 
 def test_a_forced_backend(machine, monkeypatch):

@@ -26,7 +26,7 @@ from sysdag import (
 )
 from sysdag.components import CausalLM, Tabular
 from sysdag.execution.execute import fill
-from sysdag.objectives.losses import candidate_log_sum, certificate
+from sysdag.objectives.candidate_sums import candidate_log_sum, certificate
 
 EXAMPLES = settings(max_examples=60)
 

@@ -8,11 +8,9 @@ from peft import LoraConfig
 from tiny import char_tokenizer, llama
 from trained_systems import question, rows, two_llms
 from transformers import AutoModelForCausalLM, EarlyStoppingCallback
-from trl import DPOConfig, DPOTrainer
 
 from sysdag import DataError, DiverseBeamSearch, PlanError, SysDPOConfig, SysDPOTrainer, System, TrainingError, node
 from sysdag.components import CausalLM
-from sysdag.engine.replay import accumulate_gradients
 
 
 def config(tmp_path, **options):
@@ -64,68 +62,6 @@ def test_training_raises_the_margin_of_both_models_and_logs_by_node(tmp_path, ob
     ].keys()
     sampled = {"candidates/effective_sample_size", "candidates/coverage", "candidates/distinct_2"}
     assert (sampled <= trainer.state.log_history[0].keys()) == (objective == "sampling")
-
-
-@pytest.mark.parametrize("loss_type", ["sigmoid", "ipo", "hinge", "robust", "sft"])
-@pytest.mark.parametrize("peft_config", [None, lora()])
-def test_a_one_node_system_equals_trl(tmp_path, loss_type, peft_config):
-    """Loss, margins and gradients of TRL's DPOTrainer on the same batch, away from step 0."""
-    pairs = [
-        {"prompt": "ab c", "chosen": "yes", "rejected": "no no no"},
-        {"prompt": "d", "chosen": "f", "rejected": ""},
-    ]
-    smoothing = 0.1 if loss_type == "robust" else 0.0
-    llama().save_pretrained(tmp_path / "model")
-    theirs = DPOTrainer(
-        AutoModelForCausalLM.from_pretrained(tmp_path / "model"),
-        args=DPOConfig(
-            output_dir=str(tmp_path), beta=0.3, loss_type=[loss_type], label_smoothing=smoothing, report_to=[],
-            per_device_train_batch_size=2, use_cpu=True, bf16=False, gradient_checkpointing=False, max_length=None,
-        ),
-        train_dataset=Dataset.from_list(pairs),
-        processing_class=char_tokenizer(),
-        peft_config=peft_config,
-    )  # fmt: skip
-
-    @node(CausalLM(llama(), char_tokenizer(), peft_config=peft_config))
-    def answer(question):
-        return question
-
-    ours = SysDPOTrainer(
-        System(question >> answer),
-        config(tmp_path, beta=0.3, loss_type=loss_type, label_smoothing=smoothing, check_reference=False),
-        train_dataset=pairs,
-    )
-    pairs_of = dict(ours.model.named_parameters())
-    moved = {}
-    for name, parameter in theirs.model.named_parameters():
-        own = pairs_of[f"policies.answer.{name.removeprefix('base_model.model.').replace('.default.', '.sysdag.')}"]
-        assert own.requires_grad == parameter.requires_grad
-        if parameter.requires_grad:
-            torch.manual_seed(len(moved))
-            shift = 0.05 * torch.randn_like(parameter)
-            with torch.no_grad():
-                parameter.add_(shift)
-                own.copy_(parameter)
-            moved[name] = own
-    theirs.model.train()
-    ours.model.train()
-    batch = theirs._prepare_inputs(theirs.data_collator([theirs.train_dataset[i] for i in range(2)]))
-    their_loss = theirs.compute_loss(theirs.model, batch)
-    our_loss, output = ours.compute_loss(ours.model, ours.data_collator(ours.train_dataset), return_outputs=True)
-    torch.testing.assert_close(our_loss, their_loss, rtol=1e-5, atol=1e-5)
-    for name in ("rewards/margins", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "logps/chosen"):
-        theirs_of_batch = theirs._metrics["train"][name]
-        assert [float(output.metrics[name].mean())] == pytest.approx(theirs_of_batch, rel=1e-5, abs=1e-5), name
-    their_loss.backward()
-    accumulate_gradients(ours.model, output)
-    checked = 0
-    for name, parameter in theirs.model.named_parameters():
-        if parameter.requires_grad and parameter.grad is not None:
-            error = float((moved[name].grad - parameter.grad).abs().max())
-            assert error <= 1e-5 * float(parameter.grad.abs().max()), name
-            checked += 1
-    assert checked >= 4
 
 
 def test_resuming_gives_the_weights_of_an_uninterrupted_run(tmp_path):

@@ -30,7 +30,8 @@ def environment() -> dict[str, Any]:
     Returns:
         `versions` by package (None: not installed); `devices`, a name for each device; `forced_backend`
         (`SYSDAG_BACKEND`, or None); `absent`, by backend that can serve nothing here, why; `ops`, by op: its backends
-        `here`, by kind of device which is `chosen` for fp32 tensors, and `errors` where what is forced cannot serve.
+        `here`, by kind of device which is `chosen` for fp32 tensors, and `errors` where what is forced cannot serve;
+        `losses`, which of them the kernels of `preference_loss` serve and which are plain torch everywhere.
     """
     import torch
 
@@ -48,6 +49,7 @@ def environment() -> dict[str, Any]:
         "devices": devices,
         "forced_backend": os.environ.get("SYSDAG_BACKEND") or None,
         "absent": absent,
+        "losses": _losses(),
         "ops": {op: _served(op, kinds, absent) for op in _dispatch.IMPLEMENTATIONS},
     }
 
@@ -65,6 +67,13 @@ def _served(op: str, devices: Sequence[torch.device], absent: Collection[str]) -
             errors[device.type] = str(error)
     here = [*(backend for backend in backends if backend not in absent), "reference"]
     return {"here": here, "chosen": chosen, "errors": errors}
+
+
+def _losses() -> dict[str, list[str]]:
+    from sysdag.objectives.losses import LOSSES
+    from sysdag.ops.preference_loss import LOSS_TYPES
+
+    return {"kernels": list(LOSS_TYPES), "plain": [name for name in LOSSES if name not in LOSS_TYPES]}
 
 
 def _devices() -> dict[str, str]:
@@ -90,4 +99,7 @@ def described(found: dict[str, Any]) -> str:
         chosen = ", ".join(f"{name} on {device}" for device, name in served["chosen"].items())
         lines.append(f"{op:18} {chosen or 'none'} (here: {', '.join(served['here'])})")
         lines += [f"{'':18} {error}" for error in served["errors"].values()]
+        if op == "preference_loss":
+            lines.append(f"{'':18} serves {', '.join(found['losses']['kernels'])}; in plain torch everywhere: "
+                         f"{', '.join(found['losses']['plain'])}, and your own")  # fmt: skip
     return "\n".join(lines)

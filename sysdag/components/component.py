@@ -41,6 +41,7 @@ class Component(InputReader, ABC):
             folder.
         is_density: whether an exact `log_prob` is the logarithm of a density, as a Gaussian's, and not of a
             probability. None where the values tell: real numbers, and arrays of them, come from a density.
+        has_tokens: whether `lengths` counts tokens, so that a likelihood can be averaged over them.
         row_options: see `InputReader`.
         winner_safeguard: of a bound, how much of the winner's gradient is to stay (see `sysdag.engine.safeguard`); None
             where that is not looked after.
@@ -53,6 +54,7 @@ class Component(InputReader, ABC):
     value_type: ClassVar[type | None] = None
     reads_files: ClassVar[bool] = False
     is_density: ClassVar[bool | None] = None
+    has_tokens: ClassVar[bool] = False
     residence: Residence | None = None
     winner_safeguard: float | None = None
 
@@ -194,6 +196,26 @@ class Component(InputReader, ABC):
     def score(self, inputs: Sequence[Any], draws: Sequence[Draw], noise: Any = None) -> Float[Tensor, " n"]:
         """What enters a preference margin: the log-probability, or for a bound its estimate at the given noise."""
         return self.log_prob(inputs, draws)
+
+    def weighted_score(
+        self, inputs: Sequence[Any], draws: Sequence[Draw], heads: Sequence[int], tail: float
+    ) -> Float[Tensor, " n"]:
+        """As `score`, with the terms of each draw's log-likelihood behind its first `heads` weighted by `tail`.
+
+        A draw whose likelihood is a single term has nothing behind it.
+        """
+        return self.score(inputs, draws)
+
+    def typicality(self, inputs: Sequence[Any], draws: Sequence[Draw]) -> Float[Tensor, " n"]:
+        """Sum over a draw's terms of log p - log sum_v p(v)^2, without gradient.
+
+        The second is the probability that two draws agree: the scale on which the first says how typical the draw is
+        (WPO, Zhou et al. 2024, arXiv 2406.11827).
+        """
+        raise PlanError(
+            f"{self!r} does not know the distributions that its draws are from: override `typicality(self, inputs, "
+            f"draws)` in {type(self).__name__}, or leave out use_weighting."
+        )
 
     def take_auxiliary_loss(self) -> tuple[float, Tensor] | None:
         """What the model's training adds to its loss for the draws scored last, once: a coefficient and the loss, ().

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -13,6 +14,8 @@ from sysdag.graph.plan import Objective, Plan
 from sysdag.traces.reshaping import advice
 
 SIDES = ("chosen", "rejected")
+PAIR_COLUMNS = ("weight", "margin", "group")
+"""Columns about a pair itself, where they are no inputs; see `read_pair_columns`."""
 
 
 def input_column(plan: Plan, row: Mapping[str, Any], name: str) -> str:
@@ -25,7 +28,7 @@ def read_columns(plan: Plan, row: Mapping[str, Any], objective: Objective) -> se
     names = {input_column(plan, row, given.name) for given in plan.system.inputs}
     if objective == "direct":
         names |= {f"{side}_intermediates" for side in SIDES}
-    return names | set(SIDES) | set(row_options(plan))
+    return names | set(SIDES) | set(row_options(plan)) | set(pair_columns(plan))
 
 
 def read_inputs(plan: Plan, row: Mapping[str, Any]) -> tuple[dict[str, Any], list[tuple[str, str]]]:
@@ -54,6 +57,41 @@ def read_inputs(plan: Plan, row: Mapping[str, Any]) -> tuple[dict[str, Any], lis
                 found[option] = _read_option(option, row[option])
             except DataError as error:
                 problems.append(("wrong type", str(error)))
+    return found, problems
+
+
+def pair_columns(plan: Plan) -> list[str]:
+    """Those of `PAIR_COLUMNS` that are not something else to the system."""
+    taken = {given.name for given in plan.system.inputs} | set(row_options(plan))
+    return [name for name in PAIR_COLUMNS if name not in taken]
+
+
+def read_pair_columns(plan: Plan, row: Mapping[str, Any]) -> tuple[dict[str, Any], list[tuple[str, str]]]:
+    """What a row says of its pair: `weight`, how often it counts (1 where nothing is said); `margin`, by how much the
+    winner's reward should exceed the loser's (0); `group`, a name or number.
+
+    Returns:
+        What can be used; and of the rest the kind of its problem and what is wrong.
+    """
+    found: dict[str, Any] = {}
+    problems = []
+    for name in pair_columns(plan):
+        value = row.get(name)
+        if value is None:
+            continue
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if name == "group":
+            if (isinstance(value, str) and is_text(value)) or type(value) is int:
+                found[name] = str(value)
+            else:
+                problems.append(("wrong type", f"group must be a name or a whole number, got {shown(value)}."))
+        elif not is_number:
+            problems.append(("wrong type", f"{name} must be a number, got {shown(value)}."))
+        elif not math.isfinite(value) or (name == "weight" and value < 0):
+            least = "finite and 0 or more" if name == "weight" else "finite"
+            problems.append(("invalid value", f"{name} must be {least}, got {value}."))
+        else:
+            found[name] = float(value)
     return found, problems
 
 

@@ -30,6 +30,7 @@ def encode_pairs(
     TRL's formats are taken too: a completion may be a list of messages, a prompt one, which the node's function gets
     as it is; a prompt may be implicit, the beginning that `chosen` and `rejected` share; and `tools` (a list of JSON
     schemas, or that as JSON text) and `chat_template_kwargs` (a dict) reach the chat templates of all nodes of the row.
+    Columns `weight`, `margin` and `group`, where they are no inputs, are of the pair (see `PreferencePair`).
 
     Rows that would teach nothing, or something else than they say, are dropped (see `sysdag.data.checks`); their
     number and the first of each kind are logged, and so are columns that no node reads.

@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sysdag.data.columns import is_unicode, read_inputs
+from sysdag.data.columns import is_unicode, read_inputs, read_pair_columns
 from sysdag.data.row_paths import whole_path
 from sysdag.data.trl_prompts import explicit_prompt
 from sysdag.errors import DataError, shown
@@ -32,15 +32,21 @@ class PreferencePair:
     Attributes:
         inputs: the value of each input, and what its row holds of `row_options` (see `sysdag.execution.execute`).
         chosen, rejected: the observed cells, by node.
+        weight: what multiplies its loss.
+        margin: by how much the winner's reward should exceed the loser's, in nats times beta.
+        group: of pairs that belong together (see `sysdag.objectives.group_weights`), or None.
     """
 
     inputs: Mapping[str, Any]
     chosen: Mapping[str, Cell]
     rejected: Mapping[str, Cell]
+    weight: float = 1.0
+    margin: float = 0.0
+    group: str | None = None
 
     @cached_property
     def key(self) -> str:
-        """SHA-256 of the content; pairs with equal inputs, values and records have the same.
+        """SHA-256 of what is scored; pairs with equal inputs, values and records have the same.
 
         Raises:
             DataError: for a value that has no lossless JSON form (see `sysdag.files.encoding`).
@@ -142,10 +148,13 @@ class _Reading:
             return None, self.problems
         row = told.row
         inputs = self._inputs(row)
+        beside, problems = read_pair_columns(self.plan, row)
+        for kind, text in problems:
+            self._problem(kind, text)
         sides = {side: self._side(row, side) for side in _SIDES}
         if self.problems:
             return None, self.problems
-        return PreferencePair(inputs, sides["chosen"], sides["rejected"]), []
+        return PreferencePair(inputs, sides["chosen"], sides["rejected"], **beside), []
 
     def _problem(self, kind: str, text: str, node: str = "", side: str = "") -> None:
         self.problems.append(Problem(self.number, kind, node, side, text, self.source))

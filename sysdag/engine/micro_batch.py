@@ -17,6 +17,7 @@ from sysdag.execution.execute import naming
 from sysdag.execution.likelihood import aligned
 from sysdag.graph.plan import Plan
 from sysdag.objectives.comparison import Term
+from sysdag.objectives.tail_weight import TailWeight
 from sysdag.traces.cells import Draw
 
 
@@ -77,7 +78,14 @@ class MicroBatch:
     def score(self, component: Component) -> Float[Tensor, " n"]:
         """The component's scores of these elements."""
         with naming(self.name, self.rows):
+            if isinstance(self.noise, TailWeight):
+                return component.weighted_score(self.inputs, self.draws, self.noise.heads, self.noise.tail)
             return component.score(self.inputs, self.draws, self.noise)
+
+    def typicality(self, component: Component) -> Float[Tensor, " n"]:
+        """See `Component.typicality`."""
+        with naming(self.name, self.rows):
+            return component.typicality(self.inputs, self.draws)
 
     def select(self, kept: Sequence[int]) -> MicroBatch:
         """Some of the elements, by their position here, of which nothing is kept."""

@@ -189,6 +189,8 @@ def fingerprint(
     saved = system_to_dict(plan.system)
     found = {"the pairs": _hash(sorted({pair.key for pair in pairs})), "the edges": _hash(saved["edges"])}
     found["the objective"] = options.objective
+    if options.ld_alpha is not None:
+        found["ld_alpha"] = str(options.ld_alpha)
     for row, n in zip(saved["nodes"], plan.system.nodes, strict=True):
         found[f"node {n.name!r}"] = _hash([row, _options(n.component)])
     return found | {f"the weights of {key!r}": weights_hash(reference) for key, reference in references.items()}

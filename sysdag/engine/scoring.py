@@ -103,6 +103,7 @@ class Scored:
     Attributes:
         auxiliary: by node, the coefficient of its auxiliary loss and its mean over the elements, where it has one.
         residuals: by node and row, where a component has any (see `Component.take_residuals`).
+        typicality: of every row, where it was asked for (see `Component.typicality`).
     """
 
     policy: dict[str, Tensor] = field(default_factory=dict)
@@ -110,6 +111,7 @@ class Scored:
     batches: list[MicroBatch] = field(default_factory=list)
     auxiliary: dict[str, tuple[float, Tensor]] = field(default_factory=dict)
     residuals: dict[str, dict[int, list[Tensor]]] = field(default_factory=dict)
+    typicality: dict[str, Tensor] = field(default_factory=dict)
 
     def detach(self) -> None:
         """Lets go of the graphs."""
@@ -124,7 +126,7 @@ class Scored:
 
 
 class Stored:
-    """Stands for a reference whose scores are on file; see `sysdag.engine.precompute`."""
+    """Stands for a reference that is not run: its scores are on file (see `sysdag.engine.precompute`), or all 0."""
 
     module = None
 
@@ -139,15 +141,18 @@ def score(
     budget: Budget,
     rounds: Callable[[int], int] | None = None,
     room: Room | None = None,
+    *,
+    weighs: bool = False,
 ) -> Scored:
     """The first pass: policy and reference side by side, micro-batch by micro-batch.
 
     Args:
-        references: the frozen reference of a component; None where it does not train, and is its own. Where its
-            scores are on file, zeros stand for them.
+        references: the frozen reference of a component; None where it does not train, and is its own. Zeros stand for
+            the scores of one that is not run.
         budget: is shrunk when memory runs out; what was scored before stays.
         rounds: where processes must call the models equally often, the largest of their numbers of micro-batches.
         room: for work of this pass that the second one uses, if any.
+        weighs: whether the runs' typicality is found, too, by one more forward.
 
     Raises:
         TrainingError: if a score is not finite, or memory runs out where a micro-batch cannot be split.
@@ -165,7 +170,8 @@ def score(
             batch = queue.popleft()
             before = RandomState.now(component.device)
             keeps = _what_is_kept(batch, component, reference, budget, room, term is terms[-1] and not queue)
-            found = attempt(lambda: _both(batch, component, reference, keeps, room, budget.keeps_graphs))  # noqa: B023
+            wanted = _Wanted(keeps, room, budget.keeps_graphs, weighs)
+            found = attempt(lambda: _both(batch, component, reference, wanted))  # noqa: B023
             if found is None:
                 before.restore()
                 if rounds is not None:
@@ -196,10 +202,13 @@ def score(
             for row, residual in zip(batch.rows, found.residuals or (), strict=False):
                 scored.residuals.setdefault(term.name, {}).setdefault(row, []).append(residual)
         for filler in extra:
-            _both(filler, component, reference)
+            _both(filler, component, reference, _Wanted(weighs=weighs))
         policies, frozen_ = [each.policy for each in parts], [each.reference for each in parts]
         scored.policy[term.name] = sum_by_row(policies, rows, len(term.trace), component.device)
         scored.reference[term.name] = sum_by_row(frozen_, rows, len(term.trace), component.device)
+        if weighs:
+            typical = [each.typicality for each in parts if each.typicality is not None]
+            scored.typicality[term.name] = sum_by_row(typical, rows, len(term.trace), component.device)
         losses = [(len(each.policy), *each.auxiliary) for each in parts if each.auxiliary is not None]
         if losses:
             total = torch.stack([count * loss for count, _, loss in losses]).sum()
@@ -224,10 +233,11 @@ class _Scores:
     auxiliary: tuple[float, Tensor] | None = None
     residuals: list[Tensor] | None = None
     kept: Kept | None = None
+    typicality: Tensor | None = None
 
     def detach(self) -> _Scores:
         found = None if self.auxiliary is None else (self.auxiliary[0], self.auxiliary[1].detach())
-        return _Scores(self.policy.detach(), self.reference, found, self.residuals)
+        return replace(self, policy=self.policy.detach(), auxiliary=found)
 
 
 def _what_is_kept(
@@ -247,29 +257,33 @@ def _what_is_kept(
     return KeptGradient if len(batch.rows) == 1 and room.take(trained) else None
 
 
-def _both(
-    batch: MicroBatch,
-    component: Component,
-    reference: Component | Stored | None,
-    keeps: type[Kept] | None = None,
-    room: Room | None = None,
-    keep_graph: bool = False,
-) -> _Scores:
+@dataclass(frozen=True)
+class _Wanted:
+    """What scoring a micro-batch is to leave behind beside the scores; see `score` and `_what_is_kept`."""
+
+    keeps: type[Kept] | None = None
+    room: Room | None = None
+    keep_graph: bool = False
+    weighs: bool = False
+
+
+def _both(batch: MicroBatch, component: Component, reference: Component | Stored | None, wanted: _Wanted) -> _Scores:
     frozen = reference_score(batch, reference) if isinstance(reference, Component) else None
-    with torch.set_grad_enabled(reference is not None and (keep_graph or keeps is not None)):
+    with torch.set_grad_enabled(reference is not None and (wanted.keep_graph or wanted.keeps is not None)):
         ours = batch.score(component)
         auxiliary, residuals = component.take_auxiliary_loss(), component.take_residuals()
+    typical = batch.typicality(component) if wanted.weighs else None
     if reference is None:
-        return _Scores(ours, ours)
+        return _Scores(ours, ours, typicality=typical)
     frozen = torch.zeros_like(ours, requires_grad=False) if frozen is None else frozen.to(ours.device)
-    found = _Scores(ours, frozen, auxiliary, residuals)
-    if keeps is None:
+    found = _Scores(ours, frozen, auxiliary, residuals, typicality=typical)
+    if wanted.keeps is None:
         return found
     kept: Kept | None = None
-    if keeps is KeptGraph:
+    if wanted.keeps is KeptGraph:
         kept = KeptGraph(ours, auxiliary)
-    elif auxiliary is None and room is not None:
-        kept = KeptGradient(ours, room.parameters)
+    elif auxiliary is None and wanted.room is not None:
+        kept = KeptGradient(ours, wanted.room.parameters)
     return replace(found.detach(), kept=kept)
 
 

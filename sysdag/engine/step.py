@@ -29,6 +29,15 @@ from sysdag.graph.plan import Plan
 from sysdag.objectives.candidate_cache import CandidateCache
 from sysdag.objectives.candidates import CandidateStrategy
 from sysdag.objectives.comparison import Comparison, DirectComparison, Generators, SamplingComparison
+from sysdag.objectives.group_weights import GroupWeights
+from sysdag.objectives.loss_checks import (
+    check_losses,
+    check_pairs,
+    own_weights,
+    shown_rewards,
+    typical_weights,
+    with_targets,
+)
 from sysdag.objectives.losses import pair_losses
 from sysdag.objectives.options import EngineOptions, NodeOptions, ObjectiveOptions
 from sysdag.saving.serialization import component_keys
@@ -81,6 +90,7 @@ class SystemModel(nn.Module):
     ) -> None:
         super().__init__()
         plan.check(options.objective)
+        check_losses(plan, options)
         if options.objective == "sampling" and candidates is None:
             raise PlanError("objective='sampling' needs candidates=DiverseBeamSearch(...) or another strategy.")
         if options.objective == "direct" and candidates is not None:
@@ -103,7 +113,7 @@ class SystemModel(nn.Module):
             modules[key] = component.module
             _freeze(component, not trains)
             if trains:
-                self.references[key] = component.reference()
+                self.references[key] = component.reference() if options.needs_reference else Stored()
         if not self.references:
             raise PlanError("No node is trainable; there is nothing to align.")
         for key in self.references:
@@ -123,6 +133,7 @@ class SystemModel(nn.Module):
         measures = self.engine.engine == "auto" and not self.engine.offload_idle
         self._graph_bytes: SavedBytes | None = SavedBytes() if measures else None
         self.residence: Residence | None = None
+        self.groups: GroupWeights | None = None
         self.proposal = plan if options.candidates_from == "policy" else self.reference_plan()
 
     def reference_plan(self) -> Plan:
@@ -240,6 +251,7 @@ class SystemModel(nn.Module):
             return part_of_loss(work, component)
 
     def _step(self, pairs: Sequence[PreferencePair], generator: Generators, step: int | None) -> StepOutput:
+        check_pairs(self.options, pairs)
         stored = self.stored
         rounds = self.rounds()
         self._settle()
@@ -254,16 +266,27 @@ class SystemModel(nn.Module):
         budget = self.budget if trains else replace(self.budget, keeps_graphs=False)
         # A first step that measures graphs builds each in the second pass.
         room = Room.of(self) if trains and rounds is None and self._graph_bytes is None else None
-        scored = score(self.plan, comparison.terms, self._reference_of, budget, rounds, room)
+        weighs = self.options.use_weighting
+        scored = score(self.plan, comparison.terms, self._reference_of, budget, rounds, room, weighs=weighs)
         for term in comparison.terms:
             if stored is not None and self._reference_of(component_of(self.plan, term.name)):
                 scored.reference[term.name] = stored.of(term, pairs).to(scored.policy[term.name].device)
+        if not self.options.needs_reference:
+            scored.reference = {name: torch.zeros_like(values).detach() for name, values in scored.policy.items()}
         leaves = {name: values.detach().requires_grad_(trains) for name, values in scored.policy.items()}
         scores, metrics = comparison.combine(leaves, scored.reference)
+        scores = with_targets(scores, pairs)
         losses = pair_losses(
             scores, self.options.loss_type, self.options.weights,
-            beta=self.options.beta, label_smoothing=self.options.label_smoothing,
+            beta=self.options.beta, label_smoothing=self.options.label_smoothing, constants=self.options.constants,
         )  # fmt: skip
+        if weighs:
+            losses = losses * typical_weights(scores, scored.typicality.values())
+        if (own := own_weights(scores, pairs)) is not None:
+            losses = losses * own
+        if self.groups is not None and trains:
+            self.groups.observe(pairs, losses.detach())
+            losses = losses * self.groups.of(pairs, losses)
         loss = losses.mean()
         balance = sum(
             (factor * value for factor, value in scored.auxiliary.values()), torch.zeros((), device=loss.device)
@@ -271,12 +294,12 @@ class SystemModel(nn.Module):
         metrics |= {
             f"nodes/{name}/aux_loss": value.detach().expand(len(pairs)) for name, (_, value) in scored.auxiliary.items()
         }
-        margins = scores.margins.detach()
+        chosen, rejected = shown_rewards(scores, self.options)
         metrics |= {
-            "rewards/chosen": scores.chosen_rewards,
-            "rewards/rejected": scores.rejected_rewards,
-            "rewards/margins": margins,
-            "rewards/accuracies": (margins > 0).float(),
+            "rewards/chosen": chosen,
+            "rewards/rejected": rejected,
+            "rewards/margins": chosen - rejected,
+            "rewards/accuracies": (chosen > rejected).float(),
         }
         output = StepOutput(
             loss=loss.detach() + balance.detach().to(loss),

@@ -7,6 +7,12 @@ from typing import TYPE_CHECKING
 from sysdag import exports
 
 if TYPE_CHECKING:
+    from sysdag.objectives.candidate_sums import (
+        candidate_log_sum,
+        certificate,
+        effective_sample_size,
+        responsibilities,
+    )
     from sysdag.objectives.candidates import (
         Candidates,
         CandidateStrategy,
@@ -18,19 +24,28 @@ if TYPE_CHECKING:
     )
     from sysdag.objectives.losses import (
         PairScores,
-        candidate_log_sum,
-        certificate,
-        effective_sample_size,
+        aot_loss,
+        aot_unpaired_loss,
+        apo_down_loss,
+        apo_zero_loss,
+        bco_pair_loss,
+        cpo_loss,
+        discopop_loss,
+        exo_pair_loss,
         hinge_loss,
         ipo_loss,
+        nca_pair_loss,
+        pair_losses,
         preference_loss,
-        register_loss,
-        responsibilities,
         robust_loss,
         sft_loss,
         sigmoid_loss,
+        sigmoid_norm_loss,
+        simpo_loss,
+        sppo_hard_loss,
     )
     from sysdag.objectives.options import EngineOptions, NodeOptions, ObjectiveOptions, ReferenceOptions
+    from sysdag.objectives.own_losses import register_loss
 
 __all__ = [
     "CandidateStrategy",
@@ -44,22 +59,41 @@ __all__ = [
     "ObjectiveOptions",
     "PairScores",
     "ReferenceOptions",
+    "aot_loss",
+    "aot_unpaired_loss",
+    "apo_down_loss",
+    "apo_zero_loss",
+    "bco_pair_loss",
     "candidate_log_sum",
     "certificate",
+    "cpo_loss",
+    "discopop_loss",
     "distinct_ngrams",
     "effective_sample_size",
+    "exo_pair_loss",
     "hinge_loss",
     "ipo_loss",
+    "nca_pair_loss",
+    "pair_losses",
     "preference_loss",
     "register_loss",
     "responsibilities",
     "robust_loss",
     "sft_loss",
     "sigmoid_loss",
+    "sigmoid_norm_loss",
+    "simpo_loss",
+    "sppo_hard_loss",
 ]
 __getattr__ = exports(
     __name__,
     {
+        "candidate_sums": [
+            "candidate_log_sum",
+            "certificate",
+            "effective_sample_size",
+            "responsibilities",
+        ],
         "candidates": [
             "CandidateStrategy",
             "Candidates",
@@ -71,18 +105,27 @@ __getattr__ = exports(
         ],
         "losses": [
             "PairScores",
-            "candidate_log_sum",
-            "certificate",
-            "effective_sample_size",
+            "aot_loss",
+            "aot_unpaired_loss",
+            "apo_down_loss",
+            "apo_zero_loss",
+            "bco_pair_loss",
+            "cpo_loss",
+            "discopop_loss",
+            "exo_pair_loss",
             "hinge_loss",
             "ipo_loss",
+            "nca_pair_loss",
+            "pair_losses",
             "preference_loss",
-            "register_loss",
-            "responsibilities",
             "robust_loss",
             "sft_loss",
             "sigmoid_loss",
+            "sigmoid_norm_loss",
+            "simpo_loss",
+            "sppo_hard_loss",
         ],
         "options": ["EngineOptions", "NodeOptions", "ObjectiveOptions", "ReferenceOptions"],
+        "own_losses": ["register_loss"],
     },
 )

@@ -18,9 +18,11 @@ from sysdag.data.preferences import PreferencePair, collate
 from sysdag.execution.execute import fill, flat_draws
 from sysdag.execution.likelihood import in_context
 from sysdag.graph.plan import Plan
+from sysdag.objectives.candidate_sums import candidate_log_sum, certificate, effective_sample_size, responsibilities
 from sysdag.objectives.candidates import Candidates, distinct_ngrams
-from sysdag.objectives.losses import PairScores, candidate_log_sum, certificate, effective_sample_size, responsibilities
+from sysdag.objectives.losses import PairScores
 from sysdag.objectives.options import NodeOptions, ObjectiveOptions
+from sysdag.objectives.tail_weight import shared_lengths
 from sysdag.traces.cells import Cell
 from sysdag.traces.trace import Trace
 
@@ -33,7 +35,7 @@ class Term:
         name: the node.
         trace: values of the node and of its parents.
         pair_of: for each row, the pair of the batch that it belongs to.
-        noise: of a bound, the same for policy and reference.
+        noise: of a bound, the same for policy and reference; of an exact node its `TailWeight`, where it has one.
     """
 
     name: str
@@ -83,27 +85,35 @@ class DirectComparison:
             trace = in_context(plan, trace, name)
         self.trace = trace
         both = [*range(self.count), *range(self.count)]
-        self.terms: Sequence[Term] = [
-            Term(name, self.trace, both, paired_noise(plan.system[name].component, self.trace.cells[name], generator))
-            for name in plan.factors("direct")
-        ]
+
+        def beside(name: str) -> Any:
+            component, cells = plan.system[name].component, self.trace.cells[name]
+            if options.ld_alpha is not None and component.likelihood == "exact":
+                return shared_lengths(component, cells, options.ld_alpha)
+            return paired_noise(component, cells, generator)
+
+        self.terms: Sequence[Term] = [Term(name, self.trace, both, beside(name)) for name in plan.factors("direct")]
 
     def combine(self, policy: Scores, reference: Scores) -> tuple[PairScores, dict[str, Tensor]]:
         count = self.count
         metrics: dict[str, Tensor] = {}
-        rewards, lengths, log_probs, nll = [], [], [], []
+        rewards, policies, lengths, log_probs, nll = [], [], [], [], []
         for name, score in policy.items():
             node = self.nodes[name]
             beta = (self.options.beta if node.beta is None else node.beta) * node.scale
             rewards.append(beta * (score - reference[name]))
+            policies.append(beta * score)
             lengths.append(term_lengths(self.plan, self.trace, name, score.device))
-            nll.append(-node.scale * score[:count].sum() / lengths[-1][:count].sum().clamp(min=1))
+            nll.append(-node.scale * count * score[:count] / lengths[-1][:count].sum().clamp(min=1))
             metrics |= _node_metrics(name, rewards[-1])
             if self.plan.system[name].likelihood == "exact":
                 log_probs.append(score.detach())
         if log_probs:
             metrics |= _sides("logps", sum(log_probs[1:], log_probs[0]))
-        return _pair_scores(sum(rewards[1:], rewards[0]), sum(lengths[1:], lengths[0]), sum(nll[1:], nll[0])), metrics
+        policy_part = sum(policies[1:], policies[0]) if len(log_probs) == len(policies) else None
+        return _pair_scores(
+            sum(rewards[1:], rewards[0]), policy_part, sum(lengths[1:], lengths[0]), sum(nll[1:], nll[0])
+        ), metrics
 
 
 class SamplingComparison:
@@ -156,7 +166,11 @@ class SamplingComparison:
             if t.name in inside
         )
         log_p, weights = self._log_sum([self._spread(name, policy[name]) for name in inside], terms, index)
-        log_q, _ = self._log_sum([self._spread(name, reference[name]) for name in inside], terms, index)
+        if self.options.needs_reference:
+            log_q, _ = self._log_sum([self._spread(name, reference[name]) for name in inside], terms, index)
+        else:
+            log_q = torch.zeros_like(log_p)
+        policy_part = self.options.beta * log_p if len(inside) == len(self.terms) else None
         rewards = self.options.beta * (log_p - log_q)
         metrics = self._candidate_metrics(policy, log_p.detach(), weights, index)
         metrics |= _sides("logps", log_p)
@@ -171,7 +185,8 @@ class SamplingComparison:
             metrics |= _node_metrics(name, self.options.beta * log_ratio)
         lengths = sum(term_lengths(self.plan, self.observed, name, device) for name in self.plan.system.outputs)
         assert isinstance(lengths, Tensor)
-        return _pair_scores(rewards, lengths, -log_p[:count].sum() / lengths[:count].sum().clamp(min=1)), metrics
+        nll = -count * log_p[:count] / lengths[:count].sum().clamp(min=1)
+        return _pair_scores(rewards, policy_part, lengths, nll), metrics
 
     def _spread(self, name: str, values: Tensor) -> Tensor:
         """One value for each side and candidate; a latent's is shared by the sides."""
@@ -236,11 +251,13 @@ def _is_real(value: Any) -> bool:
     return isinstance(value, (float, complex)) or getattr(kind, "kind", "") in ("f", "c")
 
 
-def _pair_scores(rewards: Tensor, lengths: Tensor, nll: Tensor) -> PairScores:
+def _pair_scores(rewards: Tensor, policy: Tensor | None, lengths: Tensor, nll: Tensor) -> PairScores:
     (chosen, rejected), (chosen_lengths, rejected_lengths) = rewards.chunk(2), lengths.chunk(2)
+    chosen_policy, rejected_policy = (None, None) if policy is None else policy.chunk(2)
     return PairScores(
         chosen_rewards=chosen, rejected_rewards=rejected, chosen_lengths=chosen_lengths,
-        rejected_lengths=rejected_lengths, chosen_nll=nll,
+        rejected_lengths=rejected_lengths, chosen_nll=nll, chosen_policy=chosen_policy,
+        rejected_policy=rejected_policy,
     )  # fmt: skip
 
 

@@ -1,22 +1,24 @@
 """Preference objectives as pure functions of a few tensors: no graph, no models.
 
 SysDPO (arXiv 2502.17721) puts the whole system inside one sigmoid: the margin is the sum over nodes of
-beta_i (log p_i - log q_i), winner minus loser. The loss functions are those of the DPO literature on that margin.
+beta_i (log p_i - log q_i), winner minus loser. The loss functions are those of the DPO literature on that margin, and
+on the rewards of its two sides; names and constants are those of TRL 1.16.
+
+In their formulas c and r are the rewards of winner and loser, m = c - r the margin (less the pair's own, where the data
+give one), P_c and P_r the policy's parts of the rewards, |c| and |r| the lengths, and e the label smoothing.
 """
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from sysdag.errors import PlanError
-from sysdag.graph.import_path import function_path
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,26 +29,51 @@ class PairScores:
         chosen_rewards, rejected_rewards: (P,) implicit rewards, sum over nodes of beta_i (log p_i - log q_i), in nats
             times beta.
         chosen_lengths, rejected_lengths: (P,) number of terms in the log-likelihoods: scored tokens, plus 1 for each
-            draw that is no text.
-        chosen_nll: () negative log-likelihood of the chosen runs for each term, summed over nodes.
+            draw that is no text. For Sampling, whose likelihood is of the outputs, those of the outputs.
+        chosen_nll: (P,) negative log-likelihood of the chosen runs, times P over the number of their terms: the mean is
+            that for each term over the batch, as TRL has it, summed over nodes. Or one number for all, ().
+        chosen_policy, rejected_policy: (P,) the policy's part of the rewards, sum over nodes of beta_i log p_i; None
+            where it is not known apart (of a bound only the difference to a reference is).
+        target: (P,) by how much the winner's reward should exceed the loser's, from a `margin` column; None for 0.
     """
 
     chosen_rewards: Float[Tensor, " P"]
     rejected_rewards: Float[Tensor, " P"]
     chosen_lengths: Float[Tensor, " P"]
     rejected_lengths: Float[Tensor, " P"]
-    chosen_nll: Float[Tensor, ""]
+    chosen_nll: Float[Tensor, " *P"]
+    chosen_policy: Float[Tensor, " P"] | None = None
+    rejected_policy: Float[Tensor, " P"] | None = None
+    target: Float[Tensor, " P"] | None = None
 
     @property
     def margins(self) -> Float[Tensor, " P"]:
-        return self.chosen_rewards - self.rejected_rewards
+        """What a loss compares with 0: chosen minus rejected reward, less the pair's own margin."""
+        return self._beyond_target(self.chosen_rewards - self.rejected_rewards)
+
+    def _beyond_target(self, difference: Float[Tensor, " P"]) -> Float[Tensor, " P"]:
+        return difference if self.target is None else difference - self.target
+
+    def policies(self) -> tuple[Float[Tensor, " P"], Float[Tensor, " P"]]:
+        """The policy's parts of the rewards.
+
+        Raises:
+            PlanError: where they are not known.
+        """
+        if self.chosen_policy is None or self.rejected_policy is None:
+            raise PlanError("The policy's part of the rewards is not known apart from the reference's.")
+        return self.chosen_policy, self.rejected_policy
+
+
+def _smoothed(margins: Float[Tensor, " P"], e: float) -> Float[Tensor, " P"]:
+    """-(1 - e) log sigmoid(m) - e log sigmoid(-m)."""
+    return -(1 - e) * F.logsigmoid(margins) - e * F.logsigmoid(-margins)
 
 
 def sigmoid_loss(scores: PairScores, beta: float, label_smoothing: float) -> Float[Tensor, " P"]:
     """-log sigmoid(m) (Rafailov et al. 2023, arXiv 2305.18290); with smoothing e, cDPO:
     -(1 - e) log sigmoid(m) - e log sigmoid(-m)."""
-    margins = scores.margins
-    return -(1 - label_smoothing) * F.logsigmoid(margins) - label_smoothing * F.logsigmoid(-margins)
+    return _smoothed(scores.margins, label_smoothing)
 
 
 def robust_loss(scores: PairScores, beta: float, label_smoothing: float) -> Float[Tensor, " P"]:
@@ -67,9 +94,94 @@ def ipo_loss(scores: PairScores, beta: float, label_smoothing: float) -> Float[T
 
     As in TRL, log-ratios are averaged over their terms. A node's own beta_i enters as the weight beta_i / beta.
     """
+    return (_average_difference(scores) / beta - 1 / (2 * beta)) ** 2
+
+
+def sigmoid_norm_loss(scores: PairScores, beta: float, label_smoothing: float) -> Float[Tensor, " P"]:
+    """-log sigmoid(c/|c| - r/|r|): length-normalised DPO (Lambert et al. 2024, arXiv 2411.15124)."""
+    return -F.logsigmoid(_average_difference(scores))
+
+
+def _average_difference(scores: PairScores) -> Float[Tensor, " P"]:
     chosen = scores.chosen_rewards / scores.chosen_lengths.clamp(min=1)
-    rejected = scores.rejected_rewards / scores.rejected_lengths.clamp(min=1)
-    return ((chosen - rejected) / beta - 1 / (2 * beta)) ** 2
+    return chosen - scores.rejected_rewards / scores.rejected_lengths.clamp(min=1)
+
+
+def exo_pair_loss(scores: PairScores, beta: float, label_smoothing: float) -> Float[Tensor, " P"]:
+    """KL(softmax(c, r) || (1 - e, e)), the reverse KL to smoothed labels, e > 0 (EXO, Ji et al. 2024, arXiv 2402.00856,
+    equation 16); the paper's e is 1e-3."""
+    margins, e = scores.margins, torch.tensor(label_smoothing, dtype=torch.float64)
+    chosen = margins.sigmoid() * (F.logsigmoid(margins) - float(torch.log1p(-e)))
+    return chosen + (-margins).sigmoid() * (F.logsigmoid(-margins) - float(e.log()))
+
+
+def nca_pair_loss(scores: PairScores, beta: float, label_smoothing: float) -> Float[Tensor, " P"]:
+    """-log sigmoid(c) - (log sigmoid(-c) + log sigmoid(-r)) / 2 (Chen et al. 2024, arXiv 2402.05369)."""
+    chosen, rejected = scores.chosen_rewards, scores.rejected_rewards
+    return -F.logsigmoid(chosen) - 0.5 * F.logsigmoid(-chosen) - 0.5 * F.logsigmoid(-rejected)
+
+
+def bco_pair_loss(scores: PairScores, beta: float, label_smoothing: float) -> Float[Tensor, " P"]:
+    """-log sigmoid(c) - log sigmoid(-r): a binary classifier of the sides, without a shift of the rewards (Jung et al.
+    2024, arXiv 2404.04656)."""
+    return -F.logsigmoid(scores.chosen_rewards) - F.logsigmoid(-scores.rejected_rewards)
+
+
+def sppo_hard_loss(scores: PairScores, beta: float, label_smoothing: float) -> Float[Tensor, " P"]:
+    """(c/beta - 1/(2 beta))^2 + (r/beta + 1/(2 beta))^2: SPPO with probabilities of winning of 1 and 0 (Wu et al. 2024,
+    arXiv 2405.00675). A node's own beta_i enters as the weight beta_i / beta."""
+    return ((scores.chosen_rewards - 0.5) / beta) ** 2 + ((scores.rejected_rewards + 0.5) / beta) ** 2
+
+
+def aot_loss(scores: PairScores, beta: float, label_smoothing: float) -> Float[Tensor, " P"]:
+    """Smoothed -log sigmoid of sort(P_c - P_r) - sort(Q_c - Q_r), policy and reference each sorted over the batch: the
+    policy's log-ratios are to dominate the reference's stochastically (AOT, Melnyk et al. 2024, arXiv 2406.05882)."""
+    chosen, rejected = scores.policies()
+    reference = ((chosen - scores.chosen_rewards) - (rejected - scores.rejected_rewards)).detach()
+    return _smoothed((chosen - rejected).sort().values - reference.sort().values, label_smoothing)
+
+
+def aot_unpaired_loss(scores: PairScores, beta: float, label_smoothing: float) -> Float[Tensor, " P"]:
+    """Smoothed -log sigmoid of sort(c) - sort(r), each over the batch (arXiv 2406.05882, unpaired)."""
+    return _smoothed(scores.chosen_rewards.sort().values - scores.rejected_rewards.sort().values, label_smoothing)
+
+
+def apo_zero_loss(scores: PairScores, beta: float, label_smoothing: float) -> Float[Tensor, " P"]:
+    """1 - sigmoid(c) + sigmoid(r): for winners that are better than the model (APO, D'Oosterlinck et al. 2024, arXiv
+    2408.06266, equation 7)."""
+    return (-scores.chosen_rewards).sigmoid() + scores.rejected_rewards.sigmoid()
+
+
+def apo_down_loss(scores: PairScores, beta: float, label_smoothing: float) -> Float[Tensor, " P"]:
+    """sigmoid(c) + 1 - sigmoid(c - r): for winners that are worse than the model (arXiv 2408.06266, equation 8)."""
+    return scores.chosen_rewards.sigmoid() + (scores.rejected_rewards - scores.chosen_rewards).sigmoid()
+
+
+def discopop_loss(
+    scores: PairScores, beta: float, label_smoothing: float, *, discopop_tau: float = 0.05
+) -> Float[Tensor, " P"]:
+    """-log sigmoid(m) (1 - s) + exp(-m) s with s = sigmoid(m / tau) (DiscoPOP, Lu et al. 2024, arXiv 2406.08414,
+    equation 5)."""
+    margins = scores.margins
+    logistic = -F.logsigmoid(margins) * (-margins / discopop_tau).sigmoid()
+    return logistic + (F.logsigmoid(margins / discopop_tau) - margins).exp()
+
+
+def simpo_loss(
+    scores: PairScores, beta: float, label_smoothing: float, *, simpo_gamma: float = 0.5
+) -> Float[Tensor, " P"]:
+    """Smoothed -log sigmoid(P_c/|c| - P_r/|r| - gamma), without a reference (SimPO, Meng et al. 2024, arXiv
+    2405.14734); TRL's `CPOTrainer` with `loss_type="simpo"` and `cpo_alpha=0`."""
+    chosen, rejected = scores.policies()
+    difference = chosen / scores.chosen_lengths.clamp(min=1) - rejected / scores.rejected_lengths.clamp(min=1)
+    return _smoothed(scores._beyond_target(difference - simpo_gamma), label_smoothing)
+
+
+def cpo_loss(scores: PairScores, beta: float, label_smoothing: float, *, cpo_alpha: float = 1.0) -> Float[Tensor, " P"]:
+    """Smoothed -log sigmoid(P_c - P_r) + alpha NLL(chosen), without a reference (CPO, Xu et al. 2024, arXiv
+    2401.08417); the likelihood is averaged as in `sft_loss`."""
+    chosen, rejected = scores.policies()
+    return _smoothed(scores._beyond_target(chosen - rejected), label_smoothing) + cpo_alpha * scores.chosen_nll
 
 
 def sft_loss(scores: PairScores, beta: float, label_smoothing: float) -> Float[Tensor, " P"]:
@@ -77,7 +189,32 @@ def sft_loss(scores: PairScores, beta: float, label_smoothing: float) -> Float[T
     return scores.chosen_nll.expand_as(scores.chosen_rewards)
 
 
-Loss = Callable[[PairScores, float, float], Float[Tensor, " P"]]
+Loss = Callable[..., Float[Tensor, " P"]]
+"""`loss(scores, beta, label_smoothing)`, with its constants behind, if any."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kind:
+    """What is asked of a loss before it is computed.
+
+    Attributes:
+        smooths: whether it makes use of `label_smoothing`.
+        takes_margins: whether a pair's own margin enters it.
+        compares_pairs: whether a pair's loss depends on the others of its batch (it sorts them).
+        needs_reference: whether it has a reference at all.
+        needs_policy: whether it looks at the policy's part of the rewards apart.
+        needs_tokens: whether it divides by lengths, so that every node whose likelihood counts must have tokens.
+        constants: its own options, by name with their defaults.
+    """
+
+    smooths: bool = False
+    takes_margins: bool = False
+    compares_pairs: bool = False
+    needs_reference: bool = True
+    needs_policy: bool = False
+    needs_tokens: bool = False
+    constants: tuple[str, ...] = ()
+
 
 LOSSES: dict[str, Loss] = {
     "sigmoid": sigmoid_loss,
@@ -85,106 +222,85 @@ LOSSES: dict[str, Loss] = {
     "hinge": hinge_loss,
     "robust": robust_loss,
     "sft": sft_loss,
+    "exo_pair": exo_pair_loss,
+    "nca_pair": nca_pair_loss,
+    "bco_pair": bco_pair_loss,
+    "sppo_hard": sppo_hard_loss,
+    "aot": aot_loss,
+    "aot_unpaired": aot_unpaired_loss,
+    "apo_zero": apo_zero_loss,
+    "apo_down": apo_down_loss,
+    "discopop": discopop_loss,
+    "sigmoid_norm": sigmoid_norm_loss,
+    "simpo": simpo_loss,
+    "cpo": cpo_loss,
 }
-SMOOTHED_LOSSES = ["sigmoid", "robust"]
-
-
-def register_loss(name: str, loss: Loss, *, smoothed: bool = False) -> None:
-    """Makes a loss of one's own known, so that `loss_type` can name it like the others.
-
-    Args:
-        name: what `loss_type` calls it.
-        loss: `loss(scores, beta, label_smoothing)` from `PairScores` of P pairs to a loss for each, (P,),
-            differentiable by the scores. beta is the objective's, which the rewards contain already.
-        smoothed: whether it makes use of `label_smoothing`, which is refused for losses that do not.
-
-    Raises:
-        PlanError: for a name that is taken (by another function: one that is defined again replaces itself), or what
-            cannot be called with these three arguments.
-    """
-    if not isinstance(name, str) or not name:
-        raise PlanError(f"register_loss: the name of a loss must be a text that is not empty, got {name!r}.")
-    try:
-        inspect.signature(loss).bind(None, 0.1, 0.0)
-    except (TypeError, ValueError) as error:
-        raise PlanError(
-            f"register_loss: {name!r} must be a function loss(scores, beta, label_smoothing); {loss!r} cannot be "
-            f"called with these three ({error})."
-        ) from error
-    known = LOSSES.get(name)
-    if known is not None and known is not loss:
-        path = function_path(loss)
-        if path is None or path != function_path(known):
-            raise PlanError(f"register_loss: the name {name!r} is taken by {known!r}; choose another.")
-    LOSSES[name] = loss
-    if name in SMOOTHED_LOSSES:
-        SMOOTHED_LOSSES.remove(name)
-    if smoothed:
-        SMOOTHED_LOSSES.append(name)
+KINDS: dict[str, Kind] = {
+    "sigmoid": Kind(smooths=True, takes_margins=True),
+    "ipo": Kind(),
+    "hinge": Kind(takes_margins=True),
+    "robust": Kind(smooths=True, takes_margins=True),
+    "sft": Kind(),
+    "exo_pair": Kind(smooths=True, takes_margins=True),
+    "nca_pair": Kind(),
+    "bco_pair": Kind(),
+    "sppo_hard": Kind(),
+    "aot": Kind(smooths=True, compares_pairs=True, needs_policy=True),
+    "aot_unpaired": Kind(smooths=True, compares_pairs=True),
+    "apo_zero": Kind(),
+    "apo_down": Kind(),
+    "discopop": Kind(takes_margins=True, constants=("discopop_tau",)),
+    "sigmoid_norm": Kind(needs_tokens=True),
+    "simpo": Kind(
+        smooths=True, takes_margins=True, needs_reference=False, needs_policy=True, needs_tokens=True,
+        constants=("simpo_gamma",),
+    ),
+    "cpo": Kind(
+        smooths=True, takes_margins=True, needs_reference=False, needs_policy=True, constants=("cpo_alpha",)
+    ),
+}  # fmt: skip
 
 
 def pair_losses(
-    scores: PairScores, loss_types: Sequence[str], loss_weights: Sequence[float], *, beta: float, label_smoothing: float
+    scores: PairScores,
+    loss_types: Sequence[str],
+    loss_weights: Sequence[float],
+    *,
+    beta: float,
+    label_smoothing: float,
+    constants: Mapping[str, float] | None = None,
 ) -> Float[Tensor, " P"]:
     """Weighted sum of the named losses of each pair.
+
+    Args:
+        constants: of the losses that have any (`Kind.constants`), by name; those that are missing have their defaults.
 
     Raises:
         KeyError: for a name that is not in `LOSSES`.
         PlanError: for a loss that does not return one number a pair.
     """
-    margins = scores.margins
-    total = torch.zeros_like(margins)
+    shape = scores.chosen_rewards.shape
+    total = torch.zeros_like(scores.chosen_rewards)
     for name, weight in zip(loss_types, loss_weights, strict=True):
-        loss = LOSSES[name](scores, beta, label_smoothing)
-        if not isinstance(loss, Tensor) or loss.shape != margins.shape:
+        own = {key: (constants or {})[key] for key in KINDS[name].constants if key in (constants or {})}
+        loss = LOSSES[name](scores, beta, label_smoothing, **own)
+        if not isinstance(loss, Tensor) or loss.shape != shape:
             got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-            raise PlanError(f"loss_type {name!r} must return one loss a pair, shape {tuple(margins.shape)}, got {got}.")
+            raise PlanError(f"loss_type {name!r} must return one loss a pair, shape {tuple(shape)}, got {got}.")
         total = total + weight * loss
     return total
 
 
 def preference_loss(
-    scores: PairScores, loss_types: Sequence[str], loss_weights: Sequence[float], *, beta: float, label_smoothing: float
+    scores: PairScores,
+    loss_types: Sequence[str],
+    loss_weights: Sequence[float],
+    *,
+    beta: float,
+    label_smoothing: float,
+    constants: Mapping[str, float] | None = None,
 ) -> Float[Tensor, ""]:
     """Weighted sum of the named losses, averaged over pairs; see `pair_losses`."""
-    return pair_losses(scores, loss_types, loss_weights, beta=beta, label_smoothing=label_smoothing).mean()
-
-
-def candidate_log_sum(joint: Float[Tensor, " M"], prompt: Int[Tensor, " M"], num_prompts: int) -> Float[Tensor, " P"]:
-    """log sum over a prompt's candidates of exp(joint): SysDPO-Sampling's estimate of log p(z|x).
-
-    Args:
-        joint: log p(y, z|x) of every candidate.
-        prompt: the prompt that each candidate belongs to.
-        num_prompts: P; a prompt without candidates gets -inf.
-    """
-    top = joint.new_full((num_prompts,), -torch.inf).scatter_reduce(0, prompt, joint.detach(), "amax")
-    shift = top.masked_fill(top.isinf(), 0.0)
-    return joint.new_zeros(num_prompts).index_add(0, prompt, (joint - shift[prompt]).exp()).log() + shift
-
-
-def responsibilities(joint: Float[Tensor, " M"], prompt: Int[Tensor, " M"], num_prompts: int) -> Float[Tensor, " M"]:
-    """Softmax of the joint log-probabilities within each prompt: the coefficients of the Sampling gradient."""
-    return (joint - candidate_log_sum(joint, prompt, num_prompts)[prompt]).exp()
-
-
-def effective_sample_size(
-    weights: Float[Tensor, " M"], prompt: Int[Tensor, " M"], num_prompts: int
-) -> Float[Tensor, " P"]:
-    """1 / sum of squared responsibilities (Kish): k when all candidates matter alike, 1 when one has everything."""
-    return 1 / weights.new_zeros(num_prompts).index_add(0, prompt, weights**2)
-
-
-def certificate(
-    log_sum: Float[Tensor, " P"], coverage: Float[Tensor, " P"]
-) -> tuple[Float[Tensor, " P"], Float[Tensor, " P"]]:
-    """Bounds on log p(z|x) for a discrete z: p-hat <= p(z|x) <= p-hat + (1 - c).
-
-    Args:
-        log_sum: log p-hat, the log of the sum of p(y, z|x) over distinct candidates.
-        coverage: c, the sum of p(y|x) over the same candidates, at most 1; what is left bounds what was left out.
-
-    Returns:
-        The logarithms of the lower and the upper bound.
-    """
-    return log_sum, torch.logaddexp(log_sum, (1 - coverage).clamp(min=0).log()).clamp(max=0)
+    return pair_losses(
+        scores, loss_types, loss_weights, beta=beta, label_smoothing=label_smoothing, constants=constants
+    ).mean()

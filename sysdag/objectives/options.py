@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
 from sysdag.errors import PlanError
 from sysdag.graph.plan import Objective
-from sysdag.objectives.losses import LOSSES, SMOOTHED_LOSSES, register_loss
-from sysdag.saving.loading import load_function
+from sysdag.objectives.losses import KINDS, Kind
+from sysdag.objectives.own_losses import look_up
 
 _SAMPLING_ONLY = (
     "responsibility_temperature",
@@ -113,8 +114,22 @@ class ObjectiveOptions:
         beta: strength of the regularisation towards the reference.
         loss_type, loss_weights: names in `sysdag.objectives.losses.LOSSES`, and one weight each (1 by default). A loss
             of one's own is named once it is registered (`sysdag.objectives.register_loss`), or by where it stands:
-            `FILE.py:function` or `package.module:function`.
-        label_smoothing: probability that a preference is flipped, for `sigmoid` and `robust`.
+            `FILE.py:function` or `package.module:function`; it is tried out on a few pairs.
+        label_smoothing: probability that a preference is flipped, for `sigmoid`, `robust`, `exo_pair` (which needs it),
+            `aot`, `aot_unpaired`, `simpo` and `cpo`.
+        discopop_tau: temperature of the blend in `discopop`.
+        simpo_gamma: margin that `simpo` asks for, in nats times beta a token.
+        cpo_alpha: weight of the winners' negative log-likelihood in `cpo`.
+        reference_free: takes log q = 0, a reference that gives all runs one probability: it is neither loaded nor
+            scored. `simpo` and `cpo` by themselves, or with `sft`, are so without being told.
+        ld_alpha: weight of the tokens behind the length that both sides of a pair have, node by node, in [0, 1]
+            (LD-DPO, Liu et al. 2024, arXiv 2409.06411); None weighs all alike. Only Direct.
+        use_weighting: weighs each pair by how probable the policy finds it, beside what it would draw itself: exp of
+            the mean over terms of log p - log sum p^2, of winner times loser, over all exact nodes (WPO, Zhou et al.
+            2024, arXiv 2406.11827). Only Direct.
+        group_dro: trains for the group of pairs (a column `group`) whose loss is largest; see
+            `sysdag.objectives.group_weights`.
+        group_dro_step_size: of the groups' weights, eta in q_g <- q_g exp(eta loss_g).
         responsibility_temperature: t in t log sum exp(joint / t) over candidates; above 1 it keeps one candidate from
             taking the whole gradient. 1 is the paper's.
         candidate_length_normalization: divides each candidate's joint log-probability by its number of tokens before
@@ -132,6 +147,14 @@ class ObjectiveOptions:
     loss_type: tuple[str, ...] = ("sigmoid",)
     loss_weights: tuple[float, ...] | None = None
     label_smoothing: float = 0.0
+    discopop_tau: float = 0.05
+    simpo_gamma: float = 0.5
+    cpo_alpha: float = 1.0
+    reference_free: bool = False
+    ld_alpha: float | None = None
+    use_weighting: bool = False
+    group_dro: bool = False
+    group_dro_step_size: float = 0.01
     responsibility_temperature: float = 1.0
     candidate_length_normalization: bool = False
     candidates_from: Literal["policy", "reference"] = "policy"
@@ -142,26 +165,13 @@ class ObjectiveOptions:
             raise PlanError(f"objective must be 'direct' or 'sampling', got {self.objective!r}.")
         if not self.beta > 0:
             raise PlanError(f"beta must be positive, got {self.beta}.")
-        for name in self.loss_type:
-            if name not in LOSSES and ":" in name:
-                register_loss(name, load_function(name))
-        unknown = [name for name in self.loss_type if name not in LOSSES]
-        if unknown or not self.loss_type:
-            raise PlanError(
-                f"loss_type must name one or more of {sorted(LOSSES)}, or a function of your own as FILE.py:function, "
-                f"got {list(self.loss_type)}."
-            )
+        look_up(self.loss_type, self.beta)
         if self.loss_weights is not None and len(self.loss_weights) != len(self.loss_type):
             raise PlanError(
                 f"loss_weights needs one weight for each of loss_type {list(self.loss_type)}, got {self.loss_weights}."
             )
-        if not 0 <= self.label_smoothing < 0.5:
-            raise PlanError(f"label_smoothing must be in [0, 0.5), got {self.label_smoothing}.")
-        if self.label_smoothing and not set(self.loss_type) & set(SMOOTHED_LOSSES):
-            raise PlanError(
-                f"label_smoothing={self.label_smoothing} has no effect on loss_type {list(self.loss_type)}; it belongs "
-                f"to {SMOOTHED_LOSSES}."
-            )
+        self._check_losses()
+        self._check_weighting()
         if not self.responsibility_temperature > 0:
             raise PlanError(f"responsibility_temperature must be positive, got {self.responsibility_temperature}.")
         if self.candidates_from not in ("policy", "reference"):
@@ -172,6 +182,80 @@ class ObjectiveOptions:
             for option in _SAMPLING_ONLY:
                 if getattr(self, option) != getattr(ObjectiveOptions, option):
                     raise PlanError(f"{option} has no effect on objective='direct', which observes the intermediates.")
+
+    def _check_losses(self) -> None:
+        if not 0 <= self.label_smoothing < 0.5:
+            raise PlanError(f"label_smoothing must be in [0, 0.5), got {self.label_smoothing}.")
+        if self.label_smoothing and not any(kind.smooths for kind in self.kinds):
+            raise PlanError(
+                f"label_smoothing={self.label_smoothing} has no effect on loss_type {list(self.loss_type)}; it belongs "
+                f"to {sorted(name for name, kind in KINDS.items() if kind.smooths)}."
+            )
+        if "exo_pair" in self.loss_type and not self.label_smoothing:
+            raise PlanError("loss_type 'exo_pair' needs a label_smoothing above 0; the paper recommends 1e-3.")
+        for option, least in (("discopop_tau", "positive"), ("simpo_gamma", "finite"), ("cpo_alpha", "0 or more")):
+            value = getattr(self, option)
+            served = [name for name, kind in KINDS.items() if option in kind.constants]
+            if value != getattr(ObjectiveOptions, option) and not set(served) & set(self.loss_type):
+                raise PlanError(f"{option} has no effect on loss_type {list(self.loss_type)}; it belongs to {served}.")
+            is_low = value <= 0 if least == "positive" else value < 0 if least == "0 or more" else False
+            if is_low or not math.isfinite(value):
+                raise PlanError(f"{option} must be {least}, got {value}.")
+        if self.reference_free and "aot" in self.loss_type:
+            raise PlanError("reference_free=True leaves loss_type 'aot' nothing that the policy is to dominate.")
+        if not self.needs_reference and self.candidates_from == "reference":
+            raise PlanError("candidates_from='reference' needs a reference, and this objective has none.")
+
+    def _check_weighting(self) -> None:
+        if self.ld_alpha is not None and not 0 <= self.ld_alpha <= 1:
+            raise PlanError(f"ld_alpha must be in [0, 1], got {self.ld_alpha}.")
+        if self.ld_alpha is not None and self.objective == "sampling":
+            raise PlanError(
+                "ld_alpha does not go with objective='sampling': its sum over candidates is one of probabilities, and "
+                "a likelihood whose tokens are weighted is none."
+            )
+        counted = [name for name in self.loss_type if name in ("sft", "cpo")]
+        if self.ld_alpha is not None and counted:
+            raise PlanError(
+                f"ld_alpha does not go with loss_type {counted[0]!r}, in which the winner's tokens count alike."
+            )
+        if self.use_weighting and self.objective == "sampling":
+            raise PlanError(
+                "use_weighting does not go with objective='sampling': it weighs whole runs, of which only the outputs "
+                "are observed."
+            )
+        if self.group_dro_step_size <= 0 or not math.isfinite(self.group_dro_step_size):
+            raise PlanError(f"group_dro_step_size must be positive, got {self.group_dro_step_size}.")
+        if not self.group_dro and self.group_dro_step_size != ObjectiveOptions.group_dro_step_size:
+            raise PlanError("group_dro_step_size has no effect without group_dro=True.")
+        for option in ("use_weighting", "group_dro"):
+            if getattr(self, option) and self.compares_pairs:
+                raise PlanError(
+                    f"{option}=True weighs single pairs, and {self.compares_pairs} sorts them over the batch."
+                )
+
+    @property
+    def kinds(self) -> list[Kind]:
+        """Of the losses, in their order."""
+        return [KINDS[name] for name in self.loss_type]
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether anything is compared with the reference's scores."""
+        without = any(not kind.needs_reference for kind in self.kinds)
+        return not self.reference_free and not (
+            without and all(name == "sft" or not KINDS[name].needs_reference for name in self.loss_type)
+        )
+
+    @property
+    def compares_pairs(self) -> str | None:
+        """The first loss that depends on which pairs are in a batch together."""
+        return next((name for name in self.loss_type if KINDS[name].compares_pairs), None)
+
+    @property
+    def constants(self) -> dict[str, float]:
+        """Of the losses, by name."""
+        return {name: getattr(self, name) for kind in self.kinds for name in kind.constants}
 
     @property
     def weights(self) -> tuple[float, ...]:

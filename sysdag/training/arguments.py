@@ -53,6 +53,25 @@ def check_dataset(name: str, rows: Any) -> None:
         raise DataError(f"{name} has no rows, so there is nothing to {what} on.")
 
 
+def check_batches(args: SysDPOConfig) -> None:
+    """Refuses batches that come in parts where a loss compares the pairs of a whole one.
+
+    The parts of a batch that `micro_batch_tokens` makes are none: the loss sees all their scores.
+    """
+    name = args.objective_options().compares_pairs
+    if name is None:
+        return
+    said = f"loss_type {name!r} sorts the pairs of a batch"
+    if args.gradient_accumulation_steps > 1:
+        raise PlanError(
+            f"{said}, and gradient_accumulation_steps={args.gradient_accumulation_steps} would sort each part by "
+            "itself. Raise per_device_train_batch_size instead: micro_batch_tokens bounds what is computed at once, "
+            "whatever the batch."
+        )
+    if args.world_size > 1:
+        raise PlanError(f"{said}, and {args.world_size} processes would each sort their own. Train it in one process.")
+
+
 def check_precision(args: SysDPOConfig) -> None:
     if args.deepspeed is not None and args.fp16:
         raise PlanError("DeepSpeed scales losses of fp16 inside its backward, which parts of a loss bypass; use bf16.")

@@ -14,8 +14,9 @@ import torch
 from transformers import TrainingArguments
 
 from sysdag.errors import PlanError
-from sysdag.objectives.losses import LOSSES
+from sysdag.objectives.losses import KINDS, LOSSES
 from sysdag.objectives.options import EngineOptions, NodeOptions, ObjectiveOptions, ReferenceOptions
+from sysdag.objectives.own_losses import name_of
 
 
 def _option(default: Any, about: str) -> Any:
@@ -30,10 +31,14 @@ class SysDPOConfig(TrainingArguments):
     Args:
         objective: `direct` (intermediates observed) or `sampling` (approximated by candidates).
         beta: strength of the regularisation towards the reference.
-        loss_type: one or more of `sigmoid`, `ipo`, `hinge`, `robust`, `sft`, or a loss of one's own: see
-            `sysdag.objectives.options.ObjectiveOptions`. A plain name stands for a list of one.
+        loss_type: one or more names of `sysdag.objectives.losses.LOSSES`, or losses of one's own: a function, or where
+            it stands (see `sysdag.objectives.options.ObjectiveOptions`). One stands for a list of one; a function
+            becomes its name.
         loss_weights: one weight for each loss; all 1 by default.
-        label_smoothing: probability that a preference is flipped, for `sigmoid` (cDPO) and `robust`; in [0, 0.5).
+        label_smoothing: probability that a preference is flipped, for losses that smooth; in [0, 0.5).
+        discopop_tau, simpo_gamma, cpo_alpha: constants of single losses; see
+            `sysdag.objectives.options.ObjectiveOptions`, as for `reference_free`, `ld_alpha`, `use_weighting`,
+            `group_dro` and `group_dro_step_size`.
         empty: `drop` leaves out rows whose chosen output is empty, `keep` trains on them.
         nodes: options by node: `{"answer": {"beta": 0.2, "scale": 1.0, "learning_rate": 1e-5, "trainable": False}}`,
             or the same as a text in JSON.
@@ -67,12 +72,22 @@ class SysDPOConfig(TrainingArguments):
     beta: float = _option(0.1, "Strength of the regularisation towards the reference.")
     loss_type: list[str] | str = field(
         default_factory=lambda: ["sigmoid"],
-        metadata={"help": "One or more of sigmoid, ipo, hinge, robust, sft, FILE.py:function."},
+        metadata={"help": f"One or more of {', '.join(LOSSES)}, FILE.py:function."},
     )
     loss_weights: list[float] | None = _option(None, "One weight for each loss; all 1 by default.")  # noqa: RUF009
     label_smoothing: float = _option(
-        0.0, "Probability that a preference is flipped, for sigmoid (cDPO) and robust; in [0, 0.5)."
+        0.0,
+        "Probability that a preference is flipped, in [0, 0.5): for "
+        f"{', '.join(name for name, kind in KINDS.items() if kind.smooths)}.",
     )
+    discopop_tau: float = _option(0.05, "Temperature of the blend in discopop.")
+    simpo_gamma: float = _option(0.5, "Margin that simpo asks for, in nats times beta a token.")
+    cpo_alpha: float = _option(1.0, "Weight of the winners' negative log-likelihood in cpo.")
+    reference_free: bool = _option(False, "Neither load nor score a reference; simpo and cpo have none anyway.")
+    ld_alpha: float | None = _option(None, "Weight of tokens behind the length that both sides of a pair have, 0 to 1.")
+    use_weighting: bool = _option(False, "Weigh pairs by how probable the policy finds them (WPO).")
+    group_dro: bool = _option(False, "Train for the worst of the groups that a column `group` names.")
+    group_dro_step_size: float = _option(0.01, "Step size of the groups' weights.")
     empty: str = _option("drop", "'drop' leaves out rows whose chosen output is empty, 'keep' trains on them.")
     responsibility_temperature: float = _option(
         1.0, "Of Sampling: above 1 it keeps one candidate from taking the whole gradient; 1 is the paper's."
@@ -116,8 +131,8 @@ class SysDPOConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         self._check_types()
-        if isinstance(self.loss_type, str):
-            self.loss_type = [self.loss_type]
+        losses = [self.loss_type] if isinstance(self.loss_type, str) or callable(self.loss_type) else self.loss_type
+        self.loss_type = [each if isinstance(each, str) else name_of(each) for each in losses]
         if isinstance(self.nodes, str):
             self.nodes = _nodes_from_json(self.nodes)
         if self.remove_unused_columns:
@@ -155,10 +170,10 @@ class SysDPOConfig(TrainingArguments):
         if not all(isinstance(weight, (int, float)) for weight in self.loss_weights or ()):
             raise PlanError(f"loss_weights must be numbers, got {self.loss_weights!r}.")
         losses = [self.loss_type] if isinstance(self.loss_type, str) or callable(self.loss_type) else self.loss_type
-        if not isinstance(losses, (list, tuple)) or not all(isinstance(name, str) for name in losses):
+        if not isinstance(losses, (list, tuple)) or not all(isinstance(n, str) or callable(n) for n in losses):
             raise PlanError(
-                f"loss_type must name one or more of {sorted(LOSSES)}, got {self.loss_type!r}. A "
-                "function of your own is named, too, after register_loss(name, function)."
+                f"loss_type must name one or more of {sorted(LOSSES)}, or be a function "
+                f"loss(scores, beta, label_smoothing) of your own, got {self.loss_type!r}."
             )
 
     def objective_options(self) -> ObjectiveOptions:
@@ -245,11 +260,9 @@ _OF_COMPONENTS = "it belongs to the components, as in CausalLM(..., {})"
 ELSEWHERE = {
     "activation_offloading": "gradient_checkpointing=True, engine='two_pass' and offload_idle=True save memory",
     "dataset_num_proc": "rows are read in this process",
-    "discopop_tau": f"the losses are {sorted(LOSSES)}",
     "f_alpha_divergence_coef": "the reverse KL divergence is the only one",
     "f_divergence_type": "the reverse KL divergence is the only one",
     "generate_during_eval": "log_traces=N keeps runs of N prompts from before and after training",
-    "ld_alpha": "log-probabilities count all tokens alike",
     "max_completion_length": _OF_COMPONENTS.format("max_new_tokens=256"),
     "max_length": _OF_COMPONENTS.format("max_length=1024"),
     "max_prompt_length": _OF_COMPONENTS.format("max_length=1024, max_new_tokens=256"),
@@ -260,10 +273,8 @@ ELSEWHERE = {
     "peft_config": _OF_COMPONENTS.format("peft_config=LoraConfig(...)"),
     "precompute_ref_batch_size": "micro_batch_tokens bounds what is scored at once",
     "ref_model_init_kwargs": "the reference is each component as it is before training",
-    "reference_free": "the reference is each component as it is before training",
     "router_aux_loss_coef": "the auxiliary loss of a router is no part of the objective",
     "rpo_alpha": "loss_type=['sigmoid', 'sft'] with loss_weights adds the winner's likelihood",
     "truncation_mode": "a prompt that leaves no room loses tokens at its start, a completion at its end",
     "trust_remote_code": _OF_COMPONENTS.format("model_kwargs={'trust_remote_code': True}"),
-    "use_weighting": f"the losses are {sorted(LOSSES)}",
 }

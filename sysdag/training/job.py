@@ -14,6 +14,7 @@ from sysdag.engine.step import SystemModel, options_by_node
 from sysdag.errors import OptionError
 from sysdag.files.run_files import LOG_FILE, RUN_FILE, TRACE_FOLDER
 from sysdag.graph.plan import Plan
+from sysdag.objectives.loss_checks import check_losses
 from sysdag.objectives.strategies import strategy_options
 from sysdag.saving.loading import load_system
 from sysdag.traces.readers import read_all
@@ -50,6 +51,7 @@ def train(job: TrainJob, say: Callable[[str], None] = print) -> SysDPOTrainer | 
     system = load_system(job.system)
     plan = system.compile()
     plan.check(args.objective_options().objective)
+    check_losses(plan, args.objective_options())
     told(f"System {job.system}\n{plan}\n")
     train_rows = _rows(job, plan, job.dataset, job.split, told)
     eval_rows = None

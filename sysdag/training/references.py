@@ -40,6 +40,11 @@ class ReferenceKeeper(TrainerCallback):
         self, model: SystemModel, options: ReferenceOptions, datasets: Mapping[str, Any], output_dir: str | Path
     ) -> None:
         self.model, self.options = model, options
+        for name in ("precompute_ref_log_probs", "sync_ref_model"):
+            if getattr(options, name) and not model.options.needs_reference:
+                raise PlanError(
+                    f"{name}=True has no use: loss_type {list(model.options.loss_type)} trains without a reference."
+                )
         if options.sync_ref_model:
             model.let_references_move()
         self._file = Path(output_dir) / SCORES_FILE

@@ -24,9 +24,14 @@ from sysdag.data.preferences import PreferencePair
 from sysdag.engine.step import SystemModel
 from sysdag.errors import SerializationError
 from sysdag.files.run_files import read_run
+from sysdag.objectives.options import ObjectiveOptions
 from sysdag.traces.cells import Draw
 
 _SAMPLED = 64  # numbers of each of a reference's tensors that its hash is made of
+_LATER = (
+    "discopop_tau", "simpo_gamma", "cpo_alpha", "reference_free", "ld_alpha", "use_weighting", "group_dro",
+    "group_dro_step_size",
+)  # fmt: skip
 _SHOWN = 4  # differences that an error names
 
 
@@ -35,7 +40,11 @@ def model_facts(model: SystemModel) -> dict[str, Any]:
 
     Taken before training, when references and trained tensors are whole and as they start.
     """
-    facts: dict[str, Any] = {f"option {name}": value for name, value in asdict(model.options).items()}
+    facts: dict[str, Any] = {
+        f"option {name}": value
+        for name, value in asdict(model.options).items()
+        if name not in _LATER or value != getattr(ObjectiveOptions, name)  # that checkpoints of before do not name
+    }
     for name, options in model.nodes.items():
         for option in ("beta", "scale", "trainable"):
             facts[f"node {name!r}, option {option}"] = getattr(options, option)
@@ -57,10 +66,14 @@ def data_facts(pairs: Sequence[PreferencePair]) -> dict[str, Any]:
 
 
 def pairs_hash(pairs: Iterable[PreferencePair]) -> str:
-    """SHA-256 of the content of pairs, in their order: inputs, values and records. Images count by their pixels."""
+    """SHA-256 of the content of pairs, in their order: inputs, values, records, and what is said of the pairs
+    themselves. Images count by their pixels."""
     digest = hashlib.sha256()
     for pair in pairs:
         _feed(digest, [dict(pair.inputs), dict(pair.chosen), dict(pair.rejected)])
+        beside = (pair.weight, pair.margin, pair.group)
+        if beside != (1.0, 0.0, None):
+            _feed(digest, list(beside))
     return digest.hexdigest()
 
 
@@ -180,6 +193,7 @@ def write_state(file: Path, model: SystemModel, run: Mapping[str, Any], folder: 
         "run": dict(run),
         "engine": model.engine_state(),
         "candidates": kept,
+        "groups": None if model.groups is None else model.groups.state(),
         "files": {str(path.relative_to(folder).as_posix()): path.stat().st_size for path in listed} if folder else None,
     }
     file.write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
@@ -239,6 +253,8 @@ def _shown(facts: Mapping[str, Any], what: str) -> str:
 def restore_state(state: Mapping[str, Any], model: SystemModel, file: Path) -> None:
     """Lets the model's engine and candidates go on from a state that was read from `file`."""
     model.load_engine_state(state["engine"])
+    if model.groups is not None:
+        model.groups.load(state.get("groups"))
     if model.candidates is not None and state["candidates"] is not None:
         model.candidates.load(_candidates_file(file), state["candidates"])
 

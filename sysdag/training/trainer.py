@@ -25,13 +25,15 @@ from sysdag.errors import PlanError
 from sysdag.graph.plan import Objective, Plan
 from sysdag.graph.system import System
 from sysdag.objectives.candidates import CandidateStrategy
+from sysdag.objectives.loss_checks import check_losses, check_pairs
 from sysdag.saving.serialization import load_weights, save_system
-from sysdag.training.arguments import check_arguments, check_dataset, check_precision
+from sysdag.training.arguments import check_arguments, check_batches, check_dataset, check_precision
 from sysdag.training.checkpoint import CheckpointTrainer
 from sysdag.training.config import SysDPOConfig
 from sysdag.training.initialisation import initialise, mark_trained, warn_if_trained
 from sysdag.training.learning_rates import learning_rates
 from sysdag.training.movement import MovementCheck
+from sysdag.training.pair_groups import PairGroups, lists_of_pairs
 from sysdag.training.pair_means import PairMeans
 from sysdag.training.reference_check import check_reference
 from sysdag.training.references import ReferenceKeeper
@@ -84,9 +86,11 @@ class SysDPOTrainer(CheckpointTrainer):
         for name, rows in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
             check_dataset(name, rows)
         check_precision(args)
+        check_batches(args)
         self.system = model
         plan = model.compile()
         plan.check(args.objective_options().objective)
+        check_losses(plan, args.objective_options())
         initialise(model, args.seed)
         system_model = SystemModel(
             plan, args.objective_options(), args.node_options(), candidates, args.engine_options()
@@ -104,6 +108,9 @@ class SysDPOTrainer(CheckpointTrainer):
         self._warned_of_collapse = self._said_scales = False
         self._encode = functools.partial(_encoded, plan, args.objective_options().objective, args.empty)
         datasets = {"train_dataset": self._encode(train_dataset), "eval_dataset": self._encode(eval_dataset)}
+        for part in lists_of_pairs(datasets):
+            check_pairs(args.objective_options(), part)
+        self._groups = PairGroups(system_model, datasets, self._added_up)
         output_dir = args.output_dir or "trainer_output"
         self._references = ReferenceKeeper(system_model, args.reference_options(), datasets, output_dir)
         self._record = RunRecord(system_model, datasets, lambda: self._run_id)
@@ -118,7 +125,13 @@ class SysDPOTrainer(CheckpointTrainer):
             model=system_model,
             args=args,
             data_collator=lambda pairs: {"pairs": pairs},
-            callbacks=[*(callbacks or []), self._references, self._record, MovementCheck(system_model)],
+            callbacks=[
+                *(callbacks or []),
+                self._references,
+                self._record,
+                MovementCheck(system_model),
+                self._groups,
+            ],
             **datasets,
             **kwargs,
         )
@@ -248,11 +261,13 @@ class SysDPOTrainer(CheckpointTrainer):
     ) -> tuple[torch.Tensor, None, None]:
         with torch.no_grad(), self.compute_loss_context_manager():
             loss, output = self.compute_loss(model, inputs, return_outputs=True)
-        columns = {**output.metrics, _LOSS: output.losses.float()}
+        columns = {**output.metrics, _LOSS: output.losses.float(), **self._groups.column(inputs["pairs"])}
         names = sorted(columns)
         values = torch.stack([columns[name].to(self.args.device) for name in names], 1)
         gathered = self.accelerator.gather_for_metrics(values)  # without the pairs that even out the last batches
-        self._means["eval"].add(dict(zip(names, gathered.T, strict=True)))
+        found = dict(zip(names, gathered.T, strict=True))
+        self._means["eval"].add(self._groups.taken_apart(found))
+        self._means["eval"].add(found)
         return loss.detach(), None, None
 
     def evaluate(
@@ -285,13 +300,15 @@ class SysDPOTrainer(CheckpointTrainer):
         self._means["eval"].clear()
         output = super().evaluation_loop(*args, **kwargs)
         prefix = kwargs.get("metric_key_prefix", "eval")
-        found = {f"{prefix}_{name}": value for name, value in self._means["eval"].take().items()}
+        means = self._means["eval"].take()
+        found = {f"{prefix}_{name}": value for name, value in (means | self._groups.worst(means)).items()}
         return output._replace(metrics={**(output.metrics or {}), **found})
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
             means = self._means["train"].take(lambda sums: self._added_up(sums))
             logs |= means | self._node_gradient_norms()
+            logs |= self._groups.weights()
             size, gap = (means.get(f"candidates/{name}") for name in ("effective_sample_size", "responsibility_gap"))
             if size is not None and gap is not None and gap <= _NO_GAP:
                 self._warn_of_collapse(f"At step {self.state.global_step}", size)

@@ -7,7 +7,8 @@ import pytest
 import torch
 from truth import assert_as_good_as_torch
 
-from sysdag.objectives.losses import LOSSES, PairScores, candidate_log_sum
+from sysdag.objectives.candidate_sums import candidate_log_sum
+from sysdag.objectives.losses import LOSSES, PairScores
 from sysdag.ops import _dispatch
 from sysdag.ops._dispatch import BackendError, extension_raises, use_backend
 from sysdag.ops.preference_loss import LOSS_TYPES, SMOOTHED, _op, preference_loss, preference_loss_reference

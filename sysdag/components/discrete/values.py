@@ -95,6 +95,10 @@ class Discrete(Component):
         indices = torch.tensor([draw.record["index"] for draw in draws], device=log_probs.device)
         return log_probs.gather(1, indices[:, None])[:, 0]
 
+    @torch.no_grad()
+    def typicality(self, inputs: Sequence[Any], draws: Sequence[Draw]) -> Float[Tensor, " n"]:
+        return self.log_prob(inputs, draws) - (2 * self.logits(inputs).log_softmax(-1)).logsumexp(-1)
+
     def search(
         self, inputs: Sequence[Any], num_candidates: int, diversity_penalty: float, ngram_size: int = 1
     ) -> list[list[Draw]]:

@@ -179,15 +179,37 @@ class CausalLM(TextComponent):
 
     def log_prob(self, inputs: Sequence[Any], draws: Sequence[Draw]) -> Float[Tensor, " n"]:
         """Sum of the log-probabilities of the completion's tokens, its end of sequence included where it has one."""
+        return self._scored(inputs, draws)
+
+    def weighted_score(
+        self, inputs: Sequence[Any], draws: Sequence[Draw], heads: Sequence[int], tail: float
+    ) -> Float[Tensor, " n"]:
+        return self._scored(inputs, draws, (heads, tail))
+
+    def _scored(
+        self, inputs: Sequence[Any], draws: Sequence[Draw], weights: tuple[Sequence[int], float] | None = None
+    ) -> Float[Tensor, " n"]:
+        sequences, masks = self._scored_sequences(inputs, draws)
+        with self.lm.at_work() as model:
+            scorer = self._scorer_of(model)
+            found = scorer(sequences, self.lm.pad_token_id, masks, balances=not self.lm.is_reference, weights=weights)
+            self._router_loss = None if self.lm.is_reference else scorer.router_loss
+            return found
+
+    @torch.no_grad()
+    def typicality(self, inputs: Sequence[Any], draws: Sequence[Draw]) -> Float[Tensor, " n"]:
+        sequences, masks = self._scored_sequences(inputs, draws)
+        with self.lm.at_work() as model:
+            return self._scorer_of(model)(sequences, self.lm.pad_token_id, masks, typicality=True)
+
+    def _scored_sequences(
+        self, inputs: Sequence[Any], draws: Sequence[Draw]
+    ) -> tuple[list[tuple[list[int], list[int]]], list[Sequence[int] | None]]:
+        """Prompts and completions, and for each completion which of its tokens count."""
         draws = self.in_context(inputs, draws)
         sequences = self._in_room(inputs, draws)
         masks = [draw.record.get("completion_mask") for draw in draws]
-        masks = [mask and mask[: len(ids)] for mask, (_, ids) in zip(masks, sequences, strict=True)]
-        with self.lm.at_work() as model:
-            scorer = self._scorer_of(model)
-            found = scorer(sequences, self.lm.pad_token_id, masks, balances=not self.lm.is_reference)
-            self._router_loss = None if self.lm.is_reference else scorer.router_loss
-            return found
+        return sequences, [mask and mask[: len(ids)] for mask, (_, ids) in zip(masks, sequences, strict=True)]
 
     def take_auxiliary_loss(self) -> tuple[float, Tensor] | None:
         found, self._router_loss = self._router_loss, None

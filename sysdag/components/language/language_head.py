@@ -78,6 +78,24 @@ class TokenScorer:
                 bias=None if bias is None else bias * head.scale, softcap=head.softcap, logit_scale=head.scale,
             )  # fmt: skip
 
+    @torch.no_grad()
+    def typicality(
+        self, inputs: Mapping[str, Any], rows: Int[Tensor, " M"], labels: Int[Tensor, " M"]
+    ) -> Float[Tensor, " M"]:
+        """log p of each label where it is predicted, less log sum_v p(v)^2 there; logits of some rows at a time."""
+        output = self._hidden(inputs) if self._candidates else None
+        if output is None or output.hidden is None:
+            whole = self.model(**inputs, use_cache=False).logits.flatten(0, 1)
+            return torch.cat([_typical(whole[some].float(), of) for some, of in _chunks(rows, labels, whole.shape[-1])])
+        head, hidden = self._candidates[0], output.hidden.flatten(0, 1)
+        with torch.autocast(labels.device.type, dtype=output.autocast, enabled=output.autocast is not None):
+            return torch.cat(
+                [
+                    _typical(head.logits(hidden[some].to(head.linear.weight.dtype)), of)
+                    for some, of in _chunks(rows, labels, head.linear.out_features)
+                ]
+            )
+
     def _hidden(self, inputs: Mapping[str, Any]) -> _Output | None:
         """What the decoder returns, or None if the model turns out to make its logits in another way."""
         ids = inputs["input_ids"]
@@ -101,6 +119,20 @@ class TokenScorer:
                 )
                 return None
         return output
+
+
+_CHUNK = 2**24  # logits that are held at once
+
+
+def _chunks(rows: Tensor, labels: Tensor, vocabulary: int) -> Iterator[tuple[Tensor, Tensor]]:
+    size = max(1, _CHUNK // vocabulary)
+    yield from zip(rows.split(size), labels.split(size), strict=True)
+
+
+def _typical(logits: Float[Tensor, "M V"], labels: Int[Tensor, " M"]) -> Float[Tensor, " M"]:
+    """log p_y - log sum p^2 = l_y + logsumexp(l) - logsumexp(2 l)."""
+    logits = logits.float()
+    return logits.gather(1, labels[:, None])[:, 0] + logits.logsumexp(-1) - (2 * logits).logsumexp(-1)
 
 
 @dataclass

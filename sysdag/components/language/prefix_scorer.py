@@ -76,6 +76,8 @@ class PrefixScorer:
         masks: Sequence[Ids | None] | None = None,
         *,
         balances: bool = False,
+        weights: tuple[Sequence[int], float] | None = None,
+        typicality: bool = False,
     ) -> Float[Tensor, " n"]:
         """Sum of the natural log-probabilities of each completion's tokens, given its prompt.
 
@@ -86,13 +88,15 @@ class PrefixScorer:
             pad_token_id: what fills rows.
             masks: for each completion 1 for a token that is scored and 0 for one that is only read; None scores all.
             balances: whether `router_loss`, where the model has one, records the loss of these sequences.
+            weights: for each completion how many of its scored tokens count whole, and what those behind them weigh.
+            typicality: sums log p - log sum p^2 of the tokens instead, without gradient (see `Component.typicality`).
 
         Raises:
             PlanError: for a model whose logits depend on the tokens behind them.
         """
         hidden_size = self._hidden_size(sequences)
         if self._pads:
-            return self._scored(sequences, hidden_size, pad_token_id, masks, balances)
+            return self._scored(sequences, hidden_size, pad_token_id, masks, balances, weights, typicality)
         masks = [None] * len(sequences) if masks is None else masks
         lengths = [len(prompt) + len(completion) for prompt, completion in sequences]
         order: list[int] = []
@@ -100,7 +104,9 @@ class PrefixScorer:
         for length in sorted(set(lengths)):
             group = [number for number, each in enumerate(lengths) if each == length]
             own = [masks[number] for number in group]
-            parts.append(self._scored([sequences[number] for number in group], 0, pad_token_id, own, balances))
+            heads = None if weights is None else ([weights[0][number] for number in group], weights[1])
+            some = [sequences[number] for number in group]
+            parts.append(self._scored(some, 0, pad_token_id, own, balances, heads, typicality))
             order += group
         back = torch.tensor(order).argsort().to(parts[0].device)
         return torch.cat(parts)[back]
@@ -112,15 +118,19 @@ class PrefixScorer:
         pad: int,
         masks: Sequence[Ids | None] | None,
         balances: bool,
+        weights: tuple[Sequence[int], float] | None,
+        typicality: bool,
     ) -> Float[Tensor, " n"]:
         trie = token_trie.pack(sequences, hidden_size, pad, masks)
         device = _device(self.model)
         inputs = model_inputs(self.model, trie, device)
         records = self.router_loss.recording(trie) if balances and self.router_loss else contextlib.nullcontext()
         with records:
-            found = self._tokens(inputs, trie.rows.to(device), trie.labels.to(device))
+            score = self._tokens.typicality if typicality else self._tokens
+            found = score(inputs, trie.rows.to(device), trie.labels.to(device))
         sequence, label = trie.sequence.to(found.device), trie.label.to(found.device)
-        return found.new_zeros(trie.num_sequences).index_add(0, sequence, found[label])
+        values = found[label] if weights is None else found[label] * _tail_weights(trie, *weights).to(found)
+        return found.new_zeros(trie.num_sequences).index_add(0, sequence, values)
 
     def groups(self, sequences: Sequence[tuple[Ids, Ids]], max_tokens: int) -> list[list[int]]:
         """Groups of sequences for which one call computes at most `max_tokens` positions; see `token_trie.groups`."""
@@ -151,6 +161,16 @@ class PrefixScorer:
             _say_unpacked(self.model, reason or found.tries)
         if not self._pads:
             _say(self.model, logging.WARNING, f"is scored in rows of one length: {found.padding}")
+
+
+def _tail_weights(trie: TokenTrie, heads: Sequence[int], tail: float) -> Float[Tensor, " P"]:
+    """1 for the first `heads` labels of each sequence, `tail` for those behind them."""
+    counts = torch.bincount(trie.sequence, minlength=trie.num_sequences)
+    order = trie.sequence.argsort(stable=True)
+    place = torch.empty_like(order)
+    place[order] = torch.arange(len(order)) - (counts.cumsum(0) - counts)[trie.sequence[order]]
+    whole = place < torch.tensor(list(heads))[trie.sequence]
+    return torch.where(whole, 1.0, torch.tensor(tail, dtype=torch.float64))
 
 
 def model_inputs(model: Any, trie: TokenTrie, device: torch.device) -> dict[str, Any]:

@@ -37,6 +37,7 @@ class TextComponent(Component):
     """
 
     value_type = str
+    has_tokens = True
     row_options = ROW_OPTIONS
 
     def __init__(
