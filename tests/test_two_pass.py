@@ -246,6 +246,24 @@ def test_no_gradient_waits_in_fp16_nor_more_than_there_is_room_for():
     assert [room.take(own), room.take(own)] == [True, False]
 
 
+def test_no_backward_runs_under_autocast(roomy):
+    """Autocast casts matrix products of a backward, too, which torch advises against."""
+    found, seen = [], []
+    for options in ({"engine": "one_pass"}, {"engine": "two_pass", "micro_batch_tokens": 1}):
+        model, pairs = make("direct", **options)
+        for component in model.components.values():
+            hidden = component.module.model.layers[0].mlp
+            hidden.register_full_backward_hook(lambda *_: seen.append(torch.is_autocast_enabled("cpu")))
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            output = model(pairs)
+        accumulate_gradients(model, output)
+        found.append({name: parameter.grad for name, parameter in model.named_parameters()})
+    assert len(seen) > 4
+    assert not any(seen)
+    largest = max(float(gradient.abs().max()) for gradient in found[0].values())
+    assert all(float((found[1][n] - g).abs().max()) < 0.02 * largest for n, g in found[0].items())
+
+
 @pytest.mark.parametrize("case", ["direct", "adapters"])
 def test_parameters_inside_checkpoints_with_reentrance_are_reached(case, roomy):
     _, expected = gradients_of(*make(case, engine="one_pass"))

@@ -34,8 +34,8 @@ class KeptGraph:
 class KeptGradient:
     """The gradient of one element's score by the parameters that it depends on.
 
-    By a backward like any other: `torch.autograd.grad` leaves out, in silence, parameters that are used inside a
-    checkpoint with reentrance.
+    By a backward like any other, outside autocast: `torch.autograd.grad` leaves out, in silence, parameters that are
+    used inside a checkpoint with reentrance.
     """
 
     def __init__(self, score: Float[Tensor, " 1"], parameters: Sequence[nn.Parameter]) -> None:
@@ -43,7 +43,8 @@ class KeptGradient:
         for parameter in parameters:
             parameter.grad = None
         try:
-            score.sum().backward()
+            with torch.autocast(score.device.type, enabled=False):
+                score.sum().backward()
             reached = [(parameter, parameter.grad) for parameter in parameters if parameter.grad is not None]
         finally:
             for parameter, gradient in zip(parameters, accumulated, strict=True):
