@@ -71,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = measure.options(__doc__, "reference_free", arguments, devices=["cpu"], threads=2, repeats=5)
     rows = []
     for lora in (False, True):
-        case = Case("two LLMs", candidates=4, lora=lora)
+        case = Case("two LLMs", candidates=2, lora=lora)
         trained = {loss: Trained(case, loss) for loss in (BASELINE, "simpo")}
 
         def clear(trained: dict[str, Trained] = trained) -> None:

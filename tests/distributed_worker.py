@@ -37,7 +37,7 @@ def build(folder, lora):
 
 def train(
     folder, *, batch, objective="direct", lora=False, engine="two_pass", tokens=8192, accumulation=1, fsdp=None,
-    deepspeed=False, resume=False, optim="sgd", **others,
+    deepspeed=False, resume=False, optim="sgd", grouped=False, **others,
 ):  # fmt: skip
     """Trains two tiny LLMs by the trainer, with DDP where there are several processes, or what is asked for there."""
     system = build(folder, lora)
@@ -65,7 +65,10 @@ def train(
         engine=engine, micro_batch_tokens=tokens, **others,
     )  # fmt: skip
     candidates = DiverseBeamSearch(num_candidates=3) if objective == "sampling" else None
-    trainer = SysDPOTrainer(system, args, candidates=candidates, train_dataset=rows(16 * accumulation))
+    data = rows(16 * accumulation)
+    if grouped:
+        data = [row | {"group": "ab"[i % 3 == 0], "weight": 1 + i % 2} for i, row in enumerate(data)]
+    trainer = SysDPOTrainer(system, args, candidates=candidates, train_dataset=data)
     seen = []
     compare = SystemModel.compare
 
