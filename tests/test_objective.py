@@ -30,7 +30,7 @@ def pair_scores(chosen, rejected, chosen_lengths=None, rejected_lengths=None, nl
 
 
 def log_sigmoid(x):
-    return -math.log1p(math.exp(-x))
+    return min(x, 0.0) - math.log1p(math.exp(-abs(x)))
 
 
 def sigmoid(x):
