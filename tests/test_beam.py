@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from sysdag.components.language.beam import _in_place, diverse_beam_search, diverse_beam_step
-from sysdag.components.language.cached_decoder import _roomy_layer_class
+from sysdag.components.language import key_value_slabs
+from sysdag.components.language.beam import diverse_beam_search, diverse_beam_step
+from sysdag.components.language.decoder import arranged
 
 FIXTURES = Path(__file__).parent / "fixtures" / "diverse_beam"
 RECORDED = json.loads((FIXTURES / "cases.json").read_text())
@@ -77,7 +78,7 @@ def test_same_as_transformers(number):
 
 
 def test_same_when_the_cache_grows_often(monkeypatch):
-    monkeypatch.setattr(_roomy_layer_class(), "room", 3)
+    monkeypatch.setattr(key_value_slabs, "ROOM", 3)
     for case in CASES[::5]:
         assert_recorded(case)
 
@@ -294,12 +295,12 @@ def shape_of_each_call(model, **options):
     return shapes
 
 
-@given(st.integers(1, 5).flatmap(lambda k: st.lists(st.integers(0, k - 1), min_size=k, max_size=k)))
-def test_as_few_rows_move_as_can(parents):
-    order = _in_place(torch.tensor([parents]))[0].tolist()
-    assert sorted(order) == list(range(len(parents)))
-    moved = sum(parents[child] != place for place, child in enumerate(order))
-    assert moved == len(parents) - len(set(parents))
+@given(st.lists(st.integers(0, 6), min_size=1, max_size=5))
+def test_as_few_rows_move_as_can(rows):
+    places = arranged(rows)
+    assert sorted(places) == list(range(len(rows)))
+    moved = sum(place != row for place, row in zip(places, rows, strict=True))
+    assert moved == len(rows) - len({row for row in rows if row < len(rows)})
 
 
 def test_one_call_a_token_with_all_groups():

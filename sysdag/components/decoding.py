@@ -45,13 +45,13 @@ def _nucleus(logits: Float[Tensor, "B V"], top_p: float, most: int) -> Float[Ten
     probs = (ordered - logits.logsumexp(-1, keepdim=True)).exp().double()
     inside = probs.cumsum(-1) - probs < top_p
     found = torch.full_like(logits, -torch.inf).scatter(-1, order, ordered.masked_fill(~inside, -torch.inf))
-    open_ = inside[:, -1].nonzero()[:, 0] if most < logits.shape[-1] else []
-    if len(open_):
+    open_ = inside[:, -1].nonzero()[:, 0]
+    if most < logits.shape[-1] and len(open_):
         found[open_] = _nucleus(logits[open_], top_p, min(16 * most, logits.shape[-1]))
     return found
 
 
-def draw(
+def draw_options(
     logits: Float[Tensor, "B V"],
     seeds: Int[Tensor, " B"],
     positions: Int[Tensor, " B"],

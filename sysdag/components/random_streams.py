@@ -8,6 +8,7 @@ and Flood 2014, "Fast Splittable Pseudorandom Number Generators") with the outpu
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -53,7 +54,19 @@ def seed_of(*parts: Any) -> int:
     return int.from_bytes(digest[:8], "little") >> 2
 
 
-def row_seeds(generator: torch.Generator | None, count: int) -> list[int]:
-    """The next seeds of a CPU generator, torch's global one by default: that of a row depends on the rows before."""
+RowGenerator = torch.Generator | Sequence[int] | None
+"""What rows are drawn from: the seed of each; or a generator, torch's global one for None, that these come from."""
+
+
+def row_seeds(generator: RowGenerator, count: int) -> list[int]:
+    """A seed for each row: as given, or the next numbers of the generator, so that of a row has those before counted.
+
+    Raises:
+        ValueError: for seeds of another number of rows.
+    """
+    if isinstance(generator, Sequence):
+        if len(generator) != count:
+            raise ValueError(f"generator: expected a seed for each of {count} rows, got {len(generator)}.")
+        return list(generator)
     place = "cpu" if generator is None else generator.device
-    return [int(torch.randint(2**62, (1,), generator=generator, device=place)) for _ in range(count)]
+    return torch.randint(2**62, (count,), generator=generator, device=place).tolist()

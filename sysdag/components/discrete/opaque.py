@@ -6,10 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
-import torch
-
 from sysdag.components import hooks
 from sysdag.components.component import Component
+from sysdag.components.random_streams import RowGenerator
 from sysdag.traces.cells import Draw
 
 
@@ -29,7 +28,7 @@ class Opaque(Component):
     def __repr__(self) -> str:
         return f"Opaque({getattr(self.function, '__qualname__', self.function)})"
 
-    def sample(self, inputs: Sequence[Any], *, generator: torch.Generator | None = None) -> list[Draw]:
+    def sample(self, inputs: Sequence[Any], *, generator: RowGenerator = None) -> list[Draw]:
         return [Draw(self.function(element)) for element in inputs]
 
     def observe(self, values: Sequence[Any]) -> list[Draw]:

@@ -6,7 +6,6 @@ next. Whether a model's goes with padding, and with rows that enter, leave and c
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -41,13 +40,13 @@ class CachedDecoder:
                 "call model.eval() before the search."
             )
         self.model, self.accepts = model, argument_names(model)
-        self.device = next(model.parameters()).device
         name = next((each for each in _CACHES if each in self.accepts), None)
         if name is None:
             raise ValueError(f"model: expected a forward that takes a cache ({', '.join(_CACHES)}), got none of them.")
         if not pass_positions:
             self.accepts = self.accepts - {"position_ids"}
         self._name: str = name
+        self.device = next(model.parameters()).device
         self.joins = joins
         self._least_shared = least_shared if joins else None
         self._shared: tuple[list[int], Any] | None = None  # what prompts begin with, and its cache
@@ -74,7 +73,9 @@ class CachedDecoder:
         """Logits after prompts, their cache, and its mask."""
         width = max(map(len, prompts)) - shared
         ids = [[0] * (width + shared - len(prompt)) + list(prompt[shared:]) for prompt in prompts]
-        mask = [[1] * shared + [0] * (width + shared - len(prompt)) + [1] * (len(prompt) - shared) for prompt in prompts]
+        mask = [
+            [1] * shared + [0] * (width + shared - len(prompt)) + [1] * (len(prompt) - shared) for prompt in prompts
+        ]
         input_ids, made = torch.tensor(ids, device=self.device), torch.tensor(mask, device=self.device)
         positions = (made.cumsum(-1) - 1).clamp(min=0)[:, shared:]
         cache = None
@@ -93,8 +94,8 @@ class CachedDecoder:
         first = list(prompts[0]) if self._shared is None else self._shared[0]
         if self._shared is None and len(prompts) == 1:
             return 0
-        common = [first, *prompts]
-        count = min(len(os.path.commonprefix([list(each) for each in common])), min(map(len, prompts)) - 1)
+        count = min(_common(first, prompt) for prompt in prompts)
+        count = min(count, min(map(len, prompts)) - 1)  # a token of its own gives a prompt its logits
         if count < self._least_shared:
             return 0
         if self._shared is None:
@@ -176,6 +177,12 @@ class CachedDecoder:
         return output.logits[:, -1].to(input_ids.device), getattr(output, self._name, None)
 
 
+def _common(first: Sequence[int], second: Sequence[int]) -> int:
+    """How many tokens both begin with."""
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((place for place, (one, other) in pairs if one != other), min(len(first), len(second)))
+
+
 def _has_layers(cache: Any) -> bool:
     """Whether everything in the cache is in its layers, each of which can reorder its rows."""
     from transformers.cache_utils import Cache  # importing sysdag must not import transformers
@@ -194,9 +201,7 @@ def _expanded(cache: Any, rows: int, tokens: int) -> Any:
     for layer in cache.layers:
         made = DynamicLayer()
         made.dtype, made.device, made.is_initialized = layer.dtype, layer.device, True
-        made.keys, made.values = (
-            part[:, :, :tokens].expand(rows, -1, -1, -1) for part in (layer.keys, layer.values)
-        )
+        made.keys, made.values = (part[:, :, :tokens].expand(rows, -1, -1, -1) for part in (layer.keys, layer.values))
         found.layers.append(made)
     return found
 

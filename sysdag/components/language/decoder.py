@@ -19,7 +19,7 @@ import logging
 import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,7 @@ from sysdag.errors import PlanError
 logger = logging.getLogger(__name__)
 
 
+@runtime_checkable
 class Decoder(Protocol):
     """Rows of tokens that grow by one token a call.
 

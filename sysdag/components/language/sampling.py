@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from sysdag.components.decoding import draw
+from sysdag.components.decoding import draw_options
 from sysdag.components.language.decoder import Decoder, arranged, decoder_of
 from sysdag.errors import DataError
 
@@ -86,7 +86,6 @@ def sample_tokens(
         PlanError: for a model whose logits depend on the tokens behind them.
         DataError: for logits that are not finite; `DataError.element` is the row.
     """
-    assert len(seeds) == len(prompts) * num_samples, "one seed for each row"
     options = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
     decoder = decoder_of(model)
     batch = _Batch(seeds, next(model.parameters()).device, options, frozenset(eos_token_ids), max_new_tokens, ends_text)
@@ -100,7 +99,8 @@ def sample_tokens(
             repeats = torch.tensor(list(map(len, rows)), device=logits.device)
             batch.enter([row for some in rows for row in some])
             batch.draw(logits.repeat_interleave(repeats, 0))
-    return SampledTokens(batch.token_ids, torch.tensor(batch.finished), torch.tensor(batch.log_probs, dtype=torch.float64))
+    log_probs = torch.tensor(batch.log_probs, dtype=torch.float64)
+    return SampledTokens(batch.token_ids, torch.tensor(batch.finished, dtype=torch.bool), log_probs)
 
 
 class _Waiting:
@@ -181,7 +181,7 @@ class _Batch:
         seeds, positions = [self._seeds[row] for row in rows], [len(self.token_ids[row]) for row in rows]
         tensor = partial(torch.tensor, device=logits.device, dtype=torch.long)
         try:
-            drawn, log_probs = draw(logits, tensor(seeds), tensor(positions), **self._options)
+            drawn, log_probs = draw_options(logits, tensor(seeds), tensor(positions), **self._options)
         except DataError as error:
             error.element = None if error.element is None else rows[error.element]
             raise
@@ -190,3 +190,11 @@ class _Batch:
             ids.append(token)
             self.log_probs[row] += log_prob
             self.finished[row] = token in self._eos or (self._ends_text is not None and self._ends_text(ids))
+
+
+def left_pad(rows: Sequence[Sequence[int]], pad_token_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Token ids (B, P) padded on the left, and their attention mask."""
+    width = max(len(row) for row in rows)
+    ids = [[pad_token_id] * (width - len(row)) + list(row) for row in rows]
+    mask = [[0] * (width - len(row)) + [1] * len(row) for row in rows]
+    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
