@@ -307,9 +307,9 @@ def test_one_call_a_token_with_all_groups():
     assert shape_of_each_call(new_model()) == [(4, 6)] + [(16, 1)] * 7
 
 
-def test_finished_prompts_leave_the_batch_and_the_search_stops():
+def test_finished_prompts_and_groups_leave_the_batch_and_the_search_stops():
     ending = {"num_beams": 2, "eos_token_id": [29, 36], "max_new_tokens": 20}
-    assert shape_of_each_call(new_model("gpt2"), **ending) == [(4, 6), (6, 1), (2, 1), (2, 1), (2, 1)]
+    assert shape_of_each_call(new_model("gpt2"), **ending) == [(4, 6), (5, 1), (2, 1), (2, 1), (2, 1)]
 
 
 def test_memory_of_the_caller_is_left_alone():

@@ -46,7 +46,8 @@ class CachedDecoder:
         if not pass_positions:
             self.accepts = self.accepts - {"position_ids"}
         self._name: str = name
-        self.device = next(model.parameters()).device
+        parameter = next(model.parameters(), None)
+        self.device = torch.device("cpu") if parameter is None else parameter.device
         self.joins = joins
         self._least_shared = least_shared if joins else None
         self._shared: tuple[list[int], Any] | None = None  # what prompts begin with, and its cache
