@@ -268,7 +268,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--models": {"choices": ["all", "given", "random"], "default": "all"},
         "--prompts": {"metavar": "FILE.jsonl", "type": Path, "help": "instructions; by default those of the benchmark"},
         "--former": {"metavar": "COMMIT", "default": FORMER},
-        "--max-new-tokens": {"type": int, "default": 160},
+        "--max-new-tokens": {"type": int, "default": 256},
         "--cases": {"nargs": "*", "choices": list(CASES), "default": list(CASES)},
     }
     options = measure.options(__doc__, "decode", arguments, devices=["cpu"], peers=PEERS, threads=1, repeats=1, own=own)

@@ -288,6 +288,16 @@ class Component(InputReader, ABC):
         """
         return None
 
+    def decoding_bytes(self, *, rows: int, tokens: int, device: str) -> int:
+        """What drawing or searching takes beside the weights, without loading them; 0 where that is not known.
+
+        Args:
+            rows: that are asked for; fewer may be drawn side by side.
+            tokens: of a row, its prompt's among them.
+            device: `cpu` or `cuda`.
+        """
+        return 0
+
     def tokens_of_any_draw(self) -> int | None:
         """What `token_counts` says of every draw, without loading weights; None where it depends on the draw."""
         return None

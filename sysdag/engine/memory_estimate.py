@@ -23,6 +23,7 @@ class Estimate:
     Attributes:
         footprints: of each component; see `Footprint`.
         graphs: what one step's graphs save for each component: of one micro-batch, or of all in one pass.
+        decoding: what drawing the candidates of each component's nodes takes at most, before a step's graphs are there.
         engine: `one_pass` or `two_pass`.
         offload_idle: whether frozen weights are on the device only while their model works.
         bases: the name under which a component's base is counted, where others work on the same one.
@@ -31,6 +32,7 @@ class Estimate:
     footprints: Mapping[str, Footprint]
     graphs: Mapping[str, int]
     engine: str
+    decoding: Mapping[str, int] = field(default_factory=dict)
     offload_idle: bool = False
     bases: Mapping[str, str] = field(default_factory=dict)
 
@@ -59,7 +61,7 @@ class Estimate:
 
     @property
     def total(self) -> int:
-        return self.resident + self.step
+        return self.resident + max(self.step, *self.decoding.values(), 0)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready: bytes of each component under its node's name, of what is resident, of a step, and in all."""
@@ -72,6 +74,7 @@ class Estimate:
                     "optimizer": f.optimizer,
                     "graphs": self.graphs[name],
                     "head": f.working,
+                    "decoding": self.decoding.get(name, 0),
                 }
                 for name, f in self.footprints.items()
             },
@@ -84,7 +87,16 @@ class Estimate:
         }
 
     def __str__(self) -> str:
-        titles = ("node", "weights", "reference", "gradients", "optimizer", "graphs", "head")  # as in to_dict
+        titles = (
+            "node",
+            "weights",
+            "reference",
+            "gradients",
+            "optimizer",
+            "graphs",
+            "head",
+            "decoding",
+        )  # as in to_dict
         lines: list[tuple[str, ...]] = [titles]
         lines += [(name, *map(_shown, row.values())) for name, row in self.to_dict()["nodes"].items()]
         widths = [max(len(line[column]) for line in lines) for column in range(len(titles))]
@@ -145,6 +157,7 @@ def estimate(
     graph = plan.to_networkx()
     footprints: dict[str, Footprint] = {}
     graphs: dict[str, int] = {}
+    decoding: dict[str, int] = {}
     owner: dict[int, str] = {}
     for name in plan.factors(objective):
         component: Component | None = plan.system[name].component
@@ -173,6 +186,9 @@ def estimate(
         if found is None:
             raise PlanError(f"estimate: the memory of node {name!r} ({component!r}) is not known before it runs.")
         key = owner.setdefault(id(component), name)
+        if is_latent:
+            drawn = component.decoding_bytes(rows=pairs * paths, tokens=prompt + completion, device=device)
+            decoding[key] = max(decoding.get(key, 0), drawn)
         held = found.graph if engine == "two_pass" else found.graph * whole // tokens
         graphs[key] = max(graphs.get(key, 0), held) if engine == "two_pass" else graphs.get(key, 0) + held
         if key not in footprints or found.working > footprints[key].working:
@@ -184,7 +200,7 @@ def estimate(
             owner[id(plan.system[n].component)] for n in names if id(plan.system[n].component) in owner
         )
     }
-    return Estimate(footprints, graphs, engine, offload_idle, bases)
+    return Estimate(footprints, graphs, engine, decoding, offload_idle, bases)
 
 
 def _shown(count: int) -> str:

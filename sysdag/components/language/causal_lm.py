@@ -231,6 +231,12 @@ class CausalLM(TextComponent):
             checkpoints=checkpoints, device=device,
         )  # fmt: skip
 
+    def decoding_bytes(self, *, rows: int, tokens: int, device: str) -> int:
+        """See `Component`; of the rows that `max_batch_tokens` and `batch_size` let be decoded side by side."""
+        most = max(1, self.max_batch_tokens // tokens)
+        rows = min(rows, most if self.batch_size is None else min(most, self.batch_size))
+        return footprint.of_decoding(self.config, self.lm.dtype(False), rows=rows, longest=tokens, device=device)
+
     def _scorer_of(self, model: Any) -> PrefixScorer:
         if self._scorer is None or not self._scorer.fits(model):
             self._scorer = PrefixScorer(model, pack_prefixes=self.pack_prefixes)
