@@ -272,7 +272,7 @@ def test_a_file_of_an_earlier_version_is_not_resumed(whole, rows):
     side = Path(f"{whole}.run.json")
     begun = json.loads(side.read_text())
     side.write_text(json.dumps({**begun, "format_version": 1, "inputs_sha256": "x"}))
-    assert "format_version was 1, and is now 2" in again(rows, whole, "--resume", code=1)
+    assert "format_version was 1, and is now 3" in again(rows, whole, "--resume", code=1)
     for change in ({"skipped": [1]}, {"skipped": {"a": {}}}, {"skipped": {"1": {"who": 1}}}, {"rows_sha256": 3}):
         side.write_text(json.dumps({**begun, **change}))
         assert "whole.jsonl.run.json cannot be read" in again(rows, whole, "--resume", code=1)
