@@ -67,6 +67,6 @@ def row_seeds(generator: RowGenerator, count: int) -> list[int]:
     if isinstance(generator, Sequence):
         if len(generator) != count:
             raise ValueError(f"generator: expected a seed for each of {count} rows, got {len(generator)}.")
-        return list(generator)
+        return [seed % 2**63 for seed in generator]
     place = "cpu" if generator is None else generator.device
     return torch.randint(2**62, (count,), generator=generator, device=place).tolist()
