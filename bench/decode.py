@@ -46,7 +46,11 @@ CASES = {  # prompts, samples of each, what is done
     "16 prompts, 8 samples each": (16, 8, "sample"),
     "search, k = 4": (64, 4, "search"),
 }
-WAYS = {"sample": ("sysdag", "former", "generate", "generate_batch"), "search": ("sysdag", "former")}
+WAYS = {
+    "64 prompts": ("sysdag", "former", "generate", "generate_batch"),
+    "16 prompts, 8 samples each": ("sysdag", "generate", "generate_batch"),
+    "search, k = 4": ("sysdag", "former"),
+}
 PEERS = ("former", "generate_batch")
 RANDOM = "random, 24 layers"
 WORDS, ENDS = 8000, 48
@@ -208,7 +212,7 @@ def compare(
 ) -> tuple[list[dict[str, Any]], list[str]]:
     """A row for each way, and why a way is left out."""
     count, samples, what = CASES[case]
-    answers: dict[str, list[dict[str, Any]]] = {way: [] for way in WAYS[what] if way in workers}
+    answers: dict[str, list[dict[str, Any]]] = {way: [] for way in WAYS[case] if way in workers}
     request = {"prompts": list(prompts[:count]), "samples": samples}
     left_out = []
     for turn in range(repeats):
@@ -276,7 +280,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     models = [folder for folder, kind in [*models, (RANDOM, "random")] if options.models in ("all", kind)]
     if not models:
         raise SystemExit("decode: --models given needs --model FOLDER.")
-    wanted = measure.wanted(dict.fromkeys(WAYS["sample"]), options.peers, baseline="generate")
+    wanted = measure.wanted(dict.fromkeys(WAYS["64 prompts"]), options.peers, baseline="generate")
     rows, notes = [], []
     with tempfile.TemporaryDirectory() as temporary:
         trees = {"former": former_tree(options.former, Path(temporary))} if "former" in wanted else {}
@@ -286,7 +290,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             if options.prompts is not None and folder != RANDOM:
                 prompts = read_prompts(options.prompts)
             for case in options.cases:
-                ways = [way for way in WAYS[CASES[case][2]] if way in wanted]
+                ways = [way for way in WAYS[case] if way in wanted]
                 workers = {
                     way: Worker(trees.get(way, ROOT), folder, options.threads or 1, options.max_new_tokens)
                     for way in ways
