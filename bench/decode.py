@@ -175,10 +175,9 @@ class Worker:
 
     def __init__(self, root: Path, folder: str, threads: int, max_new_tokens: int) -> None:
         own = {"SYSDAG_ROOT": str(root), "PYTHONPATH": str(root), "OMP_NUM_THREADS": str(threads)}
-        freed = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}  # freed memory goes back at once
         self.process = subprocess.Popen(
             [sys.executable, str(Path(__file__)), folder, str(max_new_tokens)],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | own | freed,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | own,
         )  # fmt: skip
 
     def run(self, **request: Any) -> dict[str, Any]:
