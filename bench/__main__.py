@@ -28,7 +28,8 @@ OPS = {
 COMMANDS = OPS | {
     "step": "one optimisation step of a system against a straightforward implementation, and TRL",
     "diffusion": "a Diffusion-DPO step, and sampling, of a pipeline against diffusers' own",
-    "decode": "diverse beam search against transformers 4.56's group beam search; needs --peer-python",
+    "decode": "sampling and search with a language model against generate, generate_batch and a former build",
+    "beam_search": "diverse beam search against transformers 4.56's group beam search; needs --peer-python",
     "sweep": "linear_logprob over the number of rows and the vocabulary",
     "study": "the paper's experiments on small systems that train from scratch here",
     "reference_free": "a step, and its scores, of a loss without a reference against one with",
@@ -37,7 +38,7 @@ COMMANDS = OPS | {
     "plots": "draws docs/images/benchmarks/*.svg from the CSVs in bench/results",
     "tables": "writes the tables of docs/benchmarks.md from the CSVs in bench/results",
 }
-ALL = [name for name in (*OPS, "step", "diffusion", "decode") if name in COMMANDS]
+ALL = [name for name in (*OPS, "step", "diffusion", "decode", "beam_search") if name in COMMANDS]
 GROUPS = {"op": ("the ops, one after the other", list(OPS)), "all": (", ".join(ALL), ALL)}
 
 
@@ -69,11 +70,11 @@ def run_group(group: str, given: Sequence[str]) -> None:
     folder = None if options.csv is None else str(options.csv.parent)
     failed = []
     for name in names:
-        if name == "diffusion" and options.device != "cpu":
-            print("diffusion is left out: it measures on a CPU", flush=True)
+        if name in ("diffusion", "decode") and options.device != "cpu":
+            print(f"{name} is left out: it measures on a CPU", flush=True)
             continue
-        if name == "decode" and (options.device != "cpu" or not options.peer_python):
-            print("decode is left out: it needs a CPU and --peer-python, see python -m bench decode --help", flush=True)
+        if name == "beam_search" and (options.device != "cpu" or not options.peer_python):
+            print("beam_search is left out: it needs a CPU and --peer-python, see its --help", flush=True)
             continue
         command = [sys.executable, "-m", "bench", name, *arguments(options, peers[name], folder)]
         if subprocess.run(command).returncode:

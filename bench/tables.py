@@ -202,6 +202,26 @@ def diffusion_table(folder: Path = measure.RESULTS) -> str:
     return f"{measure.described(rows[0], 'cpu')}; `python -m bench diffusion --csv`:\n\n{table}"
 
 
+def decode_table(folder: Path = measure.RESULTS) -> str:
+    """What decoding comes to: a line for each model, case and way, with the ratios to generate and the former build."""
+    file = folder / "decode-cpu.csv"
+    if not file.exists():
+        return "Decoding: not measured on a CPU yet."
+    rows = measure.read(file)
+    header = ["model", "case", "way", "new tokens: mean, longest", "time, by the processor", "rate over generate's"]
+    header += ["rate over the former build's", "peak memory", "of generate's"]
+    lines = [header, ["---"] * 3 + ["---:"] * 6]
+    for row in rows:
+        lengths = f"{float(row['mean_length']):.0f}, {row['longest']}" if row["mean_length"] else ""
+        over = [f"{float(row[key]):.2f}x" if row[key] else "" for key in ("cpu_times_generate", "cpu_times_former")]
+        share = f"{float(row['of_generates_memory']):.2f}" if row["of_generates_memory"] else ""
+        time = f"{float(row['cpu_seconds']):.0f} s"
+        peak = f"{float(row['peak_mib']):.0f} MiB"
+        lines.append([row["model"], row["case"], row["name"], lengths, time, *over, peak, share])
+    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return f"{measure.described(rows[0], 'cpu')}; `python -m bench decode --model FOLDER --csv`:\n\n{table}"
+
+
 def render(folder: Path = measure.RESULTS) -> str:
     """What stands between the ops' markers."""
     drawn = sorted(FIGURES.glob("linear_logprob-*.svg"))
@@ -230,7 +250,7 @@ def replaced(text: str, content: str, what: str = "ops", page: str = PAGE.name) 
 def written(text: str) -> str:
     """The page with all its tables made anew."""
     text = replaced(replaced(text, render()), step_table(), "step")
-    return replaced(text, diffusion_table(), "diffusion")
+    return replaced(replaced(text, diffusion_table(), "diffusion"), decode_table(), "decode")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

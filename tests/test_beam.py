@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from sysdag.components.language.beam import _in_place, diverse_beam_search, diverse_beam_step
-from sysdag.components.language.cached_decoder import _roomy_layer_class
+from sysdag.components.language import key_value_slabs
+from sysdag.components.language.beam import diverse_beam_search, diverse_beam_step
+from sysdag.components.language.decoder import arranged
 
 FIXTURES = Path(__file__).parent / "fixtures" / "diverse_beam"
 RECORDED = json.loads((FIXTURES / "cases.json").read_text())
@@ -77,7 +78,7 @@ def test_same_as_transformers(number):
 
 
 def test_same_when_the_cache_grows_often(monkeypatch):
-    monkeypatch.setattr(_roomy_layer_class(), "room", 3)
+    monkeypatch.setattr(key_value_slabs, "ROOM", 3)
     for case in CASES[::5]:
         assert_recorded(case)
 
@@ -294,21 +295,21 @@ def shape_of_each_call(model, **options):
     return shapes
 
 
-@given(st.integers(1, 5).flatmap(lambda k: st.lists(st.integers(0, k - 1), min_size=k, max_size=k)))
-def test_as_few_rows_move_as_can(parents):
-    order = _in_place(torch.tensor([parents]))[0].tolist()
-    assert sorted(order) == list(range(len(parents)))
-    moved = sum(parents[child] != place for place, child in enumerate(order))
-    assert moved == len(parents) - len(set(parents))
+@given(st.lists(st.integers(0, 6), min_size=1, max_size=5))
+def test_as_few_rows_move_as_can(rows):
+    places = arranged(rows)
+    assert sorted(places) == list(range(len(rows)))
+    moved = sum(place != row for place, row in zip(places, rows, strict=True))
+    assert moved == len(rows) - len({row for row in rows if row < len(rows)})
 
 
 def test_one_call_a_token_with_all_groups():
     assert shape_of_each_call(new_model()) == [(4, 6)] + [(16, 1)] * 7
 
 
-def test_finished_prompts_leave_the_batch_and_the_search_stops():
+def test_finished_prompts_and_groups_leave_the_batch_and_the_search_stops():
     ending = {"num_beams": 2, "eos_token_id": [29, 36], "max_new_tokens": 20}
-    assert shape_of_each_call(new_model("gpt2"), **ending) == [(4, 6), (6, 1), (2, 1), (2, 1), (2, 1)]
+    assert shape_of_each_call(new_model("gpt2"), **ending) == [(4, 6), (5, 1), (2, 1), (2, 1), (2, 1)]
 
 
 def test_memory_of_the_caller_is_left_alone():

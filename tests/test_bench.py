@@ -252,8 +252,8 @@ def test_a_group_hands_each_member_its_own_peers(commands):
 def test_all_leaves_decoding_out_where_its_peer_is_missing(commands, capsys):
     with pytest.raises(SystemExit, match="failed: preference_loss"):
         front.main(["all"])
-    assert "decode" not in [command[0] for command in commands]
-    assert "decode is left out: it needs a CPU and --peer-python" in capsys.readouterr().out
+    assert "beam_search" not in [command[0] for command in commands]
+    assert "beam_search is left out: it needs a CPU and --peer-python" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="failed: preference_loss"):
         front.main(["all", "--peer-python", "peer/bin/python"])
-    assert commands[-1] == ["decode", "--device", "cpu", "--peer-python", "peer/bin/python"]
+    assert commands[-1] == ["beam_search", "--device", "cpu", "--peer-python", "peer/bin/python"]

@@ -20,11 +20,12 @@ from sysdag.components.language.prefix_scorer import PrefixScorer
 from sysdag.components.language.sampling import left_pad, sample_tokens
 
 PROMPTS = ["ab", "a longer prompt", "z? yes"]
-CACHE, BY_LENGTH, WHOLE = "", "decodes a batch for each length of prompt", "decodes whole sequences for each token"
+CACHE, BATCHES = "", "decodes batches that no prompt enters before they end"
+BY_LENGTH, WHOLE = "decodes a batch for each length of prompt", "decodes whole sequences for each token"
 # Each another kind of cache, position or mask.
 FAMILIES = {
     "mistral": CACHE,  # a sliding window
-    "gemma4_text": CACHE,  # layers that share keys
+    "gemma4_text": BATCHES,  # layers that share keys
     "deepseek_v3": CACHE,  # latent attention
     "bloom": CACHE,  # positions by the mask
     "bert-generation": CACHE,  # an encoder as a decoder
@@ -33,7 +34,7 @@ FAMILIES = {
     "mamba2": CACHE,
     "jamba": CACHE,  # states beside keys
     "qwen3_next": CACHE,
-    "minimax": CACHE,  # a cache class of its own
+    "minimax": BATCHES,  # a cache class of its own
     "bart": BY_LENGTH,  # positions count padding
     "roberta": BY_LENGTH,  # positions from the ids
     "rwkv": WHOLE,  # a state that batches confuse
@@ -108,21 +109,21 @@ def test_how_a_model_is_decoded_is_found_out_once_and_said_once(caplog):
 
 def test_a_prompts_last_logits_alone_are_asked_for_and_the_draws_stay():
     model = llama()
-    ids, mask = left_pad([[5, 6, 7], [8, 9, 10, 11, 12]], 0, torch.device("cpu"))
-    options = dict(max_new_tokens=5, eos_token_ids=[1], pad_token_id=0)
-    sample_tokens(model, ids, mask, **options)
+    prompts, seeds = [[5, 6, 7], [8, 9, 10, 11, 12]], [3, 4]
+    options = dict(max_new_tokens=5, eos_token_ids=[1])
+    sample_tokens(model, prompts, seeds, **options)
     asked, forward = [], model.forward
 
     def all_of_them(*arguments, logits_to_keep=0, **inputs):
         asked.append(logits_to_keep)
         return forward(*arguments, **inputs)
 
-    found = sample_tokens(model, ids, mask, **options, generator=torch.Generator().manual_seed(0))
+    found = sample_tokens(model, prompts, seeds, **options)
     model.forward = all_of_them
     all_of_them.__signature__ = inspect.signature(forward)
-    wanted = sample_tokens(model, ids, mask, **options, generator=torch.Generator().manual_seed(0))
+    wanted = sample_tokens(model, prompts, seeds, **options)
     assert set(asked) == {1}
-    assert torch.equal(found.token_ids, wanted.token_ids)
+    assert found.token_ids == wanted.token_ids
     torch.testing.assert_close(found.log_probs, wanted.log_probs, rtol=1e-6, atol=1e-6)  # a head of other shape rounds
 
 

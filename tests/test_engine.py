@@ -389,6 +389,33 @@ def test_candidates_are_kept_for_the_asked_number_of_steps():
     assert len(calls) == 2
 
 
+@pytest.mark.parametrize("strategy", [MonteCarlo, ImportanceSampling])
+def test_a_prompts_candidates_are_the_same_in_a_batch_of_any_size_and_others_at_each_step(strategy):
+    seen = {}
+
+    class Watched(strategy):
+        def draw(self, plan, inputs, generator=None):
+            found = super().draw(plan, inputs, generator)
+            for number, question in enumerate(inputs["question"]):
+                cells = found.of_prompt(number).trace.cells["draft"]
+                seen.setdefault(question, []).append([cell.record["token_ids"] for cell in cells])
+            return found
+
+    model, pairs = build(two_llms(), ROWS, candidates=Watched(num_candidates=3), objective="sampling")
+    torch.manual_seed(5)
+    model(pairs, step=7)
+    torch.rand(3)
+    model(pairs[::-1], step=7)
+    model(pairs[1:], step=7)
+    first, second = seen["ab"], seen["what?"]
+    assert first[0] == first[1]
+    assert second[0] == second[1] == second[2]
+    model(pairs, step=8)
+    torch.manual_seed(6)
+    model(pairs, step=7)
+    assert first[2] != first[0] != first[3]
+
+
 def test_candidates_may_come_from_the_reference():
     class Watched(DiverseBeamSearch):
         seen: ClassVar = []

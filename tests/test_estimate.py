@@ -21,6 +21,7 @@ from tiny_diffusion import clip, from_text, pooled, scheduler_of, sd3, text_unet
 from sysdag import Input, PlanError, System, node
 from sysdag.components import CausalLM, Diffusion, Tabular
 from sysdag.components.component import Component
+from sysdag.components.memory import PeakBytes
 from sysdag.engine import kept_work
 from sysdag.engine.kept_work import KeptGradient
 from sysdag.ops import _dispatch
@@ -263,3 +264,31 @@ def test_the_page_of_sizes_is_what_its_script_finds():
     assert "\n".join(sizes.table("draft → refine, two Qwen2.5-0.5B")) in page
     assert next(sizes.lines()) in page
     assert all(f"## {title}\n" in page for title in sizes.SYSTEMS)
+
+
+@pytest.mark.parametrize("limits", [{}, {"max_batch_tokens": 1000}, {"batch_size": 5}])
+def test_what_decoding_takes_is_estimated_from_the_budget_of_tokens(limits):
+    lm = CausalLM(llama(vocab_size=3000, num_hidden_layers=6), char_tokenizer(), max_new_tokens=60, **limits)
+    prompts = ["a longer prompt, " * 3 + letter for letter in "abcdefghijklmnopqrst"]
+    lm.sample(prompts[:1], generator=[0])
+    estimated = lm.decoding_bytes(rows=20, tokens=len(lm.prompt_ids(prompts)[0]) + 60, device="cpu")
+    with PeakBytes(lm.module) as peak:
+        draws = lm.sample(prompts, generator=range(20))
+    assert sum(not draw.record["finished"] for draw in draws) > 10, "too few rows get long"
+    assert 0.6 * estimated < peak.bytes < 1.05 * estimated
+
+
+def test_decoding_counts_where_it_is_the_most_and_not_before():
+    plan = plan_of(step_systems.Case("two LLMs", candidates=4, lora=True))
+    options = dict(objective="sampling", num_candidates=4, device="cpu")
+    found = plan.estimate(LENGTHS, micro_batch_tokens=400, pairs=16, **options)
+    [drawn] = found.decoding.values()
+    config = plan.system[next(iter(found.decoding))].component.config
+    heads, width = config.num_key_value_heads, config.hidden_size // config.num_attention_heads
+    kept = 51 * 320 * 2 * config.num_hidden_layers * heads * width * 4  # 16384 tokens hold 51 rows of keys and values
+    assert kept < drawn < 2 * kept
+    assert found.total == found.resident + max(found.step, drawn)
+    assert found.to_dict()["nodes"][next(iter(found.decoding))]["decoding"] == drawn
+    direct = plan.estimate(LENGTHS, device="cpu")
+    assert not direct.decoding
+    assert direct.total == direct.resident + direct.step

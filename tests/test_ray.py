@@ -4,6 +4,7 @@ import contextlib
 import json
 import logging
 import os
+import re
 import threading
 
 import pytest
@@ -67,6 +68,13 @@ def test_language_models_from_a_saved_folder(cluster, tmp_path):
     sample(*options, tmp_path / "ray.jsonl", "--engine", "ray")
     assert (tmp_path / "ray.jsonl").read_bytes() == (tmp_path / "local.jsonl").read_bytes()
     assert (tmp_path / "ray.jsonl").read_bytes().count(b"token_ids") == 16
+    other = [tmp_path / "system", inputs, "--runs", 2, "--batch-size", 5, "--output", tmp_path / "other.jsonl"]
+    sample(*other, "--engine", "ray")
+    drawn = [
+        re.findall(r'"token_ids": ?\[.*?\]', (tmp_path / f"{name}.jsonl").read_text()) for name in ("ray", "other")
+    ]
+    assert len(drawn[0]) == 16
+    assert drawn[1] == drawn[0]
 
 
 def test_an_error_is_the_local_engines_behind_the_batches_before_it(cluster):

@@ -19,9 +19,10 @@ from sysdag import DataError, Input, PlanError, System, Trace, node
 from sysdag.cli import app
 from sysdag.components import CausalLM, Tabular
 from sysdag.components.language.pretrained import PretrainedLM
+from sysdag.components.random_streams import seed_of
 from sysdag.data.inputs import inputs_of
 from sysdag.errors import RunError
-from sysdag.execution.batches import LocalEngine, Runs, generator_of, load
+from sysdag.execution.batches import LocalEngine, Runs, load
 from sysdag.execution.running import run
 from sysdag.execution.trace_file import TraceFile
 
@@ -93,11 +94,13 @@ def test_a_batch_is_the_same_whatever_ran_before_it(seed, size, runs, data):
 
 
 def test_seeds_batches_and_nodes_have_randomness_of_their_own():
-    keys = [(seed, batch, name) for seed in (0, 1, 11) for batch in (0, 1, 10) for name in ("a", "b", "a[0]", "a[1]")]
-    drawn = {torch.rand(4, generator=generator_of(*key)).numpy().tobytes() for key in keys}
-    assert len(drawn) == len(keys)
+    keys = [
+        (seed, node, f"{row}, run {run}")
+        for seed in (0, 1, 11) for row in (0, 1, 10) for run in (0, 1) for node in ("a", "b", "a[0]", "a[1]")
+    ]  # fmt: skip
+    assert len({seed_of(seed_of(*key), place) for key in keys for place in range(3)}) == 3 * len(keys)
     # What a seed stands for must not change: files of traces are resumed by it.
-    assert generator_of(0, 0, "draft").initial_seed() == 1780942431800464365
+    assert seed_of(0, "draft", "0, run 0") == 998448920778180981
     frequency = sum(cell.value == "a" for t in run(LOOPED, {"x": ["a"] * 4000}) for cell in t.cells["coin"]) / 4000
     assert frequency == pytest.approx(0.6, abs=0.03)
 
@@ -269,7 +272,7 @@ def test_a_file_of_an_earlier_version_is_not_resumed(whole, rows):
     side = Path(f"{whole}.run.json")
     begun = json.loads(side.read_text())
     side.write_text(json.dumps({**begun, "format_version": 1, "inputs_sha256": "x"}))
-    assert "format_version was 1, and is now 2" in again(rows, whole, "--resume", code=1)
+    assert "format_version was 1, and is now 3" in again(rows, whole, "--resume", code=1)
     for change in ({"skipped": [1]}, {"skipped": {"a": {}}}, {"skipped": {"1": {"who": 1}}}, {"rows_sha256": 3}):
         side.write_text(json.dumps({**begun, **change}))
         assert "whole.jsonl.run.json cannot be read" in again(rows, whole, "--resume", code=1)

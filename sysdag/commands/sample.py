@@ -75,8 +75,9 @@ def sample(
     """Run a system over a file of inputs and write every variable of every run, one line a run.
 
     Each line also has the columns `prompt` (the input's row, from 0) and `run`. The same seed, inputs and batch size
-    give the same file whatever the engine; a command that was cut off goes on with --resume, also where inputs were
-    corrected that have not been run yet. Rows that --on-error skip left out of what is written stay left out.
+    give the same file whatever the engine, and other batch sizes the same draws to rounding; a command that was cut
+    off goes on with --resume, also where inputs were corrected that have not been run yet. Rows that --on-error skip
+    left out of what is written stay left out.
     """
     if resume and overwrite:
         raise typer.BadParameter("--resume and --overwrite exclude each other.")

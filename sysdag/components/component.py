@@ -18,6 +18,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from sysdag.components.input_reader import InputReader
+from sysdag.components.random_streams import RowGenerator, seed_of
 from sysdag.errors import DeclarationNeeded, PlanError, shown
 from sysdag.graph.variables import LikelihoodKind
 from sysdag.traces.cells import Draw
@@ -43,6 +44,8 @@ class Component(InputReader, ABC):
             probability. None where the values tell: real numbers, and arrays of them, come from a density.
         has_tokens: whether `lengths` counts tokens, so that a likelihood can be averaged over them.
         row_options: see `InputReader`.
+        takes_row_seeds: whether `sample` and `propose` are given a seed for each input, which what is drawn for it
+            depends on, whatever is drawn beside it. Else they get one generator for all.
         winner_safeguard: of a bound, how much of the winner's gradient is to stay (see `sysdag.engine.safeguard`); None
             where that is not looked after.
 
@@ -55,6 +58,7 @@ class Component(InputReader, ABC):
     reads_files: ClassVar[bool] = False
     is_density: ClassVar[bool | None] = None
     has_tokens: ClassVar[bool] = False
+    takes_row_seeds: ClassVar[bool] = False
     residence: Residence | None = None
     winner_safeguard: float | None = None
 
@@ -88,11 +92,19 @@ class Component(InputReader, ABC):
         return torch.device("cpu") if parameter is None else parameter.device
 
     @abstractmethod
-    def sample(self, inputs: Sequence[Any], *, generator: torch.Generator | None = None) -> list[Draw]:
+    def sample(self, inputs: Sequence[Any], *, generator: RowGenerator = None) -> list[Draw]:
         """Draws one value for each input, with no gradient.
 
         An exact component fills `Draw.log_prob`, and `log_prob` of the draw gives the same number.
+
+        Args:
+            generator: a CPU generator; torch's global one for None. A component that `takes_row_seeds` is given the
+                seed of each input instead, and what it draws for one depends on that alone.
         """
+
+    def generator_for(self, seeds: Sequence[int]) -> RowGenerator:
+        """What `sample` and `propose` are given to draw for inputs with these seeds."""
+        return list(seeds) if self.takes_row_seeds else torch.Generator().manual_seed(seed_of(*seeds))
 
     def propose(
         self,
@@ -101,7 +113,7 @@ class Component(InputReader, ABC):
         temperature: float | None = None,
         top_p: float | None = None,
         top_k: int | None = None,
-        generator: torch.Generator | None = None,
+        generator: RowGenerator = None,
     ) -> list[Draw]:
         """Draws with other options than `sample`; `Draw.log_prob` is under the distribution they were drawn from.
 
@@ -297,6 +309,16 @@ class Component(InputReader, ABC):
             device: `cpu` or `cuda`, whose kernels are assumed.
         """
         return None
+
+    def decoding_bytes(self, *, rows: int, tokens: int, device: str) -> int:
+        """What drawing or searching takes beside the weights, without loading them; 0 where that is not known.
+
+        Args:
+            rows: that are asked for; fewer may be drawn side by side.
+            tokens: of a row, its prompt's among them.
+            device: `cpu` or `cuda`.
+        """
+        return 0
 
     def tokens_of_any_draw(self) -> int | None:
         """What `token_counts` says of every draw, without loading weights; None where it depends on the draw."""

@@ -25,6 +25,7 @@ class Estimate:
         footprints: of each component; see `Footprint`.
         graphs: what one step's graphs save for each component: of one micro-batch, or of all in one pass.
         waiting: gradients of single elements that wait for the second pass, all components' together.
+        decoding: what drawing the candidates of each component's nodes takes at most, before a step's graphs are there.
         engine: `one_pass` or `two_pass`.
         offload_idle: whether frozen weights are on the device only while their model works.
         bases: the name under which a component's base is counted, where others work on the same one.
@@ -34,6 +35,7 @@ class Estimate:
     graphs: Mapping[str, int]
     engine: str
     waiting: int = 0
+    decoding: Mapping[str, int] = field(default_factory=dict)
     offload_idle: bool = False
     bases: Mapping[str, str] = field(default_factory=dict)
 
@@ -67,7 +69,7 @@ class Estimate:
 
     @property
     def total(self) -> int:
-        return self.resident + self.step
+        return self.resident + max(self.step, *self.decoding.values(), 0)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready: bytes of each component under its node's name, of what is resident, of a step, and in all."""
@@ -80,6 +82,7 @@ class Estimate:
                     "optimizer": f.optimizer,
                     "graphs": self.graphs[name],
                     "head": f.working,
+                    "decoding": self.decoding.get(name, 0),
                 }
                 for name, f in self.footprints.items()
             },
@@ -94,7 +97,16 @@ class Estimate:
         }
 
     def __str__(self) -> str:
-        titles = ("node", "weights", "reference", "gradients", "optimizer", "graphs", "head")  # as in to_dict
+        titles = (
+            "node",
+            "weights",
+            "reference",
+            "gradients",
+            "optimizer",
+            "graphs",
+            "head",
+            "decoding",
+        )  # as in to_dict
         lines: list[tuple[str, ...]] = [titles]
         lines += [(name, *map(_shown, row.values())) for name, row in self.to_dict()["nodes"].items()]
         widths = [max(len(line[column]) for line in lines) for column in range(len(titles))]
@@ -156,6 +168,7 @@ def estimate(
     graph = plan.to_networkx()
     footprints: dict[str, Footprint] = {}
     graphs: dict[str, int] = {}
+    decoding: dict[str, int] = {}
     owner: dict[int, str] = {}
     elements: dict[str, int] = {}  # that are scored alone, by their component's key
     for name in plan.factors(objective):
@@ -187,6 +200,9 @@ def estimate(
         key = owner.setdefault(id(component), name)
         if common + 2 * (prompt - common + completion) > micro_batch_tokens:
             elements[key] = elements.get(key, 0) + pairs * completions
+        if is_latent:
+            drawn = component.decoding_bytes(rows=pairs * paths, tokens=prompt + completion, device=device)
+            decoding[key] = max(decoding.get(key, 0), drawn)
         held = found.graph if engine == "two_pass" else found.graph * whole // tokens
         graphs[key] = max(graphs.get(key, 0), held) if engine == "two_pass" else graphs.get(key, 0) + held
         if key not in footprints or found.working > footprints[key].working:
@@ -198,7 +214,7 @@ def estimate(
             owner[id(plan.system[n].component)] for n in names if id(plan.system[n].component) in owner
         )
     }
-    told = Estimate(footprints, graphs, engine, 0, offload_idle, bases)
+    told = Estimate(footprints, graphs, engine, decoding=decoding, offload_idle=offload_idle, bases=bases)
     if engine == "one_pass":
         return told
     # Gradients that wait come before those that the resident bytes count.

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from sysdag.components import acceleration, precision
 from sysdag.components.component import Component
 from sysdag.components.memory import SavedBytes
+from sysdag.components.random_streams import RowGenerator, seed_of
 from sysdag.components.residence import Residence
 from sysdag.data.preferences import PreferencePair, collate
 from sysdag.engine.distributed import rounds_of, whole_weights
@@ -26,7 +27,7 @@ from sysdag.engine.safeguard import loser_scales
 from sysdag.engine.scoring import Budget, Stored, Turn, component_of, part_of_loss, score, turns, zero_of
 from sysdag.errors import PlanError
 from sysdag.graph.plan import Plan
-from sysdag.objectives.candidate_cache import CandidateCache
+from sysdag.objectives.candidate_cache import CandidateCache, key_of
 from sysdag.objectives.candidates import CandidateStrategy
 from sysdag.objectives.comparison import Comparison, DirectComparison, Generators, SamplingComparison
 from sysdag.objectives.group_weights import GroupWeights
@@ -234,6 +235,7 @@ class SystemModel(nn.Module):
             generator: a CPU generator for noise and candidates, torch's global one by default; or one for each pair, so
                 that a pair's noise is the same in any batch.
             step: number of optimizer steps so far, for candidates that are kept; None draws anew and keeps nothing.
+                With it and no generator a prompt's candidates depend on torch's seed, the step and the prompt alone.
 
         Returns:
             A `StepOutput` for pairs; for a turn its part of the loss, (); for None a zero that depends on every trained
@@ -386,9 +388,14 @@ class SystemModel(nn.Module):
         if self.candidates is None:
             return DirectComparison(self.plan, self.options, self.nodes, pairs, generator)
         inputs = collate(pairs)[0].inputs
-        of_candidates = generator
-        if isinstance(of_candidates, Sequence):  # those of the noise go on as they are
-            of_candidates = torch.Generator().manual_seed(of_candidates[0].initial_seed())
+        of_candidates: RowGenerator
+        if isinstance(generator, Sequence):  # those of the noise go on as they are
+            of_candidates = [each.initial_seed() for each in generator]
+        elif generator is None and step is not None:  # in a batch of any size, in any place of it and in any process
+            rows = [{name: column[row] for name, column in inputs.items()} for row in range(len(pairs))]
+            of_candidates = [seed_of(torch.initial_seed(), step, key_of(row)) for row in rows]
+        else:
+            of_candidates = generator
         drawn = self.candidates.draw(self.proposal, inputs, of_candidates, step)
         is_lower_bound = self.candidates.strategy.is_lower_bound
         return SamplingComparison(self.plan, self.options, pairs, drawn, is_lower_bound, generator)

@@ -1,15 +1,14 @@
 """Running a system over many inputs, in batches, so that the result depends on nothing but what is asked for.
 
-Each batch and node has a generator of its own, seeded from the seed, the batch's number and the node's name. So a
+Each draw has a seed of its own, made of the run's seed, the node's name, the input's row and the run's number. So a
 batch can be run alone, before or after others, here or elsewhere, and its traces are the same: a run that was cut off
-goes on where it was (`sysdag.execution.trace_file`), and engines differ in speed only. The size of a batch is part of
-what is asked for, since models round differently in batches of other sizes; so is the device, as a GPU draws other
-numbers than a CPU, and, for the last bits of a log-probability, its number of threads.
+goes on where it was (`sysdag.execution.trace_file`), and engines differ in speed only. Components that take these
+seeds (`Component.takes_row_seeds`), as sysdag's own do, draw the same in batches of any size and on any device, to
+their models' rounding; others get one generator for a batch, whose size is then part of what is asked for.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
@@ -20,8 +19,6 @@ from sysdag.graph.plan import Plan
 from sysdag.traces.trace import Trace
 
 if TYPE_CHECKING:
-    import torch
-
     from sysdag.components.component import Component
 
 
@@ -94,14 +91,6 @@ class Runs:
         return Trace(inputs, {}, {"prompt": [prompt for prompt, _ in pairs], "run": [run for _, run in pairs]})
 
 
-def generator_of(seed: int, batch: int, node: str) -> torch.Generator:
-    """The randomness of one node in one batch, whatever ran before and wherever."""
-    import torch
-
-    digest = hashlib.sha256(f"{seed} {batch} {node}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-
-
 class Engine(Protocol):
     """Runs batches of a plan."""
 
@@ -132,19 +121,18 @@ class LocalEngine:
         for number in range(first, runs.batches):
             trace = runs.batch(number)
             for name in plan.order if len(trace) else ():
-                sampler = component_sampler(plan, name, generator_of(runs.seed, number, name))
-                trace = with_node(plan, trace, name, sampler)
+                trace = with_node(plan, trace, name, component_sampler(plan, name), runs.seed)
             yield trace
 
 
-def with_node(plan: Plan, trace: Trace, name: str, sampler: Sampler) -> Trace:
+def with_node(plan: Plan, trace: Trace, name: str, sampler: Sampler, seed: int) -> Trace:
     """The trace of a batch with one more node's values.
 
     Raises:
         RunError: see `run`.
     """
     try:
-        return trace.updated({name: draw(plan, trace, name, sampler)})
+        return trace.updated({name: draw(plan, trace, name, sampler, seed)})
     except Exception as error:  # a node's function is the user's, a component's model anybody's
         failed = failed_row(error)
         prompt = trace.columns["prompt"][failed] if failed is not None and "prompt" in trace.columns else None

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from sysdag.graph.variables import Edge
 
 _FAILED_ROW = "_sysdag_failed_row"
-Sampler = Callable[[Sequence[Any]], list[Draw]]
+Sampler = Callable[[Sequence[Any], Sequence[int]], list[Draw]]
+"""Draws for what a node's function returned, one an element, each with a seed."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,13 @@ class Elements:
         if self.counts is None:
             return list(range(len(self.values)))
         return [row for row, count in enumerate(self.counts) for _ in range(count)]
+
+    def seeds(self, rows: Sequence[int]) -> list[int]:
+        """A seed for each element, of its row's seed and its place there."""
+        from sysdag.components.random_streams import seed_of
+
+        counts = [1] * len(rows) if self.counts is None else self.counts
+        return [seed_of(seed, place) for seed, count in zip(rows, counts, strict=True) for place in range(count)]
 
     def cells(self, draws: Sequence[Draw]) -> list[Cell]:
         """Draws, one an element, as one cell a row."""
@@ -178,8 +186,9 @@ def sample(
 
     Args:
         inputs: for each input of the system, one value a row.
-        seed: makes the run reproducible; by default torch's global generator does.
-        generator: a CPU generator to draw from, instead of a seed.
+        seed: makes the run reproducible; by default torch's global generator does. What is drawn in a row depends on it
+            and on the row's number.
+        generator: a CPU generator that the seed is drawn from, instead of a seed.
         given: rows whose cells are kept as they are, so that only the missing ones are drawn.
 
     Raises:
@@ -189,13 +198,12 @@ def sample(
 
     if seed is not None and generator is not None:
         raise PlanError("sample(...) takes a seed or a generator, not both.")
-    if generator is None:
-        generator = torch.Generator()
-        generator.manual_seed(int(torch.randint(2**62, (1,))) if seed is None else seed)
+    if seed is None:
+        seed = int(torch.randint(2**62, (1,), generator=generator))
     trace = Trace(check_inputs(plan, inputs), {} if given is None else given.cells)
     for name in plan.order:
         if name not in trace.cells:
-            trace = trace.updated({name: draw(plan, trace, name, component_sampler(plan, name, generator))})
+            trace = trace.updated({name: draw(plan, trace, name, component_sampler(plan, name), seed)})
     return trace
 
 
@@ -209,22 +217,25 @@ def fill(plan: Plan, trace: Trace) -> Trace:
     return trace
 
 
-def draw(plan: Plan, trace: Trace, name: str, sampler: Sampler | None = None) -> list[Cell]:
+def draw(plan: Plan, trace: Trace, name: str, sampler: Sampler | None = None, seed: int = 0) -> list[Cell]:
     """One node's cells, given those of its parents.
 
     Args:
         sampler: makes the draws of a random node of what the node's function returned; see `component_sampler`.
+        seed: of the run. A draw's own is made of it, the node's name, the row's (see `row_names`) and its place there.
     """
     elements = node_inputs(plan, trace, name)
     if not plan.system[name].is_random:
         return elements.cells([Draw(value) for value in elements.values])
     if not elements.values:
         return elements.cells([])
+    from sysdag.components.random_streams import seed_of
+
     assert sampler is not None
     names = row_names(trace)
     with naming(name, [names[row] for row in elements.rows]):
         try:
-            draws = sampler(elements.values)
+            draws = sampler(elements.values, elements.seeds([seed_of(seed, name, row) for row in names]))
         except Exception as error:
             if (element := failed_element(error)) is not None:
                 error.__dict__[_FAILED_ROW] = elements.rows[element]
@@ -232,9 +243,14 @@ def draw(plan: Plan, trace: Trace, name: str, sampler: Sampler | None = None) ->
     return elements.cells(draws)
 
 
-def component_sampler(plan: Plan, name: str, generator: torch.Generator) -> Sampler:
+def component_sampler(plan: Plan, name: str) -> Sampler:
     """Sampling from the node's component in this process."""
-    return lambda values: at_work(plan, name).sample(values, generator=generator)
+
+    def sampler(values: Sequence[Any], seeds: Sequence[int]) -> list[Draw]:
+        component = at_work(plan, name)
+        return component.sample(values, generator=component.generator_for(seeds))
+
+    return sampler
 
 
 def at_work(plan: Plan, name: str) -> Component:

@@ -169,11 +169,11 @@ def _stage(row: dict[str, Any], *, outline: Packed, name: str, seed: int, router
         return row
     plan = _plan(outline)
 
-    def sampler(values: Sequence[Any]) -> list[Draw]:
-        return ask(router, plan.system[name].component.model, values, seed, row["number"], name)
+    def sampler(values: Sequence[Any], seeds: Sequence[int]) -> list[Draw]:
+        return ask(router, plan.system[name].component.model, values, seeds, name)
 
     try:
-        outcome = with_node(plan, outcome, name, sampler)
+        outcome = with_node(plan, outcome, name, sampler, seed)
     except SysdagError as error:
         error.add_note(f"In a task of Ray: {traceback.format_exc()}")
         outcome = error.with_traceback(None)

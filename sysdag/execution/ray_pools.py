@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from sysdag.errors import PlanError
-from sysdag.execution.batches import generator_of, load
+from sysdag.execution.batches import load
 from sysdag.graph.plan import Plan
 from sysdag.traces.cells import Draw
 
@@ -70,11 +70,11 @@ def pools(plan: Plan, sizes: Sequence[int], *, gpus_per_actor: float, device: st
             ray.kill(actor)
 
 
-def ask(router: Any, model: int, values: Sequence[Any], seed: int, number: int, name: str) -> list[Draw]:
-    """The draws of a node in a batch, from an actor of its model; raises what the component raises."""
+def ask(router: Any, model: int, values: Sequence[Any], seeds: Sequence[int], name: str) -> list[Draw]:
+    """The draws of a node for values with these seeds, from an actor of its model; raises what the component raises."""
     import ray
 
-    [[draws]] = answers([router.sample.remote(model, [ray.put(values), seed, number, name])])
+    [[draws]] = answers([router.sample.remote(model, [ray.put(values), list(seeds), name])])
     return answers([draws])[0]
 
 
@@ -98,13 +98,13 @@ class _Worker:
         self._component = component
 
     def sample(
-        self, model: Sequence[Any], values: Sequence[Any], seed: int, number: int, name: str
+        self, model: Sequence[Any], values: Sequence[Any], seeds: Sequence[int], name: str
     ) -> tuple[None, list[Draw]]:
         """The draws of a node in a batch, after a None that says that they are there."""
         if self._component is None:  # it died and was started again
             self.load(name, model)
         assert self._component is not None
-        return None, self._component.sample(values, generator=generator_of(seed, number, name))
+        return None, self._component.sample(values, generator=self._component.generator_for(seeds))
 
 
 class _Router:

@@ -26,7 +26,7 @@ from sysdag.graph.plan import Plan
 from sysdag.saving.serialization import component_keys, system_to_dict
 from sysdag.traces.trace import Trace
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 
 _LIMITS = ("_max_new_tokens", "_max_length")  # as given; asking a language model for them would load it

@@ -7,8 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from sysdag.components.random_streams import RowGenerator
 from sysdag.files.encoding import decode_value, encode_value
 from sysdag.graph.plan import Plan
 from sysdag.objectives.candidates import Candidates, CandidateStrategy
@@ -32,7 +31,7 @@ class CandidateCache:
         self,
         plan: Plan,
         inputs: Mapping[str, Sequence[Any]],
-        generator: torch.Generator | None = None,
+        generator: RowGenerator = None,
         step: int | None = None,
     ) -> Candidates:
         """Candidates for each prompt.
@@ -44,13 +43,15 @@ class CandidateCache:
         if self.refresh_steps == 1 or step is None:
             return self.strategy.draw(plan, inputs, generator)
         prompts = len(next(iter(inputs.values())))
-        keys = [_key({name: column[row] for name, column in inputs.items()}) for row in range(prompts)]
+        keys = [key_of({name: column[row] for name, column in inputs.items()}) for row in range(prompts)]
         first_row: dict[str, int] = {}
         for row, key in enumerate(keys):
             first_row.setdefault(key, row)
         stale = [key for key in first_row if key not in self._kept or step - self._kept[key][0] >= self.refresh_steps]
         if stale:
             rows = [first_row[key] for key in stale]
+            if isinstance(generator, Sequence):
+                generator = [generator[row] for row in rows]
             fresh = self.strategy.draw(
                 plan, {name: [column[row] for row in rows] for name, column in inputs.items()}, generator
             )
@@ -96,5 +97,6 @@ def _encoded(column: tuple[float, ...] | None) -> Any:
     return None if column is None else encode_value(list(column), "candidates")
 
 
-def _key(inputs: Mapping[str, Any]) -> str:
+def key_of(inputs: Mapping[str, Any]) -> str:
+    """What a prompt's inputs are known by: equal ones have one key."""
     return json.dumps({name: encode_value(value, name) for name, value in inputs.items()}, sort_keys=True)

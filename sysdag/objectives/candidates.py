@@ -16,11 +16,14 @@ from typing import Any
 import torch
 
 from sysdag.components.decoding import check_truncation
+from sysdag.components.random_streams import RowGenerator, row_seeds, seed_of
 from sysdag.errors import PlanError
 from sysdag.execution.execute import at_work, fill, flat_draws, naming, node_inputs
 from sysdag.graph.plan import Plan
 from sysdag.traces.cells import Cell
 from sysdag.traces.trace import Trace
+
+_SEED = "seed"  # the column with the seed of each prompt, while its candidates are drawn
 
 
 @dataclass(frozen=True)
@@ -101,28 +104,33 @@ class CandidateStrategy(ABC):
         """Whether the sum over candidates is a plain one over distinct values, and so at most p(z|x)."""
         return True
 
-    def draw(
-        self, plan: Plan, inputs: Mapping[str, Sequence[Any]], generator: torch.Generator | None = None
-    ) -> Candidates:
+    def draw(self, plan: Plan, inputs: Mapping[str, Sequence[Any]], generator: RowGenerator = None) -> Candidates:
         """Candidates for each prompt, from the components as they are now.
 
         Args:
             plan: the system; its latents under Sampling are drawn.
             inputs: for each input, one value a prompt.
-            generator: a CPU generator; torch's global one by default.
+            generator: a CPU generator, torch's global one by default; or a seed for each prompt, which its candidates
+                then depend on alone.
         """
         latents = plan.latents("sampling")
         shared = [name for name in latents if plan.system[name].likelihood == "none"]
-        rows = Trace(inputs, {})
+        seeds = row_seeds(generator, len(next(iter(inputs.values()))))
+        rows = Trace(inputs, {}, {_SEED: seeds})
+        if isinstance(generator, Sequence):
+            generator = torch.Generator().manual_seed(seed_of(*seeds))
         for name in shared:
             elements = node_inputs(plan, fill(plan, rows), name)
+            component = at_work(plan, name)
+            seeded = component.generator_for(elements.seeds([seed_of(seed, name) for seed in seeds]))
             with naming(name, elements.rows):
-                draws = at_work(plan, name).sample(elements.values, generator=generator)
+                draws = component.sample(elements.values, generator=seeded)
             rows = rows.updated({name: elements.cells(draws)})
         drawn = [name for name in latents if name not in shared]
         found = self.paths(plan, rows, drawn, generator)
         self._check(found, len(rows), drawn)
-        return found
+        columns = {name: column for name, column in found.trace.columns.items() if name != _SEED}
+        return replace(found, trace=replace(found.trace, columns=columns))
 
     @abstractmethod
     def paths(self, plan: Plan, rows: Trace, latents: Sequence[str], generator: torch.Generator | None) -> Candidates:
@@ -131,9 +139,10 @@ class CandidateStrategy(ABC):
         `sysdag.execution.fill(plan, rows)` adds the deterministic nodes that a latent's function reads.
 
         Args:
-            rows: one row a prompt: its inputs, and the cells of latents that all candidates share.
+            rows: one row a prompt: its inputs, the cells of latents that all candidates share, and in the column `seed`
+                a seed of its own, which what is drawn for it may be made of.
             latents: names of the nodes to be drawn, in topological order.
-            generator: the only source of randomness; a CPU generator, torch's global one for None.
+            generator: of other randomness; a CPU generator, torch's global one for None.
 
         Returns:
             A trace of `rows`, each repeated for its candidates, with a cell for every latent; and the prompt of each,
@@ -217,6 +226,7 @@ class MonteCarlo(CandidateStrategy):
 
     def paths(self, plan: Plan, rows: Trace, latents: Sequence[str], generator: torch.Generator | None) -> Candidates:
         prompt = [row for row in range(len(rows)) for _ in range(self.num_candidates)]
+        seeds = [seed_of(seed, number) for seed in rows.columns[_SEED] for number in range(self.num_candidates)]
         rows = rows.select(prompt)
         log_proposal = [0.0] * len(prompt)
         for name in latents:
@@ -225,8 +235,9 @@ class MonteCarlo(CandidateStrategy):
             options = {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
             options = {option: value for option, value in options.items() if value is not None}
             draw = component.propose if options else component.sample
+            seeded = component.generator_for(elements.seeds([seed_of(seed, name) for seed in seeds]))
             with naming(name, [prompt[row] for row in elements.rows]):
-                draws = draw(elements.values, generator=generator, **options)
+                draws = draw(elements.values, generator=seeded, **options)
             for row, draw in zip(elements.rows, draws, strict=True):
                 log_proposal[row] += draw.log_prob
             rows = rows.updated({name: elements.cells(draws)})

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, Self
 
 import numpy
-import torch
 
 from sysdag.components.diffusion import watching
 from sysdag.components.diffusion.conditioning import Conditioner
@@ -17,6 +16,7 @@ from sysdag.components.diffusion.pipeline_calls import PipelineCalls
 from sysdag.components.diffusion.pretrained_diffusion import PretrainedDiffusion
 from sysdag.components.diffusion.separate_parts import SeparateParts
 from sysdag.components.diffusion.whole_pipeline import WholePipeline
+from sysdag.components.random_streams import RowGenerator, row_seeds
 from sysdag.errors import PlanError
 from sysdag.traces.cells import Draw
 
@@ -29,6 +29,7 @@ class SampledDiffusion(PretrainedDiffusion):
     """
 
     reads_files = True
+    takes_row_seeds = True
 
     def __init__(
         self,
@@ -126,16 +127,16 @@ class SampledDiffusion(PretrainedDiffusion):
             raise PlanError(f"{self!r}: {type(whole).__name__}'s call takes no {unknown}; it takes {list(taken)[1:]}.")
         return {**({"output_type": "pil"} if "output_type" in taken else {}), **given}
 
-    def sample(self, inputs: Sequence[Any], *, generator: torch.Generator | None = None) -> list[Draw]:
+    def sample(self, inputs: Sequence[Any], *, generator: RowGenerator = None) -> list[Draw]:
         """Draws an image for each input, in eval mode and without gradients.
 
-        A draw depends on the generator, its input and its place in `inputs`, not on the other inputs or the device.
+        A draw depends on its input and its seed, or the generator and its place in `inputs`; not on the other inputs or
+        the device.
 
         Raises:
             DataError: for an input that the model cannot be conditioned on.
         """
-        place = "cpu" if generator is None else generator.device
-        seeds = torch.randint(2**62, (len(inputs),), generator=generator, device=place).tolist()
+        seeds = row_seeds(generator, len(inputs))
         with self.pipeline.running(evaluate=True):
             draws = self._sampler.sample(inputs, seeds)
         if not self.record_noise:

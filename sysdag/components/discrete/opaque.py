@@ -8,12 +8,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
-import torch
-
 from sysdag.components import hooks
 from sysdag.components.component import Component
 from sysdag.components.discrete.call_cache import CallCache
 from sysdag.components.discrete.side_by_side import Calls, failed_call
+from sysdag.components.random_streams import RowGenerator
 from sysdag.errors import DataError, DeclarationNeeded, PlanError, SerializationError, failed_element, mark_element
 from sysdag.traces.cells import Draw
 
@@ -90,7 +89,7 @@ class Opaque(Component):
     def __getstate__(self) -> dict[str, Any]:
         return vars(self) | {"_answers": None}  # another process reads the file anew
 
-    def sample(self, inputs: Sequence[Any], *, generator: torch.Generator | None = None) -> list[Draw]:
+    def sample(self, inputs: Sequence[Any], *, generator: RowGenerator = None) -> list[Draw]:
         return [Draw(value) for value in (self._made(inputs) if self._cache is None else self._kept(inputs))]
 
     def _made(self, inputs: Sequence[Any], keep: Callable[[int, Any], None] = lambda number, value: None) -> list[Any]:

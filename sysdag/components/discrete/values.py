@@ -11,7 +11,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sysdag.components.component import Component
-from sysdag.components.decoding import device_generator, proposal_log_probs
+from sysdag.components.decoding import draw_options
+from sysdag.components.random_streams import RowGenerator, row_seeds
 from sysdag.errors import DataError, shown
 from sysdag.traces.cells import Draw
 
@@ -21,6 +22,7 @@ class Discrete(Component):
 
     likelihood = "exact"
     is_density = False
+    takes_row_seeds = True
     values: tuple[Hashable, ...]
 
     @abstractmethod
@@ -44,7 +46,7 @@ class Discrete(Component):
             )
         return logits
 
-    def sample(self, inputs: Sequence[Any], *, generator: torch.Generator | None = None) -> list[Draw]:
+    def sample(self, inputs: Sequence[Any], *, generator: RowGenerator = None) -> list[Draw]:
         return self.propose(inputs, generator=generator)
 
     def propose(
@@ -54,17 +56,16 @@ class Discrete(Component):
         temperature: float | None = None,
         top_p: float | None = None,
         top_k: int | None = None,
-        generator: torch.Generator | None = None,
+        generator: RowGenerator = None,
     ) -> list[Draw]:
         with torch.no_grad():
             temperature, top_p = 1.0 if temperature is None else temperature, 1.0 if top_p is None else top_p
-            log_probs = proposal_log_probs(self._checked_logits(inputs), temperature, top_p, top_k)
-            drawn = torch.multinomial(log_probs.exp(), 1, generator=device_generator(generator, log_probs.device))
-            chosen = log_probs.gather(1, drawn)
-        return [
-            self._draw(index, log_prob)
-            for index, log_prob in zip(drawn[:, 0].tolist(), chosen[:, 0].tolist(), strict=True)
-        ]
+            logits = self._checked_logits(inputs)
+            seeds = torch.tensor(row_seeds(generator, len(logits)), device=logits.device)
+            drawn, log_probs = draw_options(
+                logits, seeds, torch.zeros_like(seeds), temperature=temperature, top_p=top_p, top_k=top_k
+            )
+        return [self._draw(index, log_prob) for index, log_prob in zip(drawn.tolist(), log_probs.tolist(), strict=True)]
 
     def observe(self, values: Sequence[Any]) -> list[Draw]:
         return [self._draw(self._index(value, element)) for element, value in enumerate(values)]

@@ -18,17 +18,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from sysdag.components.language.decoder import decoder_of
+from sysdag.components.language.decoder import Decoder, arranged, decoder_of
 from sysdag.ops.diverse_beam_step import EMPTY, append, diverse_beam_step, open_candidates, require
-
-
-def _in_place(parents: Tensor) -> Tensor:
-    """The order (..., K) of new beams that puts each parent's first child in the parent's place: few rows then move."""
-    if parents.shape[-1] == 1:
-        return parents
-    later = (parents[..., None] == parents[..., None, :]).tril(-1).any(-1)
-    free = torch.ones_like(later).scatter(-1, parents, False).to(torch.uint8).argsort(dim=-1, descending=True)
-    return torch.where(later, free.gather(-1, later.cumsum(-1).sub(1).clamp(min=0)), parents).argsort(-1)
 
 
 @torch.no_grad()
@@ -88,8 +79,12 @@ def diverse_beam_search(
     pad = pad_token_id if pad_token_id is not None else eos_ids[0] if eos_ids else 0
 
     decoder = decoder_of(model)
-    logits = decoder.start(input_ids, attention_mask.long(), N)
-    V = logits.shape[-1]
+    prompts = [ids[mask.bool()].tolist() for ids, mask in zip(input_ids, attention_mask, strict=True)]
+    order = sorted(range(B), key=lambda prompt: -len(prompts[prompt]))
+    logits = decoder.enter([prompts[prompt] for prompt in order], [N] * B)
+    entered = torch.tensor(order).argsort()
+    logits, V = logits[entered.to(device)], logits.shape[-1]
+    places = entered[:, None] * N + torch.arange(N)  # the decoder's row of each beam (B,N)
     require(0 <= pad < V, "pad_token_id", f"a token of the vocabulary, 0 to {V - 1}", pad)
     require(len(set(eos_ids)) < V, "eos_token_id", f"fewer tokens than the vocabulary's {V}", len(set(eos_ids)))
     logits = logits[:, None].expand(B, N, V)
@@ -120,7 +115,6 @@ def diverse_beam_search(
                 full &= beams.closed_scores[..., -1] >= totals[..., 0].double() / horizon**length_penalty
             beams.done = done | full
         kept = open_candidates(tokens, eos, K)
-        kept = kept.gather(-1, _in_place(parents.gather(-1, kept)))
         tokens, parents, beams.scores = (part.gather(-1, kept) for part in (tokens, parents, totals))
         beams.history = append(beams.history, tokens, parents, done[..., None])
         if length == T:
@@ -128,16 +122,36 @@ def diverse_beam_search(
             beams.close(beams.history, beams.scores.double() / T**length_penalty, still)
             beams.done = torch.ones_like(beams.done)
 
-        rows = torch.arange(len(tokens) * N, device=device).view_as(tokens) // K * K + parents
+        rows = places.gather(1, (torch.arange(N) // K * K + parents.flatten(1).cpu()))
         finished = beams.done.all(-1)
         if (eos is not None or length == T) and finished.any():
             sequences[beams.prompts[finished]], scores[beams.prompts[finished]] = beams.select(finished).ranked()
-            tokens, rows, beams = tokens[~finished], rows[~finished], beams.select(~finished)
+            tokens, rows, beams = tokens[~finished], rows[~finished.cpu()], beams.select(~finished)
         if not len(tokens):
             break
-        logits = decoder.extend(tokens.flatten(1), rows.flatten(1))
+        logits, places = _extended(decoder, tokens.flatten(1), rows, beams.done.repeat_interleave(K, 1), V)
     empty = sequences == EMPTY
     return sequences.masked_fill(empty, pad)[..., : T - int(empty.all(1).all(0).sum())], scores
+
+
+def _extended(
+    decoder: Decoder, tokens: Tensor, rows: Tensor, done: Tensor, vocabulary: int
+) -> tuple[Float[Tensor, "B N V"], Int[Tensor, "B N"]]:
+    """Logits after tokens (B,N), each behind a row of the decoder, and their rows now; zeros where a group is done.
+
+    The beams of such a group leave the decoder: nothing that they are continued with is looked at.
+    """
+    open_ = ~done
+    kept = rows[open_.cpu()].tolist()
+    there = torch.tensor(arranged(kept))
+    decoder.keep([row for _, row in sorted(zip(there.tolist(), kept, strict=True))])
+    index = there.to(tokens.device)
+    logits = decoder.extend(torch.empty_like(tokens[open_]).index_copy(0, index, tokens[open_]))
+    found = logits.new_zeros(*tokens.shape, vocabulary)
+    found[open_] = logits[index]
+    places = torch.zeros_like(rows)
+    places[open_.cpu()] = there
+    return found, places
 
 
 @dataclass

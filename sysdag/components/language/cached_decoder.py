@@ -1,17 +1,18 @@
 """A causal language model that extends many rows by a token at a time, through its forward and its cache.
 
 A cache is keys and values, states of a recurrence, or both: whatever the model returns from one call and takes at the
-next. Whether a model's goes with padding and with rows that change places is asked by `decoder`.
+next. Whether a model's goes with padding, and with rows that enter, leave and change places, is asked by `decoder`.
 """
 
 from __future__ import annotations
 
-import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from sysdag.components.language import key_value_slabs
 from sysdag.components.language.language_head import argument_names
 
 _CACHES = ("past_key_values", "cache_params", "state")  # the names that forwards have for it
@@ -23,12 +24,16 @@ class CachedDecoder:
     Args:
         pass_positions: say each token's place among those that are no padding, where the forward takes it; False
             leaves that to the model, which is right without padding whatever it counts from.
+        joins: whether prompts may be read while rows are there, and what they begin with once for all.
+        least_shared: fewest tokens that prompts must have in common to be read once.
 
     Raises:
         ValueError: for a model that takes no cache, or that keeps none as it is now.
     """
 
-    def __init__(self, model: nn.Module, *, pass_positions: bool = True) -> None:
+    def __init__(
+        self, model: nn.Module, *, pass_positions: bool = True, joins: bool = True, least_shared: int = 16
+    ) -> None:
         if model.training and any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
             raise ValueError(
                 "model: expected one that keeps a cache, got train mode with gradient checkpointing, which keeps none; "
@@ -41,70 +46,142 @@ class CachedDecoder:
         if not pass_positions:
             self.accepts = self.accepts - {"position_ids"}
         self._name: str = name
-        self.cache: Any = None
+        parameter = next(model.parameters(), None)
+        self.device = torch.device("cpu") if parameter is None else parameter.device
+        self.joins = joins
+        self._least_shared = least_shared if joins else None
+        self._shared: tuple[list[int], Any] | None = None  # what prompts begin with, and its cache
+        self._cache: Any = None
+        self._prompts_read = 0
+        self._clear()
 
-    def start(self, input_ids: Tensor, mask: Tensor, beams: int) -> Tensor:
-        """Reads the prompts once, then gives each `beams` rows; returns the logits after them (B,V)."""
-        self.mask, self.positions = mask, (mask.cumsum(-1) - 1).clamp(min=0)
-        logits = self._forward(input_ids)
-        rows = torch.arange(len(input_ids), device=input_ids.device).repeat_interleave(beams)
-        self.mask, self.positions = mask[rows], self.positions[rows, -1:]
-        if self.cache is None:
-            raise ValueError(f"model: expected an output with {self._name}, got None.")
-        if not _has_layers(self.cache):
-            self._select(rows)
-            return logits
-        for i, layer in enumerate(self.cache.layers):
-            if _is_plain(layer):
-                self.cache.layers[i] = _roomy_layer_class()(layer, beams)
-            else:
-                layer.reorder_cache(rows)
+    def _clear(self) -> None:
+        self._cache = None
+        self._mask = torch.ones(0, 0, dtype=torch.long, device=self.device)
+        self._positions = torch.zeros(0, 1, dtype=torch.long, device=self.device)
+        self._owners: list[int] = []
+        self._ages: list[int] = []
+
+    def enter(self, prompts: Sequence[Sequence[int]], repeats: Sequence[int]) -> Tensor:
+        """See `sysdag.components.language.decoder.Decoder`."""
+        shared = self._shared_by(prompts)
+        logits, read, mask = self._read(prompts, shared)
+        rows = torch.arange(len(prompts)).repeat_interleave(torch.tensor(repeats)).to(self.device)
+        self._take_in(read, mask, rows, [len(prompt) for prompt in prompts], shared)
         return logits
 
-    def extend(self, tokens: Tensor, rows: Tensor) -> Tensor:
-        """Appends each of the tokens (B,N) to a row of the call before, `rows` (B,N); returns logits (B,N,V).
+    def _read(self, prompts: Sequence[Sequence[int]], shared: int) -> tuple[Tensor, Any, Tensor]:
+        """Logits after prompts, their cache, and its mask."""
+        width = max(map(len, prompts)) - shared
+        ids = [[0] * (width + shared - len(prompt)) + list(prompt[shared:]) for prompt in prompts]
+        mask = [
+            [1] * shared + [0] * (width + shared - len(prompt)) + [1] * (len(prompt) - shared) for prompt in prompts
+        ]
+        input_ids, made = torch.tensor(ids, device=self.device), torch.tensor(mask, device=self.device)
+        positions = (made.cumsum(-1) - 1).clamp(min=0)[:, shared:]
+        cache = None
+        if shared:
+            assert self._shared is not None
+            cache = _expanded(self._shared[1], len(prompts), shared)
+        logits, cache = self._forward(input_ids, made, positions, cache)
+        if cache is None:
+            raise ValueError(f"model: expected an output with {self._name}, got None.")
+        return logits, cache, made
 
-        Where no row is dropped, each is followed by a row of the same prompt: its prompt's part stays where it is.
-        """
-        shape, rows = tokens.shape, rows.flatten()
-        self._reorder(rows)
-        self.mask = nn.functional.pad(self.mask[rows], (0, 1), value=1)
-        self.positions = self.positions[rows] + 1
-        return self._forward(tokens.reshape(-1, 1)).unflatten(0, shape)
+    def _shared_by(self, prompts: Sequence[Sequence[int]]) -> int:
+        """How many tokens all prompts begin with whose cache is there; it is read where that pays."""
+        if self._least_shared is None:
+            return 0
+        first = list(prompts[0]) if self._shared is None else self._shared[0]
+        if self._shared is None and len(prompts) == 1:
+            return 0
+        count = min(_common(first, prompt) for prompt in prompts)
+        count = min(count, min(map(len, prompts)) - 1)  # a token of its own gives a prompt its logits
+        if count < self._least_shared:
+            return 0
+        if self._shared is None:
+            _, cache, _ = self._read([first[:count]], 0)
+            if not (_has_layers(cache) and key_value_slabs.keeps_all_columns(cache)):
+                self._least_shared = None
+                return 0
+            self._shared = (first[:count], cache)
+        return count
 
-    def _reorder(self, rows: Tensor) -> None:
-        """Puts earlier row `rows[i]` at i."""
-        if len(rows) < len(self.mask):
+    def _take_in(self, read: Any, mask: Tensor, rows: Tensor, lengths: Sequence[int], shared: int) -> None:
+        count, there = len(rows), len(self._owners)
+        mergeable = self.joins and _has_layers(read) and key_value_slabs.takes_rows_in(read)
+        if there and not mergeable:
+            raise ValueError("model: no prompt may enter while rows are there.")
+        longest = max(lengths)
+        if mergeable:
+            used = int(self._positions.max()) + 1 if there else 0
+            columns = max(used, longest)
+            entering = key_value_slabs.Entering(rows, lengths, shared, columns)
+            self._cache = key_value_slabs.merged(self._cache if there else None, read, entering)
+            old = self._mask[:, self._mask.shape[1] - used :] if there else self._mask.new_zeros(0, columns)
+            old = nn.functional.pad(old, (columns - old.shape[1], 0))
+            counts = torch.tensor(lengths, device=self.device)[rows]
+            new = (torch.arange(columns, device=self.device) >= columns - counts[:, None]).long()
+            self._mask = torch.cat([old, new])
+        else:
+            self.joins = False
+            self._cache, self._mask = read, mask[rows]
             self._select(rows)
+        self._positions = torch.cat([self._positions, torch.tensor(lengths, device=self.device)[rows][:, None] - 1])
+        self._owners += [self._prompts_read + row for row in rows.tolist()]
+        self._ages += [0] * count
+        self._prompts_read += len(lengths)
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """See `sysdag.components.language.decoder.Decoder`."""
+        if list(rows) == list(range(len(self._owners))):
             return
-        moved = (rows != torch.arange(len(rows), device=rows.device)).nonzero().squeeze(-1)
-        if not len(moved):
+        if not rows:
+            self._clear()
             return
-        if not _has_layers(self.cache):
-            self._select(rows)
-            return
-        for layer in self.cache.layers:
-            if isinstance(layer, _roomy_layer_class()):
-                layer.copy_rows(rows[moved], moved)
-            else:
-                layer.reorder_cache(rows)
+        index = torch.tensor(rows, device=self.device)
+        if self.joins:
+            there = self._owners + [-1] * len(rows)
+            same = [self._owners[source] == there[place] for place, source in enumerate(rows)]
+            since = [
+                max(self._ages[source], self._ages[place]) if alike else None
+                for place, (source, alike) in enumerate(zip(rows, same, strict=True))
+            ]
+            key_value_slabs.keep(self._cache, rows, since)
+        else:
+            self._select(index)
+        self._mask, self._positions = self._mask[index], self._positions[index]
+        self._owners, self._ages = [self._owners[row] for row in rows], [self._ages[row] for row in rows]
+
+    def extend(self, tokens: Tensor) -> Tensor:
+        """See `sysdag.components.language.decoder.Decoder`."""
+        self._mask = nn.functional.pad(self._mask, (0, 1), value=1)
+        self._positions = self._positions + 1
+        self._ages = [age + 1 for age in self._ages]
+        logits, self._cache = self._forward(tokens[:, None], self._mask, self._positions, self._cache)
+        return logits
 
     def _select(self, rows: Tensor) -> None:
-        if _has_layers(self.cache):
-            self.cache.reorder_cache(rows)
-        elif hasattr(self.cache, "batch_select_indices"):  # a cache with more in it than layers
-            self.cache.batch_select_indices(rows)
+        if _has_layers(self._cache):
+            self._cache.reorder_cache(rows)
+        elif hasattr(self._cache, "batch_select_indices"):  # a cache with more in it than layers
+            self._cache.batch_select_indices(rows)
         else:
-            self.cache = _selected(self.cache, rows)
+            self._cache = _selected(self._cache, rows)
 
-    def _forward(self, input_ids: Tensor) -> Tensor:
-        options: dict[str, Any] = {"position_ids": self.positions, "logits_to_keep": 1, self._name: self.cache}
-        if self._name == "past_key_values" or self.cache is None:  # states hold no padding
-            options["attention_mask"] = self.mask
+    def _forward(self, input_ids: Tensor, mask: Tensor, positions: Tensor, cache: Any) -> tuple[Tensor, Any]:
+        options: dict[str, Any] = {"position_ids": positions, "logits_to_keep": 1, self._name: cache}
+        if self._name == "past_key_values" or cache is None:  # states hold no padding
+            options["attention_mask"] = mask
         options = {name: value for name, value in options.items() if name in self.accepts}
         output = self.model(input_ids=input_ids, use_cache=True, **options)
-        self.cache = getattr(output, self._name, None)
-        return output.logits[:, -1].to(input_ids.device)
+        return output.logits[:, -1].to(input_ids.device), getattr(output, self._name, None)
+
+
+def _common(first: Sequence[int], second: Sequence[int]) -> int:
+    """How many tokens both begin with."""
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((place for place, (one, other) in pairs if one != other), min(len(first), len(second)))
 
 
 def _has_layers(cache: Any) -> bool:
@@ -114,6 +191,20 @@ def _has_layers(cache: Any) -> bool:
     if not isinstance(cache, Cache):
         return False
     return type(cache).batch_select_indices is Cache.batch_select_indices
+
+
+def _expanded(cache: Any, rows: int, tokens: int) -> Any:
+    """A cache like that of one row's first tokens, for many rows, without copies."""
+    from transformers.cache_utils import DynamicCache, DynamicLayer
+
+    found = DynamicCache()
+    found.layer_class_to_replicate = None
+    for layer in cache.layers:
+        made = DynamicLayer()
+        made.dtype, made.device, made.is_initialized = layer.dtype, layer.device, True
+        made.keys, made.values = (part[:, :, :tokens].expand(rows, -1, -1, -1) for part in (layer.keys, layer.values))
+        found.layers.append(made)
+    return found
 
 
 def _selected(cache: Any, rows: Tensor) -> Any:
@@ -128,66 +219,3 @@ def _selected(cache: Any, rows: Tensor) -> Any:
     for name, value in held.items():
         setattr(cache, name, _selected(value, rows))
     return cache
-
-
-def _is_plain(layer: Any) -> bool:
-    from transformers.cache_utils import DynamicLayer
-
-    return type(layer) is DynamicLayer and layer.is_initialized
-
-
-@functools.cache
-def _roomy_layer_class() -> Any:
-    from transformers.cache_utils import DynamicLayer
-
-    class RoomyLayer(DynamicLayer):
-        """Keys and values (rows, heads, tokens, width) as views of slabs with room for more tokens.
-
-        `DynamicLayer` copies everything at each token and again at each reordering, which takes most of a step's time.
-        Here a token is written in place, and a beam that takes the place of another of its prompt is copied alone,
-        without the prompt's part.
-        """
-
-        room = 128
-        keys: Tensor
-        values: Tensor
-
-        def __init__(self, layer: Any, beams: int) -> None:
-            super().__init__()
-            self.__dict__.update(vars(layer))
-            self.prompt = layer.keys.shape[-2]
-            self.slabs = []
-            for part in (layer.keys, layer.values):
-                self.slabs.append(self._slab(part, len(part) * beams))
-                self.slabs[-1].unflatten(0, (len(part), beams))[..., : self.prompt, :] = part[:, None]
-            self._show(self.prompt)
-
-        def _slab(self, part: Tensor, rows: int) -> Tensor:
-            return part.new_empty(rows, part.shape[1], part.shape[2] + self.room, part.shape[3])
-
-        def _show(self, tokens: int) -> tuple[Tensor, Tensor]:
-            self.keys, self.values = (slab[:, :, :tokens] for slab in self.slabs)
-            return self.keys, self.values
-
-        def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-            start = self.keys.shape[-2]
-            end = start + key_states.shape[-2]
-            for i, (seen, new) in enumerate([(self.keys, key_states), (self.values, value_states)]):
-                if end > self.slabs[i].shape[-2]:
-                    self.slabs[i] = self._slab(seen, len(seen))
-                    self.slabs[i][:, :, :start] = seen
-                self.slabs[i][:, :, start:end] = new
-            return self._show(end)
-
-        def copy_rows(self, sources: Tensor, places: Tensor) -> None:
-            """Copies the new tokens of some rows over those of rows of the same prompts."""
-            for part in (self.keys, self.values):
-                new = part[:, :, self.prompt :]
-                new.index_copy_(0, places.to(part.device), new.index_select(0, sources.to(part.device)))
-
-        def reorder_cache(self, beam_idx: Tensor) -> None:
-            tokens = self.keys.shape[-2]
-            self.slabs = [slab.index_select(0, beam_idx.to(slab.device)) for slab in self.slabs]
-            self._show(tokens)
-
-    return RoomyLayer

@@ -21,8 +21,10 @@ from sysdag.components.language.non_finite import first_non_finite
 from sysdag.components.language.prefix_scorer import PrefixScorer
 from sysdag.components.language.pretrained import PretrainedLM
 from sysdag.components.language.router_loss import RouterLoss
+from sysdag.components.language.sampling import MAX_BATCH_TOKENS
 from sysdag.components.language.stop_strings import StopStrings, stop_strings
 from sysdag.components.language.text_component import TextComponent
+from sysdag.components.random_streams import RowGenerator, row_seeds
 from sysdag.errors import PlanError
 from sysdag.traces.cells import Draw
 
@@ -30,7 +32,10 @@ if TYPE_CHECKING:
     from peft import PeftConfig
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-_OPTIONS = ("temperature", "top_p", "top_k", "stop", "batch_size", "pack_prefixes", "sanitize_control_tokens")
+_OPTIONS = (
+    "temperature", "top_p", "top_k", "stop", "max_batch_tokens", "batch_size", "pack_prefixes",
+    "sanitize_control_tokens",
+)  # fmt: skip
 
 
 class CausalLM(TextComponent):
@@ -62,7 +67,10 @@ class CausalLM(TextComponent):
             `token_ids` hold all tokens up to that one, and scoring is over exactly those; its text ends before the
             first of the strings, as in vLLM and OpenAI's interface. The candidates of a search end there, too, and an
             observed text that holds one; an observed text without any has an end token.
-        batch_size: most sequences decoded side by side.
+        max_batch_tokens: most tokens of the sequences that are decoded side by side, each with its prompt and all that
+            it may draw: the keys and values of so many tokens are held (see docs/memory.md). Rows that have ended leave
+            and waiting ones enter. What is drawn depends on none of this.
+        batch_size: most sequences decoded side by side, where that is to be fewer; None leaves it to the tokens.
         pack_prefixes: scores what several sequences of a call begin with once, where the model can (see
             `sysdag.components.language.prefix_scorer`). In training mode they then share that part's dropout, too.
         model_kwargs: passed to `from_pretrained` (`dtype`, `revision`, `attn_implementation`, `quantization_config`,
@@ -82,6 +90,7 @@ class CausalLM(TextComponent):
 
     likelihood = "exact"
     is_density = False
+    takes_row_seeds = True
 
     def __init__(
         self,
@@ -95,7 +104,8 @@ class CausalLM(TextComponent):
         top_p: float = 1.0,
         top_k: int | None = None,
         stop: str | Sequence[str] | None = None,
-        batch_size: int = 64,
+        max_batch_tokens: int = MAX_BATCH_TOKENS,
+        batch_size: int | None = None,
         pack_prefixes: bool = True,
         model_kwargs: Mapping[str, Any] | None = None,
         tools: Sequence[Any] | None = None,
@@ -109,6 +119,9 @@ class CausalLM(TextComponent):
                 "CausalLM needs max_new_tokens >= 1 and max_length > max_new_tokens, got "
                 f"max_new_tokens={max_new_tokens}, max_length={max_length}."
             )
+        for option, value in {"max_batch_tokens": max_batch_tokens, "batch_size": batch_size}.items():
+            if not (isinstance(value, int) and value >= 1) and (value is not None or option != "batch_size"):
+                raise PlanError(f"CausalLM: {option} must be an integer of 1 or more, got {value!r}.")
         check_truncation("CausalLM", temperature, top_p, top_k)
         if tools is not None and not all(isinstance(tool, Mapping) or callable(tool) for tool in tools):
             raise PlanError("CausalLM: tools must be JSON schemas or functions.")
@@ -125,7 +138,7 @@ class CausalLM(TextComponent):
         self.temperature = temperature
         self.top_p = top_p
         self.top_k = top_k
-        self.batch_size = batch_size
+        self.max_batch_tokens, self.batch_size = max_batch_tokens, batch_size
         self.pack_prefixes = pack_prefixes
 
     def __repr__(self) -> str:
@@ -139,7 +152,7 @@ class CausalLM(TextComponent):
     def module(self) -> Any:
         return self.lm.module
 
-    def sample(self, inputs: Sequence[Any], *, generator: torch.Generator | None = None) -> list[Draw]:
+    def sample(self, inputs: Sequence[Any], *, generator: RowGenerator = None) -> list[Draw]:
         return self.propose(inputs, generator=generator)
 
     def propose(
@@ -150,7 +163,7 @@ class CausalLM(TextComponent):
         top_p: float | None = None,
         top_k: int | None = None,
         stop: str | Sequence[str] | None = None,
-        generator: torch.Generator | None = None,
+        generator: RowGenerator = None,
     ) -> list[Draw]:
         """See `Component`; `stop` as for the component, whose own are left by None and put off by an empty list."""
         check_truncation(repr(self), temperature, top_p, top_k)
@@ -159,13 +172,16 @@ class CausalLM(TextComponent):
             temperature=self.temperature if temperature is None else temperature,
             top_p=self.top_p if top_p is None else top_p,
             top_k=self.top_k if top_k is None else top_k,
-            generator=generator,
+            seeds=row_seeds(generator, len(inputs)),
         )
 
     def _completer(self, stop: str | Sequence[str] | None = None) -> Completer:
         strings = self.stop if stop is None else stop_strings(stop)
         stops = StopStrings(strings, self.tokenizer) if strings else None
-        return Completer(lm=self.lm, max_new_tokens=self.max_new_tokens, batch_size=self.batch_size, stops=stops)
+        return Completer(
+            lm=self.lm, max_new_tokens=self.max_new_tokens, max_batch_tokens=self.max_batch_tokens,
+            batch_size=self.batch_size, stops=stops,
+        )  # fmt: skip
 
     def search(
         self, inputs: Sequence[Any], num_candidates: int, diversity_penalty: float, ngram_size: int = 1
@@ -237,6 +253,12 @@ class CausalLM(TextComponent):
             config, self.lm.dtype(trains), self.lm.adapter_config, tokens=tokens, labels=labels, trains=trains,
             checkpoints=checkpoints, device=device,
         )  # fmt: skip
+
+    def decoding_bytes(self, *, rows: int, tokens: int, device: str) -> int:
+        """See `Component`; of the rows that `max_batch_tokens` and `batch_size` let be decoded side by side."""
+        most = max(1, self.max_batch_tokens // tokens)
+        rows = min(rows, most if self.batch_size is None else min(most, self.batch_size))
+        return footprint.of_decoding(self.config, self.lm.dtype(False), rows=rows, longest=tokens, device=device)
 
     def _scorer_of(self, model: Any) -> PrefixScorer:
         if self._scorer is None or not self._scorer.fits(model):

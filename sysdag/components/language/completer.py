@@ -23,13 +23,14 @@ class Completer:
     Attributes:
         lm: the model, its tokenizer and its ends.
         max_new_tokens: most tokens of a completion.
-        batch_size: most sequences decoded side by side.
+        max_batch_tokens, batch_size: most tokens, and sequences, decoded side by side; see `CausalLM`.
         stops: the texts that end a completion beside the end tokens.
     """
 
     lm: PretrainedLM
     max_new_tokens: int
-    batch_size: int
+    max_batch_tokens: int
+    batch_size: int | None = None
     stops: StopStrings | None = None
 
     def sample(
@@ -39,24 +40,20 @@ class Completer:
         temperature: float,
         top_p: float,
         top_k: int | None,
-        generator: torch.Generator | None,
+        seeds: Sequence[int],
     ) -> list[Draw]:
-        """A draw for each prompt, with its log-probability under the distribution that it was drawn from."""
-        draws: list[Draw] = []
-        stops = self.stops
+        """A draw for each prompt from its own seed, with its log-probability under what it was drawn from."""
         with self._decoding() as model:
-            for start in range(0, len(prompts), self.batch_size):
-                ids, mask = self._padded(prompts[start : start + self.batch_size])
-                sampled = sample_tokens(
-                    model, ids, mask, max_new_tokens=self.max_new_tokens, eos_token_ids=self.lm.eos_token_ids,
-                    pad_token_id=self.lm.pad_token_id, temperature=temperature, top_p=top_p, top_k=top_k,
-                    ends_text=None if stops is None else stops.ends, generator=generator,
-                )  # fmt: skip
-                for row, length, log_prob in zip(
-                    sampled.token_ids.tolist(), sampled.lengths.tolist(), sampled.log_probs.tolist(), strict=True
-                ):
-                    draws.append(self.draw(row[:length], log_prob))
-        return draws
+            sampled = sample_tokens(
+                model, prompts, seeds, max_new_tokens=self.max_new_tokens, eos_token_ids=self.lm.eos_token_ids,
+                temperature=temperature, top_p=top_p, top_k=top_k,
+                ends_text=None if self.stops is None else self.stops.ends, max_batch_tokens=self.max_batch_tokens,
+                max_batch_rows=self.batch_size,
+            )  # fmt: skip
+        return [
+            self.draw(ids, log_prob)
+            for ids, log_prob in zip(sampled.token_ids, sampled.log_probs.tolist(), strict=True)
+        ]
 
     def search(
         self, prompts: Sequence[Sequence[int]], num_candidates: int, diversity_penalty: float, ngram_size: int
@@ -66,9 +63,10 @@ class Completer:
         for beams_per_group in (1, 2, 4):
             short = [place for place, kept in enumerate(found) if len(kept) < num_candidates]
             beams = num_candidates * beams_per_group
-            step = max(1, self.batch_size // beams)
-            for start in range(0, len(short), step):
-                places = short[start : start + step]
+            short.sort(key=lambda place: -len(prompts[place]))
+            while short:
+                places = short[: self._prompts_at_once(len(prompts[short[0]]), beams)]
+                short = short[len(places) :]
                 ids, mask = self._padded([prompts[place] for place in places])
                 with self._decoding() as model:
                     sequences, _ = diverse_beam_search(
@@ -98,6 +96,11 @@ class Completer:
         ends = set(self.lm.eos_token_ids)
         row = row[: next((place + 1 for place, token in enumerate(row) if token in ends), len(row))]
         return row if self.stops is None else row[: self.stops.first_end(row)]
+
+    def _prompts_at_once(self, length: int, beams: int) -> int:
+        """How many prompts of at most so many tokens are searched side by side, each with so many beams."""
+        rows = self.max_batch_tokens // (length + self.max_new_tokens)
+        return max(1, (rows if self.batch_size is None else min(rows, self.batch_size)) // beams)
 
     def _padded(self, rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
         device = next(self.lm.module.parameters()).device

@@ -4,9 +4,11 @@ Left padding must not reach a model's states and positions, and a cache must fol
 not tell whether a model sees to that, so each is asked once: a few tokens, decoded, against plain forwards of the same
 tokens without cache or padding. The fastest way that agrees is taken:
 
-1. left-padded rows and a cache, which nearly all transformers serve;
-2. a cache for each length of prompt: recurrent models that take no mask, positions that count padding;
-3. whole sequences again for each token: models without a cache, or with one inside their modules.
+1. left-padded rows and a cache that rows leave and enter, which nearly all transformers serve; what prompts begin with
+   is read once;
+2. the same in batches that no row enters: caches of a kind of their own;
+3. a cache for each length of prompt: recurrent models that take no mask, positions that count padding;
+4. whole sequences again for each token: models without a cache, or with one inside their modules.
 
 None agrees where a token's logits depend on the tokens behind it: such a model is no causal language model.
 """
@@ -17,7 +19,7 @@ import logging
 import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -30,76 +32,111 @@ from sysdag.errors import PlanError
 logger = logging.getLogger(__name__)
 
 
+@runtime_checkable
 class Decoder(Protocol):
-    """Rows of tokens that grow by one token a call."""
+    """Rows of tokens that grow by one token a call.
 
-    def start(self, input_ids: Tensor, mask: Tensor, beams: int) -> Tensor:
-        """Reads left-padded prompts (B,P), then gives each `beams` rows; the logits after them (B,V)."""
+    Attributes:
+        joins: whether prompts may enter while rows are there; known once the first have entered.
+    """
 
-    def extend(self, tokens: Tensor, rows: Tensor) -> Tensor:
-        """Appends each of the tokens (B,N) to a row of the call before, `rows` (B,N); returns logits (B,N,V).
+    joins: bool
 
-        Prompts may be left out, in order. The rows of one prompt stand together and number N.
+    def enter(self, prompts: Sequence[Sequence[int]], repeats: Sequence[int]) -> Tensor:
+        """Reads prompts, longest first, and gives each so many rows behind those that are there.
+
+        Returns:
+            the logits (P,V) after each prompt.
         """
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Puts earlier row `rows[i]` at i; the rows behind are dropped. Cheapest as `arranged` orders them."""
+
+    def extend(self, tokens: Tensor) -> Tensor:
+        """Appends a token to each row (R,); the logits after them (R,V)."""
+
+
+def arranged(rows: Sequence[int]) -> list[int]:
+    """Places for rows that are kept, some of them several times, such that few move: place `i` is of `rows[i]`."""
+    places = [-1] * len(rows)
+    taken = [False] * len(rows)
+    for number, row in enumerate(rows):
+        if row < len(rows) and not taken[row]:
+            places[number], taken[row] = row, True
+    free = (place for place, used in enumerate(taken) if not used)
+    return [next(free) if place < 0 else place for place in places]
 
 
 class ByLength:
     """A decoder for the prompts of each length, so that none has padding."""
 
+    joins = False
+
     def __init__(self, make: Callable[[], Decoder]) -> None:
         self._make = make
         self._decoders: list[Decoder] = []
+        self._rows: list[tuple[int, int]] = []  # the decoder of each row, and its place there
 
-    def start(self, input_ids: Tensor, mask: Tensor, beams: int) -> Tensor:
-        lengths = mask.sum(-1)
-        found: list[tuple[Tensor, Tensor]] = []
-        device = input_ids.device
-        self._owner = torch.zeros(len(input_ids), dtype=torch.long, device=device)
-        self._place = torch.zeros_like(self._owner)
-        for number, length in enumerate(lengths.unique().tolist()):
-            which = (lengths == length).nonzero()[:, 0]
-            self._owner[which], self._place[which] = number, torch.arange(len(which), device=device)
-            self._decoders.append(self._make())
-            ids = input_ids[which, input_ids.shape[1] - length :]
-            found.append((which, self._decoders[-1].start(ids, torch.ones_like(ids), beams)))
-        self._owner = self._owner.repeat_interleave(beams)
-        self._place = (self._place[:, None] * beams + torch.arange(beams, device=device)).flatten()
-        return _joined(found, len(input_ids))
-
-    def extend(self, tokens: Tensor, rows: Tensor) -> Tensor:
-        owner, place = self._owner[rows.flatten()], self._place[rows.flatten()]
-        self._owner, self._place = owner, torch.empty_like(place)
+    def enter(self, prompts: Sequence[Sequence[int]], repeats: Sequence[int]) -> Tensor:
+        lengths = list(map(len, prompts))
         found = []
-        for number in owner.unique().tolist():
-            which = (owner == number).nonzero()[:, 0]
-            self._place[which] = torch.arange(len(which), device=which.device)
-            shape = (-1, tokens.shape[1])
-            logits = self._decoders[number].extend(tokens.flatten()[which].view(shape), place[which].view(shape))
-            found.append((which, logits.flatten(0, 1)))
-        return _joined(found, len(owner)).unflatten(0, tokens.shape)
+        for length in dict.fromkeys(lengths):
+            which = [number for number, each in enumerate(lengths) if each == length]
+            counts = [repeats[number] for number in which]
+            self._decoders.append(self._make())
+            found.append(self._decoders[-1].enter([prompts[number] for number in which], counts))
+            self._rows += [(len(self._decoders) - 1, place) for place in range(sum(counts))]
+        return torch.cat(found)  # longest first, so in the order of the prompts
 
+    def keep(self, rows: Sequence[int]) -> None:
+        kept = [self._rows[row] for row in rows]
+        self._rows = [(-1, -1)] * len(kept)
+        if not kept:
+            self._decoders = []
+        for number, decoder in enumerate(self._decoders):
+            which = [place for place, (owner, _) in enumerate(kept) if owner == number]
+            sources = [kept[place][1] for place in which]
+            places = arranged(sources)
+            decoder.keep([source for _, source in sorted(zip(places, sources, strict=True))])
+            for place, there in zip(which, places, strict=True):
+                self._rows[place] = (number, there)
 
-def _joined(parts: Sequence[tuple[Tensor, Tensor]], count: int) -> Tensor:
-    logits = parts[0][1].new_empty(count, parts[0][1].shape[-1])
-    for which, part in parts:
-        logits[which] = part
-    return logits
+    def extend(self, tokens: Tensor) -> Tensor:
+        found = None
+        for number, decoder in enumerate(self._decoders):
+            which = [place for place, (owner, _) in enumerate(self._rows) if owner == number]
+            if not which:
+                continue
+            places = torch.tensor([self._rows[place][1] for place in which], device=tokens.device)
+            index = torch.tensor(which, device=tokens.device)
+            logits = decoder.extend(torch.empty_like(tokens[index]).index_copy(0, places, tokens[index]))
+            if found is None:
+                found = logits.new_empty(len(tokens), logits.shape[-1])
+            found[index] = logits[places]
+        assert found is not None
+        return found
 
 
 class UncachedDecoder:
     """Computes whole sequences of one length again for each token."""
 
+    joins = False
+
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._options = {"logits_to_keep": 1} if "logits_to_keep" in argument_names(model) else {}
 
-    def start(self, input_ids: Tensor, mask: Tensor, beams: int) -> Tensor:
-        self._ids = input_ids.repeat_interleave(beams, 0)
-        return self._logits(input_ids)
+    def enter(self, prompts: Sequence[Sequence[int]], repeats: Sequence[int]) -> Tensor:
+        ids = torch.tensor([list(prompt) for prompt in prompts], device=next(self._model.parameters()).device)
+        self._ids = ids.repeat_interleave(torch.tensor(repeats, device=ids.device), 0)
+        return self._logits(ids)
 
-    def extend(self, tokens: Tensor, rows: Tensor) -> Tensor:
-        self._ids = torch.cat([self._ids[rows.flatten()], tokens.reshape(-1, 1)], dim=1)
-        return self._logits(self._ids).unflatten(0, tokens.shape)
+    def keep(self, rows: Sequence[int]) -> None:
+        self._ids = self._ids[torch.tensor(rows, device=self._ids.device, dtype=torch.long)]
+
+    def extend(self, tokens: Tensor) -> Tensor:
+        self._ids = torch.cat([self._ids, tokens[:, None]], dim=1)
+        return self._logits(self._ids)
 
     def _logits(self, ids: Tensor) -> Tensor:
         return self._model(input_ids=ids, use_cache=False, **self._options).logits[:, -1].to(ids.device)
@@ -110,10 +147,14 @@ def _whole(model: nn.Module) -> Decoder:
 
 
 _WHOLE = "whole sequences for each token, which takes longer"
-_WAYS: dict[str, Callable[[nn.Module], Decoder]] = {
+_BATCHES = "batches that no prompt enters before they end"
+_WAYS: dict[str, Callable[..., Decoder]] = {
     "": CachedDecoder,
-    "a batch for each length of prompt": lambda model: ByLength(partial(CachedDecoder, model, pass_positions=False)),
-    _WHOLE: _whole,
+    _BATCHES: lambda model, **_: CachedDecoder(model, joins=False),
+    "a batch for each length of prompt": lambda model, **_: ByLength(
+        partial(CachedDecoder, model, pass_positions=False, joins=False)
+    ),
+    _WHOLE: lambda model, **_: _whole(model),
 }
 _chosen: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()
 
@@ -129,7 +170,7 @@ def decoder_of(model: nn.Module) -> Decoder:
         config = getattr(inner, "config", None)
         chosen = None if config is None else _choose(model, token_ids(config.get_text_config(decoder=True), 22))
         if chosen is None:  # no model of transformers, or weights that are not finite: nothing can be told
-            return CachedDecoder(model)
+            return CachedDecoder(model, joins=False)
         _chosen[inner] = chosen
     return _WAYS[_chosen[inner]](model)
 
@@ -147,7 +188,15 @@ def _choose(model: nn.Module, ids: list[int]) -> str | None:
             )
         reason = ""
         for way, make in _WAYS.items():
-            complaint = "" if way == _WHOLE else wanted.complaint(lambda: tokens.decoded(make(model)))  # noqa: B023
+            made: list[Decoder] = []
+
+            def tried(make: Callable[..., Decoder] = make, made: list[Decoder] = made) -> Tensor:
+                made.append(make(model, least_shared=1))
+                return tokens.decoded(made[0])
+
+            complaint = "" if way == _WHOLE else wanted.complaint(tried)
+            if not way and not complaint and not made[0].joins:
+                complaint = "its cache takes no rows in"
             if not complaint:
                 if way:
                     logger.warning("%s decodes %s: %s.", _name(model), way, reason.rstrip("."))
@@ -157,17 +206,17 @@ def _choose(model: nn.Module, ids: list[int]) -> str | None:
 
 
 class _Tokens:
-    """Two prompts of different lengths, each continued in two ways, whose rows change places; then one prompt ends."""
+    """Two prompts of different lengths, each continued in two ways, whose rows change places; then one prompt ends.
+
+    Two more prompts enter, which begin as those did, or where none may are read after all.
+    """
 
     def __init__(self, model: nn.Module, ids: list[int]) -> None:
         self.model, self.device = model, next(model.parameters()).device
-        self.prompts = [ids[:7], ids[7:10]]
-        self.steps = [
-            (ids[10:14], [0, 1, 2, 3]),
-            (ids[14:18], [1, 1, 3, 2]),
-            (ids[18:20], [3, 2]),
-            (ids[20:22], [1, 0]),
-        ]
+        self.prompts = [ids[:7], [*ids[:2], *ids[7:9]]]
+        self.steps = [(ids[10:14], [0, 1, 2, 3]), (ids[14:18], [1, 1, 3, 2]), (ids[18:20], [3, 2])]
+        self.later = [[*ids[:1], *ids[3:8]], [*ids[:2], ids[19]]]
+        self.last = ids[18:22]
 
     def histories(self) -> list[list[int]]:
         """The sequences whose last logits are asked for, in the order of `decoded`."""
@@ -175,7 +224,8 @@ class _Tokens:
         for tokens, parents in self.steps:
             rows = [[*rows[parent], token] for token, parent in zip(tokens, parents, strict=True)]
             found += rows
-        return found
+        rows += self.later
+        return [*found, *self.later, *([*row, token] for row, token in zip(rows, self.last, strict=True))]
 
     def alone(self) -> Tensor:
         """Their logits by plain forwards without padding; what begins a longer one is read there."""
@@ -187,13 +237,17 @@ class _Tokens:
         return torch.stack([logits[tuple(ids)] for ids in histories])
 
     def decoded(self, decoder: Decoder) -> Tensor:
-        width = max(map(len, self.prompts))
-        ids = [[0] * (width - len(prompt)) + prompt for prompt in self.prompts]
-        mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in self.prompts]
         tensor = partial(torch.tensor, device=self.device)
-        found = [decoder.start(tensor(ids), tensor(mask), 2)]
+        found = [decoder.enter(self.prompts, [2, 2])]
         for tokens, parents in self.steps:
-            found.append(decoder.extend(tensor(tokens).view(-1, 2), tensor(parents).view(-1, 2)).flatten(0, 1))
+            decoder.keep(parents)
+            found.append(decoder.extend(tensor(tokens)))
+        if decoder.joins:
+            found += [decoder.enter(self.later, [1, 1]), decoder.extend(tensor(self.last))]
+        else:
+            first = decoder.extend(tensor(self.last[:2]))
+            decoder.keep([])
+            found += [decoder.enter(self.later, [1, 1]), first, decoder.extend(tensor(self.last[2:]))]
         return torch.cat(found)
 
 

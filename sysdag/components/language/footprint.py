@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sysdag.components import acceleration, adapter
 from sysdag.components.footprint import Footprint, bytes_of, make_fake
+from sysdag.components.language import key_value_slabs
 from sysdag.components.language.language_head import TokenScorer
 from sysdag.components.memory import SavedBytes
 from sysdag.components.precision import optimizer_bytes
@@ -80,3 +81,30 @@ def of_causal_lm(
             graph=saved.total,
             working=_TILE[device] + (bytes_of(head) if head.requires_grad else 0),
         )
+
+
+def of_decoding(config: Any, dtype: torch.dtype, *, rows: int, longest: int, device: str) -> int:
+    """Bytes that decoding rows of at most so many tokens side by side takes beside the weights.
+
+    Slabs of keys and values, those of one layer twice while rows enter or room is made; states; and three copies of
+    the logits. What reads the prompts takes less, as a rule.
+    """
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    read = 8
+    with FakeTensorMode(), torch.device(device), torch.no_grad():
+        make_fake(model)
+        output = model(input_ids=torch.zeros(1, read, dtype=torch.int64), use_cache=True)
+        cache, vocabulary = getattr(output, "past_key_values", None), output.logits.shape[-1]
+        grows, stays = [0], 0
+        for layer in getattr(cache, "layers", ()):
+            tensors = [
+                part for part in (getattr(layer, "keys", None), getattr(layer, "values", None)) if part is not None
+            ]
+            grows.append(sum(map(bytes_of, tensors)) // read)
+            states = [*getattr(layer, "conv_states", {}).values(), *getattr(layer, "recurrent_states", {}).values()]
+            stays += sum(bytes_of(state) for state in states if state is not None)
+        logits = 3 * vocabulary * torch.float32.itemsize
+    return rows * ((longest + key_value_slabs.ROOM) * (sum(grows) + max(grows)) + stays + logits)

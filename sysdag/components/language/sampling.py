@@ -1,103 +1,195 @@
-"""Drawing tokens from a causal language model, with the log-probability of what was drawn."""
+"""Drawing completions from a causal language model, with the log-probability of what was drawn.
+
+Continuous batching (Yu et al. 2022, "Orca"): rows that have ended leave, and waiting ones enter in their place, within
+a budget of tokens. A prompt is read once for all its samples. A draw depends on its row's seed and its position alone.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from sysdag.components.decoding import device_generator, proposal_log_probs
-from sysdag.components.language.decoder import decoder_of
+from sysdag.components.decoding import draw_options
+from sysdag.components.language.decoder import Decoder, arranged, decoder_of
+from sysdag.errors import DataError
+
+MAX_BATCH_TOKENS = 16384
+_READ_AT_ONCE = 2048  # tokens of prompts, padding included: more make a call no faster
+_ROOM_TO_ENTER = 8  # rows enter when this part of the places is free: single prompts read slowly
 
 
 @dataclass(frozen=True)
 class SampledTokens:
-    """What `sample_tokens` drew.
+    """What `sample_tokens` drew; R rows, those of a prompt together.
 
     Attributes:
-        token_ids: (B, L), right-padded; the end-of-sequence token that ended a row is part of it.
-        lengths: (B,) number of tokens drawn in each row.
-        finished: (B,) whether the row ended with an end-of-sequence token or by its text rather than at the limit.
-        log_probs: (B,) sum of the natural log-probabilities of the drawn tokens under the distribution that they were
-            drawn from: after temperature, top-k and top-p, so at temperature 1 and without them under the model.
+        token_ids: of each row, the end-of-sequence token that ended it among them.
+        finished: (R,) whether the row ended with an end-of-sequence token or by its text rather than at the limit.
+        log_probs: (R,) sum of the natural log-probabilities of the drawn tokens under the distribution that they were
+            drawn from: after temperature, top-k and top-p, so at temperature 1 and without them under the model. fp64.
     """
 
-    token_ids: Int[Tensor, "B L"]
-    lengths: Int[Tensor, " B"]
-    finished: Bool[Tensor, " B"]
-    log_probs: Float[Tensor, " B"]
+    token_ids: list[list[int]]
+    finished: Bool[Tensor, " R"]
+    log_probs: Float[Tensor, " R"]
+
+    @property
+    def lengths(self) -> Int[Tensor, " R"]:
+        """Number of tokens drawn in each row."""
+        return torch.tensor([len(ids) for ids in self.token_ids])
 
 
 @torch.no_grad()
 def sample_tokens(
     model: nn.Module,
-    input_ids: Int[Tensor, "B P"],
-    attention_mask: Int[Tensor, "B P"],
+    prompts: Sequence[Sequence[int]],
+    seeds: Sequence[int],
     *,
+    num_samples: int = 1,
     max_new_tokens: int,
     eos_token_ids: Sequence[int],
-    pad_token_id: int,
     temperature: float = 1.0,
     top_p: float = 1.0,
     top_k: int | None = None,
     ends_text: Callable[[list[int]], bool] | None = None,
-    generator: torch.Generator | None = None,
+    max_batch_tokens: int = MAX_BATCH_TOKENS,
+    max_batch_rows: int | None = None,
 ) -> SampledTokens:
-    """Ancestral sampling from left-padded prompts, as `decoder` finds out that the model can.
+    """Ancestral sampling of `num_samples` completions of each prompt, as `decoder` finds out that the model can.
 
     Unlike `generate`, nothing of the model's generation config applies (no top-k of its own, no repetition penalty):
     the draws come from the distribution whose log-probability is returned.
 
     Args:
         model: any transformers causal language model.
-        input_ids, attention_mask: (B, P) prompts, padded on the left.
+        prompts: token ids, at least one each; equal prompts are read once.
+        seeds: one for each sample of the first prompt, then those of the next: a row's draws depend on its prompt and
+            its seed, and not on what else is asked for.
         max_new_tokens: most tokens drawn for a row, at least 1.
         eos_token_ids: tokens that end a row.
-        pad_token_id: what fills rows that have ended.
         temperature: divides the logits; above 0.
         top_p: draws from the smallest set of tokens whose probability reaches this; 1.0 is all.
         top_k: draws from this many most probable tokens, and those as probable as the last of them; None or 0 is all.
         ends_text: whether a row's new tokens are a text that ends here; asked after each token.
-        generator: a CPU generator; draws depend on it alone.
+        max_batch_tokens: most tokens of the rows that are decoded side by side, each with its prompt and all that it
+            may draw; what keys and values take is this many times what a token's do. A single row may take more.
+        max_batch_rows: most rows side by side; None leaves that to the tokens.
 
     Raises:
         PlanError: for a model whose logits depend on the tokens behind them.
+        DataError: for logits that are not finite; `DataError.element` is the row.
     """
-    device = input_ids.device
-    draws = device_generator(generator, device)
-    eos = torch.tensor(list(eos_token_ids), device=device)
-    batch = input_ids.shape[0]
-    rows = torch.arange(batch, device=device)[:, None]
-    alive = torch.ones(batch, dtype=torch.bool, device=device)
-    log_probs = torch.zeros(batch, dtype=torch.float32, device=device)
-    lengths = torch.zeros(batch, dtype=torch.long, device=device)
-    columns: list[Tensor] = []
+    options = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
     decoder = decoder_of(model)
-    logits = decoder.start(input_ids, attention_mask.long(), 1)
-    while True:
-        proposal = proposal_log_probs(logits.float(), temperature, top_p, top_k)
-        drawn = torch.multinomial(proposal.exp(), 1, generator=draws)
-        log_probs += torch.where(alive, proposal.gather(1, drawn)[:, 0], 0.0)
-        lengths += alive
-        columns.append(torch.where(alive, drawn[:, 0], pad_token_id))
-        alive = alive & ~torch.isin(drawn[:, 0], eos)
-        if ends_text is not None:
-            alive = alive & ~_stopped(columns, alive, ends_text)
-        if len(columns) == max_new_tokens or not alive.any():
-            break
-        logits = decoder.extend(columns[-1][:, None], rows)[:, 0]
-    return SampledTokens(torch.stack(columns, dim=1), lengths, ~alive, log_probs)
+    batch = _Batch(seeds, next(model.parameters()).device, options, frozenset(eos_token_ids), max_new_tokens, ends_text)
+    waiting = _Waiting(prompts, num_samples, max_new_tokens, max_batch_tokens, max_batch_rows)
+    while waiting.rows or batch.running:
+        batch.leave(decoder)
+        if batch.running:
+            batch.draw(decoder.extend(batch.last_tokens()))
+        for read, rows in waiting.admitted([len(prompts[row // num_samples]) for row in batch.running], decoder.joins):
+            logits = decoder.enter([prompts[number] for number in read], list(map(len, rows)))
+            repeats = torch.tensor(list(map(len, rows)), device=logits.device)
+            batch.enter([row for some in rows for row in some])
+            batch.draw(logits.repeat_interleave(repeats, 0))
+    log_probs = torch.tensor(batch.log_probs, dtype=torch.float64)
+    return SampledTokens(batch.token_ids, torch.tensor(batch.finished, dtype=torch.bool), log_probs)
 
 
-def _stopped(
-    columns: Sequence[Tensor], alive: Bool[Tensor, " B"], ends_text: Callable[[list[int]], bool]
-) -> Bool[Tensor, " B"]:
-    drawn = torch.stack(list(columns), dim=1).tolist()
-    ended = [open_ and ends_text(ids) for ids, open_ in zip(drawn, alive.tolist(), strict=True)]
-    return torch.tensor(ended, device=alive.device)
+class _Waiting:
+    """The rows that have not entered, by prompt, longest first: so a batch has little padding, and memory falls."""
+
+    def __init__(
+        self, prompts: Sequence[Sequence[int]], num_samples: int, max_new_tokens: int, tokens: int, most: int | None
+    ) -> None:
+        rows: dict[tuple[int, ...], list[int]] = {}
+        for number, prompt in enumerate(prompts):
+            rows.setdefault(tuple(prompt), []).extend(range(number * num_samples, (number + 1) * num_samples))
+        self.rows = deque(sorted(rows.items(), key=lambda each: (-len(each[0]), each[0])))
+        self._num_samples, self._max_new_tokens = num_samples, max_new_tokens
+        self._tokens, self._most = tokens, most
+
+    def admitted(self, running: Sequence[int], joins: bool) -> Iterator[tuple[list[int], list[list[int]]]]:
+        """Prompts to be read at once, by number, with the rows of each, until there is no room.
+
+        Args:
+            running: tokens of the prompts of the rows that are there.
+            joins: whether rows may enter while others are there.
+        """
+        if not self.rows or (running and not joins):
+            return
+        longest = max([*running, len(self.rows[0][0])])
+        places = max(1, self._tokens // (longest + self._max_new_tokens))
+        places = places if self._most is None else min(places, self._most)
+        free, wanted = places - len(running), sum(len(rows) for _, rows in self.rows)
+        if running and free < min(wanted, -(-places // _ROOM_TO_ENTER)):
+            return
+        while self.rows and free > 0:
+            most = max(1, _READ_AT_ONCE // len(self.rows[0][0])) if joins else len(self.rows)
+            read: list[int] = []
+            found: list[list[int]] = []
+            while self.rows and free > 0 and len(read) < most:
+                prompt, rows = self.rows.popleft()
+                read.append(rows[0] // self._num_samples)
+                found.append(rows[:free])
+                if rows[free:]:
+                    self.rows.appendleft((prompt, rows[free:]))
+                free -= len(found[-1])
+            yield read, found
+
+
+class _Batch:
+    """The rows that are decoded, in the decoder's order, and what was drawn for all."""
+
+    def __init__(
+        self, seeds: Sequence[int], device: torch.device, options: Mapping[str, Any], eos: frozenset[int],
+        max_new_tokens: int, ends_text: Callable[[list[int]], bool] | None,
+    ) -> None:  # fmt: skip
+        self.running: list[int] = []
+        self.token_ids: list[list[int]] = [[] for _ in seeds]
+        self.log_probs, self.finished = [0.0] * len(seeds), [False] * len(seeds)
+        self._seeds, self._device, self._options = seeds, device, options
+        self._eos, self._max_new_tokens, self._ends_text = eos, max_new_tokens, ends_text
+
+    def leave(self, decoder: Decoder) -> None:
+        """Has the rows that have ended leave the decoder."""
+        kept = [place for place, row in enumerate(self.running) if not self._has_ended(row)]
+        if len(kept) < len(self.running):
+            order = [source for _, source in sorted(zip(arranged(kept), kept, strict=True))]
+            decoder.keep(order)
+            self.running = [self.running[place] for place in order]
+
+    def _has_ended(self, row: int) -> bool:
+        return self.finished[row] or len(self.token_ids[row]) == self._max_new_tokens
+
+    def last_tokens(self) -> Int[Tensor, " R"]:
+        return torch.tensor([self.token_ids[row][-1] for row in self.running], device=self._device)
+
+    def enter(self, rows: Sequence[int]) -> None:
+        self.running += rows
+
+    def draw(self, logits: Float[Tensor, "R V"]) -> None:
+        """Draws a token for each of the last rows from their logits."""
+        rows = self.running[len(self.running) - len(logits) :]
+        seeds, positions = [self._seeds[row] for row in rows], [len(self.token_ids[row]) for row in rows]
+        tensor = partial(torch.tensor, device=logits.device, dtype=torch.long)
+        try:
+            drawn, log_probs = draw_options(logits, tensor(seeds), tensor(positions), **self._options)
+        except DataError as error:
+            error.element = None if error.element is None else rows[error.element]
+            raise
+        for row, token, log_prob in zip(rows, drawn.tolist(), log_probs.tolist(), strict=True):
+            ids = self.token_ids[row]
+            ids.append(token)
+            self.log_probs[row] += log_prob
+            self.finished[row] = token in self._eos or (self._ends_text is not None and self._ends_text(ids))
 
 
 def left_pad(rows: Sequence[Sequence[int]], pad_token_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
