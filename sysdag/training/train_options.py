@@ -19,6 +19,7 @@ from transformers import HfArgumentParser, TrainingArguments
 
 from sysdag.errors import OptionError
 from sysdag.files.config_file import Setting, read_settings
+from sysdag.graph.system import System
 from sysdag.objectives.candidates import CandidateStrategy, DiverseBeamSearch
 from sysdag.objectives.strategies import STRATEGIES, strategy_from
 from sysdag.traces.reshaping import rename_from
@@ -37,7 +38,9 @@ class TrainJob:
     """What `sysdag train` was asked for.
 
     Attributes:
-        system: what `sysdag.saving.loading.load_system` takes.
+        system: what `sysdag.saving.loading.load_system` takes, or a system.
+        weights: a folder that a system of the same graph was saved to, from whose weights training starts; the
+            reference is `system` all the same. None starts from `system`.
         dataset, eval_dataset: what `sysdag.traces.readers.read_rows` takes; the second may be None.
         split, eval_split: of a dataset that has several; the second is `test` by default.
         rename, shape: of the columns of both; see `sysdag.traces.readers.read_rows`.
@@ -47,7 +50,8 @@ class TrainJob:
         args: the configuration.
     """
 
-    system: str
+    system: str | System
+    weights: Path | None = None
     dataset: str
     eval_dataset: str | None = None
     split: str = "train"
@@ -126,8 +130,11 @@ class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
         return f"{name} {self._format_args(action, 'TEXT' if kind in ('STR', '<LAMBDA>') else kind)}"
 
 
-def parse(arguments: Sequence[str]) -> TrainJob:
+def parse(arguments: Sequence[str], settings: Sequence[Setting] = ()) -> TrainJob:
     """What a command line asks for, with what its configuration file says.
+
+    Args:
+        settings: as if they stood in the file.
 
     Raises:
         OptionError: naming the option (and the file's line) that is unknown, has a value of another type, or cannot go
@@ -136,7 +143,9 @@ def parse(arguments: Sequence[str]) -> TrainJob:
     """
     parser = TrainParser()
     config, _ = _parsed(parser, arguments)
-    from_file = {setting.key: setting for setting in read_settings(config.config)} if config.config else {}
+    from_file = {
+        setting.key: setting for setting in [*settings, *(read_settings(config.config) if config.config else [])]
+    }
     namespace = argparse.Namespace()
     for setting in from_file.values():
         _apply(parser, setting, namespace)
@@ -200,7 +209,7 @@ def _apply(parser: TrainParser, setting: Setting, namespace: argparse.Namespace)
     """Puts a setting of the file into the namespace, checked like a flag."""
     if setting.key not in (*_OWN, *_FIELDS):
         elsewhere = f": {ELSEWHERE[setting.key]}." if setting.key in ELSEWHERE else None
-        raise setting.error(f"no such option{elsewhere or _nearest(setting.key, (*_OWN, *_FIELDS))}")
+        raise setting.error(f"no such option{elsewhere or nearest(setting.key, (*_OWN, *_FIELDS))}")
     if setting.key in (*_POSITIONAL, *_STRUCTURED):
         if setting.key in _POSITIONAL and not isinstance(setting.value, str):
             raise setting.error(f"expected a text, got {setting.value!r}.")
@@ -268,9 +277,14 @@ def _unexpected(argument: str) -> str:
     if name in ELSEWHERE:
         return f"no such option: {argument.partition('=')[0]}: {ELSEWHERE[name]}."
     known = (*_OWN[2:], "config", "dry_run", "help", *_FIELDS)
-    return f"no such option: {argument.partition('=')[0]}{_nearest(name, known, '--')}"
+    return f"no such option: {argument.partition('=')[0]}{nearest(name, known, '--')}"
 
 
-def _nearest(name: str, known: Sequence[str], dashes: str = "") -> str:
+def nearest(
+    name: str, known: Sequence[str], dashes: str = "", *, last: str = "; `sysdag train --help` lists all."
+) -> str:
+    """The end of a message about an unknown name: the known one that is most like it, or else what to do."""
     close = difflib.get_close_matches(name, known, n=1)
-    return f"; did you mean {dashes}{close[0]}?" if close else "; `sysdag train --help` lists all."
+    if close:
+        return f"; did you mean {dashes}{close[0]}?"
+    return last or f"; those there are: {', '.join(known)}."
