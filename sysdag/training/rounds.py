@@ -57,8 +57,8 @@ class Rounds(RoundOptions):
         judge = "people" if isinstance(self.judge, People) else stages.judge(None).name
         share = f", {self.earlier_share:.0%} of the pairs from earlier ones" if self.earlier_share else ""
         return (
-            f"{self.rounds} rounds of {stages.inputs_of(1)} inputs, {self.runs} runs each, judged by {judge}; evaluated "
-            f"on {len(stages.heldout.rows)} held-out inputs by {stages.eval_judge(None).name}; reference "
+            f"{self.rounds} rounds of {stages.inputs_of(1)} inputs, {self.runs} runs each, judged by {judge}; "
+            f"evaluated on {len(stages.heldout.rows)} held-out inputs by {stages.eval_judge(None).name}; reference "
             f"{self.reference}{share}; output to {stages.folder}"
         )
 
