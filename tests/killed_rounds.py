@@ -69,13 +69,20 @@ def at_step(step: int, folder: str) -> Callable[..., bool]:
 
 
 SAVES = 9  # of the record that are a stage's: the start's evaluation, and four a round
+
+
+def at_end(folder: str) -> Callable[..., bool]:
+    """True when the system is saved, and no checkpoint."""
+    return lambda trainer, _internal_call=False: not _internal_call and trainer.args.output_dir.endswith(folder)
+
+
 CASES: dict[str, Callable[[], None]] = {
     "start": at(TraceFile, "append", lambda file, _: file.batches == 1 and "round-0/" in str(file.path)),
     "sample": at(TraceFile, "append", lambda file, _: file.batches == 1 and "round-2/unfinished-r" in str(file.path)),
     "judge": at(round_stages, "choose_pairs", call(2)),
     "first-steps": at(SysDPOTrainer, "training_step", at_step(1, "round-1")),
     "behind-a-checkpoint": at(SysDPOTrainer, "training_step", at_step(5, "round-2")),
-    "behind-the-last-step": at(SysDPOTrainer, "save_model", lambda trainer: "round-2" in trainer.args.output_dir),
+    "behind-the-last-step": at(SysDPOTrainer, "save_model", at_end("round-2")),
     "saving": at(
         atomic, "finish", lambda folder: "round-2" in str(folder) and (folder / ".saved/system.json").exists()
     ),

@@ -5,7 +5,7 @@ import math
 import subprocess
 import sys
 import threading
-import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -64,7 +64,7 @@ def never(run):
 """
 TRAIN = {
     "learning_rate": 0.1, "max_steps": 6, "per_device_train_batch_size": 2, "save_steps": 4, "use_cpu": True,
-    "report_to": "none",
+    "report_to": "none", "logging_steps": 2,
 }  # fmt: skip
 FILE = {
     "system": f"{MODULE}.py:system", "inputs": "inputs.jsonl", "heldout": "heldout.jsonl", "output_dir": "out",
@@ -121,7 +121,7 @@ def test_each_round_has_a_folder_that_the_other_commands_read(place):
     told = rounds()
     for text in (
         "Before the first round: eval; time left: known after the first round.", "Round 2 of 2: train; about 0:00:0",
-        "pairs from", "Ended: 2 rounds are done. The best is round",
+        "pairs from", "Ended: 2 rounds are done. The best is ",
     ):  # fmt: skip
         assert text in told, text
     record = facts()
@@ -139,7 +139,7 @@ def test_each_round_has_a_folder_that_the_other_commands_read(place):
             "--output", "again.jsonl")  # fmt: skip
     assert Path("again.jsonl").read_bytes() == Path("out/round-2/pairs.jsonl").read_bytes()
     command("eval", "out/round-2", "heldout.jsonl", "--against", f"{MODULE}.py:system", "--by", f"{MODULE}.py:good",
-            "--runs", "4", "--output", "eval.json")  # fmt: skip
+            "--runs", "4", "--batch-size", "8", "--output", "eval.json")  # fmt: skip
     ours, theirs = (json.loads(Path(file).read_text()) for file in ("out/round-2/eval.json", "eval.json"))
     assert {**ours, "sources": 0} == {**theirs, "sources": 0}
     assert ours["scores"]["first"]["estimate"] == second["eval"]["score"]
@@ -204,17 +204,20 @@ def test_the_reference_is_the_last_rounds_or_stays_that_of_the_start(place, refe
     assert logged[-1] < logged[0]
 
 
+def lines(file):
+    return Path(file).read_bytes().splitlines()
+
+
 def test_a_share_of_the_pairs_is_of_earlier_rounds(place):
     rounds(rounds=3, earlier_share=0.5)
-    fresh = {number: read_rows(f"out/round-{number}/pairs.jsonl") for number in (1, 2, 3)}
+    fresh = {number: lines(f"out/round-{number}/pairs.jsonl") for number in (1, 2, 3)}
     assert not Path("out/round-1/train.jsonl").exists()
     for number in (2, 3):
-        mixed = read_rows(f"out/round-{number}/train.jsonl")
+        mixed = lines(f"out/round-{number}/train.jsonl")
         count, before = len(fresh[number]), [row for each in range(1, number) for row in fresh[each]]
         assert mixed[:count] == fresh[number]
         assert len(mixed) == count + min(count, len(before))  # a half of all, where there are as many
-        places = [before.index(row) for row in mixed[count:]]
-        assert places == sorted(places)
+        assert all(before.count(row) >= mixed[count:].count(row) for row in mixed[count:])
         given = facts()["rounds"][number]["train"]
         assert (given["fresh"], given["earlier"]) == (count, len(mixed) - count)
 
@@ -295,13 +298,13 @@ def test_a_process_that_is_killed_between_files_goes_on_to_the_same_files(place)
 
 
 def test_the_judge_may_be_an_endpoint_which_is_asked_once(place):
-    with JudgeServer(lambda text: "VERDICT: A" if text.count("solved") else "VERDICT: TIE") as server:
+    with JudgeServer(lambda text: "VERDICT: A") as server:
         options = {"by": server.url, "model": "m", "pairs_per_prompt": None}
-        with pytest.raises(AssertionError, match="gave no pairs|without"):  # whichever is shown first wins: no pairs
-            rounds(judge=options, eval={"by": f"{MODULE}.py:good"}, rounds=1)
+        told = rounds(judge=options, eval={"by": f"{MODULE}.py:good"}, rounds=1, code=1)
+        assert "Error: 0 pairs from 0 of 8 prompts." in told  # whichever is shown first wins
         asked = len(server.requests)
         assert asked
-        assert "both orders" not in command("rounds", "rounds.yaml", code=1)
+        command("rounds", "rounds.yaml", code=1)
         assert len(server.requests) == asked
 
 
@@ -324,7 +327,8 @@ def test_scores_may_come_as_a_column_that_rounds_wait_for(place):
     assert "Waiting for scores: out/round-1/runs.jsonl has no column 'quality'" in told
     runs = Trace.load("out/round-1/runs.jsonl")
     other = runs.select(range(len(runs) - 1))
-    for trace, message in ((other, "holds other runs than"), (runs, "has no column 'quality'")):
+    scored = replace(other, columns={**other.columns, "quality": [1.0] * len(other)})
+    for trace, message in ((scored, "holds other runs than"), (runs, "has no column 'quality'")):
         trace.save("out/round-1/scored-runs.jsonl")
         assert message in command("rounds", "rounds.yaml", code=1)
     command("judge", "out/round-1/runs.jsonl", "--by", f"{MODULE}.py:good", "--scores", "out/round-1/scored-runs.jsonl",
@@ -341,27 +345,32 @@ def test_columns_of_the_inputs_travel_to_the_judges(place):
     rounds("--output-dir", "column", judge={"by": "hope"}, eval={"by": f"{MODULE}.py:good"}, rounds=1, code=1)
 
 
-def test_rounds_wait_for_people_and_go_on(place):
+def test_rounds_wait_for_people_and_go_on(place, monkeypatch):
     pytest.importorskip("fastapi")
-    pytest.importorskip("uvicorn")
+    server = pytest.importorskip("sysdag.labelling.server")
     database = Path("out/round-1/labels.sqlite")
     labelled = []
 
     def label():
-        while not LabelStore.is_begun(database):
-            time.sleep(0.05)
         with LabelStore(database) as store:
             trace = Trace.load("out/round-1/runs.jsonl")
-            while (queue := store.queue("ada")).assignment is not None:
-                pair = queue.assignment
+            while (pair := store.queue("ada").task) is not None:
                 value = [int(trace["outcome"][row] == "solved") for row in (pair.left, pair.right)]
                 choice = "tie" if value[0] == value[1] else "left" if value[0] > value[1] else "right"
                 store.label("ada", pair.pair, choice, f"request {len(labelled)}")
                 labelled.append(choice)
 
-    worker = threading.Thread(target=label, daemon=True)
-    worker.start()
-    write(judge={"by": "people"}, eval={"by": f"{MODULE}.py:good"}, rounds=1)
+    serve, worker = server.serve, threading.Thread(target=label, daemon=True)
+
+    def serving(*given, announce, **options):
+        def listening(link):
+            announce(link)
+            worker.start()
+
+        return serve(*given, announce=listening, **options)
+
+    monkeypatch.setattr(server, "serve", serving)
+    write(eval={"by": f"{MODULE}.py:good"}, rounds=1)
     content = json.loads(Path("rounds.yaml").read_text())
     content["judge"] = {"by": "people", "browser": False, "port": 0}
     Path("rounds.yaml").write_text(json.dumps(content))
@@ -441,7 +450,7 @@ def test_a_dry_run_says_what_would_be_done_and_writes_nothing(place):
         ({"train": {"dataset": "x"}}, 2, "dataset: has no place here: each round trains on its own pairs."),
         ({"train": {"resume_from_checkpoint": "last"}}, 2, "rounds go on by themselves where they were cut off"),
         ({"train": {"objective": "sampling", "candidates": "beam"}}, 2, "candidates: unknown strategy 'beam'"),
-        ({"train": {"load_best_model_at_end": True, "eval_strategy": "steps"}}, 2, "there is nothing to evaluate on"),
+        ({"train": {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 2}}, 2, "there is nothing to evaluate on"),
         ({"train": [1]}, 2, "train: expected a mapping of options to values, got a sequence."),
         ({"rounds": 0}, 2, "rounds must be 1 or more, got 0."),
         ({"rounds": "few"}, 2, "rounds: expected an integer, got 'few'."),

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from sysdag.errors import DataError, JudgeError, OptionError, SerializationError
+from sysdag.errors import DataError, JudgeError, OptionError
 from sysdag.evaluation.evaluation_runs import HeldOut, held_out, sample_runs
 from sysdag.evaluation.judge_choice import JudgeChoice
 from sysdag.evaluation.judges import ColumnScore, ComparingJudge, Judge, ScoringJudge, function_judge
@@ -35,9 +35,9 @@ from sysdag.traces.pairs import preference_row, write_pairs
 from sysdag.traces.readers import read_rows
 from sysdag.traces.trace import Trace
 from sysdag.training.job import train
-from sysdag.training.resume import checkpoint_to_resume
 from sysdag.training.round_options import RoundOptions
 from sysdag.training.round_people import People, labelled_rows
+from sysdag.training.series import comparable, last_checkpoint
 from sysdag.training.train_options import TrainJob
 
 RUNS, PAIRS, MIXED = "runs.jsonl", "pairs.jsonl", "train.jsonl"
@@ -117,8 +117,6 @@ class Stages:
             "reference", "earlier_share", "inputs_per_round", "pairs_per_prompt", "margin", "comparisons", "eval_runs",
             "threshold", "eval_margin", "confidence",
         )  # fmt: skip
-        config = rounds.args.to_dict()
-        told = {key: value for key, value in config.items() if key not in _OF_PLACES and "token" not in key}
         wanted = Runs(
             inputs=self._inputs.inputs, runs=rounds.runs, seed=rounds.seed, batch_size=rounds.batch_size
         )  # fmt: skip
@@ -132,7 +130,7 @@ class Stages:
             "judge": {"kind": "people"} if people else _judge_facts(self.judge(None)),
             "eval_judge": _judge_facts(self.eval_judge(None)),
             "candidates": None if rounds.candidates is None else strategy_options(rounds.candidates),
-            "train": json.loads(json.dumps(told, default=str)),
+            "train": comparable(rounds.args),
         }
 
     def score_facts(self) -> dict[str, Any]:
@@ -207,10 +205,7 @@ class Stages:
             write_pairs(data, [*fresh, *earlier])
         args = copy.copy(self.rounds.args)
         args.output_dir, args.seed = str(folder), args.seed + number - 1
-        try:
-            args.resume_from_checkpoint = str(checkpoint_to_resume(folder, True))
-        except SerializationError:  # there is none yet
-            args.resume_from_checkpoint = None
+        args.resume_from_checkpoint = last_checkpoint(folder)
         fixed = self.rounds.reference == "fixed"
         job = TrainJob(
             system=self.after(0 if fixed else number - 1),
@@ -272,12 +267,6 @@ class Stages:
         for left in file.parent.glob(f"{_UNFINISHED}{file.name}*"):
             left.unlink()
         return Trace.load(file)
-
-
-_OF_PLACES = {
-    "output_dir", "logging_dir", "run_name", "report_to", "disable_tqdm", "hub_model_id", "resume_from_checkpoint",
-    "local_rank", "log_level", "dataloader_pin_memory",
-}  # fmt: skip
 
 
 def _is_one_split(source: Any) -> bool:
