@@ -73,7 +73,7 @@ SAVES = 9  # of the record that are a stage's: the start's evaluation, and four 
 
 def at_end(folder: str) -> Callable[..., bool]:
     """True when the system is saved, and no checkpoint."""
-    return lambda trainer, _internal_call=False: not _internal_call and trainer.args.output_dir.endswith(folder)
+    return lambda trainer, *given, **options: not (given or options) and trainer.args.output_dir.endswith(folder)
 
 
 CASES: dict[str, Callable[[], None]] = {

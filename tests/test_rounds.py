@@ -450,7 +450,7 @@ def test_a_dry_run_says_what_would_be_done_and_writes_nothing(place):
         ({"train": {"dataset": "x"}}, 2, "dataset: has no place here: each round trains on its own pairs."),
         ({"train": {"resume_from_checkpoint": "last"}}, 2, "rounds go on by themselves where they were cut off"),
         ({"train": {"objective": "sampling", "candidates": "beam"}}, 2, "candidates: unknown strategy 'beam'"),
-        ({"train": {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 2}}, 2, "there is nothing to evaluate on"),
+        ({"train": {"eval_strategy": "steps", "eval_steps": 2}}, 2, "there is nothing to evaluate on"),
         ({"train": [1]}, 2, "train: expected a mapping of options to values, got a sequence."),
         ({"rounds": 0}, 2, "rounds must be 1 or more, got 0."),
         ({"rounds": "few"}, 2, "rounds: expected an integer, got 'few'."),

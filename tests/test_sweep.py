@@ -1,5 +1,6 @@
 """`sysdag train --sweep`: one training for each combination, each as from a process of its own."""
 
+import itertools
 import json
 import subprocess
 import sys
@@ -105,13 +106,16 @@ def test_each_combination_is_the_training_of_a_fresh_process(place):
     assert done.returncode == 0, done.stderr
     assert_same("out/beta=0.3_seed=1", "alone")
     others = [weights(f"out/{folder}") for folder in folders]
-    for one, other in zip(others, others[1:], strict=False):
+    for one, other in itertools.pairwise(others):
         assert any(not tensor.equal(other[name]) for name, tensor in one.items())
 
 
+OF_BETA = ("--sweep", "beta=0.05,0.3", "--output_dir")
+
+
 def test_a_sweep_that_was_stopped_goes_on(place, monkeypatch):
-    run(*SWEEP[:-1], "whole")
-    step, stop_at = SysDPOTrainer.training_step, {"beta=0.05_seed=1": 3, "beta=0.3_seed=0": 1}
+    run(*OF_BETA, "whole")
+    step, stop_at = SysDPOTrainer.training_step, {"beta=0.05": 3, "beta=0.3": 1}
 
     def interrupted(self, *given, **options):
         if self.state.global_step == stop_at.get(Path(self.args.output_dir).name):
@@ -119,25 +123,22 @@ def test_a_sweep_that_was_stopped_goes_on(place, monkeypatch):
         return step(self, *given, **options)
 
     monkeypatch.setattr(SysDPOTrainer, "training_step", interrupted)
-    told = run(*SWEEP, code=130).stderr
-    assert "Training 2 of 4: beta=0.05_seed=1 was interrupted. The same command goes on from there." in told
-    del stop_at["beta=0.05_seed=1"]
-    told = run(*SWEEP, code=130).stdout
-    assert "Training 1 of 4: beta=0.05_seed=0 is done." in told
+    told = run(*OF_BETA, "out", code=130).stderr
+    assert "Training 1 of 2: beta=0.05 was interrupted. The same command goes on from there." in told
+    del stop_at["beta=0.05"]
+    run(*OF_BETA, "out", code=130)
     stop_at.clear()
-    run(*SWEEP)
+    assert "Training 1 of 2: beta=0.05 is done." in run(*OF_BETA, "out").stdout
     for folder in json.loads(Path("whole/sweep.json").read_text())["runs"]:
         assert_same(f"out/{folder['folder']}", f"whole/{folder['folder']}")
     assert Path("out/sweep.json").read_bytes() == Path("whole/sweep.json").read_bytes()
-    told = run(*SWEEP).stdout
-    assert told.count("is done.") == 4
-    told = run("--sweep", "beta=0.3,0.5", "--sweep", "seed=0", "--output_dir", "out").stdout  # other values of the same
-    assert "Training 1 of 2: beta=0.3_seed=0 is done." in told
-    assert "Training 2 of 2: beta=0.5_seed=0." in told
-    told = run(*SWEEP, code=2, learning_rate=0.01).stderr
-    assert (
-        "out holds a sweep that was begun otherwise: beta=0.05_seed=0 learning_rate was 0.05, and is now 0.01" in told
-    )
+    told = run(*OF_BETA, "out").stdout
+    assert told.count("is done.") == 2
+    told = run("--sweep", "beta=0.3,0.5", "--output_dir", "out").stdout  # other values of the same
+    assert "Training 1 of 2: beta=0.3 is done." in told
+    assert "Training 2 of 2: beta=0.5." in told
+    told = run(*OF_BETA, "out", code=2, learning_rate=0.01).stderr
+    assert "begun otherwise: of beta=0.05, learning_rate was 0.05, and is now 0.01" in told
 
 
 def test_the_report_compares_the_trainings(place):

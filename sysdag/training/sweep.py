@@ -1,7 +1,7 @@
 """Trainings with other options each, one after the other, as if each had a process of its own.
 
-The trap of a loop over trainings is that the second goes on from what the first one trained: here each builds the system
-anew, and what options set for good in a process is set back. The record `sweep.json` says which are done.
+The trap of a loop over trainings is that the second goes on from what the first one trained: here each builds the
+system anew, and what options set for good in a process is set back. The record `sweep.json` says which are done.
 """
 
 from __future__ import annotations
@@ -120,12 +120,13 @@ class _Record:
             difference = first_difference(begun["options"], options, "options")
             for run in runs:
                 before = earlier.get(run["folder"], run)
-                difference = difference or first_difference(before["config"], run["config"], str(run["folder"]))
+                changed = first_difference(before["config"], run["config"], "its configuration")
+                difference = difference or (changed and f"of {run['folder']}, {changed}")
                 run["done"] = before["done"]
             if difference:
                 raise OptionError(
-                    f"{root} holds a sweep that was begun otherwise: {difference}. Make it the same to go on, or choose "
-                    "another output_dir."
+                    f"{root} holds a sweep that was begun otherwise: {difference}. Make it the same to go on, or "
+                    "choose another output_dir."
                 )
         now = {run["folder"] for run in runs}
         kept = [run for folder, run in earlier.items() if folder not in now]  # of values that are swept no more

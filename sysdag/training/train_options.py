@@ -111,9 +111,10 @@ class TrainParser(HfArgumentParser):
         own.add_argument("--candidates", metavar="NAME|JSON", help=f"For --objective sampling: {known}; "
                          'with options: {"strategy": "diverse_beam_search", "num_candidates": 4}. '
                          "diverse_beam_search by default.")  # fmt: skip
-        own.add_argument("--sweep", action="append", metavar="KEY=V1,V2", help="Train once for each value of an option, "
-                         "from untrained weights and into a folder of its own below output_dir; repeatable, for all "
-                         "combinations. A JSON list holds values with commas. In the file: {beta: [0.1, 0.3]}.")  # fmt: skip
+        own.add_argument("--sweep", action="append", metavar="KEY=V1,V2", help="Train once for each value of an "
+                         "option, from untrained weights and into a folder of its own below output_dir; repeatable, "
+                         "for all combinations. A JSON list holds values with commas. In the file: "
+                         "{beta: [0.1, 0.3]}.")  # fmt: skip
         own.add_argument("--config", metavar="FILE", help="A YAML file of options.")
         own.add_argument("--dry_run", "--dry-run", action="store_true", help="Check options, system and data, print "
                          "what would be done, and stop before weights load.")  # fmt: skip
