@@ -12,6 +12,7 @@ import pytest
 import torch
 from judge_server import JudgeServer
 from safetensors.torch import load_file
+from tiny import char_tokenizer, llama
 from typer.testing import CliRunner
 
 from sysdag import SysDPOConfig, System
@@ -27,6 +28,7 @@ from sysdag.training.round_record import RoundRecord
 from sysdag.training.round_settings import rounds_from
 from sysdag.training.round_stages import Stages
 from sysdag.training.rounds import Rounds
+from sysdag.training.trainer import SysDPOTrainer
 
 KILLED = Path(__file__).with_name("killed_rounds.py")
 MODULE = "system_of_rounds"
@@ -532,3 +534,85 @@ def test_time_left_is_told_once_every_stage_is_known(place):
     Path("times/progress.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"round": 2, "sta')
     assert record.time_left(2, "train", 3) == "about 0:01:28 left"  # 30 + 8, and 50 of the third round
     assert record.time_left(3, "eval", 3) == "about 0:00:08 left"
+
+
+def test_rounds_run_in_one_process(place, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "2 processes were started, and rounds run in one." in rounds(code=2)
+
+
+WRITERS = """
+from pathlib import Path
+
+from peft import LoraConfig
+
+from sysdag import Input, System, node
+from sysdag.components import CausalLM
+
+HERE = Path(__file__).parent
+question = Input("question")
+
+
+@node(CausalLM(HERE / "drafter", max_new_tokens=3))
+def draft(question):
+    return f"q: {question} d:"
+
+
+@node(CausalLM(HERE / "refiner", max_new_tokens=3, peft_config=LoraConfig(r=2, target_modules="all-linear")))
+def answer(question, draft):
+    return f"q: {question} d: {draft} a:"
+
+
+system = System(question >> draft, (question & draft) >> answer)
+
+
+def vowels(run):
+    return sum(letter in "aeiou" for letter in run["draft"] + run["answer"])
+"""
+
+
+@pytest.mark.parametrize("reference", ["last_round", "fixed"])
+def test_language_models_with_and_without_an_adapter_go_on_in_the_second_round(place, monkeypatch, reference):
+    pytest.importorskip("peft")
+    for name, seed in (("drafter", 0), ("refiner", 1)):
+        llama(seed).save_pretrained(place / name)
+        char_tokenizer().save_pretrained(place / name)
+    Path(f"{MODULE}.py").write_text(WRITERS)
+    for name, letters in (("inputs", "abcd"), ("heldout", "ef")):
+        Path(f"{name}.jsonl").write_text("".join(json.dumps({"question": letter}) + "\n" for letter in letters))
+    options = {
+        "reference": reference, "earlier_share": None, "judge": {"by": f"{MODULE}.py:vowels", "pairs_per_prompt": None},
+        "train": {"learning_rate": 0.02, "per_device_train_batch_size": 64, "max_steps": 4, "save_steps": 2,
+                  "logging_steps": 1, "beta": 0.5}, "eval": {"runs": 1},
+    }  # fmt: skip
+    rounds("--output-dir", "whole", **options)
+    step = SysDPOTrainer.training_step
+
+    def interrupted(self, *given, **rest):
+        if self.state.global_step == 3 and self.args.output_dir.endswith("round-2"):
+            raise KeyboardInterrupt
+        return step(self, *given, **rest)
+
+    monkeypatch.setattr(SysDPOTrainer, "training_step", interrupted)
+    told = rounds(code=130, **options)
+    assert "What is done stays; the same command goes on from there." in told
+    monkeypatch.setattr(SysDPOTrainer, "training_step", step)
+    rounds(**options)
+    weights = [file.relative_to("whole") for file in Path("whole").glob("round-?/*/*.safetensors")]
+    assert len(weights) == 4
+    for file in weights:
+        assert (Path("out") / file).read_bytes() == (Path("whole") / file).read_bytes(), file
+
+    start, first = load_system(f"{MODULE}.py:system").fresh(), System.from_pretrained("whole/round-1")
+    pairs = read_rows("whole/round-2/pairs.jsonl")
+    ratio = {}
+    for side in ("chosen", "rejected"):
+        cells = {"draft": [row[f"{side}_intermediates"]["draft"] for row in pairs], "answer": [r[side] for r in pairs]}
+        trace = Trace({"question": [row["question"] for row in pairs]}, cells)
+        with torch.no_grad():
+            now, then = (sum(system.compile().log_probs(trace).values()) for system in (first, start))
+        ratio[side] = now - then
+    expected = 0.5 * (ratio["chosen"] - ratio["rejected"]).mean().item() if reference == "fixed" else 0.0
+    logged = next(line["rewards/margins"] for line in read_log("whole/round-2") if "rewards/margins" in line)
+    assert logged == pytest.approx(expected, abs=1e-4)
+    assert reference == "last_round" or abs(expected) > 1e-2
