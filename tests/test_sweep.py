@@ -220,6 +220,12 @@ def test_a_file_whose_sweep_is_no_mapping_of_lists_is_refused_with_its_line(plac
     assert "c.yaml, line 2: sweep: expected options with lists of values, as {beta: [0.1, 0.3]}" in told
 
 
+def test_a_sweep_runs_in_one_process(place, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    told = run(*SWEEP, "--use_cpu", "false", code=2, use_cpu=None).stderr
+    assert "--sweep: 2 processes were started, and a sweep runs in one." in told
+
+
 def test_folders_are_named_by_what_is_swept():
     found = combinations({"loss_type": ["losses.py:own", "losses.py/own"], "nodes": [{"draft": {"beta": 0.2}}]})
     assert [each.folder for each in found] == [

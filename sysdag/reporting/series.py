@@ -96,7 +96,7 @@ def _of_rounds(record: Mapping[str, Any]) -> Overview:
     score = record["score"]
     lower = ", where lower is better" if score["lower_is_better"] else ""
     stopped = f" Ended: {record['stopped']}." if record.get("stopped") else ""
-    header = ("round", "runs", "their score", "fresh pairs", "earlier", "steps", "held-out", "interval", "")
+    header = ("round", "runs", "their score", "fresh pairs", "earlier", "steps", "held-out", "interval", "best")
     return Overview("Rounds", header, rows, f"Held-out: {score['name']}{lower}.{stopped}")
 
 

@@ -34,6 +34,7 @@ _OF_ROUNDS = {
     "eval_dataset": "rounds are evaluated on heldout", "eval_split": "rounds are evaluated on heldout",
     "output_dir": "it is at the top of the file", "split": "each round trains on its own pairs",
     "rename": "each round trains on its own pairs", "shape": "each round trains on its own pairs",
+    "sweep": "a round trains once", "dry_run": "sysdag rounds has one of its own",
     "resume_from_checkpoint": "rounds go on by themselves where they were cut off",
 }  # fmt: skip
 _KINDS = {int: "an integer", float: "a number", bool: "true or false", str: "a text", Path: "a path", dict: "a mapping",

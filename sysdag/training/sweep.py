@@ -10,6 +10,7 @@ import difflib
 import hashlib
 import itertools
 import json
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -75,29 +76,33 @@ def sweep(arguments: Sequence[str], job: TrainJob, say: Callable[[str], None] = 
             training cannot start from untrained ones.
         Interrupted: after Ctrl-C, with how to go on.
     """
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if started > 1:
+        raise OptionError(f"--sweep: {started} processes were started, and a sweep runs in one.")
     chosen = combinations(job.sweep)
     jobs = [_parsed(arguments, each) for each in chosen]
     _refuse_equal(chosen, jobs)
+    _untrained(job)
     root = Path(job.args.output_dir or "trainer_output")
     record = _Record(root, job, chosen, jobs)
-    told = say if job.args.process_index == 0 else _silent
+    if not job.dry_run:
+        record.save()
     for number, each in enumerate(chosen):
         folder = root / each.folder
         where = f"Training {number + 1} of {len(chosen)}: {each.folder}"
         if record.is_done(each):
-            told(f"{where} is done.")
+            say(f"{where} is done.")
             continue
-        told(f"{where}.")
+        say(f"{where}.")
         with globals_kept():
             asked = _parsed(arguments, each)  # anew: it sets accelerate's state, which all trainings share
             asked.args.output_dir, asked.args.resume_from_checkpoint = str(folder), last_checkpoint(folder)
-            system = asked.system if isinstance(asked.system, System) else load_system(asked.system)
             try:
-                train(replace(asked, system=system.fresh()), say)
+                train(replace(asked, system=_untrained(asked)), say)
             except Interrupted as error:
                 raise Interrupted(f"{where} was interrupted. The same command goes on from there.") from error
         if not job.dry_run:
-            record.done(each, write=job.args.process_index == 0)
+            record.done(each)
     return [root / each.folder for each in chosen]
 
 
@@ -135,11 +140,18 @@ class _Record:
     def is_done(self, each: Combination) -> bool:
         return any(run["done"] for run in self._facts["runs"] if run["folder"] == each.folder)
 
-    def done(self, each: Combination, *, write: bool) -> None:
+    def done(self, each: Combination) -> None:
         for run in self._facts["runs"]:
             run["done"] = run["done"] or run["folder"] == each.folder
-        if write:
-            write_series(self._file, self._facts)
+        self.save()
+
+    def save(self) -> None:
+        write_series(self._file, self._facts)
+
+
+def _untrained(job: TrainJob) -> System:
+    """The system as in a process of its own."""
+    return (job.system if isinstance(job.system, System) else load_system(job.system)).fresh()
 
 
 def _parsed(arguments: Sequence[str], each: Combination) -> TrainJob:
@@ -175,7 +187,3 @@ def _content(source: str | None) -> Any:
 def _in_path(value: Any) -> str:
     text = value if isinstance(value, str) else json.dumps(value)
     return re.sub(r"[^\w.+-]+", "-", text).strip("-")[:60] or "empty"
-
-
-def _silent(text: str) -> None:
-    """Processes beside the main one tell nothing."""
