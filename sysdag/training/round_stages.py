@@ -8,7 +8,6 @@ import hashlib
 import json
 import random
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -17,8 +16,7 @@ import torch
 
 from sysdag.errors import DataError, JudgeError, OptionError
 from sysdag.evaluation.evaluation_runs import HeldOut, held_out, sample_runs
-from sysdag.evaluation.judge_choice import JudgeChoice
-from sysdag.evaluation.judges import ColumnScore, ComparingJudge, Judge, ScoringJudge, function_judge
+from sysdag.evaluation.judges import Judge, ScoringJudge
 from sysdag.evaluation.measures import SEED_OF_THE_OTHER, check_options, evaluate, evaluation_record, match
 from sysdag.evaluation.ranking import choose_pairs, judge_runs
 from sysdag.evaluation.verdicts import consistency
@@ -27,7 +25,6 @@ from sysdag.execution.trace_file import identity
 from sysdag.files.atomic import write_text
 from sysdag.files.encoding import encode_json
 from sysdag.graph.plan import Plan
-from sysdag.graph.source import source_hash
 from sysdag.graph.system import System
 from sysdag.objectives.strategies import strategy_options
 from sysdag.saving.loading import load_system
@@ -35,6 +32,7 @@ from sysdag.traces.pairs import preference_row, write_pairs
 from sysdag.traces.readers import read_rows
 from sysdag.traces.trace import Trace
 from sysdag.training.job import train
+from sysdag.training.round_judging import judge_facts, judge_of, with_scores
 from sysdag.training.round_options import RoundOptions
 from sysdag.training.round_people import People, labelled_rows
 from sysdag.training.series import comparable, last_checkpoint
@@ -42,7 +40,7 @@ from sysdag.training.train_options import TrainJob
 
 RUNS, PAIRS, MIXED = "runs.jsonl", "pairs.jsonl", "train.jsonl"
 HELDOUT, EVALUATION, LABELS = "heldout.jsonl", "eval.json", "labels.sqlite"
-_UNFINISHED, _SCORED = "unfinished-", "scored-"
+_UNFINISHED = "unfinished-"
 
 
 class NoPairs(JudgeError):
@@ -102,13 +100,13 @@ class Stages:
     def judge(self, output: Path | None) -> Judge:
         """Of the pairs; an endpoint's answers are kept beside `output`."""
         assert not isinstance(self.rounds.judge, People)
-        return _judge(self.rounds.judge, output)
+        return judge_of(self.rounds.judge, output)
 
     def eval_judge(self, output: Path | None) -> Judge:
         """Of the held-out runs."""
         chosen = self.rounds.eval_judge if self.rounds.eval_judge is not None else self.rounds.judge
         assert not isinstance(chosen, People)
-        return _judge(chosen, output)
+        return judge_of(chosen, output)
 
     def identity(self) -> dict[str, Any]:
         """All that the files of rounds depend on, JSON-ready."""
@@ -127,8 +125,8 @@ class Stages:
             "nodes": list(self.outputs),
             "inputs_sha256": _hash_of(self._inputs),
             "heldout_sha256": _hash_of(self.heldout),
-            "judge": {"kind": "people"} if people else _judge_facts(self.judge(None)),
-            "eval_judge": _judge_facts(self.eval_judge(None)),
+            "judge": {"kind": "people"} if people else judge_facts(self.judge(None)),
+            "eval_judge": judge_facts(self.eval_judge(None)),
             "candidates": None if rounds.candidates is None else strategy_options(rounds.candidates),
             "train": comparable(rounds.args),
         }
@@ -180,7 +178,7 @@ class Stages:
             rows, told = labelled_rows(rounds.judge, trace, database, self.outputs, seed=rounds.seed, say=say)
         else:
             judge = self.judge(place)
-            trace = _with_scores(judge, trace, self.place(number) / RUNS)
+            trace = with_scores(judge, trace, self.place(number) / RUNS)
             judged = judge_runs(trace, judge, self.outputs, comparisons=rounds.comparisons)
             if judged.verdicts:
                 say(str(consistency(judged.verdicts)))
@@ -236,11 +234,11 @@ class Stages:
         seed = rounds.seed + (0 if number else SEED_OF_THE_OTHER)
         ours = self._sampled(number, self.heldout, folder / HELDOUT, rounds.eval_runs, seed)
         judge = self.eval_judge(folder / EVALUATION)
-        ours = _with_scores(judge, ours, folder / HELDOUT)
+        ours = with_scores(judge, ours, folder / HELDOUT)
         if not number:
             return {"score": fmean(judge.scores(ours)) if isinstance(judge, ScoringJudge) else 0.5}
         start = self.place(0) / HELDOUT
-        theirs = _with_scores(judge, Trace.load(start), start)
+        theirs = with_scores(judge, Trace.load(start), start)
         found = evaluate(
             judge, match(ours, theirs), self.outputs, threshold=rounds.threshold, margin=rounds.eval_margin,
             confidence=rounds.confidence, seed=rounds.seed,
@@ -271,46 +269,6 @@ class Stages:
 
 def _is_one_split(source: Any) -> bool:
     return not isinstance(source, (str, Path)) or Path(source).is_file()
-
-
-def _judge(given: JudgeChoice | Judge | Callable[..., Any], output: Path | None) -> Judge:
-    if isinstance(given, JudgeChoice):
-        return given.judge(output)
-    if isinstance(given, (ScoringJudge, ComparingJudge)):
-        return given
-    return function_judge(given)
-
-
-def _judge_facts(judge: Judge) -> dict[str, Any]:
-    """What tells a judge from others: also the source of a function."""
-    function = getattr(judge, "function", None)
-    return judge.to_dict() | ({} if function is None else {"source_sha256": source_hash(function)})
-
-
-def _with_scores(judge: Judge, trace: Trace, file: Path) -> Trace:
-    """The runs with the column that a judge takes its scores from, which a file beside them may bring.
-
-    Raises:
-        JudgeError: if the column is not there yet; or if what is there are other runs.
-    """
-    if not isinstance(judge, ColumnScore) or judge.name in trace.columns:
-        return trace
-    scored = file.with_name(f"{_SCORED}{file.name}")
-    if not scored.is_file():
-        raise JudgeError(
-            f"Waiting for scores: {file} has no column {judge.name!r}. Write its runs with that column to {scored} (as "
-            f"`sysdag judge {file} --by ... --scores {scored} --score-name {judge.name}` does), and give the same "
-            "command again, which goes on from here."
-        )
-    found = Trace.load(scored)
-    if judge.name not in found.columns:
-        raise JudgeError(f"{scored} has no column {judge.name!r}; its columns are {sorted(found.columns)}.")
-    bare = replace(found, columns={name: column for name, column in found.columns.items() if name in trace.columns})
-    if list(bare.rows()) != list(trace.rows()):
-        raise JudgeError(
-            f"{scored} holds other runs than {file}; write these with {judge.name!r} beside them, in order."
-        )
-    return found
 
 
 def _refuse_shared(inputs: HeldOut, heldout: HeldOut) -> None:
