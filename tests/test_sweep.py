@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from sysdag.cli import app
 from sysdag.errors import OptionError
-from sysdag.training.sweep import combinations
+from sysdag.training.sweep import combinations, sweep
 from sysdag.training.train_options import parse
 from sysdag.training.trainer import SysDPOTrainer
 
@@ -221,9 +221,11 @@ def test_a_file_whose_sweep_is_no_mapping_of_lists_is_refused_with_its_line(plac
 
 
 def test_a_sweep_runs_in_one_process(place, monkeypatch):
+    given = arguments(*SWEEP)[1:]
+    job = parse(given)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    told = run(*SWEEP, "--use_cpu", "false", code=2, use_cpu=None).stderr
-    assert "--sweep: 2 processes were started, and a sweep runs in one." in told
+    with pytest.raises(OptionError, match="--sweep: 2 processes were started, and a sweep runs in one"):
+        sweep(given, job)
 
 
 def test_folders_are_named_by_what_is_swept():

@@ -30,7 +30,6 @@ METHODS: dict[str, dict[str, Any]] = {
     "one training, three times the runs": {"rounds": 1, "times": ROUNDS},
     "three rounds": {"rounds": ROUNDS},
     "three rounds, fixed reference": {"rounds": ROUNDS, "reference": "fixed"},
-    "three rounds, half of earlier rounds": {"rounds": ROUNDS, "earlier_share": 0.5},
 }
 
 

@@ -39,7 +39,7 @@ class RoundOptions:
             by default.
         seed: of sampling, choosing inputs and mixing.
         runs, batch_size, device: of sampling; see `sysdag sample`. The last two are those of evaluation, too.
-        nodes: what is judged; by default the outputs.
+        nodes: what a judge sees that does not see whole runs, and what has to differ in a pair; by default the outputs.
         pairs_per_prompt, margin, comparisons: see `sysdag judge`.
         eval_judge: of the held-out runs; by default `judge`. One that scores gives the mean score, one that compares
             the win rate against the system as it starts.
@@ -103,6 +103,10 @@ class RoundOptions:
             raise OptionError(
                 "People judge the pairs of a round; name who judges the held-out runs (eval: by), as a function or an "
                 "endpoint."
+            )
+        if isinstance(self.judge, People) and self.nodes:
+            raise OptionError(
+                "nodes: people judge the outputs, whose preferences are what is trained on; leave it out."
             )
         if isinstance(self.judge, People):
             self.judge.check()

@@ -95,9 +95,9 @@ def _judge(settings: Sequence[Setting], file: str) -> tuple[JudgeChoice | People
     people = {name: found.pop(name) for name in _PEOPLE if name in found}
     if found["by"] == "people":
         for name in found:
-            if name not in ("by", "node"):
-                raise place[name].error("belongs to another judge; people have " + ", ".join(_PEOPLE) + " and node.")
-        return People(**people), {name: value for name, value in found.items() if name == "node"}
+            if name != "by":
+                raise place[name].error(f"belongs to another judge; people have {', '.join(_PEOPLE)}.")
+        return People(**people), {}
     for name in people:
         raise place[name].error("belongs to people: by: people.")
     chosen = {name: found.pop(name) for name in _CHOICE if name in found}

@@ -65,8 +65,9 @@ class Stages:
         self._outline = rounds.system if isinstance(rounds.system, System) else load_system(rounds.system)
         plan = self._outline.compile()
         plan.check(rounds.args.objective_options().objective)
-        self.outputs = tuple(rounds.nodes or plan.system.outputs)
-        if missing := [name for name in self.outputs if name not in plan.order]:
+        self._outputs = tuple(plan.system.outputs)
+        self._judged = tuple(rounds.nodes or self._outputs)
+        if missing := [name for name in self._judged if name not in plan.order]:
             raise OptionError(f"nodes: the system has no node {missing[0]!r}; its nodes are {list(plan.order)}.")
         self._inputs = self._read(plan, rounds.inputs, rounds.split, "inputs")
         split = rounds.heldout_split or ("train" if _is_one_split(rounds.heldout) else "test")
@@ -122,7 +123,7 @@ class Stages:
         return {
             "sampling": identity(self._outline.compile(), wanted),
             **{name: getattr(rounds, name) for name in names},
-            "nodes": list(self.outputs),
+            "nodes": list(self._judged),
             "inputs_sha256": _hash_of(self._inputs),
             "heldout_sha256": _hash_of(self.heldout),
             "judge": {"kind": "people"} if people else judge_facts(self.judge(None)),
@@ -175,19 +176,19 @@ class Stages:
         given: dict[str, Any] = {}
         if isinstance(rounds.judge, People):
             database = self.place(number) / LABELS
-            rows, told = labelled_rows(rounds.judge, trace, database, self.outputs, seed=rounds.seed, say=say)
+            rows, told = labelled_rows(rounds.judge, trace, database, self._outputs, seed=rounds.seed, say=say)
         else:
             judge = self.judge(place)
             trace = with_scores(judge, trace, self.place(number) / RUNS)
-            judged = judge_runs(trace, judge, self.outputs, comparisons=rounds.comparisons)
+            judged = judge_runs(trace, judge, self._judged, comparisons=rounds.comparisons)
             if judged.verdicts:
                 say(str(consistency(judged.verdicts)))
             elif isinstance(judge, ScoringJudge):
                 given["score"] = fmean(score for score in judged.scores if score is not None)
             found = choose_pairs(
-                trace, judged, self.outputs, pairs_per_prompt=rounds.pairs_per_prompt, margin=rounds.margin
+                trace, judged, self._judged, pairs_per_prompt=rounds.pairs_per_prompt, margin=rounds.margin
             )
-            rows, told = [preference_row(trace, *pair, self.outputs) for pair in found.pairs], str(found)
+            rows, told = [preference_row(trace, *pair, self._outputs) for pair in found.pairs], str(found)
         say(told)
         if not rows:
             raise NoPairs(told)
@@ -240,12 +241,12 @@ class Stages:
         start = self.place(0) / HELDOUT
         theirs = with_scores(judge, Trace.load(start), start)
         found = evaluate(
-            judge, match(ours, theirs), self.outputs, threshold=rounds.threshold, margin=rounds.eval_margin,
+            judge, match(ours, theirs), self._judged, threshold=rounds.threshold, margin=rounds.eval_margin,
             confidence=rounds.confidence, seed=rounds.seed,
         )  # fmt: skip
         sources = {"traces": [f"round-{number}/{HELDOUT}", f"round-0/{HELDOUT}"]}
         facts = evaluation_record(
-            found, judge, self.outputs, sources=sources, seed=rounds.seed, margin=rounds.eval_margin
+            found, judge, self._judged, sources=sources, seed=rounds.seed, margin=rounds.eval_margin
         )
         write_text(folder / EVALUATION, json.dumps(facts, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
         measured = found.win_rate if found.scores is None else found.scores.first
