@@ -592,9 +592,10 @@ def test_language_models_with_and_without_an_adapter_go_on_in_the_second_round(p
     for name, letters in (("inputs", "abcd"), ("heldout", "ef")):
         Path(f"{name}.jsonl").write_text("".join(json.dumps({"question": letter}) + "\n" for letter in letters))
     options = {
-        "reference": reference, "earlier_share": None, "judge": {"by": f"{MODULE}.py:late", "pairs_per_prompt": None, "node": ["draft", "answer"]},
+        "reference": reference, "earlier_share": None,
+        "judge": {"by": f"{MODULE}.py:late", "pairs_per_prompt": 1, "node": ["draft", "answer"]},
         "train": {"learning_rate": 0.02, "per_device_train_batch_size": 64, "max_steps": 4, "save_steps": 2,
-                  "logging_steps": 1, "beta": 0.5}, "eval": {"runs": 1},
+                  "logging_steps": 1, "beta": 0.5, "empty": "keep"}, "eval": {"runs": 1},
     }  # fmt: skip
     rounds("--output-dir", "whole", **options)
     step = SysDPOTrainer.training_step

@@ -105,9 +105,7 @@ class RoundOptions:
                 "endpoint."
             )
         if isinstance(self.judge, People) and self.nodes:
-            raise OptionError(
-                "nodes: people judge the outputs, whose preferences are what is trained on; leave it out."
-            )
+            raise OptionError("nodes: people judge the outputs, about which the pairs are; leave it out.")
         if isinstance(self.judge, People):
             self.judge.check()
         if self.args.resume_from_checkpoint is not None:
