@@ -10,7 +10,6 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from sysdag.training import Rounds
 VERSION = 1
 ROUNDS = 3
 STEPS = {"full": 48, "quick": 2}  # of a round; 48 are the demo's two epochs
-SIZES = {"full": Size(), "quick": replace(QUICK, letter_steps=100)}
+SIZES = {"full": Size(), "quick": QUICK}
 EVAL_RUNS = 2
 METHODS: dict[str, dict[str, Any]] = {
     "one training": {"rounds": 1},
@@ -69,8 +68,9 @@ def align(cache: Path, *, method: str, seed: int, size: str) -> dict[str, Any]:
         began = time.process_time()
         result = rounds.run(say=lambda _: None)
         seconds = time.process_time() - began
-        solved = _solved(Trace.load(Path(folder) / f"round-{options['rounds']}" / "heldout.jsonl"))
-    places = [number * steps for number in range(options["rounds"] + 1)]
+        last = len(result.scores) - 1
+        solved = _solved(Trace.load(Path(folder) / f"round-{last}" / "heldout.jsonl"))
+    places = [number * steps for number in range(last + 1)]
     curve = {
         "steps": places, "validation": list(result.scores), "logs": [], "cpu_seconds": seconds,
         "best_step": places[result.best],
