@@ -468,6 +468,7 @@ def test_a_dry_run_says_what_would_be_done_and_writes_nothing(place):
         ({"earlier_share": 1.0}, 2, "earlier_share must be in [0, 1), got 1.0"),
         ({"reference": "moving"}, 2, "reference must be one of ['last_round', 'fixed'], got 'moving'."),
         ({"reference": "fixed", "train": {"sync_ref_model": True}}, 2, "sync_ref_model moves it"),
+        ({"reference": "fixed", "train": {"loss_type": "simpo"}}, 2, "has no use: ['simpo'] is trained without"),
         ({"heldout": None}, 2, "heldout is missing; a file of rounds needs system, inputs, heldout, output_dir"),
         ({"judge": {"by": None}}, 2, "judge: by is missing: a function, an endpoint's URL, a column, or people."),
         ({"judge": {"model": "m"}}, 2, "judge: model belongs to an endpoint: judge: by http://..."),

@@ -99,6 +99,8 @@ class RoundOptions:
             raise OptionError(f"reference must be one of {list(REFERENCES)}, got {self.reference!r}.")
         if self.reference == "fixed" and self.args.sync_ref_model:
             raise OptionError("reference 'fixed' stays as it is, and sync_ref_model moves it; choose one of them.")
+        if self.reference == "fixed" and not self.args.objective_options().needs_reference:
+            raise OptionError(f"reference 'fixed' has no use: {self.args.loss_type} is trained without a reference.")
         if isinstance(self.judge, People) and self.eval_judge is None:
             raise OptionError(
                 "People judge the pairs of a round; name who judges the held-out runs (eval: by), as a function or an "

@@ -26,6 +26,7 @@ from sysdag.files.atomic import write_text
 from sysdag.files.encoding import encode_json
 from sysdag.graph.plan import Plan
 from sysdag.graph.system import System
+from sysdag.objectives.loss_checks import check_losses
 from sysdag.objectives.strategies import strategy_options
 from sysdag.saving.loading import load_system
 from sysdag.traces.pairs import preference_row, write_pairs
@@ -65,6 +66,7 @@ class Stages:
         self._outline = rounds.system if isinstance(rounds.system, System) else load_system(rounds.system)
         plan = self._outline.compile()
         plan.check(rounds.args.objective_options().objective)
+        check_losses(plan, rounds.args.objective_options())
         self._outputs = tuple(plan.system.outputs)
         self._judged = tuple(rounds.nodes or self._outputs)
         if missing := [name for name in self._judged if name not in plan.order]:
