@@ -26,6 +26,7 @@ SIZES = {"full": Size(), "quick": QUICK}
 EVAL_RUNS = 2
 METHODS: dict[str, dict[str, Any]] = {
     "one training": {"rounds": 1},
+    "one training, three times the runs": {"rounds": 1, "times": ROUNDS},
     "three rounds": {"rounds": ROUNDS},
     "three rounds, fixed reference": {"rounds": ROUNDS, "reference": "fixed"},
 }
