@@ -20,6 +20,7 @@ from sysdag.commands.judge import judge
 from sysdag.commands.label import label
 from sysdag.commands.plan import plan
 from sysdag.commands.report import report
+from sysdag.commands.rounds import rounds
 from sysdag.commands.sample import sample
 from sysdag.commands.train import INTERRUPTED, SETTINGS, train
 from sysdag.commands.validate import validate
@@ -66,6 +67,7 @@ app.command()(judge)
 app.command()(label)
 app.command()(plan)
 app.command()(report)
+app.command()(rounds)
 app.command()(sample)
 app.command(context_settings=SETTINGS)(train)
 app.command()(validate)

@@ -330,7 +330,7 @@ def plain(value):
     return value.tobytes() if hasattr(value, "tobytes") else value
 
 
-@pytest.mark.parametrize("answer", DIFFERENT, ids=str)
+@pytest.mark.parametrize("answer", DIFFERENT, ids=range(len(DIFFERENT)))
 def test_answers_come_back_as_they_were(tmp_path, answer):
     for _ in range(2):
         [found] = values(Opaque(lambda _: answer, cache=tmp_path / "calls.jsonl"), ["x"])

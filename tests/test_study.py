@@ -197,6 +197,17 @@ def test_every_system_is_trained_and_measured(function, tmp_path, monkeypatch):
     assert all(len(curve["logs"]) == 2 for curve in found["curves"])
 
 
+@pytest.mark.release("the study is run by its authors, not by users")
+@pytest.mark.parametrize(("method", "steps"), [("one training", [0, 6]), ("three rounds", [0, 2, 4, 6])])
+def test_rounds_take_as_many_steps_as_one_training(method, steps, tmp_path):
+    cell = Cell(function="rounds:align", options={"method": method, "seed": 0, "size": "quick"})
+    run_cells([cell], tmp_path, workers=1, title=method)
+    (found,) = results([cell], tmp_path)
+    assert len(found["heldout"]["exact"]) == 8
+    assert [curve["steps"] for curve in found["curves"]] == [steps]
+    assert all(0 <= value <= 1 for value in found["curves"][0]["validation"])
+
+
 def test_large_systems_have_longer_words_and_need_a_gpu(tmp_path, monkeypatch, capsys):
     large = letters.Letters(tmp_path, 0, task.SIZES["quick"], scale="large")
     assert {len(set(asked)) for part in large.prompts.values() for asked in part} == {8}

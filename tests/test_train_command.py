@@ -4,7 +4,7 @@ import json
 import re
 import subprocess
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -20,6 +20,7 @@ from sysdag import DiverseBeamSearch, Exhaustive, MonteCarlo, SysDPOConfig, SysD
 from sysdag.cli import app
 from sysdag.errors import OptionError
 from sysdag.files.run_files import read_log, read_run
+from sysdag.training.job import train
 from sysdag.training.train_options import parse
 
 MODULE = "system_of_the_train_command"
@@ -217,6 +218,47 @@ def test_a_training_that_was_stopped_goes_on(place, monkeypatch):
     monkeypatch.setattr(SysDPOTrainer, "training_step", interrupted)
     result = run(*command, *flags(**{**BASIC, "output_dir": "new", "resume_from_checkpoint": "false"}), code=130)
     assert "There is no checkpoint in new yet" in result.stderr
+
+
+def test_a_training_that_was_stopped_behind_its_last_step_takes_no_further_one(place):
+    """The last step is in the middle of an epoch."""
+    given = [f"{MODULE}.py:system", "pairs.jsonl", *flags(**BASIC | {"max_steps": 5, "save_strategy": "steps"})]
+    run(*given)
+    before = weights("out")
+    run(*given, "--resume_from_checkpoint", "last")
+    same(weights("out"), before)
+    assert read_run("out")["resumed"][-1]["step"] == 5
+
+
+def test_the_weights_of_a_folder_start_a_training_whose_reference_is_the_system(place):
+    """The loss of the first step, from likelihoods that transformers gives."""
+    run(f"{MODULE}.py:system", "pairs.jsonl", *flags(**BASIC | {"output_dir": "first"}))
+    forget()
+    job = parse([f"{MODULE}.py:system", "pairs.jsonl", *flags(**BASIC | {"max_steps": 1}),
+                 "--per_device_train_batch_size", "16"])  # fmt: skip
+    train(replace(job, weights=Path("first")), say=lambda _: None)
+    loss = next(line["loss"] for line in read_log("out") if "loss" in line)
+    sides = {side: [] for side in ("chosen", "rejected")}
+    for name, prompt in (("draft", "q: {question} d:"), ("answer", "q: {question} d: {draft} a:")):
+        start = llama(0 if name == "draft" else 1).eval()
+        trained = type(start).from_pretrained(Path("first") / name).eval()
+        tokenizer = char_tokenizer()
+        for side, found in sides.items():
+            ratios = []
+            for row in rows(16):
+                draft = row[f"{side}_intermediates"]["draft"]
+                value = draft if name == "draft" else row[side]
+                asked = tokenizer(prompt.format(question=row["question"], draft=draft))["input_ids"]
+                said = [*tokenizer(value, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+                ids = torch.tensor([[*asked, *said]])
+                logs = [model(ids).logits.log_softmax(-1)[0, len(asked) - 1 : -1] for model in (trained, start)]
+                of = [each.gather(1, torch.tensor(said)[:, None]).sum() for each in logs]
+                ratios.append((of[0] - of[1]).item())
+            found.append(ratios)
+    margins = torch.tensor(sides["chosen"]).sum(0) - torch.tensor(sides["rejected"]).sum(0)
+    expected = -torch.nn.functional.logsigmoid(0.1 * margins).mean().item()
+    assert abs(expected - 0.6931) > 1e-3
+    assert loss == pytest.approx(expected, abs=1e-4)
 
 
 def test_the_columns_of_other_data_sets(place):

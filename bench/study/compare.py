@@ -149,7 +149,7 @@ def _candidate_means(curves: Sequence[Sequence[Mapping[str, Any]]]) -> dict[str,
     return {
         name: float(numpy.mean([log[f"candidates/{name}"] for log in logs]))
         for name in names
-        if all(f"candidates/{name}" in log for log in logs)
+        if logs and all(f"candidates/{name}" in log for log in logs)
     }
 
 

@@ -7,6 +7,7 @@ The text is in study.md beside this file, and that of README.md's lines in readm
     {{mean NAME | method | metric}}                                "83.3 ± 2.1"
     {{difference NAME | method | other | metric}}                  "+3.6 [0.4, 6.8], p = 0.031"
     {{correlation NAME | column of the curves | metric}}           "+0.85 over 16 rows": of the first steps and the end
+    {{wins NAME | method | other | metric}}                        "4 of 5 seeds": those in which `method` is better
     {{claim NAME | method | other | metric}}                       "held", "open" or "the reverse": is `method` better?
     {{figure NAME}}                                                the figure of that name
     {{machine}}                                                    what the cells ran on
@@ -136,6 +137,11 @@ class Results:
         found = self.tables[name].difference(method, other, metric)
         return "held" if found["difference_low"] > 0 else "the reverse" if found["difference_high"] < 0 else "open"
 
+    def wins(self, name: str, method: str, other: str, metric: str) -> str:
+        """In how many of the seeds the method is better."""
+        ours, theirs = (self.tables[name].seeds(one, metric) for one in (method, other))
+        return f"{int((ours > theirs).sum())} of {len(ours)} seeds"
+
     def machine(self) -> str:
         found = {row["machine"] for table in self.tables.values() for row in table.found.values()}
         return "; ".join(sorted(found))
@@ -159,7 +165,7 @@ def written(results: Results, template: str) -> str:
         arguments = [part.strip() for part in rest.split("|")] if rest else []
         known: Mapping[str, Callable[..., str]] = {
             name: getattr(results, name)
-            for name in ("table", "mean", "difference", "correlation", "claim", "figure", "machine", "rates")
+            for name in ("table", "mean", "difference", "correlation", "claim", "wins", "figure", "machine", "rates")
         }
         if what not in known:
             raise ValueError(f"{TEMPLATE.name}: {match[0]} is none of {', '.join(known)}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from bench.study import choices, diamond, letters, loops, pictures
+from bench.study import choices, diamond, letters, loops, pictures, rounds
 from bench.study.compare import Comparison, Variant
 
 JOINT = {"method": "joint"}
@@ -230,6 +230,10 @@ def _comparisons() -> list[Comparison]:
         Comparison(
             name="credit", function="letters:align", metrics=("exact", "draft share"), seeds=3,
             reference="joint, nothing damaged", variants=CREDIT,
+        ),
+        Comparison(
+            name="rounds", function="rounds:align", metrics=("exact",), reference="one training", seeds=5,
+            variants=[Variant(name=m, options={"method": m}, trains=False) for m in ("before", *rounds.METHODS)],
         ),
     ]  # fmt: skip
 

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from sysdag.graph.plan import Plan
     from sysdag.graph.variables import Node
 
-SEED_OF_THE_OTHER = 2**32  # more than that of the first: with equal ones the runs would not be independent
 _OF_SAMPLING = ("against", "runs", "batch_size", "device", "limit", "split", "rename", "shape", "keep_traces")
 
 
@@ -92,9 +91,8 @@ def evaluate(
     judge = judge_options.chosen_judge(context, output, traces or [Path(data or "")])
 
     from sysdag.evaluation.judges import ColumnScore
-    from sysdag.evaluation.measures import check_options, evaluate
+    from sysdag.evaluation.measures import SEED_OF_THE_OTHER, check_options, evaluate, evaluation_record
     from sysdag.files.atomic import write_text
-    from sysdag.versions import installed_versions
 
     check_options(judge, threshold=threshold, margin=margin)
     if traces is None and isinstance(judge, ColumnScore):
@@ -124,11 +122,8 @@ def evaluate(
             typer.echo(f"{count} runs of {name} are left out: the other has no run of the same inputs.", err=True)
     found = evaluate(judge, matched, outputs, threshold=threshold, margin=margin, confidence=confidence, seed=seed)
     if output is not None:
-        facts = {
-            "sources": sources, "seed": seed, "margin": margin, "outputs": list(outputs), "judge": judge.to_dict(),
-            "versions": installed_versions(),
-        }  # fmt: skip
-        write_text(output, json.dumps(facts | found.to_dict(), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+        facts = evaluation_record(found, judge, outputs, sources=sources, seed=seed, margin=margin)
+        write_text(output, json.dumps(facts, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
     typer.echo(found.table(*names))
 
 
@@ -212,7 +207,7 @@ def _sampled(
     **options: Any,
 ) -> tuple[Matched, tuple[str, ...]]:
     from sysdag.evaluation.evaluation_runs import chosen_runs, held_out, sample_runs
-    from sysdag.evaluation.measures import match
+    from sysdag.evaluation.measures import SEED_OF_THE_OTHER, match
     from sysdag.saving.loading import load_system
     from sysdag.traces.readers import read_rows
 

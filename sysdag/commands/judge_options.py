@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sysdag.commands.given import refuse
+from sysdag.errors import OptionError
 
 if TYPE_CHECKING:
     from sysdag.evaluation.judges import Judge
@@ -60,9 +61,6 @@ Cache = Annotated[
         metavar="FILE", help="Of an endpoint: its answers, not asked for again; by default beside the output."
     ),
 ]
-_OF_ENDPOINTS = (
-    "model", "api_key_env", "criteria", "template", "request", "concurrency", "timeout", "retries", "cache",
-)  # fmt: skip
 
 
 def chosen_judge(context: typer.Context, output: Path | None, others: Iterable[Path] = ()) -> Judge:
@@ -77,62 +75,29 @@ def chosen_judge(context: typer.Context, output: Path | None, others: Iterable[P
         typer.BadParameter: for options that do not fit together.
         SysdagError: for a judge that is not there.
     """
+    from sysdag.evaluation.judge_choice import OF_ENDPOINTS, JudgeChoice
+
     given: dict[str, Any] = context.params
-    by, lower_is_better = given["by"], given["lower_is_better"]
-    is_endpoint = by.startswith(("http://", "https://"))
-    if not is_endpoint:
-        refuse(context, _OF_ENDPOINTS, "belongs to an endpoint: --by http://...")
-        from sysdag.evaluation.judges import ColumnScore, function_judge
-
-        if ":" in by or by.endswith(".py"):
-            return function_judge(by, lower_is_better=lower_is_better)
-        return ColumnScore(by, lower_is_better)
-    if lower_is_better:
-        raise typer.BadParameter("--lower-is-better belongs to scores; an endpoint compares runs.")
-    if not given["model"]:
-        raise typer.BadParameter("--by with an endpoint needs --model, the model as the endpoint calls it.")
-
-    from sysdag.evaluation.endpoint import Endpoint, api_key_of
-    from sysdag.evaluation.endpoint_judge import EndpointJudge
-    from sysdag.evaluation.judge_prompt import CRITERIA, TEMPLATE
-
+    if not given["by"].startswith(("http://", "https://")):
+        refuse(context, OF_ENDPOINTS, "belongs to an endpoint: --by http://...")
+        return JudgeChoice(by=given["by"], lower_is_better=given["lower_is_better"]).judge(output, others)
     # typer before 0.29 converts paths for the command alone; in the context they are still text.
-    cache, template = (None if given[name] is None else Path(given[name]) for name in ("cache", "template"))
-    cache = cache or (output and output.with_name(f"{output.name}.answers.jsonl"))
-    if cache and any(cache.resolve() == path.resolve() for path in (*others, *filter(None, (output,)))):
-        raise typer.BadParameter(f"--cache {cache} is a file of something else; answers go to a file of their own.")
-    endpoint = Endpoint(
-        url=by, model=given["model"], api_key=api_key_of(given["api_key_env"]), options=_options(given["request"]),
-        timeout=given["timeout"], retries=given["retries"], concurrency=given["concurrency"], cache=cache,
-    )  # fmt: skip
-    return EndpointJudge(
-        endpoint=endpoint,
-        criteria=given["criteria"] or CRITERIA,
-        template=TEMPLATE if template is None else _read(template),
-        where=f"--template {template}",
-    )
+    paths = {name: None if given[name] is None else Path(given[name]) for name in ("cache", "template")}
+    options = {name: given[name] for name in ("by", "lower_is_better", *OF_ENDPOINTS)}
+    options["request"] = None if given["request"] is None else _options(given["request"])
+    try:
+        return JudgeChoice(**options | paths, spelling="--{}").judge(output, others)
+    except OptionError as error:
+        raise typer.BadParameter(str(error)) from error
 
 
-def _options(request: str | None) -> dict[str, Any]:
-    from sysdag.evaluation.endpoint import OPTIONS
-
-    if request is None:
-        return dict(OPTIONS)
+def _options(request: str) -> dict[str, Any]:
     try:
         given = json.loads(request)
     except ValueError as error:
         raise typer.BadParameter(f"--request {request}: not JSON ({error}).") from error
-    if not isinstance(given, dict) or given.keys() & {"model", "messages", "stream", "n"}:
+    if not isinstance(given, dict):
         raise typer.BadParameter(
             f"--request {request}: expected a JSON object of options, without model, messages, stream and n."
         )
-    return {**OPTIONS, **given}
-
-
-def _read(template: Path) -> str:
-    from sysdag.errors import JudgeError
-
-    try:
-        return template.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise JudgeError(f"--template {template} cannot be read: {error}") from error
+    return given

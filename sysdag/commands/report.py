@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -13,7 +13,7 @@ from sysdag.errors import SysdagError
 
 
 def report(
-    run: Annotated[Path, typer.Argument(help="The output_dir of a training.", metavar="RUN")],
+    run: Annotated[Path, typer.Argument(help="The output_dir of a training, of rounds, or of a sweep.", metavar="RUN")],
     output: Annotated[Path | None, typer.Option(help="The HTML file; by default RUN/report.html.")] = None,
     compare: Annotated[
         list[Path] | None,
@@ -25,7 +25,8 @@ def report(
     """One self-contained HTML file about a training, and in words what its numbers say.
 
     It shows who earned the preference, the curves, runs before and after (of a training with log_traces), the
-    configuration, and diagnoses. The file opens offline and asks for nothing else.
+    configuration, and diagnoses. Of rounds and of a sweep it draws all trainings over each other, below one table. The
+    file opens offline and asks for nothing else.
     """
     if output is not None and output.suffix not in (".html", ".htm"):
         raise typer.BadParameter(f"--output {output}: its ending must be .html.")
@@ -33,17 +34,24 @@ def report(
     if absent:
         raise SysdagError(f'A report needs {" and ".join(absent)}: pip install "sysdag[report]".')
     from sysdag.reporting.html import write_report
-    from sysdag.reporting.read import read_run
+    from sysdag.reporting.series import overview_of, read_series_runs
     from sysdag.reporting.text import described
 
     place = output or run / "report.html"
-    written = write_report([read_run(folder) for folder in (run, *(compare or ()))], place, most_prompts=prompts)
+    runs = read_series_runs(run)
+    overview = overview_of(run, runs)
+    runs += [each for folder in compare or () for each in read_series_runs(folder)]
+    written = write_report(runs, place, most_prompts=prompts, overview=overview)
     if as_json:
-        found = {"report": str(place), "runs": [each.to_dict() for each in written.runs]}
+        found: dict[str, Any] = {"report": str(place), "runs": [each.to_dict() for each in written.runs]}
+        if overview is not None:
+            found["overview"] = [dict(zip(overview.header, row, strict=True)) for row in overview.rows]
         typer.echo(json.dumps(found, indent=2, ensure_ascii=False))
         return
     for each in written.runs:
         typer.echo(described(each) + "\n")
+    if overview is not None:
+        typer.echo(f"{overview}\n")
     typer.echo(f"report: {place}")
 
 

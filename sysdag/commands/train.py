@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import typer
 
@@ -22,8 +23,14 @@ def train(context: typer.Context) -> None:
         from accelerate.state import PartialState
 
         from sysdag.training.job import train as run
+        from sysdag.training.sweep import sweep
 
-        run(job, typer.echo)
+        if job.sweep:
+            folders = sweep(context.args, job, typer.echo)
+            if is_main and not job.dry_run:
+                _tell(folders)
+        else:
+            run(job, typer.echo)
         PartialState().destroy_process_group()
     except OptionError as error:
         if context.find_root().params["debug"]:
@@ -35,3 +42,13 @@ def train(context: typer.Context) -> None:
         if is_main:
             typer.echo(f"\nInterrupted. {error}".rstrip(), err=True)
         raise typer.Exit(INTERRUPTED) from error
+
+
+def _tell(folders: list[Path]) -> None:
+    """A line for each training of a sweep, and how to see more."""
+    from sysdag.reporting.series import overview_of, read_series_runs
+
+    root = folders[0].parent
+    found = overview_of(root, read_series_runs(root))
+    assert found is not None  # its record has just been written
+    typer.echo(f"{found}\n\n`sysdag report {root}` draws them over each other.")

@@ -9,6 +9,7 @@ from sysdag import exports
 if TYPE_CHECKING:
     from sysdag.evaluation.endpoint import Endpoint
     from sysdag.evaluation.endpoint_judge import EndpointJudge
+    from sysdag.evaluation.judge_choice import JudgeChoice
     from sysdag.evaluation.judges import ComparingJudge, ScoringJudge, function_judge
     from sysdag.evaluation.measures import Evaluation, evaluate, match
     from sysdag.evaluation.ranking import choose_pairs, judge_runs
@@ -29,6 +30,7 @@ __all__ = [
     "EndpointJudge",
     "Evaluation",
     "Interval",
+    "JudgeChoice",
     "PairedTest",
     "ScoringJudge",
     "Verdict",
@@ -48,6 +50,7 @@ __getattr__ = exports(
     {
         "endpoint": ["Endpoint"],
         "endpoint_judge": ["EndpointJudge"],
+        "judge_choice": ["JudgeChoice"],
         "judges": ["ComparingJudge", "ScoringJudge", "function_judge"],
         "measures": ["Evaluation", "evaluate", "match"],
         "ranking": ["choose_pairs", "judge_runs"],

@@ -18,8 +18,10 @@ from sysdag.evaluation.statistics import Interval, PairedTest, cluster_bootstrap
 from sysdag.evaluation.verdicts import Consistency, Verdict, consistency
 from sysdag.files.encoding import encode_value
 from sysdag.traces.trace import Trace
+from sysdag.versions import installed_versions
 
 FORMAT_VERSION = 1
+SEED_OF_THE_OTHER = 2**32  # more than that of the first: with equal ones the runs would not be independent
 
 
 @dataclass(frozen=True)
@@ -226,6 +228,17 @@ def evaluate(
         successes=successes,
         consistency=found,
     )
+
+
+def evaluation_record(
+    found: Evaluation, judge: Judge, outputs: Sequence[str], *, sources: Mapping[str, Any], seed: int, margin: float
+) -> dict[str, Any]:
+    """What is kept of an evaluation, JSON-ready: where the runs are from, who judged, and what was found."""
+    facts = {
+        "sources": dict(sources), "seed": seed, "margin": margin, "outputs": list(outputs), "judge": judge.to_dict(),
+        "versions": installed_versions(),
+    }  # fmt: skip
+    return facts | found.to_dict()
 
 
 def check_options(judge: Judge, *, threshold: float | None = None, margin: float = 0.0) -> None:

@@ -22,12 +22,13 @@ from sysdag.errors import DataError
 from sysdag.execution.batches import Runs, Skipped
 from sysdag.files.atomic import write_text
 from sysdag.files.encoding import encode_value
+from sysdag.files.series_files import first_difference
 from sysdag.graph.plan import Plan
 from sysdag.saving.serialization import component_keys, system_to_dict
 from sysdag.traces.trace import Trace
 
 FORMAT_VERSION = 3
-
+_WHOLE = "what made it"
 
 _LIMITS = ("_max_new_tokens", "_max_length")  # as given; asking a language model for them would load it
 
@@ -182,7 +183,9 @@ class TraceFile:
                 f"{self.side_path} cannot be read ({error}); {self.path.name} cannot be resumed."
             ) from error
         version = {"format_version": begun.get("format_version")}
-        if difference := _difference(version, {"format_version": FORMAT_VERSION}) or _difference(begun, self._identity):
+        if difference := first_difference(version, {"format_version": FORMAT_VERSION}, _WHOLE) or first_difference(
+            begun, self._identity, _WHOLE
+        ):
             raise DataError(
                 f"{self.path} was begun by another run and cannot be resumed: {difference}. Make them the same, "
                 "overwrite it (--overwrite), or write to another file."
@@ -242,15 +245,3 @@ class TraceFile:
                 f"{self.path} cannot be resumed: where input row {prompt}, run {run} should be is row {found[0]}, run "
                 f"{found[1]}; the file was changed."
             )
-
-
-def _difference(begun: Any, now: Any, name: str = "what made it") -> str | None:
-    """The first difference between two runs, in words."""
-    if begun == now:
-        return None
-    if not isinstance(begun, dict) or not isinstance(now, dict):
-        return f"{name} was {begun!r:.200}, and is now {now!r:.200}"
-    if begun.keys() != now.keys():
-        return f"{name} had {sorted(begun)}, and has now {sorted(now)}"
-    key = next(key for key in now if begun[key] != now[key])
-    return _difference(begun[key], now[key], key if name == "what made it" else f"{name} {key}")

@@ -30,7 +30,8 @@ class Setting:
     Attributes:
         key: the key, hyphens as underscores.
         place: file and line, for a message.
-        value: for a scalar its text as written (so that `no` stays `no`), for null None; else a list or a dict.
+        value: for a scalar its text as written (so that `no` stays `no`), for null None; else a list or a dict; for a
+            section (see `read_settings`) a list of its settings.
     """
 
     key: str
@@ -61,11 +62,15 @@ class Setting:
         return [f"--{self.key}={self.value}"]
 
 
-def read_settings(file: str | Path) -> list[Setting]:
+def read_settings(file: str | Path, sections: Sequence[str] = ()) -> list[Setting]:
     """The settings of a YAML file, in its order.
 
+    Args:
+        sections: keys whose value is a mapping of options by itself: a list of settings with lines of their own.
+
     Raises:
-        OptionError: naming the file, and the line that is no YAML, whose key is no text, or that repeats a key.
+        OptionError: naming the file, and the line that is no YAML, whose key is no text, or that repeats a key; or a
+            section that is no mapping.
     """
     try:
         text = Path(file).read_text(encoding="utf-8")
@@ -81,6 +86,10 @@ def read_settings(file: str | Path) -> list[Setting]:
         return []
     if not isinstance(root, yaml.MappingNode):
         raise OptionError(f"{file} must be a mapping of options to values, got a {root.id}.")
+    return _settings(root, str(file), sections)
+
+
+def _settings(root: yaml.MappingNode, file: str, sections: Sequence[str]) -> list[Setting]:
     found: dict[str, Setting] = {}
     for key_node, node in root.value:
         place = f"{file}, line {key_node.start_mark.line + 1}"
@@ -89,7 +98,12 @@ def read_settings(file: str | Path) -> list[Setting]:
         key = key_node.value.replace("-", "_")
         if key in found:
             raise OptionError(f"{place}: {key} stands there a second time; the first is in {found[key].place}.")
-        found[key] = Setting(key, place, _value(node))
+        if key not in sections:
+            found[key] = Setting(key, place, _value(node))
+        elif isinstance(node, yaml.MappingNode):
+            found[key] = Setting(key, place, _settings(node, file, ()))
+        else:
+            raise OptionError(f"{place}: {key}: expected a mapping of options to values, got a {node.id}.")
     return list(found.values())
 
 

@@ -21,6 +21,7 @@ from sysdag.labelling.store import LabelStore
 from sysdag.traces.trace import Trace
 
 DEFAULT_PORT = 8765
+_TICKS = 10  # of the server, in a second
 _ALL_ADDRESSES = ("", "0.0.0.0", "::")
 
 
@@ -34,8 +35,9 @@ def serve(
     allow_remote: bool = False,
     browser: bool = True,
     announce: Callable[[str], None] = print,
-) -> None:
-    """Serves the page until SIGINT.
+    until: Callable[[], bool] = lambda: False,
+) -> bool:
+    """Serves the page until SIGINT, or until there is nothing left to do.
 
     Args:
         host: an address of this machine; other than a loopback one only with `allow_remote`.
@@ -43,6 +45,10 @@ def serve(
         annotator: whose queue the link opens; by default the page asks.
         browser: opens the link in a browser.
         announce: gets the link when the server listens.
+        until: asked about every second; the server ends once it says so.
+
+    Returns:
+        Whether `until` ended it.
 
     Raises:
         LabelError: for an address that others could reach, or that cannot be listened on.
@@ -61,17 +67,23 @@ def serve(
             timeout_graceful_shutdown=3, server_header=False,
         )  # fmt: skip
         link = f"http://{_shown(host)}:{port}/?token={access.token}{name}"
-        server = _Server(config, ready=lambda: _opened(link, browser, announce))
+        server = _Server(config, ready=lambda: _opened(link, browser, announce), until=until)
         with contextlib.suppress(KeyboardInterrupt):  # uvicorn raises it again after it has shut down
             server.run(sockets=[listener])
+    return server.is_done
 
 
 class _Server(uvicorn.Server):
-    """Says when it listens."""
+    """Says when it listens, and ends when there is nothing left to do."""
 
-    def __init__(self, config: uvicorn.Config, ready: Callable[[], None]) -> None:
+    def __init__(self, config: uvicorn.Config, ready: Callable[[], None], until: Callable[[], bool]) -> None:
         super().__init__(config)
-        self._ready = ready
+        self._ready, self._until, self.is_done = ready, until, False
+
+    async def on_tick(self, counter: int) -> bool:
+        if counter % _TICKS == 0 and self._until():
+            self.is_done = True
+        return await super().on_tick(counter) or self.is_done
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)

@@ -18,19 +18,23 @@ from sysdag.files import atomic
 from sysdag.reporting import formats
 from sysdag.reporting.page import Page, page
 from sysdag.reporting.read import Run
+from sysdag.reporting.series import Overview
 from sysdag.reporting.settings import default_config
 from sysdag.reporting.shares import DEFINITION
 
 MOST_PROMPTS = 20
 
 
-def write_report(runs: Sequence[Run], output: str | Path, *, most_prompts: int = MOST_PROMPTS) -> Page:
+def write_report(
+    runs: Sequence[Run], output: str | Path, *, most_prompts: int = MOST_PROMPTS, overview: Overview | None = None
+) -> Page:
     """Writes the report of a run, or of several over each other, of which the first is told in full.
 
     Args:
         runs: what `sysdag.reporting.read.read_run` returned.
         output: the HTML file; an older one is replaced whole.
         most_prompts: of the traces, how many prompts are shown.
+        overview: a table over trainings that belong together, see `sysdag.reporting.series`.
 
     Returns:
         what it says.
@@ -38,7 +42,9 @@ def write_report(runs: Sequence[Run], output: str | Path, *, most_prompts: int =
     Raises:
         SysdagError: if jinja2 is not installed.
     """
-    found = page(runs, defaults=default_config() if runs[0].config else {}, most_prompts=most_prompts)
+    found = page(
+        runs, defaults=default_config() if runs[0].config else {}, most_prompts=most_prompts, overview=overview
+    )
     output = Path(output)
     text = render(found)
     output.parent.mkdir(parents=True, exist_ok=True)

@@ -16,6 +16,7 @@ from sysdag.reporting.history import EMPTY, best_evaluation
 from sysdag.reporting.judgements import Judgement, judgements
 from sysdag.reporting.layout import Layout, lay_out
 from sysdag.reporting.read import Run
+from sysdag.reporting.series import Overview
 from sysdag.reporting.shares import Shares, last_shares
 from sysdag.reporting.values import Prompt, side_by_side
 
@@ -125,6 +126,7 @@ class Page:
         prompts: its traces, side by side, and how many more there are.
         changed, left: its settings, those that were set apart.
         differing: the settings in which the runs differ.
+        overview: the table over trainings that belong together, or None.
     """
 
     runs: tuple[Findings, ...]
@@ -135,6 +137,7 @@ class Page:
     changed: tuple[settings.Setting, ...]
     left: tuple[settings.Setting, ...]
     differing: tuple[tuple[str, list[str]], ...]
+    overview: Overview | None = None
 
     @property
     def main(self) -> Findings:
@@ -142,12 +145,15 @@ class Page:
         return self.runs[0]
 
 
-def page(runs: Sequence[Run], *, defaults: Mapping[str, Any], most_prompts: int) -> Page:
+def page(
+    runs: Sequence[Run], *, defaults: Mapping[str, Any], most_prompts: int, overview: Overview | None = None
+) -> Page:
     """The report of one run, or of several.
 
     Args:
         defaults: the configuration's, see `sysdag.reporting.settings.default_config`.
         most_prompts: of the traces, how many prompts are shown.
+        overview: over trainings that belong together.
     """
     labels = _labels(runs)
     found = tuple(findings(run, label) for run, label in zip(runs, labels, strict=True))
@@ -169,6 +175,7 @@ def page(runs: Sequence[Run], *, defaults: Mapping[str, Any], most_prompts: int)
         changed=tuple(changed),
         left=tuple(left),
         differing=tuple(settings.differences({each.label: each.run.config for each in found}) if len(runs) > 1 else ()),
+        overview=overview,
     )
 
 

@@ -9,10 +9,17 @@ from sysdag import exports
 if TYPE_CHECKING:
     from sysdag.training.config import SysDPOConfig
     from sysdag.training.job import train
+    from sysdag.training.round_options import RoundOptions
+    from sysdag.training.round_people import People
+    from sysdag.training.rounds import Rounds, RoundsResult
     from sysdag.training.train_options import TrainJob
     from sysdag.training.trainer import SysDPOTrainer
 
 __all__ = [
+    "People",
+    "RoundOptions",
+    "Rounds",
+    "RoundsResult",
     "SysDPOConfig",
     "SysDPOTrainer",
     "TrainJob",
@@ -23,6 +30,9 @@ __getattr__ = exports(
     {
         "config": ["SysDPOConfig"],
         "job": ["train"],
+        "round_options": ["RoundOptions"],
+        "round_people": ["People"],
+        "rounds": ["Rounds", "RoundsResult"],
         "train_options": ["TrainJob"],
         "trainer": ["SysDPOTrainer"],
     },

@@ -88,6 +88,13 @@ class CheckpointTrainer(Trainer):
                 "not fit: adapters, an 8-bit optimizer or a smaller model need less."
             ) from error
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> Any:
+        """As in `transformers.Trainer`, which takes one step too many after the checkpoint of the last step."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return None
+        return super()._run_epoch(*args, **kwargs)
+
     def _facts(self) -> dict[str, Any]:
         """What a run that resumes must have in common with the one that made a checkpoint."""
         if self._run is None:

@@ -14,9 +14,11 @@ from sysdag.engine.step import SystemModel, options_by_node
 from sysdag.errors import OptionError
 from sysdag.files.run_files import LOG_FILE, RUN_FILE, TRACE_FOLDER
 from sysdag.graph.plan import Plan
+from sysdag.graph.system import System
 from sysdag.objectives.loss_checks import check_losses
 from sysdag.objectives.strategies import strategy_options
 from sysdag.saving.loading import load_system
+from sysdag.saving.serialization import load_weights
 from sysdag.traces.readers import read_all
 from sysdag.training.resume import checkpoint_to_resume, checkpoints_in
 from sysdag.training.scales import beyond_scale
@@ -48,11 +50,12 @@ def train(job: TrainJob, say: Callable[[str], None] = print) -> SysDPOTrainer | 
     args = job.args
     told = say if args.process_index == 0 else _silent
     _check_processes(args.world_size)
-    system = load_system(job.system)
+    system = job.system if isinstance(job.system, System) else load_system(job.system)
     plan = system.compile()
     plan.check(args.objective_options().objective)
     check_losses(plan, args.objective_options())
-    told(f"System {job.system}\n{plan}\n")
+    named = f"System {job.system}\n" if isinstance(job.system, str) else ""
+    told(f"{named}{plan}\n")
     train_rows = _rows(job, plan, job.dataset, job.split, told)
     eval_rows = None
     if job.eval_dataset is not None:
@@ -80,6 +83,9 @@ def train(job: TrainJob, say: Callable[[str], None] = print) -> SysDPOTrainer | 
         if "to be installed" not in str(error):  # as the Trainer's reporters say it
             raise
         raise OptionError(f"report_to: {error}") from error
+    if job.weights is not None:  # the references are those of the system as it is
+        load_weights(system, job.weights)
+        trainer.args.check_reference = False
     trainer.dataset_names = (job.dataset,)
     model: Any = trainer.model
     told(f"{_outlined(job)}\n{_trained(model, trainer.learning_rates)}")

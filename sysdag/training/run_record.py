@@ -110,7 +110,7 @@ class RunRecord(TrainerCallback):
             "resumed": [],
             "system": system_to_dict(self._model.plan.system),
             "mermaid": self._model.plan.to_mermaid(),
-            "config": _without_secrets(self._args.to_dict()),
+            "config": without_secrets(self._args.to_dict()),
             "candidates": None,
             "versions": installed_versions(),
             "data": {name: _facts(self._datasets.get(f"{name}_dataset")) for name in ("train", "eval")},
@@ -201,9 +201,10 @@ def _random_state_kept(device: torch.device) -> Iterator[None]:
         numpy.random.set_state(states[1])
 
 
-def _without_secrets(config: Mapping[str, Any]) -> dict[str, Any]:
+def without_secrets(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration without the options that hold a token, a password or the like."""
     return {
-        name: _without_secrets(value) if isinstance(value, Mapping) else value
+        name: without_secrets(value) if isinstance(value, Mapping) else value
         for name, value in config.items()
         if not _SECRET.search(str(name))
     }

@@ -19,6 +19,7 @@ from transformers import HfArgumentParser, TrainingArguments
 
 from sysdag.errors import OptionError
 from sysdag.files.config_file import Setting, read_settings
+from sysdag.graph.system import System
 from sysdag.objectives.candidates import CandidateStrategy, DiverseBeamSearch
 from sysdag.objectives.strategies import STRATEGIES, strategy_from
 from sysdag.traces.reshaping import rename_from
@@ -28,8 +29,20 @@ from sysdag.training.config import ELSEWHERE, SysDPOConfig
 _FIELDS = tuple(field.name for field in fields(SysDPOConfig) if field.init)
 _INHERITED = {field.name for field in fields(TrainingArguments)}
 _POSITIONAL = ("system", "dataset")
-_STRUCTURED = ("candidates", "rename")  # which the file writes in another way than the flag
+_STRUCTURED = ("candidates", "rename", "sweep")  # which the file writes in another way than the flag
 _OWN = (*_POSITIONAL, "eval_dataset", "split", "eval_split", "shape", "strict", *_STRUCTURED)
+
+
+NOT_SWEPT = {
+    "output_dir": "each training has a folder of its own below it",
+    "resume_from_checkpoint": "a sweep goes on by itself where it was cut off",
+    "push_to_hub": "all trainings would be pushed to one place",
+    **dict.fromkeys(
+        ("system", "dataset", "eval_dataset", "split", "eval_split", "shape", "rename", "strict"),
+        "trainings on other data or systems do not compare; options of the training do",
+    ),
+}
+SWEPT = tuple(name for name in ("candidates", *_FIELDS) if name not in NOT_SWEPT)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +50,9 @@ class TrainJob:
     """What `sysdag train` was asked for.
 
     Attributes:
-        system: what `sysdag.saving.loading.load_system` takes.
+        system: what `sysdag.saving.loading.load_system` takes, or a system.
+        weights: a folder that a system of the same graph was saved to, from whose weights training starts; the
+            reference is `system` all the same. None starts from `system`.
         dataset, eval_dataset: what `sysdag.traces.readers.read_rows` takes; the second may be None.
         split, eval_split: of a dataset that has several; the second is `test` by default.
         rename, shape: of the columns of both; see `sysdag.traces.readers.read_rows`.
@@ -45,9 +60,12 @@ class TrainJob:
         dry_run: whether to stop before weights load.
         candidates: for Sampling.
         args: the configuration.
+        sweep: options with the values that are to be tried, each as it stands on a command line; see
+            `sysdag.training.sweep`. `args` and `candidates` are those without.
     """
 
-    system: str
+    system: str | System
+    weights: Path | None = None
     dataset: str
     eval_dataset: str | None = None
     split: str = "train"
@@ -58,6 +76,7 @@ class TrainJob:
     dry_run: bool = False
     candidates: CandidateStrategy | None = None
     args: SysDPOConfig
+    sweep: Mapping[str, Sequence[Any]] = field(default_factory=dict)
 
 
 class TrainParser(HfArgumentParser):
@@ -92,6 +111,10 @@ class TrainParser(HfArgumentParser):
         own.add_argument("--candidates", metavar="NAME|JSON", help=f"For --objective sampling: {known}; "
                          'with options: {"strategy": "diverse_beam_search", "num_candidates": 4}. '
                          "diverse_beam_search by default.")  # fmt: skip
+        own.add_argument("--sweep", action="append", metavar="KEY=V1,V2", help="Train once for each value of an "
+                         "option, from untrained weights and into a folder of its own below output_dir; repeatable, "
+                         "for all combinations. A JSON list holds values with commas. In the file: "
+                         "{beta: [0.1, 0.3]}.")  # fmt: skip
         own.add_argument("--config", metavar="FILE", help="A YAML file of options.")
         own.add_argument("--dry_run", "--dry-run", action="store_true", help="Check options, system and data, print "
                          "what would be done, and stop before weights load.")  # fmt: skip
@@ -126,8 +149,14 @@ class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
         return f"{name} {self._format_args(action, 'TEXT' if kind in ('STR', '<LAMBDA>') else kind)}"
 
 
-def parse(arguments: Sequence[str]) -> TrainJob:
+def parse(
+    arguments: Sequence[str], settings: Sequence[Setting] = (), swept: Mapping[str, Any] | None = None
+) -> TrainJob:
     """What a command line asks for, with what its configuration file says.
+
+    Args:
+        settings: as if they stood in the file.
+        swept: options in place of all others, one combination of a sweep, which is left out then.
 
     Raises:
         OptionError: naming the option (and the file's line) that is unknown, has a value of another type, or cannot go
@@ -136,11 +165,16 @@ def parse(arguments: Sequence[str]) -> TrainJob:
     """
     parser = TrainParser()
     config, _ = _parsed(parser, arguments)
-    from_file = {setting.key: setting for setting in read_settings(config.config)} if config.config else {}
+    from_file = {
+        setting.key: setting for setting in [*settings, *(read_settings(config.config) if config.config else [])]
+    }
     namespace = argparse.Namespace()
     for setting in from_file.values():
         _apply(parser, setting, namespace)
-    given, rest = _parsed(parser, arguments, namespace)
+    flags = [
+        flag for key, value in (swept or {}).items() for flag in Setting(key, "--sweep", value).flags((list, dict))
+    ]
+    given, rest = _parsed(parser, [*arguments, *flags], namespace)
     if rest:
         raise OptionError(_unexpected(rest[0]))
     for name in _POSITIONAL:
@@ -167,7 +201,7 @@ def parse(arguments: Sequence[str]) -> TrainJob:
     return TrainJob(
         system=given.system, dataset=given.dataset, eval_dataset=given.eval_dataset, split=given.split,
         eval_split=given.eval_split, rename=rename, shape=given.shape, strict=given.strict, dry_run=given.dry_run,
-        candidates=candidates, args=args,
+        candidates=candidates, args=args, sweep={} if swept else _swept(given, from_file.get("sweep")),
     )  # fmt: skip
 
 
@@ -200,7 +234,7 @@ def _apply(parser: TrainParser, setting: Setting, namespace: argparse.Namespace)
     """Puts a setting of the file into the namespace, checked like a flag."""
     if setting.key not in (*_OWN, *_FIELDS):
         elsewhere = f": {ELSEWHERE[setting.key]}." if setting.key in ELSEWHERE else None
-        raise setting.error(f"no such option{elsewhere or _nearest(setting.key, (*_OWN, *_FIELDS))}")
+        raise setting.error(f"no such option{elsewhere or nearest(setting.key, (*_OWN, *_FIELDS))}")
     if setting.key in (*_POSITIONAL, *_STRUCTURED):
         if setting.key in _POSITIONAL and not isinstance(setting.value, str):
             raise setting.error(f"expected a text, got {setting.value!r}.")
@@ -261,6 +295,43 @@ def _renamed(given: argparse.Namespace, setting: Setting | None) -> dict[str, st
     return names
 
 
+def _swept(given: argparse.Namespace, setting: Setting | None) -> dict[str, list[Any]]:
+    """The options of a sweep with their values, as flags take them."""
+    found: dict[str, list[Any]] = {}
+    if given.sweep is None:
+        values = {} if setting is None or setting.value is None else setting.value
+        if not isinstance(values, dict) or not all(isinstance(each, list) for each in values.values()):
+            assert setting is not None
+            raise setting.error(f"expected options with lists of values, as {{beta: [0.1, 0.3]}}, got {values!r}.")
+        found = {str(key).replace("-", "_"): list(each) for key, each in values.items()}
+    for text in given.sweep or ():
+        key, equals, values = text.partition("=")
+        key = key.strip().lstrip("-").replace("-", "_")
+        if not equals or not key:
+            raise OptionError(f"--sweep {text}: expected an option and its values, as beta=0.1,0.3.")
+        if key in found:
+            raise OptionError(f"--sweep {text}: {key} is swept already; give all its values at once.")
+        found[key] = _values(text, values)
+    for key, each in found.items():
+        where = f"--sweep {key}" if given.sweep is not None or setting is None else f"{setting.place}: sweep: {key}"
+        if key in NOT_SWEPT:
+            raise OptionError(f"{where}: {NOT_SWEPT[key]}.")
+        if key not in SWEPT:
+            raise OptionError(f"{where}: no such option{nearest(key, SWEPT)}")
+        if not each:
+            raise OptionError(f"{where}: there is no value to try.")
+    return found
+
+
+def _values(text: str, values: str) -> list[Any]:
+    if not values.lstrip().startswith("["):
+        return [value.strip() for value in values.split(",") if value.strip()]
+    try:
+        return list(json.loads(values))
+    except ValueError as error:
+        raise OptionError(f"--sweep {text}: not a JSON list ({error}).") from error
+
+
 def _unexpected(argument: str) -> str:
     if not argument.startswith("-"):
         return f"unexpected argument {argument!r}; SYSTEM and DATA are the only ones without a flag."
@@ -268,9 +339,14 @@ def _unexpected(argument: str) -> str:
     if name in ELSEWHERE:
         return f"no such option: {argument.partition('=')[0]}: {ELSEWHERE[name]}."
     known = (*_OWN[2:], "config", "dry_run", "help", *_FIELDS)
-    return f"no such option: {argument.partition('=')[0]}{_nearest(name, known, '--')}"
+    return f"no such option: {argument.partition('=')[0]}{nearest(name, known, '--')}"
 
 
-def _nearest(name: str, known: Sequence[str], dashes: str = "") -> str:
+def nearest(
+    name: str, known: Sequence[str], dashes: str = "", *, last: str = "; `sysdag train --help` lists all."
+) -> str:
+    """The end of a message about an unknown name: the known one that is most like it, or else what to do."""
     close = difflib.get_close_matches(name, known, n=1)
-    return f"; did you mean {dashes}{close[0]}?" if close else "; `sysdag train --help` lists all."
+    if close:
+        return f"; did you mean {dashes}{close[0]}?"
+    return last or f"; those there are: {', '.join(known)}."
