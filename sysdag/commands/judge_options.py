@@ -92,7 +92,8 @@ def chosen_judge(context: typer.Context, output: Path | None, others: Iterable[P
     if not given["model"]:
         raise typer.BadParameter("--by with an endpoint needs --model, the model as the endpoint calls it.")
 
-    from sysdag.evaluation.endpoint import Endpoint, api_key_of
+    from sysdag.endpoints.api_key import api_key_of
+    from sysdag.evaluation.endpoint import Endpoint
     from sysdag.evaluation.endpoint_judge import EndpointJudge
     from sysdag.evaluation.judge_prompt import CRITERIA, TEMPLATE
 
@@ -102,7 +103,7 @@ def chosen_judge(context: typer.Context, output: Path | None, others: Iterable[P
     if cache and any(cache.resolve() == path.resolve() for path in (*others, *filter(None, (output,)))):
         raise typer.BadParameter(f"--cache {cache} is a file of something else; answers go to a file of their own.")
     endpoint = Endpoint(
-        url=by, model=given["model"], api_key=api_key_of(given["api_key_env"]), options=_options(given["request"]),
+        url=by, model=given["model"], api_key=api_key_of(given["api_key_env"], by), options=_options(given["request"]),
         timeout=given["timeout"], retries=given["retries"], concurrency=given["concurrency"], cache=cache,
     )  # fmt: skip
     return EndpointJudge(
