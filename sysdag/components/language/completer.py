@@ -32,6 +32,11 @@ class Completer:
     batch_size: int
     stops: StopStrings | None = None
 
+    @property
+    def stop_texts(self) -> tuple[str, ...]:
+        """The texts that end a completion; empty where only tokens do."""
+        return () if self.stops is None else self.stops.strings
+
     def sample(
         self,
         prompts: Sequence[Sequence[int]],
@@ -44,7 +49,7 @@ class Completer:
         """A draw for each prompt, with its log-probability under the distribution that it was drawn from."""
         draws: list[Draw] = []
         stops = self.stops
-        with self._decoding() as model:
+        with self.decoding() as model:
             for start in range(0, len(prompts), self.batch_size):
                 ids, mask = self._padded(prompts[start : start + self.batch_size])
                 sampled = sample_tokens(
@@ -70,7 +75,7 @@ class Completer:
             for start in range(0, len(short), step):
                 places = short[start : start + step]
                 ids, mask = self._padded([prompts[place] for place in places])
-                with self._decoding() as model:
+                with self.decoding() as model:
                     sequences, _ = diverse_beam_search(
                         model, ids, mask, num_beams=beams, num_beam_groups=num_candidates,
                         diversity_penalty=diversity_penalty, max_new_tokens=self.max_new_tokens,
@@ -104,7 +109,8 @@ class Completer:
         return left_pad(rows, self.lm.pad_token_id, device)
 
     @contextlib.contextmanager
-    def _decoding(self) -> Iterator[Any]:
+    def decoding(self) -> Iterator[Any]:
+        """The model at work, as it decodes; its mode is put back afterwards."""
         module = self.lm.module
         was_training = module.training
         module.eval()
