@@ -43,7 +43,7 @@ def test_the_server_says_how_long_to_wait(waits):
     assert waits == [17.0]
 
 
-@pytest.mark.parametrize(("status", "kind"), [(400, Refused), (413, Refused), (404, EndpointError)])
+@pytest.mark.parametrize(("status", "kind"), [(400, Refused), (413, Refused), (422, Refused), (404, EndpointError)])
 def test_what_another_try_would_not_mend_is_not_tried_again(status, kind, waits):
     with JudgeServer(lambda _: (status, {}, "no such thing")) as server:
         with pytest.raises(kind, match=f"HTTP {status}.*no such thing") as error:
@@ -54,9 +54,9 @@ def test_what_another_try_would_not_mend_is_not_tried_again(status, kind, waits)
 
 
 def test_a_redirect_is_an_error_since_the_key_would_follow_it(waits):
-    with JudgeServer(lambda _: (302, {"Location": "http://127.0.0.1:1/stolen"}, "")) as server:
-        with pytest.raises(EndpointError, match="HTTP 302"):
-            ask(server, api_key=KEY)
+    away = (302, {"Location": "http://127.0.0.1:1/stolen"}, "")
+    with JudgeServer(lambda _: away) as server, pytest.raises(EndpointError, match="HTTP 302"):
+        ask(server, api_key=KEY)
 
 
 def test_a_key_that_the_server_echoes_is_not_shown(waits):

@@ -24,6 +24,7 @@ Read = TypeVar("Read")
 _LONGEST_WAIT = 60.0  # seconds between two tries, unless the server says how long
 _REFUSED = (400, 413, 422)  # what is wrong with one request, as its length, rather than with the server
 _TOO_EARLY = (408, 409, 425, 429)
+_INVALID = "validation error"  # pydantic's words, which some servers (llama-cpp-python) send with the status 500
 
 
 class Refused(EndpointError):
@@ -75,7 +76,7 @@ class HttpClient:
             read: raises `Unreadable` for what is no answer.
 
         Raises:
-            Refused: for the statuses 400, 413 and 422.
+            Refused: for the statuses 400, 413 and 422, and for 500 where the request was not valid.
             EndpointError: for other statuses below 500, with `status`; or if there is no answer after the last try.
         """
         data = body if body is None or isinstance(body, bytes) else json.dumps(body, sort_keys=True).encode()
@@ -89,7 +90,7 @@ class HttpClient:
                 return read(self._once(url, data))
             except urllib.error.HTTPError as error:
                 said = self._said(error)
-                if error.code in _REFUSED:
+                if error.code in _REFUSED or (error.code == 500 and _INVALID in said):
                     raise Refused(said, status=error.code) from None
                 if error.code not in _TOO_EARLY and error.code < 500:
                     raise EndpointError(f"{url} answered {said}", status=error.code) from None

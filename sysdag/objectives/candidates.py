@@ -258,8 +258,8 @@ class ImportanceSampling(MonteCarlo):
         if found.log_proposal is None:
             unknown = [name for name in latents if any(d.log_prob is None for d in flat_draws(found.trace.cells[name]))]
             raise PlanError(
-                f"ImportanceSampling: the draws of {unknown} have no log-probability, which weighs them. A server's own "
-                "are not taken, as they are of its rounding, and seldom of the distribution that it drew from: "
+                f"ImportanceSampling: the draws of {unknown} have no log-probability, which weighs them. A server's "
+                "own are not taken, as they are of its rounding, and seldom of the distribution that it drew from: "
                 "Server(..., score_draws=True) computes them here; or use MonteCarlo, or decoder='local'."
             )
         log_k = math.log(self.num_candidates)

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from sysdag.components.language.engines.choice import Server
 from sysdag.endpoints.http_client import HttpClient, Refused, Unreadable
 from sysdag.errors import EndpointError, PlanError, shown
 
+_HOW_TO_NAME = "Name the model as the server calls it: Server(url, model=...), or --model."
+_HOW_TO_SEND_A_KEY = "Name the environment variable that holds its key: Server(api_key_env=...), or --api-key-env."
 LOWEST_TEMPERATURE = 0.01  # vLLM samples at this one where a lower one is asked for
 
 
@@ -62,14 +64,14 @@ def served_model(owner: str, server: Server, client: HttpClient) -> Served:
     Raises:
         EndpointError: where none is named and there is none, or several.
     """
+    asked = client if server.model is None else replace(client, max_retries=min(1, client.max_retries))
     try:
-        listed = client.request(client.at("/models"), None, _read_models)
+        listed = asked.request(client.at("/models"), None, _read_models)
     except EndpointError as error:
-        if error.status not in (404, 405) or server.model is None:
-            raise EndpointError(
-                f"{owner}: {error}. Does the URL end as it should (/v1)?", status=error.status
-            ) from None
-        listed = []
+        if server.model is None:
+            said = f"{owner}: {error}, so which model it serves is not known. Does the URL end as it should (/v1)? "
+            raise EndpointError(f"{said}{_HOW_TO_NAME}{_key_advice(error.status)}", status=error.status) from None
+        listed = []  # a list is not needed, and some servers have none
     owners = {str(each.get("owned_by")) for each in listed}
     family = next((name for name in ("vllm", "sglang") if name in owners), "")
     known = tuple(str(each["id"]) for each in listed)
@@ -79,10 +81,13 @@ def served_model(owner: str, server: Server, client: HttpClient) -> Served:
     roots = {str(each.get("root") or each["id"]) for each in bases}
     if len(roots) != 1:
         raise EndpointError(
-            f"{owner}: {server.url} serves {list(known[:20])}, so which model to ask must be said: "
-            "Server(url, model=...), or --model."
+            f"{owner}: {server.url} serves {list(known[:20])}, so which model to ask for must be said. {_HOW_TO_NAME}"
         )
     return Served(str(bases[0]["id"]), known, family)
+
+
+def _key_advice(status: int | None) -> str:
+    return f" {_HOW_TO_SEND_A_KEY}" if status in (401, 403) else ""
 
 
 def _read_models(raw: bytes) -> list[dict[str, Any]]:
@@ -188,15 +193,16 @@ def read_reply(owner: str, client: HttpClient, choice: Mapping[str, Any], body: 
     token_ids, found = choice.get("token_ids"), choice.get("logprobs")
     if not isinstance(token_ids, list) or not token_ids or not all(type(each) is int for each in token_ids):
         raise EndpointError(
-            f"{where} returned no token ids, got {shown(token_ids)}. A server that decodes must take 'return_token_ids' "
-            "at /v1/completions, as vLLM 0.10.2 and SGLang 0.5.23 do and newer ones. Another one serves as a judge "
-            "(sysdag judge --by); decode here with decoder='local' or 'continuous'."
+            f"{where} returned no token ids, got {shown(token_ids)}. A server that decodes must take "
+            "'return_token_ids' at /v1/completions, as vLLM 0.10.2, SGLang 0.5.23 and newer ones do. Another one "
+            "serves as a judge (sysdag judge --by); decode here with decoder='local' or 'continuous'."
         )
     log_probs = found.get("token_logprobs") if isinstance(found, Mapping) else None
     if not isinstance(log_probs, list) or not all(isinstance(each, (int, float)) for each in log_probs):
         raise EndpointError(
-            f"{where} returned no log-probabilities of its tokens, got {shown(log_probs)}, so it cannot be told whether "
-            "it holds the same model. Start it so that it answers 'logprobs', or decode here with decoder='local'."
+            f"{where} returned no log-probabilities of its tokens, got {shown(log_probs)}, so it cannot be told "
+            "whether it holds the same model. Start it so that it answers 'logprobs', or decode here with "
+            "decoder='local'."
         )
     ended = choice.get("stop_reason", choice.get("matched_stop"))
     if len(log_probs) == len(token_ids) + 1 and ended in body["stop_token_ids"]:
@@ -217,10 +223,10 @@ def refused_all(owner: str, client: HttpClient, served: Served, body: Mapping[st
     said = str(error).rstrip(".")
     where = f"{owner}: {client.url}, asked for {body['model']!r},"
     if error.status in (401, 403):
-        return f"{where} wants a key: {said}. Name the variable that holds it: Server(api_key_env=...), --api-key-env."
+        return f"{where} wants a key: {said}. {_HOW_TO_SEND_A_KEY}"
     if error.status == 404:
         known = f"It serves {list(served.known[:20])}. " if served.known else ""
-        return f"{where} does not know it: {said}. {known}Name one of them: Server(url, model=...), or --model."
+        return f"{where} does not know it: {said}. {known}{_HOW_TO_NAME}"
     if isinstance(error, Refused):
         return (
             f"{where} refused a completion of {len(body['prompt'])} token ids and up to {body['max_tokens']} more with "

@@ -28,7 +28,7 @@ def kept_length(
         EndpointError: for ids that the model has not got, or a completion that ends elsewhere than it would.
     """
     size = completer.lm.num_embeddings
-    if strange := [each for each in token_ids if not 0 <= each < size]:
+    if strange := [each for each in token_ids if each < 0 or (size is not None and each >= size)]:
         raise EndpointError(
             f"{where} returned the token id {strange[0]}, and the model here has {size}: it holds another model. Serve "
             "the one that the node names."
@@ -44,8 +44,9 @@ def kept_length(
     last = token_ids[-1]
     if finish_reason == "length":
         raise EndpointError(
-            f"{where} cut a completion at {len(token_ids)} tokens, and max_new_tokens is {room}. Start it with room for "
-            "more (--max-model-len), without a max_new_tokens in its generation config, or lower max_new_tokens."
+            f"{where} cut a completion at {len(token_ids)} tokens, and max_new_tokens is {room}. Start it with room "
+            "for more (--max-model-len), without a max_new_tokens in its generation config; or lower max_new_tokens "
+            "or max_length."
         )
     raise EndpointError(
         f"{where} ended a completion (finish_reason {finish_reason!r}) at token {last} "

@@ -137,9 +137,9 @@ class ServerDecoder:
             now = _fingerprint(model)
         if self._weights not in (None, now):
             raise EndpointError(
-                f"{self.owner}: its weights have changed since {client.url} was first asked, and the server goes on with "
-                f"{served.model!r} as it was started. Train an adapter (peft_config), which is loaded there at each "
-                "step where Server(model=...) names none, or decode here with decoder='local'."
+                f"{self.owner}: its weights have changed since {client.url} was first asked, and the server goes on "
+                f"with {served.model!r} as it was started. Train an adapter (peft_config), which is loaded there "
+                "at each step where Server(model=...) names none; or decode here with decoder='local'."
             )
         self._weights = now
         return None
