@@ -94,8 +94,8 @@ def test_a_stop_string_ends_a_draw_that_transformers_goes_on_with():
     for draw in draws:
         ids = draw.record["token_ids"]
         text = lm.tokenizer.decode(ids)
+        assert all(text.find(stop) in (-1, len(text) - len(stop)) for stop in ("c", "bb"))
         assert "c" not in draw.value
-        assert "bb" not in draw.value
         stopped += text.endswith(("c", "bb"))
         assert draw.record["finished"] == (ids[-1] == END or text.endswith(("c", "bb")))
         assert draw.log_prob == pytest.approx(plain_log_prob(model, prompt, ids), abs=1e-4)

@@ -69,8 +69,10 @@ def served_model(owner: str, server: Server, client: HttpClient) -> Served:
         listed = asked.request(client.at("/models"), None, _read_models)
     except EndpointError as error:
         if server.model is None:
-            said = f"{owner}: {error}, so which model it serves is not known. Does the URL end as it should (/v1)? "
-            raise EndpointError(f"{said}{_HOW_TO_NAME}{_key_advice(error.status)}", status=error.status) from None
+            if error.status is None:
+                raise EndpointError(f"{owner}: {error}. Is it running there?") from None
+            said = f"{owner}: {error}, so which model it serves is not known. Does the URL end as it should (/v1)?"
+            raise EndpointError(f"{said} {_HOW_TO_NAME}{_key_advice(error.status)}", status=error.status) from None
         listed = []  # a list is not needed, and some servers have none
     owners = {str(each.get("owned_by")) for each in listed}
     family = next((name for name in ("vllm", "sglang") if name in owners), "")
