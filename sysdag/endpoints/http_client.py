@@ -56,6 +56,9 @@ class HttpClient:
     timeout: float = 120.0
     max_retries: int = 6
     stopped: threading.Event = field(default_factory=threading.Event, repr=False, compare=False)
+    _opener: urllib.request.OpenerDirector = field(
+        default_factory=lambda: urllib.request.build_opener(_NoRedirects), init=False, repr=False, compare=False
+    )
 
     def __post_init__(self) -> None:
         check_url(self.url)
@@ -110,7 +113,7 @@ class HttpClient:
         if self.api_key is not None:
             headers["Authorization"] = f"Bearer {self.api_key}"
         request = urllib.request.Request(url, data=data, headers=headers)
-        with urllib.request.build_opener(_NoRedirects).open(request, timeout=self.timeout) as response:
+        with self._opener.open(request, timeout=self.timeout) as response:
             return response.read()
 
     def _said(self, error: urllib.error.HTTPError) -> str:

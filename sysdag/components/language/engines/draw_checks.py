@@ -11,6 +11,7 @@ from sysdag.components.language.completer import Completer
 from sysdag.components.language.engines.teacher_forcing import ReadTokens
 from sysdag.errors import EndpointError, shown
 
+_MOST_OUTSIDE = 0.03  # of the tokens: at the edge of truncation others round otherwise
 _UNSAID = re.compile("[\\s\ufffd]+")  # white space at the border to the prompt, and halves of characters
 
 
@@ -88,19 +89,14 @@ def difference(
     Args:
         returned: of each draw that was read, one a token.
         read: the same tokens, read here.
-        kinds: attributes of `ReadTokens`, of which the one that fits best counts. A token that truncation leaves out
-            here alone, by rounding, is not counted.
+        kinds: attributes of `ReadTokens`, of which the one that fits best counts.
 
     Returns:
         The mean absolute difference a token, in nats; and of how many tokens.
     """
     told = torch.tensor([each for row in returned for each in row], dtype=torch.float64)
-    differences = []
-    for kind in kinds:
-        here = torch.cat([getattr(each, kind) for each in read]).double()
-        counted = here.isfinite() if here.isinf().sum() <= 1 < len(here) else torch.ones_like(here, dtype=torch.bool)
-        differences.append(float((told - here)[counted].abs().mean()))
-    return min(differences), len(told)
+    here = [torch.cat([getattr(each, kind) for each in read]).double() for kind in kinds]
+    return min(float((told - each).abs().mean()) for each in here), len(told)
 
 
 def check_log_probs(
@@ -125,4 +121,10 @@ def check_log_probs(
             f"{count} tokens, and the tolerance is {tolerance:g}: it holds another model, other weights, or another "
             "adapter. Serve the one that the node names; for one that is quantised, or in a narrow dtype, "
             "Server(tolerance=...)."
+        )
+    outside = int(torch.cat([each.outside for each in read]).sum())
+    if outside > max(2, _MOST_OUTSIDE * count):
+        raise EndpointError(
+            f"{where} drew {outside} of {count} tokens that top_p or top_k leave out here, so it does not apply them "
+            "as it was told. Leave them off, or decode here with decoder='local'."
         )

@@ -7,6 +7,7 @@ import hashlib
 import json
 import shutil
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +99,8 @@ def _ask(client: HttpClient, served: Served, path: str, body: dict[str, Any]) ->
     base = client.url.rstrip("/")
     if served.family == "sglang":
         base = base.removesuffix("/v1")
-    client.request(f"{base}/{path}", body, lambda raw: raw)
+    once_more = replace(client, max_retries=min(1, client.max_retries))  # vLLM answers 500 to an adapter too large
+    once_more.request(f"{base}/{path}", body, lambda raw: raw)
 
 
 def _digest(model: Any, name: str) -> str:

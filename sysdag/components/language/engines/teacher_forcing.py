@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from sysdag.components.decoding import proposal_log_probs
@@ -21,13 +21,15 @@ class ReadTokens:
     Attributes:
         model: (T,) under the model.
         tempered: (T,) at the temperature of sampling, before truncation.
-        proposal: (T,) at that temperature and after top-k and top-p, the distribution of a draw; -inf for a token that
-            truncation leaves out.
+        proposal: (T,) at that temperature and after top-k and top-p, the distribution of a draw. A token that
+            truncation leaves out is counted as one that it keeps.
+        outside: (T,) whether it leaves the token out: at its edge, where others round otherwise, or for good.
     """
 
     model: Float[Tensor, " T"]
     tempered: Float[Tensor, " T"]
     proposal: Float[Tensor, " T"]
+    outside: Bool[Tensor, " T"]
 
 
 @torch.no_grad()
@@ -58,8 +60,11 @@ def read_tokens(
     def of(log_probs: Tensor) -> Tensor:
         return log_probs.gather(-1, labels)[:, 0].cpu()
 
-    return ReadTokens(
-        of(logits.log_softmax(-1)),
-        of((logits / temperature).log_softmax(-1)),
-        of(proposal_log_probs(logits, temperature, top_p, top_k)),
-    )
+    everything = (logits / temperature).log_softmax(-1)
+    kept = proposal_log_probs(logits, temperature, top_p, top_k)
+    likeliest = everything.argmax(-1, keepdim=True)  # is never left out
+    mass = (everything.gather(-1, likeliest) - kept.gather(-1, likeliest)).exp()[:, 0].cpu()
+    tempered, proposal = of(everything), of(kept)
+    outside = proposal.isneginf()
+    proposal = torch.where(outside, tempered - (mass + tempered.exp()).log(), proposal)
+    return ReadTokens(of(logits.log_softmax(-1)), tempered, proposal, outside)
