@@ -41,8 +41,8 @@ Retries = Annotated[int, typer.Option(min=0, help="Of a server: tries after a fa
 _OF_SERVERS = ("model", "api_key_env", "concurrency", "timeout", "retries")
 
 
-def choose_decoders(context: typer.Context, plan: Plan) -> None:
-    """Gives the language models of a plan the decoders that a command's options name.
+def with_decoders(context: typer.Context, plan: Plan) -> Plan:
+    """The plan with the decoders that a command's options name for its language models.
 
     Args:
         context: of a command that has the options of this module under their names in small letters.
@@ -56,11 +56,11 @@ def choose_decoders(context: typer.Context, plan: Plan) -> None:
     if not any("://" in each for each in decoders):
         refuse(context, _OF_SERVERS, "belongs to a server: --decoder http://127.0.0.1:8000/v1")
     if not decoders:
-        return
+        return plan
     from sysdag.components.language.engines.choice import Server, chosen_decoder
 
-    models = {name: plan.system[name].component for name in plan.random_nodes}
-    models = {name: component for name, component in models.items() if hasattr(component, "decoder")}
+    components: dict[str, Any] = {name: plan.system[name].component for name in plan.random_nodes}
+    models = {name: component for name, component in components.items() if hasattr(component, "with_decoder")}
     if not models:
         raise typer.BadParameter("--decoder is about language models, and the system has none.")
     chosen, named = _by_node("--decoder", decoders, plan, models), _by_node("--model", given["model"], plan, models)
@@ -68,7 +68,7 @@ def choose_decoders(context: typer.Context, plan: Plan) -> None:
         "api_key_env": given["api_key_env"], "concurrency": given["concurrency"], "timeout": given["timeout"],
         "max_retries": given["retries"],
     }  # fmt: skip
-    made: dict[int, tuple[str, Any]] = {}
+    made: dict[int, tuple[str, Any, Any]] = {}  # of each component: a node, its decoder, the component with that
     for name, component in models.items():
         if name not in chosen:
             if name in named:
@@ -79,10 +79,11 @@ def choose_decoders(context: typer.Context, plan: Plan) -> None:
             decoder = Server(decoder.url, named.get(name), **options)
         elif name in named and any("=" in each for each in given["model"] or ()):
             raise typer.BadParameter(f"--model {name}={named[name]} belongs to a server, not to {decoder}.")
-        other, earlier = made.setdefault(id(component), (name, decoder))
+        other, earlier, _ = made.setdefault(id(component), (name, decoder, component.with_decoder(decoder)))
         if earlier != decoder:
             raise typer.BadParameter(f"--decoder: {other} and {name} share one model, so they have one decoder.")
-        component.decoder = decoder  # type: ignore[union-attr]
+    changed = {name: made[id(component)][2] for name, component in models.items() if id(component) in made}
+    return plan.system.with_components(changed).compile()
 
 
 def _by_node(option: str, given: Sequence[str] | None, plan: Plan, models: Mapping[str, Any]) -> dict[str, str]:

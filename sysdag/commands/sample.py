@@ -102,8 +102,7 @@ def sample(
     from sysdag.saving.loading import load_system
     from sysdag.traces.readers import read_all, read_rows
 
-    plan = load_system(system).compile()
-    decoder_options.choose_decoders(context, plan)
+    plan = decoder_options.with_decoders(context, load_system(system).compile())
     bad: dict[int, str] | None = {} if on_error is OnError.skip else None
     rows = (read_rows(inputs, **options) if bad is None else read_all(inputs, **options).in_order())[:limit]
     with naming(inputs):

@@ -176,6 +176,12 @@ class CausalLM(TextComponent):
             return sample_continuously(repr(self), completer, prompts, **options)
         return completer.sample(prompts, **options)
 
+    def with_decoder(self, decoder: Decoder) -> Self:
+        """This component, the model with it, with another `decoder`."""
+        view = copy.copy(self)
+        view.decoder, view._server_decoder = chosen_decoder(decoder), None
+        return view
+
     def _at_server(self, server: Server) -> ServerDecoder:
         if self._server_decoder is None or self._server_decoder.server != server:
             self._server_decoder = ServerDecoder(repr(self), server)
