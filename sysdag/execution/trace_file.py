@@ -69,7 +69,6 @@ def identity(plan: Plan, runs: Runs) -> dict[str, Any]:
 
 def _options(component: Any) -> dict[str, Any]:
     plain = {name: value for name, value in vars(component).items() if not name.startswith("_") or name in _LIMITS}
-    plain.pop("decoder", None)  # see `identity`
     options = {name.lstrip("_"): value for name, value in plain.items() if isinstance(value, (str, int, float))}
     return {"repr": re.sub(r" at 0x[0-9a-f]+", "", repr(component)), **options}
 

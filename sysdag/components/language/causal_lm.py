@@ -134,7 +134,7 @@ class CausalLM(TextComponent):
         self.top_k = top_k
         self.batch_size = batch_size
         self.pack_prefixes = pack_prefixes
-        self.decoder = chosen_decoder(decoder)
+        self._decoder = chosen_decoder(decoder)  # which no score depends on
         self._server_decoder: ServerDecoder | None = None
 
     def __repr__(self) -> str:
@@ -179,13 +179,18 @@ class CausalLM(TextComponent):
     def with_decoder(self, decoder: Decoder) -> Self:
         """This component, the model with it, with another `decoder`."""
         view = copy.copy(self)
-        view.decoder, view._server_decoder = chosen_decoder(decoder), None
+        view._decoder, view._server_decoder = chosen_decoder(decoder), None
         return view
 
     def _at_server(self, server: Server) -> ServerDecoder:
         if self._server_decoder is None or self._server_decoder.server != server:
             self._server_decoder = ServerDecoder(repr(self), server)
         return self._server_decoder
+
+    @property
+    def decoder(self) -> Decoder:
+        """What draws; see `with_decoder`."""
+        return self._decoder
 
     @property
     def draws_without_weights(self) -> bool:
