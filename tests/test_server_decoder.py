@@ -16,7 +16,7 @@ from scipy.stats import chisquare
 from tiny import char_tokenizer, llama
 from vllm_stand_in import RECORDED, VllmStandIn
 
-from sysdag import ImportanceSampling, MonteCarlo, PlanError, System, node
+from sysdag import ImportanceSampling, MonteCarlo, PlanError, SysDPOConfig, SysDPOTrainer, System, node
 from sysdag.components import CausalLM, Server
 from sysdag.components.language.engines.completions_api import read_reply
 from sysdag.endpoints.http_client import HttpClient
@@ -386,6 +386,44 @@ def test_a_prompt_that_is_refused_alone_is_a_fault_of_its_row():
         plan = two_nodes(server)
         with pytest.raises(DataError, match="^Node 'draft', row 1: .*maximum context length.*Lower max_new_tokens"):
             plan.sample({"question": ["ab", "x" * 30, "cd"]}, seed=0)
+
+
+def test_training_draws_its_candidates_with_the_adapter_of_each_step(tmp_path):
+    """A stale adapter would be seen: every draw's log-probabilities are compared with those of the weights here."""
+
+    def load(folder):
+        return PeftModel.from_pretrained(llama(), folder).eval()
+
+    def prompt(question):
+        return f"q {question}"
+
+    def refine(draft):
+        return f"a {draft}"
+
+    config = LoraConfig(r=2, target_modules=["q_proj", "v_proj"])
+    with stand_in(load=load) as server:
+        drafter = component(
+            server, weights=llama(), adapter=config, max_new_tokens=4, checked_draws=99, tolerance=1e-4,
+            adapter_dir=tmp_path / "adapters",
+        )  # fmt: skip
+        refiner = CausalLM(llama(1), TOKENIZER, max_new_tokens=4, peft_config=config)
+        draft, answer = node(drafter, name="draft")(prompt), node(refiner, name="answer")(refine)
+        arguments = SysDPOConfig(
+            output_dir=str(tmp_path / "run"), objective="sampling", max_steps=3, per_device_train_batch_size=2,
+            learning_rate=0.05, report_to=[], save_strategy="no", use_cpu=True, logging_steps=1,
+        )  # fmt: skip
+        rows = [{"question": text, "chosen": "yes", "rejected": "no"} for text in ("ab", "cd", "ef", "gh")]
+        trainer = SysDPOTrainer(
+            model=System(Input("question") >> draft, draft >> answer), args=arguments, train_dataset=rows,
+            candidates=MonteCarlo(num_candidates=3),
+        )  # fmt: skip
+        trainer.train()
+        loaded = [request["lora_name"] for request in server.asked("/v1/load_lora_adapter")]
+        drawn = list(dict.fromkeys(request["model"] for request in server.asked()))
+    assert len(set(loaded)) == len(loaded) == 3  # as often as there are steps
+    assert drawn == loaded
+    record = "".join(path.read_text() for path in (tmp_path / "run").rglob("*.json"))
+    assert server.url not in record
 
 
 # Servers that fail, keys

@@ -231,11 +231,12 @@ def refused_all(owner: str, client: HttpClient, served: Served, body: Mapping[st
         return f"{where} does not know it: {said}. {known}{_HOW_TO_NAME}"
     if isinstance(error, Refused):
         asked = f"a completion of {len(body['prompt'])} token ids by up to {body['max_tokens']} more"
-        if any(word in said for word in ("length", "max_model_len", "max_tokens", "context")):
+        if any(word in said for word in ("length", "max_model_len", "max_tokens")):
             return f"{where} refused {asked}: {said}. Lower max_new_tokens or max_length, or start it with more room."
-        return (
-            f"{where} refused {asked}, with their log-probabilities: {said}. A server that decodes must take prompts "
-            "as token ids, and 'return_token_ids' and 'logprobs', as vLLM 0.10.2, SGLang 0.5.23 and newer ones do. "
-            "Another one serves as a judge (sysdag judge --by); decode here with decoder='local' or 'continuous'."
-        )
+        if any(word in said for word in ("prompt", "token_ids", "logprobs")):
+            said += (
+                ". A server that decodes must take prompts as token ids, and 'return_token_ids' and 'logprobs', as "
+                "vLLM 0.10.2, SGLang 0.5.23 and newer ones do. Another one serves as a judge (sysdag judge --by)"
+            )
+        return f"{where} refused {asked}: {said}. Or decode here: decoder='local' or 'continuous'."
     return f"{owner}: {said}."
