@@ -17,7 +17,7 @@ from sysdag.components.decoding import check_truncation
 from sysdag.components.language import footprint
 from sysdag.components.language.chat_template import schemas
 from sysdag.components.language.completer import Completer
-from sysdag.components.language.engines.choice import CONTINUOUS, LOCAL, Decoder, Server, chosen_decoder, kind_of
+from sysdag.components.language.engines.choice import LOCAL, Decoder, Server, chosen_decoder, kind_of
 from sysdag.components.language.engines.continuous import sample_continuously
 from sysdag.components.language.engines.server_decoder import ServerDecoder
 from sysdag.components.language.non_finite import first_non_finite
@@ -168,13 +168,13 @@ class CausalLM(TextComponent):
             "temperature": self.temperature if temperature is None else temperature,
             "top_p": self.top_p if top_p is None else top_p,
             "top_k": self.top_k if top_k is None else top_k,
-            "generator": generator,
         }
+        if self.decoder == LOCAL:
+            return completer.sample(prompts, generator=generator, **options)
+        seeds = torch.randint(2**62, (len(prompts),), generator=generator).tolist()
         if isinstance(self.decoder, Server):
-            return self._at_server(self.decoder).sample(completer, prompts, **options)
-        if self.decoder == CONTINUOUS:
-            return sample_continuously(repr(self), completer, prompts, **options)
-        return completer.sample(prompts, **options)
+            return self._at_server(self.decoder).sample(completer, prompts, seeds=seeds, **options)
+        return sample_continuously(repr(self), completer, prompts, seeds=seeds, **options)
 
     def with_decoder(self, decoder: Decoder) -> Self:
         """This component, the model with it, with another `decoder`."""

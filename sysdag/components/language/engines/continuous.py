@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -27,15 +28,16 @@ def sample_continuously(
     temperature: float,
     top_p: float,
     top_k: int | None,
-    generator: torch.Generator | None,
+    seeds: Sequence[int],
 ) -> list[Draw]:
-    """A draw for each prompt, as `Completer.sample`, though not the same one for the same generator.
+    """A draw for each prompt, as `Completer.sample`, though not the same one for the same seeds.
 
     transformers draws on behind a stop string; what follows it is cut off. Two of the draws are read by the model as it
     scores, since a model whose attention continuous batching does not know would be served wrongly without a word.
 
     Args:
         owner: the component, for errors.
+        seeds: one a prompt; the draws depend on all of them together, as transformers has one for a batch.
 
     Raises:
         PlanError: for a model that transformers does not serve so.
@@ -43,7 +45,8 @@ def sample_continuously(
     """
     if not prompts:
         return []
-    seed = int(torch.randint(2**31 - 1, (1,), generator=generator))
+    digest = hashlib.sha256(repr([int(seed) for seed in seeds]).encode()).digest()
+    seed = int.from_bytes(digest[:4], "little") >> 1
     sampling: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
     with completer.decoding() as model, _left_as_it_was(model):
         outputs = _generate(owner, completer, model, prompts, sampling, seed)
@@ -72,7 +75,7 @@ def _generate(
 
     if not hasattr(model, "generate_batch"):
         raise PlanError(f"{owner}: {type(model).__name__} has no generate_batch. Use decoder='local'.")
-    at_once = min(completer.batch_size, len(prompts))
+    at_once = min(completer.batch_size or len(prompts), len(prompts))
     longest = max(map(len, prompts)) + completer.max_new_tokens
     generation = GenerationConfig(
         do_sample=True, max_new_tokens=completer.max_new_tokens, eos_token_id=list(completer.lm.eos_token_ids),

@@ -51,9 +51,12 @@ class ServerDecoder:
         temperature: float,
         top_p: float,
         top_k: int | None,
-        generator: torch.Generator | None,
+        seeds: Sequence[int],
     ) -> list[Draw]:
         """A draw for each prompt, as `Completer.sample`; its log-probability is None unless `score_draws`.
+
+        Args:
+            seeds: one a prompt, below 2**63, which the server draws from in a way of its own.
 
         Raises:
             PlanError: for options that servers take otherwise.
@@ -66,13 +69,13 @@ class ServerDecoder:
         served = served_model(self.owner, self.server, client)
         check_sampling(self.owner, served, temperature, top_p, top_k)
         adapter = self._served_adapter(completer, client, served)
-        seeds = torch.randint(2**31 - 1, (len(prompts),), generator=generator).tolist()
         options: dict[str, Any] = {
             "adapter": adapter, "max_new_tokens": completer.max_new_tokens, "temperature": temperature, "top_p": top_p,
             "top_k": top_k, "stop": completer.stop_texts, "end_token_ids": completer.lm.eos_token_ids,
         }  # fmt: skip
         bodies = [
-            request_body(served, prompt, seed=seed, **options) for prompt, seed in zip(prompts, seeds, strict=True)
+            request_body(served, prompt, seed=seed % 2**31, **options)
+            for prompt, seed in zip(prompts, seeds, strict=True)
         ]
         replies = self._replies(client, served, bodies)
         where = f"{self.owner}: {client.url}, asked for {bodies[0]['model']!r},"
