@@ -329,6 +329,19 @@ def test_weights_that_the_server_cannot_follow_are_refused():
             lm.sample(PROMPTS, generator=generator())
 
 
+def test_a_frozen_node_is_not_held_to_another_nodes_adapter_on_the_same_model():
+    shared = llama()
+    with stand_in() as server:
+        frozen = component(server, weights=shared)
+        trained = component(server, weights=shared, adapter=LoraConfig(r=2, target_modules=["q_proj"]))
+        assert trained.module is frozen.module
+        frozen.sample(PROMPTS, generator=generator())
+        with torch.no_grad():
+            for parameter in trained.own_parameters().values():
+                parameter.add_(0.3)
+        frozen.sample(PROMPTS, generator=generator())
+
+
 # Candidates
 
 
@@ -430,6 +443,9 @@ def test_training_draws_its_candidates_with_the_adapter_of_each_step(tmp_path):
 
 
 def test_a_failing_server_is_asked_again_and_a_dead_one_named():
+    gone = (410, {}, "it has stopped.")
+    with stand_in(change=lambda *_: gone) as server, pytest.raises(EndpointError, match="HTTP 410 .*it has stopped"):
+        component(server).sample(PROMPTS * 3)
     fails = itertools.cycle([True, True, False])
 
     with stand_in(change=lambda reply, body: (503, {}, "starting") if next(fails) else reply) as server:

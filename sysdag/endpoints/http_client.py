@@ -31,6 +31,10 @@ class Refused(EndpointError):
     """The server refuses this request, and would again; others it may answer."""
 
 
+class Stopped(EndpointError):
+    """It was not asked any more, as another request had failed."""
+
+
 class Unreadable(Exception):
     """An answer that is not what was asked for, which another try may mend."""
 
@@ -79,6 +83,7 @@ class HttpClient:
             read: raises `Unreadable` for what is no answer.
 
         Raises:
+            Stopped: once `stopped` is set.
             Refused: for the statuses 400, 413 and 422, and for 500 where the request was not valid.
             EndpointError: for other statuses below 500, with `status`; or if there is no answer after the last try.
         """
@@ -87,7 +92,7 @@ class HttpClient:
         problem = ""
         for attempt in range(tries):
             if self.stopped.is_set():
-                raise EndpointError(f"{url}: stopped.")
+                raise Stopped(f"{url}: stopped.")
             wait = min(_LONGEST_WAIT, 2**attempt) * random.uniform(0.5, 1)
             try:
                 return read(self._once(url, data))

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from sysdag.components import adapter
 from sysdag.components.language.completer import Completer
 from sysdag.components.language.engines.choice import Server
 from sysdag.components.language.engines.completions_api import (
@@ -23,11 +24,11 @@ from sysdag.components.language.engines.completions_api import (
 from sysdag.components.language.engines.draw_checks import check_log_probs, check_text, kept_length
 from sysdag.components.language.engines.served_adapter import ServedAdapter
 from sysdag.components.language.engines.teacher_forcing import read_tokens
-from sysdag.endpoints.http_client import HttpClient, Refused
+from sysdag.endpoints.http_client import HttpClient, Refused, Stopped
 from sysdag.errors import DataError, EndpointError
 from sysdag.traces.cells import Draw
 
-_MOST_READ = 16  # elements of each parameter that tell whether weights have changed
+_MOST_READ = 16  # elements of each tensor that tell whether weights have changed
 
 
 class ServerDecoder:
@@ -68,9 +69,9 @@ class ServerDecoder:
         client = self.server.client()
         served = served_model(self.owner, self.server, client)
         check_sampling(self.owner, served, temperature, top_p, top_k)
-        adapter = self._served_adapter(completer, client, served)
+        loaded = self._served_adapter(completer, client, served)
         options: dict[str, Any] = {
-            "adapter": adapter, "max_new_tokens": completer.max_new_tokens, "temperature": temperature, "top_p": top_p,
+            "adapter": loaded, "max_new_tokens": completer.max_new_tokens, "temperature": temperature, "top_p": top_p,
             "top_k": top_k, "stop": completer.stop_texts, "end_token_ids": completer.lm.eos_token_ids,
         }  # fmt: skip
         bodies = [
@@ -115,7 +116,7 @@ class ServerDecoder:
                 if not isinstance(error, EndpointError):
                     raise
                 errors = [each.exception() for each in asked if each.done() and not each.cancelled()]
-                first = next(e for e in errors if isinstance(e, EndpointError) and "stopped." not in str(e))
+                first = next(e for e in errors if isinstance(e, EndpointError) and not isinstance(e, Stopped))
                 if first.status is None and str(first).startswith(self.owner):
                     raise first from None
                 message = refused_all(self.owner, client, served, bodies[0], first)
@@ -137,7 +138,7 @@ class ServerDecoder:
         with lm.at_work() as model:
             if has_adapter and self.server.model is None and lm.adapter is not None and not lm.adapter_off:
                 return self._adapter.refresh(self.owner, self.server, client, served, lm, model)
-            now = _fingerprint(model)
+            now = _fingerprint(model, lm.adapter)
         if self._weights not in (None, now):
             raise EndpointError(
                 f"{self.owner}: its weights have changed since {client.url} was first asked, and the server goes on "
@@ -175,11 +176,18 @@ class ServerDecoder:
 
 
 @torch.no_grad()
-def _fingerprint(model: Any) -> str:
-    """Of a few elements of every parameter: of trained weights, hardly any stays as it was."""
+def _fingerprint(model: Any, own: str | None) -> str:
+    """Of a few elements of every tensor that is not another component's: once trained, hardly any stays as it was.
+
+    Args:
+        own: the name of the component's adapter.
+    """
+    tensors = dict(adapter.base_state(model))
+    if own is not None:
+        tensors |= {f"adapter {key}": tensor for key, tensor in adapter.state(model, own).items()}
     digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
-        flat = parameter.detach().reshape(-1)
+    for name, tensor in sorted(tensors.items()):
+        flat = tensor.detach().reshape(-1)
         some = flat[:: max(1, flat.numel() // _MOST_READ)][:_MOST_READ].cpu().contiguous()
         digest.update(name.encode())
         digest.update(some.view(torch.uint8).numpy().tobytes())
