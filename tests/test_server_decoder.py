@@ -121,7 +121,7 @@ def test_log_probabilities_of_draws_are_computed_here_where_they_are_asked_for()
 def test_scored_draws_have_the_log_probability_of_the_distribution_that_they_are_from():
     """Against all completions of two tokens, which sum to 1, and by chi-square against how often each was drawn."""
     model, tokenizer = llama(vocab_size=8, peaked=1.5), char_tokenizer("abcde")
-    sampling = {"temperature": 1.2, "top_k": 5, "top_p": 0.85}
+    sampling = {"temperature": 2.0, "top_k": 4, "top_p": 0.85}
     with VllmStandIn({"base": model}, tokenizer) as server:
         decoder = Server(server.url, score_draws=True)
         lm = CausalLM(model, tokenizer, max_new_tokens=2, decoder=decoder, **sampling)
