@@ -33,7 +33,7 @@ def sample_continuously(
     """A draw for each prompt, as `Completer.sample`, though not the same one for the same seeds.
 
     transformers draws on behind a stop string; what follows it is cut off. Two of the draws are read by the model as it
-    scores, since a model whose attention continuous batching does not know would be served wrongly without a word.
+    scores, since a model whose attention continuous batching does not know would be served wrongly without an error.
 
     Args:
         owner: the component, for errors.
