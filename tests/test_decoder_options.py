@@ -1,7 +1,6 @@
 """`sysdag sample --decoder`: what draws each language model of a system, and runs that a server left unfinished."""
 
 import json
-import threading
 from pathlib import Path
 
 import pytest
@@ -16,14 +15,7 @@ from sysdag.cli import app
 
 SYSTEM = f"{Path(served_systems.__file__)}:system"
 KEY = "sk-never-to-be-seen-0123456789"
-
-
-@pytest.fixture(autouse=True)
-def _no_waiting(monkeypatch):
-    wait = threading.Event.wait
-    monkeypatch.setattr(
-        threading.Event, "wait", lambda self, timeout=None: self.is_set() if timeout else wait(self, timeout)
-    )
+pytestmark = pytest.mark.usefixtures("no_waits")
 
 
 @pytest.fixture
