@@ -5,6 +5,9 @@ The server is the stand-in of `vllm_stand_in`.
 
 import itertools
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -54,6 +57,22 @@ def test_an_adapter_is_loaded_by_its_weights_and_again_when_they_change(tmp_path
         assert [request["lora_name"] for request in server.asked("/v1/unload_lora_adapter")] == [first]
         assert [request["model"] for request in server.asked()] == [first] * 6 + [second] * 3
         assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_no_folder_of_an_adapter_is_left_when_the_process_ends(tmp_path):
+    code = f"""
+import sys
+sys.path.insert(0, {os.path.dirname(__file__)!r})
+from peft import LoraConfig
+from served_models import PROMPTS, component, llama, stand_in
+with stand_in(load=lambda folder: llama()) as server:
+    config = LoraConfig(r=2, target_modules=["q_proj"])
+    component(server, weights=llama(), adapter=config, adapter_dir={str(tmp_path)!r}).sample(PROMPTS)
+print(len(list(__import__("pathlib").Path({str(tmp_path)!r}).iterdir())))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "1"
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_server_that_loads_no_adapters_says_how_it_would():

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import functools
 import hashlib
 import json
 import shutil
@@ -30,7 +32,7 @@ class ServedAdapter:
 
     def __init__(self) -> None:
         self.name: str | None = None
-        self._folder: Path | None = None
+        self._remove: functools.partial[None] | None = None  # its folder, now or when the process ends
 
     def refresh(
         self, owner: str, server: Server, client: HttpClient, served: Served, lm: PretrainedLM, model: Any
@@ -63,7 +65,8 @@ class ServedAdapter:
             shutil.rmtree(folder, ignore_errors=True)
             raise
         self._forget(client, served)
-        self.name, self._folder = name, folder
+        self.name, self._remove = name, functools.partial(shutil.rmtree, folder, ignore_errors=True)
+        atexit.register(self._remove)
         return name
 
     def _load(self, owner: str, client: HttpClient, served: Served, name: str, folder: Path) -> None:
@@ -90,8 +93,9 @@ class ServedAdapter:
         if self.name is not None:
             with contextlib.suppress(EndpointError):  # it may have been started anew, or another process was first
                 _ask(client, served, "unload_lora_adapter", {"lora_name": self.name})
-        if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
+        if self._remove is not None:
+            atexit.unregister(self._remove)
+            self._remove()
 
 
 def _ask(client: HttpClient, served: Served, path: str, body: dict[str, Any]) -> None:
