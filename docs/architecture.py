@@ -28,6 +28,7 @@ ROOMS = {
     "errors": "what sysdag raises on purpose: every error names node, row or option and what to do",
     "versions": "the versions that a run was made with",
     "files": "what lies on a disk, and how it gets there whole",
+    "endpoints": "services behind a URL: requests, retries, keys",
     "graph": "the language: variables, arrows, plates, loops; the plan. No torch",
     "traces": "what a run leaves behind: draws, traces, and rows in files. No torch",
     "kernels": "Triton kernels, one file an op",

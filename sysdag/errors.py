@@ -48,6 +48,18 @@ class DeclarationNeeded(SerializationError):
     """A saved component cannot be built from its folder alone; loading takes what its node's module declares."""
 
 
+class EndpointError(SysdagError, RuntimeError):
+    """A server cannot be asked, does not answer, or answers with what cannot be used; the message names it.
+
+    Attributes:
+        status: of HTTP, where that is what it answered.
+    """
+
+    def __init__(self, message: str, *, status: int | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+
+
 class JudgeError(SysdagError, RuntimeError):
     """A judge cannot be used, failed, or gave no usable answer; the message names it and the run."""
 

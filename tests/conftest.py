@@ -1,6 +1,7 @@
 import functools
 import gc
 import os
+import threading
 
 # Of this process and of those that tests start, before any of them counts the cores: two workers, a thread each.
 os.environ |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
@@ -54,6 +55,21 @@ def _one_thread_afterwards():
     found = torch.get_num_threads()
     torch.set_num_threads(1)
     assert found == 1, f"the test left torch {found} threads"
+
+
+@pytest.fixture
+def no_waits(monkeypatch):
+    """Waits between a client's tries take no time; the fixture lists how long they would have been."""
+    found, wait = [], threading.Event.wait
+
+    def waited(self, timeout=None):
+        if not timeout:
+            return wait(self, timeout)
+        found.append(timeout)
+        return self.is_set()
+
+    monkeypatch.setattr(threading.Event, "wait", waited)
+    return found
 
 
 @pytest.fixture

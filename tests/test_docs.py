@@ -48,6 +48,7 @@ GIVEN = {
 }
 NOT_RUN = {
     "docs/commands.md": ["the tutorial runs these"],
+    "docs/decoding.md": ["needs a server"],
     "docs/llm-diffusion.md": ["the stand-in is a folder of parts; tests/test_lora_pipelines.py runs these lines"],
     "docs/multi-gpu.md": ["needs several GPUs, or two processes"],
     "docs/preferences.md": ["needs an endpoint", "waits for people"],

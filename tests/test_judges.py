@@ -15,7 +15,7 @@ from PIL import Image
 
 from sysdag.errors import JudgeError, LoadingError
 from sysdag.evaluation import endpoint
-from sysdag.evaluation.endpoint import Endpoint, api_key_of
+from sysdag.evaluation.endpoint import Endpoint
 from sysdag.evaluation.endpoint_judge import EndpointJudge
 from sysdag.evaluation.judge_prompt import TEMPLATE, check_template, message, named_parts, read_verdict
 from sysdag.evaluation.judges import ColumnScore, ComparingJudge, ScoringJudge, function_judge, runs_of, same_outputs
@@ -455,10 +455,3 @@ def test_urls_and_keys_that_cannot_be_used(options, message):
     with pytest.raises(JudgeError, match=message) as error:
         Endpoint(model="m", **options)
     assert KEY not in str(error.value)
-
-
-def test_the_key_comes_from_the_environment():
-    assert api_key_of(None, {"OPENAI_API_KEY": KEY}) is None
-    assert api_key_of("OPENAI_API_KEY", {"OPENAI_API_KEY": f"{KEY}\n"}) == KEY
-    with pytest.raises(JudgeError, match="variable OTHER .* is not set"):
-        api_key_of("OTHER", {})

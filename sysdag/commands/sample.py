@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from sysdag.commands import decoder_options
 from sysdag.commands.arguments import RenameOption, ShapeOption, SplitOption, SystemArgument, reading
 from sysdag.commands.files import check_output, naming
 from sysdag.errors import SysdagError
@@ -69,15 +70,21 @@ def sample(
         typer.Option(metavar="NODE=N", help="With ray: actors that hold this node's model, 1 by default. Repeatable."),
     ] = None,
     gpus_per_actor: Annotated[float, typer.Option(min=0, help="With ray: GPUs of each actor, or a part of one.")] = 0,
+    decoder: decoder_options.Decoders = None,
+    model: decoder_options.Models = None,
+    api_key_env: decoder_options.ApiKeyEnv = None,
+    concurrency: decoder_options.Concurrency = 32,
+    timeout: decoder_options.Timeout = 600.0,
+    retries: decoder_options.Retries = 6,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an output that was cut off.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an output that exists.")] = False,
 ) -> None:
     """Run a system over a file of inputs and write every variable of every run, one line a run.
 
     Each line also has the columns `prompt` (the input's row, from 0) and `run`. The same seed, inputs and batch size
-    give the same file whatever the engine, and other batch sizes the same draws to rounding; a command that was cut
-    off goes on with --resume, also where inputs were corrected that have not been run yet. Rows that --on-error skip
-    left out of what is written stay left out.
+    give the same file whatever the engine, and other batch sizes the same draws to rounding (but a server's draws are
+    new ones each time); a command that was cut off goes on with --resume, also where inputs were corrected that have
+    not been run yet. Rows that --on-error skip left out of what is written stay left out.
     """
     if resume and overwrite:
         raise typer.BadParameter("--resume and --overwrite exclude each other.")
@@ -95,7 +102,7 @@ def sample(
     from sysdag.saving.loading import load_system
     from sysdag.traces.readers import read_all, read_rows
 
-    plan = load_system(system).compile()
+    plan = decoder_options.with_decoders(context, load_system(system).compile())
     bad: dict[int, str] | None = {} if on_error is OnError.skip else None
     rows = (read_rows(inputs, **options) if bad is None else read_all(inputs, **options).in_order())[:limit]
     with naming(inputs):

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from sysdag.components.discrete.opaque import Opaque
     from sysdag.components.discrete.tabular import Tabular
     from sysdag.components.language.causal_lm import CausalLM
+    from sysdag.components.language.engines.choice import Server
     from sysdag.components.language.messages import ChatPrompt
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "ChatPrompt",
     "Diffusion",
     "Opaque",
+    "Server",
     "Tabular",
 ]
 __getattr__ = exports(
@@ -30,6 +32,7 @@ __getattr__ = exports(
         "discrete.opaque": ["Opaque"],
         "discrete.tabular": ["Tabular"],
         "language.causal_lm": ["CausalLM"],
+        "language.engines.choice": ["Server"],
         "language.messages": ["ChatPrompt"],
     },
 )

@@ -68,6 +68,11 @@ class Component(InputReader, ABC):
         return None
 
     @property
+    def draws_without_weights(self) -> bool:
+        """Whether `sample` leaves the weights unread, as where a server draws."""
+        return False
+
+    @property
     def base_model(self) -> str | None:
         """The name or folder of the pretrained model that it was made from; None where there is none."""
         return None

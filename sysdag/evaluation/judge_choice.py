@@ -91,7 +91,8 @@ class JudgeChoice:
         if not self.is_endpoint:
             return function_judge(self.by, lower_is_better=self.lower_is_better)
 
-        from sysdag.evaluation.endpoint import OPTIONS, Endpoint, api_key_of
+        from sysdag.endpoints.api_key import api_key_of
+        from sysdag.evaluation.endpoint import OPTIONS, Endpoint
         from sysdag.evaluation.endpoint_judge import EndpointJudge
         from sysdag.evaluation.judge_prompt import CRITERIA, TEMPLATE
 
@@ -102,7 +103,7 @@ class JudgeChoice:
             )
         assert self.model is not None
         endpoint = Endpoint(
-            url=self.by, model=self.model, api_key=api_key_of(self.api_key_env),
+            url=self.by, model=self.model, api_key=api_key_of(self.api_key_env, self.by),
             options={**OPTIONS, **(self.request or {})}, timeout=self.timeout, retries=self.retries,
             concurrency=self.concurrency, cache=cache,
         )  # fmt: skip

@@ -171,7 +171,7 @@ def load(name: str, component: Component, device: str | None) -> None:
     """Loads a component's weights and puts them on a device; `auto` is a GPU where torch finds one.
 
     Weights that were loaded to devices of their own (`device_map`) or quantised stay where they are, and None leaves
-    any there.
+    any there. Those that no draw needs are not loaded.
 
     Raises:
         RunError: naming the node, whatever the model's library raises.
@@ -180,6 +180,8 @@ def load(name: str, component: Component, device: str | None) -> None:
 
     from sysdag.components import adapter
 
+    if component.draws_without_weights:
+        return
     try:
         module = component.module
         if device == "auto":

@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from sysdag.errors import DataError, PlanError, failed_element, shown
+from sysdag.errors import DataError, EndpointError, PlanError, failed_element, shown
 from sysdag.execution.origins import Origins
 from sysdag.graph.plan import Plan
 from sysdag.traces.cells import Cell, Draw, value_of
@@ -267,10 +267,13 @@ def at_work(plan: Plan, name: str) -> Component:
 def naming(name: str, rows: Sequence[int | str]) -> Iterator[None]:
     """Context in which a component's error about an element tells the node and the element's row.
 
-    A `DataError` says so itself; an error of another kind, as a tool raises, is raised as it is with a note.
+    A `DataError` says so itself; an error of another kind, as a tool raises, is raised as it is with a note. An
+    `EndpointError`, of a server that a component asks, tells the node.
     """
     try:
         yield
+    except EndpointError as error:
+        raise EndpointError(f"Node {name!r}: {error}", status=error.status) from error
     except Exception as error:
         element = failed_element(error)
         if element is None:

@@ -18,6 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
+from sysdag.components.language.engines.choice import LOCAL, kind_of
 from sysdag.errors import DataError
 from sysdag.execution.batches import Runs, Skipped
 from sysdag.files.atomic import write_text
@@ -48,15 +49,18 @@ def identity(plan: Plan, runs: Runs) -> dict[str, Any]:
     """What a file of traces depends on beside its rows, JSON-ready: the runs, the system and its components.
 
     Of a component that is its repr (for a model, where it is loaded from) and its plain options; that weights were
-    replaced in the folder they are loaded from is not noticed.
+    replaced in the folder they are loaded from is not noticed. Of a server that draws, nothing but that it does: it may
+    be at another place when the run goes on.
     """
     saved = system_to_dict(plan.system)
+    components = component_keys(plan.system)
     return {
         "format_version": FORMAT_VERSION,
         "seed": runs.seed,
         "batch_size": runs.batch_size,
         "runs": runs.runs,
-        "component": {key: _options(component) for key, component in component_keys(plan.system).items()},
+        "component": {key: _options(component) for key, component in components.items()},
+        "decoder": {key: kind_of(c.decoder) for key, c in components.items() if hasattr(c, "decoder")},
         "input": {row["name"]: row for row in saved["inputs"]},
         "node": {n.name: row for n, row in zip(plan.system.nodes, saved["nodes"], strict=True)},
         "edges": [" ".join(map(str, row.values())) for row in saved["edges"]],
@@ -172,6 +176,7 @@ class TraceFile:
         try:
             begun = json.loads(self.side_path.read_text(encoding="utf-8"))
             hashes = [str(each) for each in begun.pop("rows_sha256", ())]
+            begun.setdefault("decoder", dict.fromkeys(self._identity["decoder"], LOCAL))  # of a time without others
             skipped = {int(row): Skipped(**each) for row, each in begun.pop("skipped", {}).items()}
         except FileNotFoundError as error:
             raise DataError(

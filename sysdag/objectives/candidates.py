@@ -228,7 +228,7 @@ class MonteCarlo(CandidateStrategy):
         prompt = [row for row in range(len(rows)) for _ in range(self.num_candidates)]
         seeds = [seed_of(seed, number) for seed in rows.columns[_SEED] for number in range(self.num_candidates)]
         rows = rows.select(prompt)
-        log_proposal = [0.0] * len(prompt)
+        log_proposal: list[float] | None = [0.0] * len(prompt)
         for name in latents:
             elements = node_inputs(plan, fill(plan, rows), name)
             component: Any = at_work(plan, name)
@@ -238,10 +238,14 @@ class MonteCarlo(CandidateStrategy):
             seeded = component.generator_for(elements.seeds([seed_of(seed, name) for seed in seeds]))
             with naming(name, [prompt[row] for row in elements.rows]):
                 draws = draw(elements.values, generator=seeded, **options)
-            for row, draw in zip(elements.rows, draws, strict=True):
-                log_proposal[row] += draw.log_prob
+            known = [each.log_prob for each in draws if each.log_prob is not None]
+            if log_proposal is None or len(known) < len(draws):  # a server's draws, which nothing here has scored
+                log_proposal = None
+            else:
+                for row, log_prob in zip(elements.rows, known, strict=True):
+                    log_proposal[row] += log_prob
             rows = rows.updated({name: elements.cells(draws)})
-        found = Candidates(rows, tuple(prompt), tuple(log_proposal))
+        found = Candidates(rows, tuple(prompt), None if log_proposal is None else tuple(log_proposal))
         return _distinct(plan, found, latents, self.num_candidates) if self.distinct else found
 
 
@@ -262,7 +266,13 @@ class ImportanceSampling(MonteCarlo):
 
     def paths(self, plan: Plan, rows: Trace, latents: Sequence[str], generator: torch.Generator | None) -> Candidates:
         found = super().paths(plan, rows, latents, generator)
-        assert found.log_proposal is not None
+        if found.log_proposal is None:
+            unknown = [name for name in latents if any(d.log_prob is None for d in flat_draws(found.trace.cells[name]))]
+            raise PlanError(
+                f"ImportanceSampling: the draws of {unknown} have no log-probability, which weighs them. A server's "
+                "own are not taken, as they are of its rounding, and seldom of the distribution that it drew from: "
+                "Server(..., score_draws=True) computes them here; or use MonteCarlo, or decoder='local'."
+            )
         log_k = math.log(self.num_candidates)
         return replace(found, log_weight=tuple(-log_q - log_k for log_q in found.log_proposal))
 

@@ -17,6 +17,9 @@ from sysdag.components.decoding import check_truncation
 from sysdag.components.language import footprint
 from sysdag.components.language.chat_template import schemas
 from sysdag.components.language.completer import Completer
+from sysdag.components.language.engines.choice import LOCAL, Decoder, Server, chosen_decoder, kind_of
+from sysdag.components.language.engines.continuous import sample_continuously
+from sysdag.components.language.engines.server_decoder import ServerDecoder
 from sysdag.components.language.non_finite import first_non_finite
 from sysdag.components.language.prefix_scorer import PrefixScorer
 from sysdag.components.language.pretrained import PretrainedLM
@@ -83,6 +86,9 @@ class CausalLM(TextComponent):
             `chat_template_kwargs` of a row, and what a node's function gives in a `ChatPrompt`, come before these.
         sanitize_control_tokens: what only spells a control token, in a message, in a value that flowed into a string
             prompt, or in an observed completion, is text; False lets it be one, and end a turn.
+        decoder: what draws: `local`, sysdag's own; `continuous`, transformers' `generate_batch`; or a `Server` or its
+            URL, which holds the same model. Scores and searches are always the model's here. Not part of a saved
+            system, no more than a device is.
 
     Raises:
         PlanError: for options out of range, or a folder of something else than a causal language model.
@@ -111,6 +117,7 @@ class CausalLM(TextComponent):
         tools: Sequence[Any] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
         sanitize_control_tokens: bool = True,
+        decoder: Decoder = LOCAL,
     ) -> None:
         if (max_new_tokens is not None and max_new_tokens < 1) or (
             max_length is not None and max_length <= (max_new_tokens or 1)
@@ -140,6 +147,8 @@ class CausalLM(TextComponent):
         self.top_k = top_k
         self.max_batch_tokens, self.batch_size = max_batch_tokens, batch_size
         self.pack_prefixes = pack_prefixes
+        self._decoder = chosen_decoder(decoder)  # which no score depends on
+        self._server_decoder: ServerDecoder | None = None
 
     def __repr__(self) -> str:
         return repr(self.lm)
@@ -167,13 +176,39 @@ class CausalLM(TextComponent):
     ) -> list[Draw]:
         """See `Component`; `stop` as for the component, whose own are left by None and put off by an empty list."""
         check_truncation(repr(self), temperature, top_p, top_k)
-        return self._completer(stop).sample(
-            self.prompt_ids(inputs),
-            temperature=self.temperature if temperature is None else temperature,
-            top_p=self.top_p if top_p is None else top_p,
-            top_k=self.top_k if top_k is None else top_k,
-            seeds=row_seeds(generator, len(inputs)),
-        )
+        completer, prompts = self._completer(stop), self.prompt_ids(inputs)
+        options: dict[str, Any] = {
+            "temperature": self.temperature if temperature is None else temperature,
+            "top_p": self.top_p if top_p is None else top_p,
+            "top_k": self.top_k if top_k is None else top_k,
+            "seeds": row_seeds(generator, len(prompts)),
+        }
+        if self.decoder == LOCAL:
+            return completer.sample(prompts, **options)
+        if isinstance(self.decoder, Server):
+            return self._at_server(self.decoder).sample(completer, prompts, **options)
+        return sample_continuously(repr(self), completer, prompts, **options)
+
+    def with_decoder(self, decoder: Decoder) -> Self:
+        """This component, the model with it, with another `decoder`."""
+        view = copy.copy(self)
+        view._decoder, view._server_decoder = chosen_decoder(decoder), None
+        return view
+
+    def _at_server(self, server: Server) -> ServerDecoder:
+        if self._server_decoder is None or self._server_decoder.server != server:
+            self._server_decoder = ServerDecoder(repr(self), server)
+        return self._server_decoder
+
+    @property
+    def decoder(self) -> Decoder:
+        """What draws; see `with_decoder`."""
+        return self._decoder
+
+    @property
+    def draws_without_weights(self) -> bool:
+        """Whether a server draws, and nothing is read here."""
+        return isinstance(self.decoder, Server) and not self.decoder.needs_weights and not self.lm.has_adapter
 
     def _completer(self, stop: str | Sequence[str] | None = None) -> Completer:
         strings = self.stop if stop is None else stop_strings(stop)
@@ -190,7 +225,15 @@ class CausalLM(TextComponent):
 
         Groups may end in the same text, since an end of sequence is not penalised. A prompt that is left with fewer
         than `num_candidates` distinct ones is searched again with 2, then 4 beams a group, and topped up from those.
+
+        Raises:
+            PlanError: where another `decoder` than `local` is to draw, which cannot search.
         """
+        if self.decoder != LOCAL:
+            raise PlanError(
+                f"{self!r}: decoder={kind_of(self.decoder)!r} draws, and cannot search. Use MonteCarlo candidates, or "
+                "decoder='local'."
+            )
         return self._completer().search(self.prompt_ids(inputs), num_candidates, diversity_penalty, ngram_size)
 
     def log_prob(self, inputs: Sequence[Any], draws: Sequence[Draw]) -> Float[Tensor, " n"]:
@@ -288,20 +331,20 @@ class CausalLM(TextComponent):
             PlanError: if the model's own weights cannot train: quantised, or under adapters of other components.
         """
         view = copy.copy(self)
-        view.lm = self.lm.reference()
+        view.lm, view._server_decoder = self.lm.reference(), None
         return view
 
     def moving_reference(self) -> CausalLM:
         """As `reference`, with a frozen copy of a new adapter on the same model."""
         view = copy.copy(self)
-        view.lm = self.lm.reference(moves=True)
+        view.lm, view._server_decoder = self.lm.reference(moves=True), None
         return view
 
     def fresh(self) -> Component:
         if not self.lm.is_named:
             return super().fresh()
         made = copy.copy(self)
-        made.lm, made._scorer = self.lm.fresh(), None
+        made.lm, made._scorer, made._server_decoder = self.lm.fresh(), None, None
         return made
 
     def save_pretrained(self, folder: Path) -> Mapping[str, Any]:

@@ -33,6 +33,11 @@ class Completer:
     batch_size: int | None = None
     stops: StopStrings | None = None
 
+    @property
+    def stop_texts(self) -> tuple[str, ...]:
+        """The texts that end a completion; empty where only tokens do."""
+        return () if self.stops is None else self.stops.strings
+
     def sample(
         self,
         prompts: Sequence[Sequence[int]],
@@ -43,7 +48,7 @@ class Completer:
         seeds: Sequence[int],
     ) -> list[Draw]:
         """A draw for each prompt from its own seed, with its log-probability under what it was drawn from."""
-        with self._decoding() as model:
+        with self.decoding() as model:
             sampled = sample_tokens(
                 model, prompts, seeds, max_new_tokens=self.max_new_tokens, eos_token_ids=self.lm.eos_token_ids,
                 temperature=temperature, top_p=top_p, top_k=top_k,
@@ -68,7 +73,7 @@ class Completer:
                 places = short[: self._prompts_at_once(len(prompts[short[0]]), beams)]
                 short = short[len(places) :]
                 ids, mask = self._padded([prompts[place] for place in places])
-                with self._decoding() as model:
+                with self.decoding() as model:
                     sequences, _ = diverse_beam_search(
                         model, ids, mask, num_beams=beams, num_beam_groups=num_candidates,
                         diversity_penalty=diversity_penalty, max_new_tokens=self.max_new_tokens,
@@ -107,7 +112,8 @@ class Completer:
         return left_pad(rows, self.lm.pad_token_id, device)
 
     @contextlib.contextmanager
-    def _decoding(self) -> Iterator[Any]:
+    def decoding(self) -> Iterator[Any]:
+        """The model at work, as it decodes; its mode is put back afterwards."""
         module = self.lm.module
         was_training = module.training
         module.eval()

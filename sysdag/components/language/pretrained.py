@@ -43,6 +43,16 @@ class PretrainedLM(ModelDescription):
             self._model = self._load_model()
         return self._model
 
+    @property
+    def is_loaded(self) -> bool:
+        """Whether the model is here already."""
+        return self._model is not None
+
+    @property
+    def has_adapter(self) -> bool:
+        """Whether it works with an adapter of its own, loaded or not."""
+        return not self.adapter_off and (self.adapter is not None or self.adapter_config is not None)
+
     def _load_model(self) -> Any:
         model: Any = self._source if self._base_owner is None else self._base_owner.module
         if isinstance(model, (str, Path)):

@@ -34,9 +34,9 @@ class StopStrings:
     """
 
     def __init__(self, strings: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> None:
-        self._strings, self._tokenizer = tuple(strings), tokenizer
+        self.strings, self._tokenizer = tuple(strings), tokenizer
         # A token seldom writes less than a character, and bytes of a character are at most four tokens.
-        self._tail = 4 * max(map(len, self._strings)) + 8
+        self._tail = 4 * max(map(len, self.strings)) + 8
 
     def ends(self, token_ids: Sequence[int]) -> bool:
         """Whether the tokens' text holds one of the strings; asked after each token, that is where it is complete."""
@@ -63,4 +63,4 @@ class StopStrings:
         return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=False))
 
     def _place(self, text: str) -> int | None:
-        return min((text.index(each) for each in self._strings if each in text), default=None)
+        return min((text.index(each) for each in self.strings if each in text), default=None)
