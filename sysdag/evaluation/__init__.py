@@ -9,7 +9,8 @@ from sysdag import exports
 if TYPE_CHECKING:
     from sysdag.evaluation.endpoint import Endpoint
     from sysdag.evaluation.endpoint_judge import EndpointJudge
-    from sysdag.evaluation.judges import ComparingJudge, ScoringJudge, function_judge
+    from sysdag.evaluation.judges import ColumnScore, ComparingJudge, ScoringJudge, function_judge
+    from sysdag.evaluation.labels import label_runs
     from sysdag.evaluation.measures import Evaluation, evaluate, match
     from sysdag.evaluation.ranking import choose_pairs, judge_runs
     from sysdag.evaluation.statistics import (
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from sysdag.evaluation.verdicts import Verdict
 
 __all__ = [
+    "ColumnScore",
     "ComparingJudge",
     "Endpoint",
     "EndpointJudge",
@@ -38,6 +40,7 @@ __all__ = [
     "exact_test",
     "function_judge",
     "judge_runs",
+    "label_runs",
     "match",
     "sign_test",
     "wilson_interval",
@@ -48,7 +51,8 @@ __getattr__ = exports(
     {
         "endpoint": ["Endpoint"],
         "endpoint_judge": ["EndpointJudge"],
-        "judges": ["ComparingJudge", "ScoringJudge", "function_judge"],
+        "judges": ["ColumnScore", "ComparingJudge", "ScoringJudge", "function_judge"],
+        "labels": ["label_runs"],
         "measures": ["Evaluation", "evaluate", "match"],
         "ranking": ["choose_pairs", "judge_runs"],
         "statistics": [
