@@ -37,7 +37,7 @@ def read_feedback(values: Sequence[Any], kind: Kind, where: str) -> list[float |
     Raises:
         DataError: naming the run whose value is none of that kind.
     """
-    found = []
+    found: list[float | None] = []
     first: dict[float, int] = {}
     for row, value in enumerate(values):
         value = value.item() if hasattr(value, "item") and getattr(value, "ndim", 1) == 0 else value
