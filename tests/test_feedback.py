@@ -1,5 +1,7 @@
 """Feedback in columns: thumbs, scores and ranks become pairs, weighted pairs and unpaired rows."""
 
+import sys
+
 import numpy
 import pytest
 from test_judge_command import answers_of, call, runs
@@ -171,9 +173,11 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("options", "code", "message"), WRONG, ids=[message for *_, message in WRONG])
-def test_mistakes_end_in_a_message_and_write_nothing(folder, options, code, message):
+def test_mistakes_end_in_a_message_and_write_nothing(folder, monkeypatch, options, code, message):
     columns = {"stars": [5, 3, 4, 1], "rank": [1, 3, 2, 4], "thumb": ["up"] * 4, "nothing": [None] * 4}
     runs({"why": ["a", "b", "c", "d"]}, **columns).save("runs.jsonl")
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.delitem(sys.modules, "judging", raising=False)
     (folder / "judging.py").write_text("def score(run):\n    return 1\ndef prefer(first, second):\n    return 0\n")
     text = call("runs.jsonl", *options, "--output", "out.jsonl", code=code)
     assert message in " ".join(text.split())

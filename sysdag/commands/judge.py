@@ -149,7 +149,7 @@ def judge(
     threshold = _threshold(chosen, rows, threshold, holds)
     if isinstance(chosen, ScoringJudge):
         refuse(context, ("comparisons",), f"belongs to a judge that compares; {chosen.name} gives scores.")
-    trace = read_traces(traces)
+    trace = _read_traces(traces, chosen)
     outputs = output_names(trace, load_system(system).outputs if system else node)
     if scores is not None and score_name != by and score_name in trace.columns:
         raise JudgeError(f"The traces have a column {score_name!r} already; name another one (--score-name).")
@@ -253,12 +253,22 @@ def _write_unpaired(
     return str(found)
 
 
-def read_traces(paths: list[Path]) -> Trace:
+def _read_traces(paths: list[Path], judge: Judge) -> Trace:
     """The runs of several files, one after the other.
 
     Raises:
         DataError: for a file that cannot be read, or whose names are not the first one's.
+        JudgeError: naming the file and run of a value that the judge cannot read in its column.
     """
+    from sysdag.evaluation.judges import ColumnScore
     from sysdag.traces.trace import Trace
 
-    return Trace.concatenate([Trace.load(path) for path in paths])
+    parts = []
+    for path in paths:
+        parts.append(Trace.load(path))
+        if isinstance(judge, ColumnScore):
+            try:
+                judge.known(parts[-1])
+            except JudgeError as error:
+                raise JudgeError(f"{path}: {error}") from error
+    return Trace.concatenate(parts)
