@@ -5,7 +5,9 @@ import sys
 import numpy
 import pytest
 from test_judge_command import answers_of, call, runs
+from typer.testing import CliRunner
 
+from sysdag.cli import app
 from sysdag.errors import DataError, JudgeError
 from sysdag.evaluation.judges import ColumnScore
 from sysdag.evaluation.labels import label_runs
@@ -161,6 +163,8 @@ def test_contradictions_are_told():
 WRONG = [
     (["--by", "thumb", "--rows", "unpaired", "--holds", "thumbs", "--threshold", "1"], 2, "--threshold belongs to"),
     (["--by", "stars", "--rows", "unpaired"], 2, "needs --threshold"),
+    (["--by", "thumb", "--rows", "unpaired", "--holds", "thumbs", "--margin", "1"], 2, "--margin belongs to"),
+    (["--by", "judging.py:prefer", "--margin-scale", "1"], 2, "--margin-scale needs scores"),
     (["--by", "stars", "--threshold", "1"], 2, "--threshold is about labels"),
     (["--by", "stars", "--rows", "unpaired", "--threshold", "1", "--pairing", "all"], 2, "--pairing is about pairs"),
     (["--by", "rank", "--holds", "ranks", "--lower-is-better"], 2, "--lower-is-better belongs to scores"),
@@ -211,3 +215,21 @@ def test_a_column_of_thumbs_in_python():
         ColumnScore("thumb", holds="thumbs").scores(runs({"why": ["a"]}, thumb=[None]))
     with pytest.raises(JudgeError, match="holds must be one of scores, thumbs, ranks, got 'stars'"):
         ColumnScore("thumb", holds="stars")
+
+
+def test_eval_reads_thumbs_of_two_files_of_runs(folder):
+    answers = {"why": ["a"], "how": ["b"], "who": ["c"], "when": ["d"]}
+    runs(answers, thumb=["up", "down", "up", "up"]).save("one.jsonl")
+    runs(answers, thumb=[False, False, True, False]).save("other.jsonl")
+    result = CliRunner().invoke(
+        app, ["eval", "--traces", "one.jsonl", "other.jsonl", "--by", "thumb", "--holds", "thumbs"]
+    )
+    assert result.exit_code == 0, result.output
+    assert "wins, ties, losses   2, 2, 0" in result.output
+    assert "mean score of A      0.75" in result.output
+    runs(answers, thumb=["up", None, "up", "up"]).save("one.jsonl")
+    result = CliRunner().invoke(
+        app, ["eval", "--traces", "one.jsonl", "other.jsonl", "--by", "thumb", "--holds", "thumbs"]
+    )
+    assert result.exit_code == 1
+    assert "column 'thumb', run 1: there is no thumb" in result.output

@@ -240,7 +240,7 @@ def test_columns_of_inputs_stay_beside_sampled_runs_for_judges_and_pairs(folder)
 def test_images_of_a_log_are_read_from_its_folder(folder):
     from sysdag import Input, System, node
     from sysdag.components.discrete.opaque import Opaque
-    from sysdag.data.logged_runs import logged_runs
+    from sysdag.data.logs import logged_runs
     from sysdag.traces.rows import Row
 
     class Painter(Opaque):

@@ -30,9 +30,7 @@ def import_logs(
             "JSON, CSV, Parquet, a datasets folder, or a dataset on the Hub.",
         ),
     ],
-    system: Annotated[
-        str, typer.Option(metavar="SYSTEM", help="SYSTEM.py:name, package.module:name, or a saved system's folder.")
-    ],
+    system: Annotated[str, typer.Option(help="SYSTEM.py:name, package.module:name, or a saved system's folder.")],
     output: Annotated[Path, typer.Option(help="The file of traces to write, ending in .jsonl or .parquet.")],
     split: SplitOption = "train",
     rename: RenameOption = None,
@@ -54,7 +52,7 @@ def import_logs(
         raise DataError(f"--output {output} exists; replace it (--overwrite), or write to another file.")
     options = reading(split, rename, None)
 
-    from sysdag.data.logged_runs import logged_runs
+    from sysdag.data.logs import logged_runs
     from sysdag.execution.execute import flat_draws
     from sysdag.files.atomic import write_text
     from sysdag.saving.loading import load_system

@@ -146,9 +146,11 @@ def judge(
     from sysdag.traces.pairs import NOT_CARRIED, output_names
 
     check_options(chosen, margin=margin, threshold=threshold)
-    threshold = _threshold(chosen, rows, threshold, holds)
+    threshold = _threshold(context, chosen, rows, threshold, holds)
     if isinstance(chosen, ScoringJudge):
         refuse(context, ("comparisons",), f"belongs to a judge that compares; {chosen.name} gives scores.")
+    else:
+        refuse(context, ("margin_scale",), f"needs scores, and {chosen.name} compares two runs.")
     trace = _read_traces(traces, chosen)
     outputs = output_names(trace, load_system(system).outputs if system else node)
     if scores is not None and score_name != by and score_name in trace.columns:
@@ -177,7 +179,9 @@ def judge(
     typer.echo(f"Wrote them to {output}.", err=True)
 
 
-def _threshold(judge: Judge, rows: Rows, threshold: float | None, holds: judge_options.Kind) -> float | None:
+def _threshold(
+    context: typer.Context, judge: Judge, rows: Rows, threshold: float | None, holds: judge_options.Kind
+) -> float | None:
     """From which score on a run is labelled true; None for pairs."""
     from sysdag.evaluation.judges import ScoringJudge
 
@@ -189,6 +193,7 @@ def _threshold(judge: Judge, rows: Rows, threshold: float | None, holds: judge_o
             "column or a function of one run."
         )
     if holds is judge_options.Kind.thumbs:
+        refuse(context, ("margin",), "belongs to scores and ranks; thumbs say which runs are good.")
         if threshold is not None:
             raise typer.BadParameter("--threshold belongs to scores and ranks; thumbs say which runs are good.")
         return 0.5

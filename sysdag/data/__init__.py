@@ -8,7 +8,7 @@ from sysdag import exports
 
 if TYPE_CHECKING:
     from sysdag.data.encoding import encode_pairs
-    from sysdag.data.logged_runs import logged_runs
+    from sysdag.data.logs import logged_runs
     from sysdag.data.preferences import PreferencePair, Problem
     from sysdag.data.validation import ValidationReport, validate_rows
 
@@ -24,7 +24,7 @@ __getattr__ = exports(
     __name__,
     {
         "encoding": ["encode_pairs"],
-        "logged_runs": ["logged_runs"],
+        "logs": ["logged_runs"],
         "preferences": ["PreferencePair", "Problem"],
         "validation": ["ValidationReport", "validate_rows"],
     },
