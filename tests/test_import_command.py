@@ -1,6 +1,7 @@
 """`sysdag import`: runs out of plain logs, and the whole way from a log to rows that training takes."""
 
 import json
+import math
 import sys
 
 import pandas
@@ -9,6 +10,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from sysdag.cli import app
+from sysdag.saving.loading import load_system
 from sysdag.traces.cells import Draw
 from sysdag.traces.pairs import write_pairs
 from sysdag.traces.readers import read_rows
@@ -138,6 +140,12 @@ def test_draws_of_a_log_keep_their_tokens(folder):
     text = call("import", "log.jsonl", "--system", "logged_system.py:chain", "--output", "runs.jsonl")
     assert Trace.load("runs.jsonl").cells["answer"][0].record == {"token_ids": [5]}
     assert "No values of draft; Direct needs those of every model." in text
+
+
+def test_imported_runs_have_the_likelihood_of_what_was_logged(folder):
+    imported([{"question": "q", "choice": "yes"}, {"question": "r", "choice": "no"}], system="chooser")
+    plan = load_system("logged_system.py:chooser").compile()
+    assert plan.log_probs(Trace.load("runs.jsonl"))["choice"].tolist() == pytest.approx([math.log(0.5)] * 2)
 
 
 WRONG = [

@@ -175,12 +175,14 @@ class _Reading:
             return None
         try:
             cell = given_cell(self.plan, name, value, self.place, self.folder)
-            if component is not None:
-                draws = flat_draws([cell])
-                component.check_draws([draw for draw in draws if draw.record])
-                component.check([draw.value for draw in draws if not draw.record])
+            if component is None:
+                return cell
+            draws = flat_draws([cell])
+            component.check_draws([draw for draw in draws if draw.record])
+            observed = iter(component.check([draw.value for draw in draws if not draw.record]))
+            draws = [draw if draw.record else next(observed) for draw in draws]
         except DataError as error:
             text = str(error).removeprefix(self.place).lstrip(":, ")
             self.problems.append(text if text.startswith("node ") else f"node {name!r}: {text}")
             return None
-        return cell
+        return tuple(draws) if isinstance(cell, tuple) else draws[0]
