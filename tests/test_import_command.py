@@ -10,6 +10,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from sysdag.cli import app
+from sysdag.data.encoding import encode_pairs
 from sysdag.saving.loading import load_system
 from sysdag.traces.cells import Draw
 from sysdag.traces.pairs import write_pairs
@@ -217,6 +218,19 @@ def test_pairs_out_of_a_log_are_taken_by_validate_with_their_columns(folder):
     assert "1 rows: 1 can be used" in text
     text = call("train", "logged_system.py:chooser", "pairs.jsonl", "--output-dir", "out", "--max-steps", "1",
                 "--objective", "direct", "--use-cpu", "true", "--beta", "1", "--report-to", "none")  # fmt: skip
+
+
+def test_training_reads_the_weights_margins_and_groups_that_judge_wrote(folder):
+    rows = [{"question": q, "choice": c, "stars": s, "group": "g"} for q, c, s in
+            [("q", "yes", 5), ("q", "no", 2), ("r", "no", 4), ("r", "yes", 3)]]  # fmt: skip
+    imported(rows, system="chooser")
+    call("judge", "runs.jsonl", "--by", "stars", "--output", "pairs.parquet", "--weighting", "gap",
+         "--margin-scale", "0.5")  # fmt: skip
+    plan = load_system("logged_system.py:chooser").compile()
+    pairs = encode_pairs(plan, read_rows("pairs.parquet"), "direct")
+    assert [(p.inputs["question"], p.chosen["choice"].value, p.weight, p.margin, p.group) for p in pairs] == [
+        ("q", "yes", 1.0, 1.5, "g"), ("r", "no", 1.0, 0.5, "g"),
+    ]  # fmt: skip
 
 
 def test_columns_of_inputs_stay_beside_sampled_runs_for_judges_and_pairs(folder):
