@@ -211,7 +211,7 @@ def test_a_column_of_thumbs_in_python():
     judged = judge_runs(trace, ColumnScore("thumb", holds="thumbs"), ["answer"])
     assert judged.scores == [0.0, 1.0]
     assert choose_pairs(trace, judged, ["answer"]).pairs == [(1, 0)]
-    with pytest.raises(JudgeError, match="run 0: there is no thumb"):
+    with pytest.raises(JudgeError, match="run 0: expected a thumb .* got nothing"):
         ColumnScore("thumb", holds="thumbs").scores(runs({"why": ["a"]}, thumb=[None]))
     with pytest.raises(JudgeError, match="holds must be one of scores, thumbs, ranks, got 'stars'"):
         ColumnScore("thumb", holds="stars")
@@ -232,4 +232,4 @@ def test_eval_reads_thumbs_of_two_files_of_runs(folder):
         app, ["eval", "--traces", "one.jsonl", "other.jsonl", "--by", "thumb", "--holds", "thumbs"]
     )
     assert result.exit_code == 1
-    assert "column 'thumb', run 1: there is no thumb" in result.output
+    assert "column 'thumb', run 1: expected a thumb" in result.output

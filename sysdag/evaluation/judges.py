@@ -16,7 +16,7 @@ from sysdag.errors import DataError, JudgeError
 from sysdag.evaluation.verdicts import Verdict
 from sysdag.files.encoding import encode_value
 from sysdag.saving.loading import load_function
-from sysdag.traces.feedback import NOUNS, Kind, read_feedback
+from sysdag.traces.feedback import EXPECTED, NOUNS, Kind, read_feedback
 from sysdag.traces.trace import Trace
 
 Run = Mapping[str, Any]
@@ -124,7 +124,9 @@ class ColumnScore:
     def scores(self, trace: Trace) -> list[float]:
         found = self.known(trace)
         if None in found:
-            raise JudgeError(f"column {self.name!r}, run {found.index(None)}: there is no {NOUNS[self.holds]}.")
+            raise JudgeError(
+                f"column {self.name!r}, run {found.index(None)}: expected {EXPECTED[self.holds]}, got nothing."
+            )
         return [score for score in found if score is not None]
 
     def to_dict(self) -> dict[str, Any]:

@@ -17,7 +17,7 @@ _THUMBS = {
     "up": 1, "thumbs up": 1, "thumb up": 1, "\N{THUMBS UP SIGN}": 1, "true": 1,
     "down": -1, "thumbs down": -1, "thumb down": -1, "\N{THUMBS DOWN SIGN}": -1, "false": -1,
 }  # fmt: skip
-_EXPECTED = {
+EXPECTED: dict[Kind, str] = {
     "scores": "a finite number",
     "thumbs": "a thumb (true or false, 1 or 0, +1 or -1, 'up' or 'down')",
     "ranks": "a rank (a whole number from 1 on, 1 the best)",
@@ -47,7 +47,7 @@ def read_feedback(values: Sequence[Any], kind: Kind, where: str) -> list[float |
         number = _thumb(value) if kind == "thumbs" else _number(value)
         if number is None or (kind == "ranks" and not _is_rank(value, number)):
             raise DataError(
-                f"{where}, run {row}: expected {_EXPECTED[kind]}, or nothing (null), got {type(value).__name__} "
+                f"{where}, run {row}: expected {EXPECTED[kind]}, or nothing (null), got {type(value).__name__} "
                 f"{shown(value, 80)}.{_hint(value, kind)}"
             )
         if kind == "thumbs" and not isinstance(value, bool):
