@@ -21,7 +21,6 @@ _NESTED = (
     "rejected",
     "chosen_intermediates",
     "rejected_intermediates",
-    "output",
     "intermediates",
 )  # as `chosen.node`
 _WRITTEN = re.compile(r"""\s*(?:array\()?\[?\s*\{\s*["'](?:role|content|tool_calls|from|value)["']\s*:""")
