@@ -16,6 +16,7 @@ from typer.core import TyperGroup
 
 from sysdag.commands.env import env
 from sysdag.commands.eval import evaluate
+from sysdag.commands.import_logs import import_logs
 from sysdag.commands.judge import judge
 from sysdag.commands.label import label
 from sysdag.commands.plan import plan
@@ -63,6 +64,7 @@ def sysdag(debug: Annotated[bool, typer.Option("--debug", help="Show the traceba
 
 app.command()(env)
 app.command("eval")(evaluate)
+app.command("import")(import_logs)
 app.command()(judge)
 app.command()(label)
 app.command()(plan)

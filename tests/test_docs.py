@@ -51,7 +51,7 @@ NOT_RUN = {
     "docs/decoding.md": ["needs a server"],
     "docs/llm-diffusion.md": ["the stand-in is a folder of parts; tests/test_lora_pipelines.py runs these lines"],
     "docs/multi-gpu.md": ["needs several GPUs, or two processes"],
-    "docs/preferences.md": ["needs an endpoint", "waits for people"],
+    "docs/preferences.md": ["needs an endpoint", "waits for people", "waits for people"],
 }
 # Of a shell block, these are run; the rest installs, needs a GPU, or is another program's.
 COMMANDS = ("sysdag", "python examples/systems/")

@@ -172,7 +172,10 @@ def test_labels_undo_and_summary(client, tmp_path):
     assert undone["task"] == first["task"]
     found = client.get("/api/summary").json()
     assert (found["labelled"], found["annotators"][0]["undone"]) == (0, 1)
-    assert client.get("/api/session").json() == {"annotators": ["Ann"], "outputs": ["answer"], "pairs": 5}
+    assert client.get("/api/session").json() == {
+        "annotators": ["Ann"], "outputs": ["answer"], "pairs": 5, "collect": "pairs",
+        "choices": ["left", "right", "tie"],
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(

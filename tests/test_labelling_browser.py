@@ -330,3 +330,33 @@ def test_it_can_be_read_in_light_and_dark_and_on_a_phone(page, served):
             assert button["x"] >= 0
             assert button["x"] + button["width"] <= 390
             assert button["y"] + button["height"] <= 844
+
+
+@pytest.mark.parametrize(
+    ("collect", "keys", "button", "expected"),
+    [("thumbs", "gb", "up", ["up", "down", "up", "skip"]), ("scores", "15", "3", ["1", "5", "3", "skip"])],
+)
+def test_single_runs_get_thumbs_or_scores(browser, tmp_path, collect, keys, button, expected):
+    traces = tmp_path / "runs.jsonl"
+    plain(2).save(traces)
+    with Running(traces, tmp_path / "labels.sqlite", "--annotator", "Ann", "--collect", collect) as server:
+        page = Page(browser)
+        page.open(server.link)
+        assert (
+            page.text("#question") == {"thumbs": "Is this answer good?", "scores": "How good is this answer?"}[collect]
+        )
+        shown = [part.get_attribute("data-action") for part in browser.find_elements(By.CSS_SELECTOR, ".choice")
+                 if part.is_displayed()]  # fmt: skip
+        assert shown == {"thumbs": ["down", "up"], "scores": list("12345")}[collect]
+        assert not page.element("#right").is_displayed()
+        page.press(Keys.ARROW_LEFT)  # of pairs: nothing happens
+        for key in keys:
+            page.label(key)
+        page.element(f"[data-action='{button}']").click()
+        page.wait.until(lambda _: page.progress == "3 of 4")
+        page.label("s")
+        assert [choice for *_, choice in labels(server)] == expected
+        browser.get(server.link.split("?")[0] + "summary")
+        page.wait.until(lambda _: page.text("#annotators"))
+        assert "3 of 4" in page.text("#figures")
+        assert "Runs labelled" in page.text("#figures")

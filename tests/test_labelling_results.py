@@ -125,7 +125,7 @@ def test_the_summary_of_two_annotators(labelled):
     given.store.undo("Bob", given.store.queue("Bob").last, "request-undo")
     found = summarize(given.store)
     assert (found.pairs, found.labelled, found.overlap) == (6, 4, 6)
-    assert [(one.name, one.labels, one.ties, one.skipped, one.undone) for one in found.annotators] == [
+    assert [(one.name, one.labels, one.choices["tie"], one.skipped, one.undone) for one in found.annotators] == [
         ("Ann", 4, 1, 1, 0), ("Bob", 3, 0, 0, 1),
     ]  # fmt: skip
     assert found.agreement.measure == "Cohen's kappa"
@@ -133,7 +133,7 @@ def test_the_summary_of_two_annotators(labelled):
     assert found.agreement.value == pytest.approx(cohen_kappa("112", "122"))
     assert "Cohen's kappa: 0.400; agreed on 2 of 3 pairs with several labels" in str(found)
     left, low, high = found.left_share
-    assert left == sum(one.left for one in found.annotators) / 6
+    assert left == sum(one.choices["left"] for one in found.annotators) / 6
     assert low < left < high
 
 

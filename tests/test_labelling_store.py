@@ -347,9 +347,9 @@ def test_a_newer_format_is_refused_and_an_empty_file_is_begun(tmp_path):
     path.touch()  # what a process leaves that dies while it begins a database
     open_labels(runs(), path).close()
     with sqlite3.connect(path) as database:
-        database.execute("PRAGMA user_version = 2")
+        database.execute("PRAGMA user_version = 3")
     database.close()
-    with pytest.raises(LabelError, match="format version 2, and this sysdag reads 1"):
+    with pytest.raises(LabelError, match="format version 3, and this sysdag reads 2"):
         open_labels(runs(), path)
 
 

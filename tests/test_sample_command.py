@@ -558,11 +558,13 @@ def test_columns_of_inputs():
         inputs_of(System(node(Tabular({(): {"a": 1.0}}), name="root")(lambda: ())).compile(), [{}])
 
 
-def test_columns_that_are_no_inputs_are_ignored_with_a_note(tmp_path):
+def test_columns_that_are_no_inputs_stay_beside_the_runs_or_are_ignored_with_a_note(tmp_path):
     file, output = tmp_path / "inputs.csv", tmp_path / "traces.jsonl"
-    file.write_text("id,prompt\n1,a\n2,b\n3,a\n")
+    file.write_text("id,coin,prompt\n1,x,a\n2,x,b\n3,x,a\n")
     shown = sample(f"{SYSTEMS}:looped", file, "--output", output, "--limit", 2)
-    assert "no inputs of the system are ignored: id." in shown
+    assert "no inputs of the system are ignored: coin." in shown
+    assert "Columns that stay beside the runs: id." in shown
+    assert list(Trace.from_jsonl(output).columns) == ["id", "prompt", "run"]
     assert Trace.from_jsonl(output)["x"] == ["a", "b"]
 
 

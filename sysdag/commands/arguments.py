@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from typing import Annotated, Any
 
 import typer
+
+
+class OnError(StrEnum):
+    stop = "stop"
+    skip = "skip"
+
 
 SystemArgument = Annotated[
     str, typer.Argument(metavar="SYSTEM", help="SYSTEM.py:name, package.module:name, or a saved system's folder.")

@@ -65,6 +65,7 @@ def evaluate(
     confidence: Annotated[float, typer.Option(min=0.01, max=0.999, help="Of the intervals.")] = 0.95,
     output: Annotated[Path | None, typer.Option(help="Write figures and comparisons as JSON.")] = None,
     node: judge_options.Nodes = None,
+    holds: judge_options.Holds = judge_options.Kind.scores,
     lower_is_better: judge_options.LowerIsBetter = False,
     model: judge_options.Model = None,
     api_key_env: judge_options.ApiKeyEnv = None,
@@ -88,7 +89,7 @@ def evaluate(
     check_output("--output", output, [] if data is None else [data])
     if keep_traces is not None and keep_traces.is_file():
         raise SysdagError(f"--keep-traces {keep_traces} is a file; name a folder.")
-    judge = judge_options.chosen_judge(context, output, traces or [Path(data or "")])
+    judge = judge_options.reading(context, judge_options.chosen_judge(context, output, traces or [Path(data or "")]))
 
     from sysdag.evaluation.judges import ColumnScore
     from sysdag.evaluation.measures import SEED_OF_THE_OTHER, check_options, evaluate, evaluation_record

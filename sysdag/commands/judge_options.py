@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from dataclasses import replace
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,6 +17,13 @@ from sysdag.errors import OptionError
 if TYPE_CHECKING:
     from sysdag.evaluation.judges import Judge
 
+
+class Kind(StrEnum):
+    scores = "scores"
+    thumbs = "thumbs"
+    ranks = "ranks"
+
+
 By = Annotated[
     str,
     typer.Option(
@@ -22,6 +31,13 @@ By = Annotated[
         metavar="JUDGE",
         help="FILE.py:function or package.module:function (score(run), or prefer(first, second)); the URL of an "
         "OpenAI-compatible endpoint; or the name of a column of the traces that holds scores.",
+    ),
+]
+Holds = Annotated[
+    Kind,
+    typer.Option(
+        help="Of a column: what it holds. Thumbs are true or false, 1 or 0, +1 or -1, up or down; of ranks, 1 is the "
+        "best of an input's runs. Empty cells are no feedback."
     ),
 ]
 LowerIsBetter = Annotated[bool, typer.Option("--lower-is-better", help="Of scores: a smaller one is better.")]
@@ -89,6 +105,23 @@ def chosen_judge(context: typer.Context, output: Path | None, others: Iterable[P
         return JudgeChoice(**options | paths, spelling="--{}").judge(output, others)
     except OptionError as error:
         raise typer.BadParameter(str(error)) from error
+
+
+def reading(context: typer.Context, judge: Judge) -> Judge:
+    """The judge, which reads its column as `--holds` says.
+
+    Raises:
+        typer.BadParameter: for a judge that reads no column, and options that do not fit together.
+    """
+    from sysdag.evaluation.judges import ColumnScore
+
+    if not isinstance(judge, ColumnScore):
+        refuse(context, ("holds",), f"says what a column holds, and {judge.name} is none.")
+        return judge
+    holds = Kind(context.params["holds"])
+    if holds is not Kind.scores:
+        refuse(context, ("lower_is_better",), f"belongs to scores, and --holds {holds.value} says which are better.")
+    return replace(judge, holds=holds.value)
 
 
 def _options(request: str) -> dict[str, Any]:

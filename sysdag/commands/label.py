@@ -1,8 +1,9 @@
-"""`sysdag label`: human preferences between runs, collected on a page that this machine serves to itself."""
+"""`sysdag label`: what people say of runs, collected on a page that this machine serves to itself."""
 
 from __future__ import annotations
 
 import importlib.util
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -11,6 +12,13 @@ import typer
 from sysdag.commands.files import check_output
 from sysdag.commands.given import refuse
 from sysdag.errors import SysdagError
+
+
+class Collect(StrEnum):
+    pairs = "pairs"
+    thumbs = "thumbs"
+    scores = "scores"
+
 
 _OF_THE_PAGE = ("annotator", "port", "host", "allow_remote", "no_browser")
 
@@ -23,21 +31,29 @@ def label(
     database: Annotated[Path, typer.Option(help="Where labels are kept; gone on with where it exists.")] = Path(
         "labels.sqlite"
     ),
+    collect: Annotated[
+        Collect | None,
+        typer.Option(
+            help="What annotators are asked for: which of two runs is better (pairs, the default), or of single runs "
+            "whether they are good (thumbs), or how good from 1 to 5 (scores)."
+        ),
+    ] = None,
     annotator: Annotated[str | None, typer.Option(help="Whose queue opens; by default the page asks.")] = None,
     node: Annotated[
         list[str] | None,
         typer.Option(metavar="NAME", help="What is compared; the last node by default. Repeatable."),
     ] = None,
     overlap: Annotated[
-        int | None, typer.Option(min=0, help="Pairs that every annotator gets, to tell agreement; 20 by default.")
+        int | None,
+        typer.Option(min=0, help="Pairs (or runs) that every annotator gets, to tell agreement; 20 by default."),
     ] = None,
     pairs_per_input: Annotated[
-        int | None, typer.Option(min=1, help="At most so many pairs of runs of an input; all by default.")
+        int | None, typer.Option(min=1, help="At most so many pairs (or single runs) of an input; all by default.")
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Of the order of pairs and sides; 0 by default.")] = None,
     export: Annotated[
         Path | None,
-        typer.Option(help="Write the preferences labelled so far (.jsonl or .parquet) and end; replaces the file."),
+        typer.Option(help="Write what was labelled so far (.jsonl or .parquet) and end; replaces the file."),
     ] = None,
     summary: Annotated[bool, typer.Option("--summary", help="Print progress and agreement, and end.")] = False,
     port: Annotated[
@@ -49,10 +65,11 @@ def label(
     ] = False,
     no_browser: Annotated[bool, typer.Option("--no-browser", help="Only print the link.")] = False,
 ) -> None:
-    """Show two runs of the same inputs side by side, blinded, and record which is better, until Ctrl-C.
+    """Show runs, blinded, and record which of two is better, or of one whether or how good it is, until Ctrl-C.
 
-    Every label is on the disk before the next pair shows. Annotators share a database; each has a queue. The
-    preferences that --export writes are what sysdag train takes.
+    Every label is on the disk before the next pair shows. Annotators share a database; each has a queue. --export
+    writes rows for sysdag train: preferences, or of thumbs unpaired rows; of scores it writes the scored runs, which
+    sysdag judge --by score takes.
     """
     writes = export is not None or summary
     if writes:
@@ -71,7 +88,13 @@ def label(
 
     trace = Trace.load(traces)
     with open_labels(
-        trace, database, outputs=node or None, seed=seed, pairs_per_input=pairs_per_input, overlap=overlap
+        trace,
+        database,
+        outputs=node or None,
+        seed=seed,
+        pairs_per_input=pairs_per_input,
+        overlap=overlap,
+        collect=None if collect is None else collect.value,
     ) as store:
         if not writes:
             from sysdag.labelling.server import serve

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sysdag.commands import decoder_options
-from sysdag.commands.arguments import RenameOption, ShapeOption, SplitOption, SystemArgument, reading
+from sysdag.commands.arguments import OnError, RenameOption, ShapeOption, SplitOption, SystemArgument, reading
 from sysdag.commands.files import check_output, naming
 from sysdag.errors import SysdagError
 
@@ -23,11 +23,6 @@ if TYPE_CHECKING:
     from sysdag.traces.trace import Trace
 
 _MOST_NAMED = 20  # of the rows that were skipped; the record beside the output has all
-
-
-class OnError(StrEnum):
-    stop = "stop"
-    skip = "skip"
 
 
 class EngineName(StrEnum):
@@ -81,10 +76,11 @@ def sample(
 ) -> None:
     """Run a system over a file of inputs and write every variable of every run, one line a run.
 
-    Each line also has the columns `prompt` (the input's row, from 0) and `run`. The same seed, inputs and batch size
-    give the same file whatever the engine, and other batch sizes the same draws to rounding (but a server's draws are
-    new ones each time); a command that was cut off goes on with --resume, also where inputs were corrected that have
-    not been run yet. Rows that --on-error skip left out of what is written stay left out.
+    Each line also has the columns `prompt` (the input's row, from 0) and `run`, and those of the input's row that are
+    no inputs, as a reference answer. The same seed, inputs and batch size give the same file whatever the engine, and
+    other batch sizes the same draws to rounding (but a server's draws are new ones each time); a command that was cut
+    off goes on with --resume, also where inputs were corrected that have not been run yet. Rows that --on-error skip
+    left out of what is written stay left out.
     """
     if resume and overwrite:
         raise typer.BadParameter("--resume and --overwrite exclude each other.")
@@ -96,7 +92,7 @@ def sample(
 
     from tqdm import tqdm
 
-    from sysdag.data.inputs import inputs_of
+    from sysdag.data.inputs import columns_beside, inputs_of
     from sysdag.execution.batches import Runs, Skipped
     from sysdag.execution.trace_file import TraceFile
     from sysdag.saving.loading import load_system
@@ -107,10 +103,13 @@ def sample(
     rows = (read_rows(inputs, **options) if bad is None else read_all(inputs, **options).in_order())[:limit]
     with naming(inputs):
         columns, ignored = inputs_of(plan, rows, bad)
-    if ignored:
-        typer.echo(f"Columns that are no inputs of the system are ignored: {', '.join(ignored)}.", err=True)
+    beside = columns_beside(plan, rows)
+    if left := [name for name in ignored if name not in beside]:
+        typer.echo(f"Columns that are no inputs of the system are ignored: {', '.join(left)}.", err=True)
+    if beside:
+        typer.echo(f"Columns that stay beside the runs: {', '.join(beside)}.", err=True)
     skipped = {number: Skipped(why=why) for number, why in (bad or {}).items()}
-    wanted = Runs(inputs=columns, runs=runs, seed=seed, batch_size=batch_size, skipped=skipped)
+    wanted = Runs(inputs=columns, columns=beside, runs=runs, seed=seed, batch_size=batch_size, skipped=skipped)
     file = TraceFile(output, plan, wanted, existing="resume" if resume else "overwrite" if overwrite else "refuse")
     if file.batches == wanted.batches:
         typer.echo(f"{output} is complete: {file.runs.made} runs.", err=True)
@@ -146,8 +145,8 @@ def _traces(plan: Plan, file: TraceFile, engine: Engine, *, skips: bool) -> Iter
         runs = file.runs
         try:
             yield from run(
-                plan, runs.inputs, runs=runs.runs, seed=runs.seed, batch_size=runs.batch_size, skipped=runs.skipped,
-                first_batch=file.batches, engine=engine,
+                plan, runs.inputs, columns=runs.columns, runs=runs.runs, seed=runs.seed, batch_size=runs.batch_size,
+                skipped=runs.skipped, first_batch=file.batches, engine=engine,
             )  # fmt: skip
         except SysdagError as error:
             if not skips or error.input_row is None:

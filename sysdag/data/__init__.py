@@ -8,6 +8,7 @@ from sysdag import exports
 
 if TYPE_CHECKING:
     from sysdag.data.encoding import encode_pairs
+    from sysdag.data.logs import logged_runs
     from sysdag.data.preferences import PreferencePair, Problem
     from sysdag.data.validation import ValidationReport, validate_rows
 
@@ -16,12 +17,14 @@ __all__ = [
     "Problem",
     "ValidationReport",
     "encode_pairs",
+    "logged_runs",
     "validate_rows",
 ]
 __getattr__ = exports(
     __name__,
     {
         "encoding": ["encode_pairs"],
+        "logs": ["logged_runs"],
         "preferences": ["PreferencePair", "Problem"],
         "validation": ["ValidationReport", "validate_rows"],
     },

@@ -55,6 +55,23 @@ def inputs_of(
     return columns, sorted(ignored)
 
 
+OF_FEEDBACK = frozenset(
+    {"chosen", "rejected", "chosen_intermediates", "rejected_intermediates", "output", "completion", "intermediates"}
+)
+"""Columns of answers that rows of feedback hold, which say nothing of a new run of the same inputs."""
+
+
+def columns_beside(plan: Plan, rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
+    """The rows' columns that are known of a run of them whatever it says, as a reference answer; None where a row has
+    none.
+
+    Left out are the inputs, what has the name of a node or of `OF_FEEDBACK`, and `prompt` and `run`, which number runs.
+    """
+    taken = {given.name for given in plan.system.inputs} | {*plan.order, *row_options(plan), "prompt", "run"}
+    names = dict.fromkeys(name for row in rows for name in row if name not in taken | OF_FEEDBACK)
+    return {name: [row.get(name) for row in rows] for name in names}
+
+
 def _place(row: Mapping[str, Any]) -> str:
     place = getattr(row, "place", "")
     return f" ({place})" if place else ""

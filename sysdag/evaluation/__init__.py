@@ -10,7 +10,8 @@ if TYPE_CHECKING:
     from sysdag.evaluation.endpoint import Endpoint
     from sysdag.evaluation.endpoint_judge import EndpointJudge
     from sysdag.evaluation.judge_choice import JudgeChoice
-    from sysdag.evaluation.judges import ComparingJudge, ScoringJudge, function_judge
+    from sysdag.evaluation.judges import ColumnScore, ComparingJudge, ScoringJudge, function_judge
+    from sysdag.evaluation.labels import label_runs
     from sysdag.evaluation.measures import Evaluation, evaluate, match
     from sysdag.evaluation.ranking import choose_pairs, judge_runs
     from sysdag.evaluation.statistics import (
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from sysdag.evaluation.verdicts import Verdict
 
 __all__ = [
+    "ColumnScore",
     "ComparingJudge",
     "Endpoint",
     "EndpointJudge",
@@ -40,6 +42,7 @@ __all__ = [
     "exact_test",
     "function_judge",
     "judge_runs",
+    "label_runs",
     "match",
     "sign_test",
     "wilson_interval",
@@ -51,7 +54,8 @@ __getattr__ = exports(
         "endpoint": ["Endpoint"],
         "endpoint_judge": ["EndpointJudge"],
         "judge_choice": ["JudgeChoice"],
-        "judges": ["ComparingJudge", "ScoringJudge", "function_judge"],
+        "judges": ["ColumnScore", "ComparingJudge", "ScoringJudge", "function_judge"],
+        "labels": ["label_runs"],
         "measures": ["Evaluation", "evaluate", "match"],
         "ranking": ["choose_pairs", "judge_runs"],
         "statistics": [

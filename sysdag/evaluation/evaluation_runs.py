@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import io
 import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sysdag.components.component import Component
-from sysdag.data.inputs import inputs_of
-from sysdag.data.row_paths import whole_path
+from sysdag.data.given_runs import given_cell
+from sysdag.data.inputs import columns_beside, inputs_of
 from sysdag.data.trl_prompts import explicit_prompt
 from sysdag.errors import DataError
 from sysdag.execution.batches import LocalEngine, Runs, load
@@ -20,12 +18,9 @@ from sysdag.execution.running import run
 from sysdag.execution.trace_file import TraceFile
 from sysdag.files.encoding import encode_value
 from sysdag.graph.plan import Plan
-from sysdag.traces.cells import Cell, Draw
 from sysdag.traces.trace import Trace
 
 logger = logging.getLogger(__name__)
-
-_OF_PAIRS = {"prompt", "chosen", "rejected", "chosen_intermediates", "rejected_intermediates"}
 
 
 @dataclass(frozen=True)
@@ -67,9 +62,7 @@ def held_out(plan: Plan, rows: Sequence[Mapping[str, Any]], *, distinct: bool) -
             first.setdefault(key, row)
         told = [told[row] for row in first.values()]
         inputs = {name: [column[row] for row in first.values()] for name, column in inputs.items()}
-    taken = {*names, *plan.order, *_OF_PAIRS, "run"}
-    extras = {key: [row.get(key) for row in told] for row in told for key in row if key not in taken}
-    return HeldOut(told, inputs, extras)
+    return HeldOut(told, inputs, columns_beside(plan, told))
 
 
 def sample_runs(
@@ -93,7 +86,7 @@ def sample_runs(
         RunError: naming the node and the row at which the system failed.
         DataError: if `keep` holds the traces of something else.
     """
-    wanted = Runs(inputs=given.inputs, runs=runs, seed=seed, batch_size=batch_size)
+    wanted = Runs(inputs=given.inputs, columns=given.extras, runs=runs, seed=seed, batch_size=batch_size)
     file = None
     if keep is not None:
         keep.parent.mkdir(parents=True, exist_ok=True)
@@ -108,18 +101,15 @@ def sample_runs(
                 file.append(trace)
         for names in plan.components:
             load(names[0], plan.system[names[0]].component, "cpu" if device else None)
-    trace = Trace.concatenate(found) if keep is None else Trace.load(keep)
-    prompts = trace.columns["prompt"]
-    extras = {name: [column[prompt] for prompt in prompts] for name, column in given.extras.items()}
-    return replace(trace, columns={**trace.columns, **extras})
+    return Trace.concatenate(found) if keep is None else Trace.load(keep)
 
 
 def _batches(plan: Plan, wanted: Runs, first: int, device: str | None) -> Iterator[Trace]:
     from tqdm import tqdm
 
     traces = run(
-        plan, wanted.inputs, runs=wanted.runs, seed=wanted.seed, batch_size=wanted.batch_size, first_batch=first,
-        engine=LocalEngine(device=device),
+        plan, wanted.inputs, columns=wanted.columns, runs=wanted.runs, seed=wanted.seed, batch_size=wanted.batch_size,
+        first_batch=first, engine=LocalEngine(device=device),
     )  # fmt: skip
     with tqdm(total=wanted.total, initial=first * wanted.batch_size, unit="run", desc="sampling", disable=None) as bar:
         for trace in traces:
@@ -149,7 +139,7 @@ def chosen_runs(plan: Plan, given: HeldOut, *, runs: int = 1) -> Trace:
             raise DataError(f"{where}: chosen must be a dict with one value for each of {list(outputs)}.")
         side = {**(row.get("chosen_intermediates") or {}), **side}
         folder = getattr(row, "folder", None)
-        sides.append({name: _cell(plan, name, side[name], where, folder) for name in plan.order if name in side})
+        sides.append({name: given_cell(plan, name, side[name], where, folder) for name in plan.order if name in side})
     cells = {name: [side[name] for side in sides] for name in plan.order if all(name in side for side in sides)}
     trace = Trace(given.inputs, cells, given.extras)
     return trace.select([row for row in range(len(trace)) for _ in range(runs)])
@@ -158,36 +148,3 @@ def chosen_runs(plan: Plan, given: HeldOut, *, runs: int = 1) -> Trace:
 def _name(row: Mapping[str, Any], number: int) -> str:
     place = getattr(row, "place", "")
     return f"Row {number}{f' ({place})' if place else ''}"
-
-
-def _cell(plan: Plan, name: str, value: Any, where: str, folder: Path | None) -> Cell:
-    component = plan.system[name].component
-    if not plan.is_plate(name):
-        return _draw(component, value, name, where, folder)
-    if not isinstance(value, (list, tuple)):
-        raise DataError(f"{where}: node {name!r} is a plate, whose value is a list, got {type(value).__name__}.")
-    return tuple(_draw(component, element, name, where, folder) for element in value)
-
-
-def _draw(component: Component | None, value: Any, name: str, where: str, folder: Path | None) -> Draw:
-    if isinstance(value, Draw):
-        return value
-    if component is not None and component.reads_files and isinstance(value, (str, Path, bytes)):
-        return Draw(_image(whole_path(component, value, folder), name, where))
-    match value:
-        case [{"role": "assistant", "content": str(text)}]:
-            return Draw(text)
-    return Draw(value)
-
-
-def _image(value: str | Path | bytes, name: str, where: str) -> Any:
-    """The image of a file or its bytes: what a judge is to see."""
-    from PIL import Image
-
-    try:
-        return Image.open(io.BytesIO(value) if isinstance(value, bytes) else value).copy()
-    except Exception as error:  # the decoders of PIL raise a dozen types on damaged files
-        what = "bytes" if isinstance(value, bytes) else f"the file {str(value)!r}"
-        raise DataError(
-            f"{where}, node {name!r}: expected an image, got {what}, which PIL cannot read ({error})."
-        ) from error

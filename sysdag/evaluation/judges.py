@@ -12,10 +12,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
-from sysdag.errors import JudgeError
+from sysdag.errors import DataError, JudgeError
 from sysdag.evaluation.verdicts import Verdict
 from sysdag.files.encoding import encode_value
 from sysdag.saving.loading import load_function
+from sysdag.traces.feedback import EXPECTED, NOUNS, Kind, read_feedback
 from sysdag.traces.trace import Trace
 
 Run = Mapping[str, Any]
@@ -83,24 +84,54 @@ Judge = ScoringJudge | ComparingJudge
 
 @dataclass(frozen=True)
 class ColumnScore:
-    """Scores that the traces hold already, as a column."""
+    """Scores that the traces hold already, as a column.
+
+    Attributes:
+        holds: what the column has: scores; thumbs, which count as 1 and 0; or ranks, for which `lower_is_better` is
+            set, as 1 is the best.
+    """
 
     name: str
     lower_is_better: bool = False
+    holds: Kind = "scores"
 
-    def scores(self, trace: Trace) -> list[float]:
+    def __post_init__(self) -> None:
+        if self.holds not in NOUNS:
+            raise JudgeError(f"holds must be one of {', '.join(NOUNS)}, got {self.holds!r}.")
+        if self.holds != "scores" and self.lower_is_better:
+            raise JudgeError(
+                f"lower_is_better (--lower-is-better) belongs to scores, and {self.name} holds {self.holds}."
+            )
+        if self.holds == "ranks":
+            object.__setattr__(self, "lower_is_better", True)
+
+    def known(self, trace: Trace) -> list[float | None]:
+        """The score of each run; None where the column has none.
+
+        Raises:
+            JudgeError: if there is no such column, or naming the run whose value is something else.
+        """
         if self.name not in trace.columns:
             raise JudgeError(
                 f"The traces have no column {self.name!r}; their columns are {sorted(trace.columns)}. (A function is "
                 "named FILE.py:function, an endpoint by its URL.)"
             )
-        return [
-            _number(value, f"column {self.name!r}, run {row}", "a number")
-            for row, value in enumerate(trace.columns[self.name])
-        ]
+        try:
+            return read_feedback(trace.columns[self.name], self.holds, f"column {self.name!r}")
+        except DataError as error:
+            raise JudgeError(str(error)) from error
+
+    def scores(self, trace: Trace) -> list[float]:
+        found = self.known(trace)
+        if None in found:
+            raise JudgeError(
+                f"column {self.name!r}, run {found.index(None)}: expected {EXPECTED[self.holds]}, got nothing."
+            )
+        return [score for score in found if score is not None]
 
     def to_dict(self) -> dict[str, Any]:
-        return {"kind": "column", "name": self.name, "lower_is_better": self.lower_is_better}
+        kind = {} if self.holds == "scores" else {"holds": self.holds}
+        return {"kind": "column", "name": self.name, "lower_is_better": self.lower_is_better, **kind}
 
 
 @dataclass(frozen=True)

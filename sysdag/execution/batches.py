@@ -46,6 +46,7 @@ class Runs:
         batch_size: runs that go through the system together.
         skipped: rows that are not run, by number. They keep their place: the other runs stay in the batches that they
             are in without them.
+        columns: what else is known of each row, which stays beside its runs.
 
     Raises:
         PlanError: for an option out of range, or inputs without a row.
@@ -56,6 +57,7 @@ class Runs:
     seed: int = 0
     batch_size: int = 16
     skipped: Mapping[int, Skipped] = field(default_factory=dict)
+    columns: Mapping[str, Sequence[Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.runs < 1 or self.batch_size < 1:
@@ -85,10 +87,12 @@ class Runs:
         return [(row, run) for row, run in pairs if row not in self.skipped or run < self.skipped[row].from_run]
 
     def batch(self, number: int) -> Trace:
-        """The inputs of a batch, with the columns `prompt` (the input's row) and `run`."""
+        """The inputs of a batch, with the columns `prompt` (the input's row) and `run`, and those given."""
         pairs = self.pairs(number)
         inputs = {name: [column[prompt] for prompt, _ in pairs] for name, column in self.inputs.items()}
-        return Trace(inputs, {}, {"prompt": [prompt for prompt, _ in pairs], "run": [run for _, run in pairs]})
+        numbers = {"prompt": [prompt for prompt, _ in pairs], "run": [run for _, run in pairs]}
+        beside = {name: [column[prompt] for prompt, _ in pairs] for name, column in self.columns.items()}
+        return Trace(inputs, {}, {**beside, **numbers})
 
 
 class Engine(Protocol):

@@ -17,6 +17,7 @@ def run(
     plan: Plan,
     inputs: Mapping[str, Sequence[Any]],
     *,
+    columns: Mapping[str, Sequence[Any]] | None = None,
     runs: int = 1,
     seed: int = 0,
     batch_size: int = 16,
@@ -27,20 +28,22 @@ def run(
     """Runs a system over inputs, batch by batch.
 
     Args:
-        inputs, runs, seed, batch_size, skipped: see `Runs`.
+        inputs, columns, runs, seed, batch_size, skipped: see `Runs`.
         engine: `local`, `ray`, or one with options: `LocalEngine(...)`, `sysdag.execution.ray_engine.RayEngine(...)`.
         first_batch: skips the batches before it; those from it on are the same all the same.
 
     Yields:
-        The trace of each batch, in order, with the columns `prompt` and `run`.
+        The trace of each batch, in order, with the columns `prompt` and `run`, and those that were given.
 
     Raises:
         PlanError: before anything runs, for inputs that are not the system's, or an option out of range.
         RunError: naming the node, the input's row and the run, whatever a node's function or component raises. (An
             error of sysdag that names node and row already is raised as it is.)
     """
-    columns = check_inputs(plan, inputs, but=skipped or ())
-    wanted = Runs(inputs=columns, runs=runs, seed=seed, batch_size=batch_size, skipped=skipped or {})
+    wanted = Runs(
+        inputs=check_inputs(plan, inputs, but=skipped or ()), columns=columns or {}, runs=runs, seed=seed,
+        batch_size=batch_size, skipped=skipped or {},
+    )  # fmt: skip
     return engine_of(engine).traces(plan, wanted, first_batch)
 
 

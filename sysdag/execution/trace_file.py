@@ -22,7 +22,7 @@ from sysdag.components.language.engines.choice import LOCAL, kind_of
 from sysdag.errors import DataError
 from sysdag.execution.batches import Runs, Skipped
 from sysdag.files.atomic import write_text
-from sysdag.files.encoding import encode_value
+from sysdag.files.encoding import encode_json, encode_value
 from sysdag.files.series_files import first_difference
 from sysdag.graph.plan import Plan
 from sysdag.saving.serialization import component_keys, system_to_dict
@@ -35,12 +35,15 @@ _LIMITS = ("_max_new_tokens", "_max_length")  # as given; asking a language mode
 
 
 def row_hashes(runs: Runs) -> list[str]:
-    """A hash of each row's inputs; "" of a row that has none, as it cannot be read."""
+    """A hash of each row's inputs and columns; "" of a row that has no inputs, as it cannot be read."""
     found = []
     for row in range(runs.total // runs.runs):
         digest = hashlib.sha256()
         for name in sorted(runs.inputs):
             digest.update(json.dumps([name, encode_value(runs.inputs[name][row], name)], sort_keys=True).encode())
+        for name in sorted(runs.columns):
+            content = ["column", name, encode_json(runs.columns[name][row], name)]
+            digest.update(json.dumps(content, sort_keys=True).encode())
         found.append("" if row in runs.skipped and not runs.skipped[row].from_run else digest.hexdigest()[:16])
     return found
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import operator
 from collections import Counter
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any
 
 from sysdag.errors import DataError
 
@@ -36,14 +38,17 @@ def cohen_kappa(first: Sequence[Hashable], second: Sequence[Hashable]) -> float 
     return (observed - expected) / (1 - expected)
 
 
-def krippendorff_alpha(units: Sequence[Mapping[str, Hashable]]) -> float | None:
-    """Krippendorff's alpha for nominal data: 1 - observed / expected disagreement.
+def krippendorff_alpha(
+    units: Sequence[Mapping[str, Hashable]], difference: Callable[[Any, Any], float] = operator.ne
+) -> float | None:
+    """Krippendorff's alpha: 1 - observed / expected disagreement.
 
     Krippendorff (2011), Computing Krippendorff's alpha-reliability. Annotators may have labelled different units; one
     that has a single label tells nothing and does not count.
 
     Args:
         units: of each, the label by annotator.
+        difference: of two labels, squared; by default that of nominal data. `squared` is that of interval data.
 
     Returns:
         At most 1, 0 for what chance explains; None where it is undefined: no unit with two labels, or all labels of
@@ -55,10 +60,15 @@ def krippendorff_alpha(units: Sequence[Mapping[str, Hashable]]) -> float | None:
     if len(marginals) < 2:
         return None
     # Ordered pairs of unlike labels: within units, each unit's weighted by 1 / (labels - 1); and among all labels.
-    observed = sum(_unlike(counts) / (counts.total() - 1) for counts in paired)
-    expected = _unlike(marginals) / (total - 1)
+    observed = sum(_unlike(counts, difference) / (counts.total() - 1) for counts in paired)
+    expected = _unlike(marginals, difference) / (total - 1)
     return 1 - observed / expected
 
 
-def _unlike(counts: Counter) -> int:
-    return counts.total() ** 2 - sum(count**2 for count in counts.values())
+def squared(first: float, second: float) -> float:
+    """The squared difference of two labels that are numbers."""
+    return (first - second) ** 2
+
+
+def _unlike(counts: Counter, difference: Callable[[Any, Any], float]) -> float:
+    return sum(n * m * difference(one, other) for one, n in counts.items() for other, m in counts.items())

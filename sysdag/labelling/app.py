@@ -13,10 +13,10 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from sysdag.errors import LabelError
 from sysdag.labelling.guard import Access, Guard
-from sysdag.labelling.records import Choice, Queue, checked_name
+from sysdag.labelling.records import CHOICES, Choice, Queue, checked_name
 from sysdag.labelling.store import LabelStore
 from sysdag.labelling.summary import summarize
-from sysdag.labelling.view import clean, comparison
+from sysdag.labelling.view import clean, comparison, single
 from sysdag.traces.trace import Trace
 
 _PAGES = {
@@ -61,7 +61,8 @@ def create_app(store: LabelStore, trace: Trace, access: Access) -> FastAPI:
     app.add_middleware(Guard, access=access)
 
     def state(annotator: str, queue: Queue) -> dict[str, Any]:
-        task = None if queue.task is None else comparison(trace, store.settings.outputs, queue.task)
+        shows = comparison if store.settings.collect == "pairs" else single
+        task = None if queue.task is None else shows(trace, store.settings.outputs, queue.task)
         return {
             "annotator": checked_name(annotator),
             "done": queue.done,
@@ -72,7 +73,11 @@ def create_app(store: LabelStore, trace: Trace, access: Access) -> FastAPI:
 
     @app.get("/api/session")
     def session() -> dict[str, Any]:
-        return {"annotators": store.annotators(), "outputs": store.settings.outputs, "pairs": len(store.pairs())}
+        settings = store.settings
+        return {
+            "annotators": store.annotators(), "outputs": settings.outputs, "pairs": len(store.pairs()),
+            "collect": settings.collect, "choices": CHOICES[settings.collect],
+        }  # fmt: skip
 
     @app.post("/api/queue")
     def queue(body: _Body) -> dict[str, Any]:

@@ -25,8 +25,8 @@ class Pairing:
     Attributes:
         pairs: rows of the trace. Which of two stands first is drawn, so that agreement is not corrected for a chance
             that one side has by its place in the file.
-        identical: pairs left out because their outputs are the same.
-        single: inputs left out because they have one run.
+        identical: pairs (or single runs) left out because their outputs are the same as others'.
+        single: inputs that have one run, which are in no pair of two.
     """
 
     pairs: tuple[tuple[int, int], ...]
@@ -65,6 +65,37 @@ def pair_runs(trace: Trace, outputs: Sequence[str], *, seed: int, pairs_per_inpu
             f"There is nothing to compare: {identical} pairs of runs have the same {' and '.join(outputs)}, and "
             f"{single} inputs have a single run. Sample two or more runs of each input (sysdag sample --runs 2)."
         )
+    return Pairing(tuple(pair for _, _, pair in sorted(found)), identical, single)
+
+
+def single_runs(trace: Trace, outputs: Sequence[str], *, seed: int, runs_per_input: int | None = None) -> Pairing:
+    """Single runs, each paired with itself; of runs with equal inputs and outputs the first alone.
+
+    Every input comes once before any comes twice, in a seeded order.
+
+    Args:
+        outputs: the nodes whose values are labelled.
+        seed: of the order.
+        runs_per_input: at most so many of each input; all of them by default.
+
+    Raises:
+        DataError: for a trace without runs.
+    """
+    generator = random.Random(seed)
+    looks = list(
+        zip(*([fingerprint_of(value_of(cell)) for cell in trace.cells[name]] for name in outputs), strict=True)
+    )
+    found: list[tuple[int, float, tuple[int, int]]] = []
+    identical = single = 0
+    for rows in runs_by_input(trace):
+        single += len(rows) == 1
+        first = {looks[row]: row for row in reversed(rows)}
+        identical += len(rows) - len(first)
+        different = sorted(first.values())
+        generator.shuffle(different)
+        found += [(turn, generator.random(), (row, row)) for turn, row in enumerate(different[:runs_per_input])]
+    if not found:
+        raise DataError("There are no runs to label.")
     return Pairing(tuple(pair for _, _, pair in sorted(found)), identical, single)
 
 

@@ -8,7 +8,15 @@ from typing import Literal
 
 from sysdag.errors import LabelError
 
-Choice = Literal["left", "right", "tie", "skip"]
+Collect = Literal["pairs", "thumbs", "scores"]
+"""What annotators are asked for: which of two runs is better, or of one run whether it is good, or how good."""
+Choice = Literal["left", "right", "tie", "up", "down", "1", "2", "3", "4", "5", "skip"]
+CHOICES: dict[Collect, tuple[Choice, ...]] = {
+    "pairs": ("left", "right", "tie"),
+    "thumbs": ("up", "down"),
+    "scores": ("1", "2", "3", "4", "5"),
+}
+"""The labels of each kind; a pair or run may be skipped besides."""
 
 
 @dataclass(frozen=True)
@@ -21,6 +29,7 @@ class Settings:
         seed: of the pairs' order and of the sides.
         pairs_per_input: at most so many; None for all.
         overlap: pairs that every annotator gets.
+        collect: what is asked of them. Of single runs each stands in a pair with itself.
     """
 
     traces_sha256: str
@@ -28,11 +37,12 @@ class Settings:
     seed: int
     pairs_per_input: int | None
     overlap: int
+    collect: Collect = "pairs"
 
 
 @dataclass(frozen=True)
 class Assignment:
-    """A pair that an annotator is shown: rows of the traces, by side."""
+    """A pair that an annotator is shown: rows of the traces, by side; a single run is on both."""
 
     pair: int
     left: int

@@ -1,7 +1,7 @@
 -- The database of `sysdag label`. Only `assignments` and `events` grow; nothing is changed or removed.
 CREATE TABLE settings (name TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;  -- values are JSON
 
--- `first` and `second` are rows of the traces, from 0. Pairs are handed out by number; those below the setting
+-- `first` and `second` are rows of the traces, from 0; the same one where single runs are labelled. Pairs are handed out by number; those below the setting
 -- `overlap` go to every annotator, each of the others to one.
 CREATE TABLE pairs (id INTEGER PRIMARY KEY, first INTEGER NOT NULL, second INTEGER NOT NULL) STRICT;
 
@@ -23,7 +23,7 @@ CREATE TABLE events (
     request TEXT NOT NULL UNIQUE,
     annotator TEXT NOT NULL,
     pair INTEGER NOT NULL REFERENCES pairs (id),
-    choice TEXT CHECK (choice IN ('left', 'right', 'tie', 'skip')),
+    choice TEXT CHECK (choice IN ('left', 'right', 'tie', 'up', 'down', '1', '2', '3', '4', '5', 'skip')),
     left INTEGER NOT NULL,
     right INTEGER NOT NULL,
     undoes INTEGER UNIQUE REFERENCES events (id),

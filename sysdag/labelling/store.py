@@ -17,9 +17,10 @@ from importlib import resources
 from pathlib import Path
 
 from sysdag.errors import LabelError
-from sysdag.labelling.records import Assignment, Choice, Label, Queue, Settings, checked_name
+from sysdag.labelling.records import CHOICES, Assignment, Choice, Label, Queue, Settings, checked_name
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+_READ = (1, 2)  # of version 1 are pairs
 _APPLICATION = 0x73797364  # "sysd": marks the file as a database of this command
 _HELD = timedelta(hours=1)  # an unlabelled pair is kept so long for the annotator who was shown it
 
@@ -108,9 +109,13 @@ class LabelStore:
             request: the caller's name for this label, new for each.
 
         Raises:
-            LabelError: if the annotator has labelled the pair otherwise (in another tab, say) or was not shown it.
+            LabelError: if the annotator has labelled the pair otherwise (in another tab, say) or was not shown it; or
+                for a choice that is not asked for.
         """
         annotator = checked_name(annotator)
+        choices = (*CHOICES[self.settings.collect], "skip")
+        if choice not in choices:
+            raise LabelError(f"{choice!r} is no label here; these are {', '.join(choices)}.")
         with self._transaction() as database:
             if not self._is_recorded(request, (annotator, pair, choice, None)):
                 shown = database.execute(
@@ -176,7 +181,7 @@ class LabelStore:
         if database.execute("PRAGMA application_id").fetchone()[0] != _APPLICATION:
             raise LabelError(f"{self.path} is no database of labels; give another --database.")
         version = database.execute("PRAGMA user_version").fetchone()[0]
-        if version != FORMAT_VERSION:
+        if version not in _READ:
             raise LabelError(
                 f"{self.path} has format version {version}, and this sysdag reads {FORMAT_VERSION}; install the "
                 "version that wrote it."

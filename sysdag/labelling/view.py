@@ -17,6 +17,13 @@ from sysdag.traces.trace import Trace
 _MOST_CHARACTERS = 200_000  # of one text; a browser lays out more only slowly
 
 
+def single(trace: Trace, outputs: Sequence[str], shown: Assignment) -> dict[str, Any]:
+    """What an annotator sees of a single run: `pair`, `inputs`, and `run` with `outputs` and `intermediates`, as in
+    `comparison`. Columns beside the run (a user's thumb, a reference answer) are not shown."""
+    found = comparison(trace, outputs, shown)
+    return {"pair": found["pair"], "inputs": found["inputs"], "run": found["left"]}
+
+
 def comparison(trace: Trace, outputs: Sequence[str], shown: Assignment) -> dict[str, Any]:
     """What an annotator sees of a pair; nothing in it tells one run from the other.
 

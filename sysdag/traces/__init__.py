@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from sysdag.traces.pairs import output_names, preference_row, runs_by_input, write_pairs
     from sysdag.traces.readers import read_all, read_rows
     from sysdag.traces.trace import Trace
+    from sysdag.traces.unpaired import unpaired_row
 
 __all__ = [
     "Draw",
@@ -20,6 +21,7 @@ __all__ = [
     "read_all",
     "read_rows",
     "runs_by_input",
+    "unpaired_row",
     "write_pairs",
 ]
 __getattr__ = exports(
@@ -29,5 +31,6 @@ __getattr__ = exports(
         "pairs": ["output_names", "preference_row", "runs_by_input", "write_pairs"],
         "readers": ["read_all", "read_rows"],
         "trace": ["Trace"],
+        "unpaired": ["unpaired_row"],
     },
 )

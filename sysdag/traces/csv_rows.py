@@ -16,7 +16,13 @@ from sysdag.errors import DataError
 from sysdag.traces.rows import Row, Rows
 
 DELIMITERS = {",": "comma", ";": "semicolon", "\t": "tab", "|": "bar"}
-_NESTED = ("chosen", "rejected", "chosen_intermediates", "rejected_intermediates")  # as `chosen.node`
+_NESTED = (
+    "chosen",
+    "rejected",
+    "chosen_intermediates",
+    "rejected_intermediates",
+    "intermediates",
+)  # as `chosen.node`
 _WRITTEN = re.compile(r"""\s*(?:array\()?\[?\s*\{\s*["'](?:role|content|tool_calls|from|value)["']\s*:""")
 _ROLE = re.compile(r"""["'](?:role|from)["']\s*:""")
 _MESSAGE_KEYS = ({"role", "content"}, {"role", "tool_calls"}, {"from", "value"})

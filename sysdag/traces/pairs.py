@@ -15,6 +15,8 @@ from sysdag.traces.cells import Cell, Draw
 from sysdag.traces.row_format import encode_row_value, to_arrow
 from sysdag.traces.trace import Trace
 
+_SIDES = ("chosen", "rejected")
+
 
 def runs_by_input(trace: Trace) -> list[list[int]]:
     """The rows of a trace, grouped by equal inputs, in the order in which each input first appears.
@@ -58,13 +60,55 @@ def preference_row(trace: Trace, chosen: int, rejected: int, outputs: Sequence[s
     Returns:
         The inputs by name, `chosen`, `rejected` (of several outputs a dict by node), `chosen_intermediates` and
         `rejected_intermediates`. Values are the trace's draws (a list of them for a plate), so token ids travel.
+        Beside them what both runs' columns say alike (see `carried_columns`).
+
+    Raises:
+        DataError: for an input of one of these names.
     """
+    check_input_names(trace, [f"{side}{kind}" for side in _SIDES for kind in ("", "_intermediates")])
     row = {name: column[chosen] for name, column in trace.inputs.items()}
-    for side, number in (("chosen", chosen), ("rejected", rejected)):
-        given = {name: _given(cells[number]) for name, cells in trace.cells.items()}
-        row[side] = given[outputs[0]] if len(outputs) == 1 else {name: given[name] for name in outputs}
-        row[f"{side}_intermediates"] = {name: value for name, value in given.items() if name not in outputs}
-    return row
+    for side, number in zip(_SIDES, (chosen, rejected), strict=True):
+        row[side], row[f"{side}_intermediates"] = values_of_run(trace, number, outputs)
+    return {**row, **carried_columns(trace, [chosen, rejected])}
+
+
+def values_of_run(trace: Trace, run: int, outputs: Sequence[str]) -> tuple[Any, dict[str, Any]]:
+    """The draws of a run's output (of several outputs a dict by node), and those of all other nodes by name."""
+    given = {name: _given(cells[run]) for name, cells in trace.cells.items()}
+    output = given[outputs[0]] if len(outputs) == 1 else {name: given[name] for name in outputs}
+    return output, {name: value for name, value in given.items() if name not in outputs}
+
+
+def check_input_names(trace: Trace, names: Iterable[str]) -> None:
+    """Refuses inputs whose names a row needs for something else."""
+    if both := sorted(trace.inputs.keys() & set(names)):
+        raise DataError(
+            f"The input {both[0]!r} has the name of a column that rows of feedback have; rename the system's input."
+        )
+
+
+NOT_CARRIED = frozenset(
+    {
+        "prompt", "run", "chosen", "rejected", "chosen_intermediates", "rejected_intermediates", "output",
+        "completion", "intermediates", "label", "weight", "margin",
+    }
+)  # fmt: skip
+"""Columns of runs that do not go into rows for training, where these names mean something else."""
+
+
+def carried_columns(trace: Trace, runs: Sequence[int]) -> dict[str, Any]:
+    """The columns of a trace that say the same of all these runs, as a reference answer or a user's name does.
+
+    Columns with the name of an input, a node or of `NOT_CARRIED` stay behind, and so does what is None.
+    """
+    found = {}
+    for name, column in trace.columns.items():
+        if name in NOT_CARRIED or name in trace.inputs or name in trace.cells or column[runs[0]] is None:
+            continue
+        first, *others = (encode_row_value(column[run], name) for run in runs)
+        if all(type(other) is type(first) and other == first for other in others):
+            found[name] = column[runs[0]]
+    return found
 
 
 def _given(cell: Cell) -> Draw | list[Draw]:

@@ -2,15 +2,27 @@ import { ask, block, find, make, shown } from "/page.js";
 
 // A new pair takes no label for so long, so that the second half of a double click does not label it unseen.
 const SETTLE_MS = 350;
-const CHOICES = ["left", "right", "tie", "skip"];
-const KEYS = { arrowleft: "left", arrowright: "right", "=": "tie", t: "tie", s: "skip", u: "undo", i: "unfold", "?": "help" };
+const KEYS = {
+  pairs: { arrowleft: "left", arrowright: "right", "=": "tie", t: "tie" },
+  thumbs: { g: "up", b: "down" },
+  scores: { 1: "1", 2: "2", 3: "3", 4: "4", 5: "5" },
+};
+const EVERYWHERE = { s: "skip", u: "undo", i: "unfold", "?": "help" };
+const QUESTIONS = {
+  pairs: (name) => `Which ${name} is better?`,
+  thumbs: (name) => `Is this ${name} good?`,
+  scores: (name) => `How good is this ${name}?`,
+};
 
 let annotator = null;
 let queue = null;
 let outputs = [];
+let choices = [];
+let collect = "pairs"; // or thumbs or scores, of single runs
 let settling = 0;
 
 const state = (name) => { document.body.dataset.state = name; };
+const unit = () => (collect === "pairs" ? "pair" : "run");
 const isReady = () => document.body.dataset.state === "ready";
 
 function say(message, retry = null) {
@@ -27,6 +39,7 @@ function show(...ids) {
 async function signIn(name) {
   state("busy");
   try {
+    if (!choices.length) await loadSession();
     queue = await ask("/api/queue", { annotator: name });
   } catch (error) {
     askName();
@@ -52,6 +65,10 @@ function askName() {
 async function loadSession() {
   const session = await ask("/api/session");
   outputs = session.outputs;
+  collect = session.collect;
+  choices = [...session.choices, "skip"];
+  document.body.dataset.collecting = collect;
+  for (const part of document.querySelectorAll("[data-collect]")) part.hidden = part.dataset.collect !== collect;
   find("names").replaceChildren(...session.annotators.map((name) => make("option", { value: name })));
 }
 
@@ -79,20 +96,20 @@ function render(message) {
   if (task === null) {
     show("finished", "progress");
     find("finished-text").textContent = total
-      ? `There is no pair left for you, ${annotator}: you have seen ${done} of ${total}.`
-      : `There is no pair left for you, ${annotator}: others have labelled them all.`;
+      ? `There is no ${unit()} left for you, ${annotator}: you have seen ${done} of ${total}.`
+      : `There is no ${unit()} left for you, ${annotator}: others have labelled them all.`;
     find("finished-heading").focus();
   } else {
     show("comparison", "actions", "progress");
     const name = outputs.length === 1 ? outputs[0] : "result";
-    find("question").textContent = `Which ${name} is better?`;
+    find("question").textContent = QUESTIONS[collect](name);
     find("inputs").replaceChildren(...task.inputs.map(block));
-    fill("left", task.left);
-    fill("right", task.right);
+    fill("left", task.run ?? task.left);
+    if (!task.run) fill("right", task.right);
     window.scrollTo(0, 0);
     find("question").focus({ preventScroll: true });
   }
-  find("status").textContent = `${message} ${task === null ? "No pair is left." : `Pair ${done + 1} of ${total}.`}`.trim();
+  find("status").textContent = `${message} ${task === null ? `No ${unit()} is left.` : `${unit() === "run" ? "Run" : "Pair"} ${done + 1} of ${total}.`}`.trim();
   clearTimeout(settling);
   state("settling");
   settling = setTimeout(() => state("ready"), SETTLE_MS);
@@ -132,7 +149,7 @@ function act(action) {
     return;
   } else if (action === "undo" && queue.last !== null) {
     send("/api/undo", { annotator, label: queue.last, request: requestName() }, "Undone.");
-  } else if (CHOICES.includes(action) && queue.task !== null) {
+  } else if (choices.includes(action) && queue.task !== null) {
     const message = action === "skip" ? "Skipped." : "Saved.";
     send("/api/label", { annotator, pair: queue.task.pair, choice: action, request: requestName() }, message);
   }
@@ -144,7 +161,8 @@ document.addEventListener("click", (event) => {
 });
 
 document.addEventListener("keydown", (event) => {
-  const action = KEYS[event.key.toLowerCase()];
+  const key = event.key.toLowerCase();
+  const action = KEYS[collect][key] ?? EVERYWHERE[key];
   const typing = event.target.closest("input, textarea, select, dialog");
   if (!action || typing || event.repeat || event.ctrlKey || event.metaKey || event.altKey) return;
   event.preventDefault();
