@@ -38,13 +38,19 @@ class Case(NamedTuple):
 
 
 def pipeline(model: str, side: int = 64) -> Any:
-    """Random weights; latents 4 x side x side, images eight times as large."""
+    """Random weights; latents 4 x side x side, images eight times as large.
+
+    Encoding an image takes as many operations beside a forward as in the models' originals, by torch's counter at
+    latents of 64 x 64: 1.41 times a forward of the UNet (Stable Diffusion 1.5: 1.39), 0.85 times one of the transformer
+    (PixArt with the same autoencoder: 0.90).
+    """
     import diffusers
     import transformers
 
     torch.manual_seed(0)
     vae = diffusers.AutoencoderKL(
-        latent_channels=4, block_out_channels=(32, 64, 64, 64), layers_per_block=1, norm_num_groups=8,
+        latent_channels=4, block_out_channels=(32, 64, 64, 64), norm_num_groups=8,
+        layers_per_block=1 if model == "unet" else 2,
         down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
         sample_size=side * FACTOR, scaling_factor=3.8,  # latents of variance 1, as trained ones have
     ).eval()  # fmt: skip
