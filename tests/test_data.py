@@ -5,7 +5,7 @@ import logging
 import datasets
 import numpy
 import pytest
-from tiny import char_tokenizer, llama
+from tiny import ALPHABET, char_tokenizer, llama
 
 from sysdag import DataError, Input, PlanError, SysDPOConfig, SysDPOTrainer, System, Trace, node
 from sysdag.components import CausalLM, Tabular
@@ -39,6 +39,15 @@ def pick(parts):
 
 
 PLAN = System(X >> draft >> parts, parts.each() >> pick).compile()
+
+
+@node(Tabular({k: {"s": 0.5, "t": 0.5} for k in ALPHABET}))
+def choose(parts):
+    return parts
+
+
+SEED = 0  # of drafts that differ and hold something
+SAMPLED = System(X >> draft >> parts, parts.each() >> choose).compile()  # takes whatever is drafted
 ROW = {
     "question": "q",
     "chosen": ["s", "t"],
@@ -57,11 +66,12 @@ def test_values_become_draws_and_plates_tuples():
 
 
 def test_draws_of_a_trace_keep_their_token_ids():
-    trace = PLAN.sample({"question": ["q"]}, seed=0)
+    trace = SAMPLED.sample({"question": ["q"]}, seed=SEED)
     cell = trace.cells["draft"][0]
     ids = cell.record["token_ids"]
     row = {**ROW, "chosen": ["s"] * len(cell.value), "chosen_intermediates": {"draft": cell}}
-    (pair,) = encode_pairs(PLAN, [row], "direct")
+    (pair,) = encode_pairs(SAMPLED, [row], "direct")
+    assert len(ids) > 1
     assert pair.chosen["draft"].record["token_ids"] is ids
 
 
@@ -178,10 +188,10 @@ def test_what_a_dataset_fills_in_is_not_there():
 
 
 def test_written_draws_survive_a_dataset(tmp_path):
-    trace = PLAN.sample({"question": ["q", "q"]}, seed=3)
-    write_pairs(tmp_path / "pairs.parquet", [preference_row(trace, 0, 1, ["pick"])])
+    trace = SAMPLED.sample({"question": ["q", "q"]}, seed=SEED)
+    write_pairs(tmp_path / "pairs.parquet", [preference_row(trace, 0, 1, ["choose"])])
     data = datasets.Dataset.from_parquet(str(tmp_path / "pairs.parquet"), cache_dir=str(tmp_path / "cache"))
-    (pair,) = encode_pairs(PLAN, data, "direct")
+    (pair,) = encode_pairs(SAMPLED, data, "direct")
     assert pair.chosen["draft"].record == trace.cells["draft"][0].record
     assert pair.rejected["draft"].log_prob == trace.cells["draft"][1].log_prob
 

@@ -54,17 +54,18 @@ def test_a_row_holds_the_draws_themselves():
 
 @pytest.mark.parametrize("ending", ["jsonl", "parquet"])
 def test_rows_come_back_and_their_ids_are_scored(ending, tmp_path):
-    from test_data import LM, PLAN
+    from test_data import LM, SAMPLED, SEED
 
-    trace = PLAN.sample({"question": ["q", "q"]}, seed=3)
+    trace = SAMPLED.sample({"question": ["q", "q"]}, seed=SEED)
+    assert trace["draft"][0] != trace["draft"][1]
     write_pairs(
-        tmp_path / f"pairs.{ending}", [preference_row(trace, 0, 1, ["pick"]), preference_row(trace, 1, 0, ["pick"])]
+        tmp_path / f"pairs.{ending}", [preference_row(trace, 0, 1, ["choose"]), preference_row(trace, 1, 0, ["choose"])]
     )
     rows = read_rows(tmp_path / f"pairs.{ending}")
     for side, number in (("chosen", 1), ("rejected", 0)):
-        pair = encode_pairs(PLAN, rows, "direct")[1]
+        pair = encode_pairs(SAMPLED, rows, "direct")[1]
         assert same(getattr(pair, side)["draft"], trace.cells["draft"][number])
-        assert same(getattr(pair, side)["pick"], trace.cells["pick"][number])
+        assert same(getattr(pair, side)["choose"], trace.cells["choose"][number])
     assert LM.tokenizer(trace["draft"][0], add_special_tokens=False)["input_ids"]
 
 

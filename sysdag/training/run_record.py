@@ -145,8 +145,7 @@ class RunRecord(TrainerCallback):
         if not inputs:
             return
         with _random_state_kept(self._args.device):
-            generator = torch.Generator().manual_seed(self._args.seed)
-            trace = sample(self._model.plan, inputs, generator=generator)
+            trace = sample(self._model.plan, inputs, seed=self._args.seed)
         file = self._trace_file(name)
         with self._writing():
             file.parent.mkdir(exist_ok=True)
