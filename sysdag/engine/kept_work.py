@@ -15,6 +15,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from sysdag.components.footprint import bytes_of
+
 
 class KeptGraph:
     """The scores (n,) of a micro-batch with their graph, and its auxiliary loss with its factor, if there is one."""
@@ -101,15 +103,15 @@ class Room:
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         if any(parameter._backward_hooks or parameter._post_accumulate_grad_hooks for parameter in trained):
             return cls(trained, 0)
-        missing = 0 if any(parameter.grad is not None for parameter in trained) else bytes_of(trained)
-        return cls(trained, room_for_gradients(bytes_of(model.parameters()), missing))
+        missing = 0 if any(parameter.grad is not None for parameter in trained) else sum(map(bytes_of, trained))
+        return cls(trained, room_for_gradients(sum(map(bytes_of, model.parameters())), missing))
 
     def take(self, parameters: Sequence[nn.Parameter]) -> bool:
         """Whether one more element's gradient by these parameters may wait, which is counted then.
 
         In fp16 it may not: scaled by its coefficient and the loss's scale it would not lose small numbers.
         """
-        needed = bytes_of(parameters)
+        needed = sum(map(bytes_of, parameters))
         device = parameters[0].device.type if parameters else "cpu"
         in_fp16 = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16
         if not needed or needed > self.gradients or in_fp16:
@@ -121,8 +123,3 @@ class Room:
 def room_for_gradients(weights: int, missing: int) -> int:
     """Bytes for single elements' gradients, given those of all weights and of gradients that are still to come."""
     return max(weights // _SHARE_OF_WEIGHTS, missing)
-
-
-def bytes_of(parameters: Any) -> int:
-    """Of parameters, each counted once."""
-    return sum(parameter.numel() * parameter.element_size() for parameter in {id(p): p for p in parameters}.values())

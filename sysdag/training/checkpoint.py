@@ -19,6 +19,7 @@ from transformers import Trainer
 from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, rotate_checkpoints
 
+from sysdag.components.footprint import bytes_of
 from sysdag.engine.distributed import gathered, wait_for_everyone
 from sysdag.engine.finite import check_gradients, gradient_norms
 from sysdag.engine.scoring import is_out_of_memory
@@ -264,7 +265,7 @@ class CheckpointTrainer(Trainer):
         kept: list[torch.Tensor] = list(self._system_model.parameters())
         for state in getattr(self.optimizer, "state", {}).values():
             kept += [value for value in state.values() if isinstance(value, torch.Tensor)]
-        return sum(tensor.numel() * tensor.element_size() for tensor in kept)
+        return sum(map(bytes_of, kept))
 
     def _save_arguments(self, folder: Path) -> None:
         args = copy.copy(self.args)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+
+from sysdag.components.footprint import bytes_of
 
 Encoded = tuple[Tensor, ...]
 """Tensors with the texts as first axis."""
@@ -53,16 +55,11 @@ class KeptTexts:
 
     def _keep(self, key: tuple[Hashable, str], row: Encoded) -> None:
         self._rows[key] = row
-        self._bytes += bytes_of(row)
+        self._bytes += sum(map(bytes_of, row))
         while self._bytes > self.budget:
-            self._bytes -= bytes_of(self._rows.popitem(last=False)[1])
+            self._bytes -= sum(map(bytes_of, self._rows.popitem(last=False)[1]))
 
 
 def version_of(model: nn.Module) -> int:
     """A number that grows with each change of its weights in place."""
     return sum(parameter._version for parameter in model.parameters())
-
-
-def bytes_of(row: Iterable[Tensor]) -> int:
-    """Of all their numbers."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in row)

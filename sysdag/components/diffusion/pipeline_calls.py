@@ -20,12 +20,13 @@ from sysdag.components.diffusion import prompt_limits, rows, watching
 from sysdag.components.diffusion.call_form import CallForm, structure_of
 from sysdag.components.diffusion.decoding_form import DecodingForm, learn_decoding
 from sysdag.components.diffusion.guidance_off import unguided
-from sysdag.components.diffusion.kept_texts import bytes_of, version_of
+from sysdag.components.diffusion.kept_texts import version_of
 from sysdag.components.diffusion.learning import learn_calls
 from sysdag.components.diffusion.pipeline_sampling import Drawn, draw_rows
 from sysdag.components.diffusion.prompt_limits import PromptLimit
 from sysdag.components.diffusion.prompts_together import keeps_apart
 from sysdag.components.diffusion.watched_steps import Misfit, run_quietly
+from sysdag.components.footprint import bytes_of
 from sysdag.errors import PlanError
 
 logger = logging.getLogger(__name__)
@@ -240,9 +241,10 @@ class PipelineCalls:
         if not self.budget:
             return
         self._kept[key] = made
-        self._kept_bytes += bytes_of(rows.tensors(made.arguments))
+        self._kept_bytes += sum(map(bytes_of, rows.tensors(made.arguments)))
         while self._kept_bytes > self.budget and len(self._kept) > 1:
-            self._kept_bytes -= bytes_of(rows.tensors(self._kept.popitem(last=False)[1].arguments))
+            oldest = self._kept.popitem(last=False)[1]
+            self._kept_bytes -= sum(map(bytes_of, rows.tensors(oldest.arguments)))
 
     def model_outputs(
         self, denoiser: Any, recorded: Sequence[Recorded], noisy: Sequence[Tensor], times: Tensor
