@@ -16,7 +16,6 @@ import json
 import os
 import platform
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -28,6 +27,7 @@ import torch
 
 if __package__:
     from bench import measure
+    from bench.json_process import JsonProcess
 
 CONFIG = {
     "vocab_size": 8000, "hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 4, "num_attention_heads": 8,
@@ -85,32 +85,7 @@ def work(search: str, weights: Path) -> None:
         print(json.dumps({"sequences": sequences.tolist(), **times, **versions}), flush=True)
 
 
-class Worker:
-    """A process that runs `work`."""
-
-    def __init__(self, command: list[str], search: str, weights: Path) -> None:
-        self.process = subprocess.Popen(
-            [*command, search, str(weights)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-
-    def run(self, **options: int) -> dict[str, Any]:
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        self.process.stdin.write(json.dumps(options) + "\n")
-        self.process.stdin.flush()
-        line = self.process.stdout.readline()
-        if not line:
-            raise SystemExit(f"{self.process.args}: ended with {self.process.wait()}; its error is above.")
-        return json.loads(line)
-
-    def stop(self) -> None:
-        self.process.communicate()
-
-
-def compare(ours: Worker, peer: Worker, repeats: int, **options: int) -> dict[str, Any]:
+def compare(ours: JsonProcess, peer: JsonProcess, repeats: int, **options: int) -> dict[str, Any]:
     """Times of both for one set of options, once their sequences are found to be the same."""
     first, second = ours.run(**options), peer.run(**options)  # these warm up, too
     if first["sequences"] != second["sequences"]:
@@ -136,8 +111,8 @@ def measure_all(peer_python: str, repeats: int, threads: list[int]) -> list[dict
     with tempfile.TemporaryDirectory() as folder:
         weights = Path(folder) / "model.safetensors"
         write_weights(weights)
-        ours = Worker([sys.executable, "-m", "bench.beam_search"], "sysdag", weights)
-        peer = Worker([peer_python, "-I", __file__], "generate", weights)
+        ours = JsonProcess([sys.executable, "-m", "bench.beam_search", "sysdag", str(weights)])
+        peer = JsonProcess([peer_python, "-I", __file__, "generate", str(weights)])
         rows = [
             compare(ours, peer, repeats, threads=count, prompt_tokens=length, num_beams=k, num_beam_groups=groups)
             for count in threads

@@ -39,6 +39,7 @@ ROOT = Path(__file__).resolve().parents[1]
 if __package__:
     from bench import measure
     from bench.instructions import INSTRUCTIONS
+    from bench.json_process import JsonProcess
 
 FORMER = "5cd0968"  # the last build whose rows stay to the end of their batch
 CASES = {  # prompts, samples of each, what is done
@@ -170,28 +171,10 @@ def work(folder: str, max_new_tokens: str) -> None:
         print(json.dumps(answer), file=answers, flush=True)
 
 
-class Worker:
-    """A process that holds a model and runs one way."""
-
-    def __init__(self, root: Path, folder: str, threads: int, max_new_tokens: int) -> None:
-        own = {"SYSDAG_ROOT": str(root), "PYTHONPATH": str(root), "OMP_NUM_THREADS": str(threads)}
-        self.process = subprocess.Popen(
-            [sys.executable, str(Path(__file__)), folder, str(max_new_tokens)],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | own,
-        )  # fmt: skip
-
-    def run(self, **request: Any) -> dict[str, Any]:
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        self.process.stdin.write(json.dumps(request) + "\n")
-        self.process.stdin.flush()
-        line = self.process.stdout.readline()
-        if not line:
-            raise SystemExit(f"{self.process.args}: ended with {self.process.wait()}; its error is above.")
-        return json.loads(line)
-
-    def stop(self) -> None:
-        self.process.communicate()
+def process_of(root: Path, folder: str, threads: int, max_new_tokens: int) -> JsonProcess:
+    """One that holds a model and runs its ways, by the package below `root`."""
+    own = {"SYSDAG_ROOT": str(root), "PYTHONPATH": str(root), "OMP_NUM_THREADS": str(threads)}
+    return JsonProcess([sys.executable, str(Path(__file__)), folder, str(max_new_tokens)], os.environ | own)
 
 
 def former_tree(commit: str, folder: Path) -> Path:
@@ -207,7 +190,7 @@ def former_tree(commit: str, folder: Path) -> Path:
 
 
 def compare(
-    case: str, model: str, prompts: Sequence[str], workers: Mapping[str, Worker], repeats: int
+    case: str, model: str, prompts: Sequence[str], workers: Mapping[str, JsonProcess], repeats: int
 ) -> tuple[list[dict[str, Any]], list[str]]:
     """A row for each way, and why a way is left out."""
     count, samples, what = CASES[case]
@@ -291,7 +274,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             for case in options.cases:
                 ways = [way for way in WAYS[case] if way in wanted]
                 workers = {
-                    way: Worker(trees.get(way, ROOT), folder, options.threads or 1, options.max_new_tokens)
+                    way: process_of(trees.get(way, ROOT), folder, options.threads or 1, options.max_new_tokens)
                     for way in ways
                 }
                 found, said = compare(case, name, prompts, workers, options.repeats)
