@@ -12,7 +12,7 @@ STABLE_TORCH_LIBRARY(sysdag_C, m) {
   m.def("preference_loss_backward(Tensor grad, Tensor coefficients, Tensor offsets) -> Tensor");
   m.def(
       "diverse_beam_step(Tensor logits, Tensor scores, float penalty, int num_candidates, Tensor? eos_token_ids, "
-      "Tensor? done, int pad_token_id) -> (Tensor, Tensor, Tensor)");
+      "Tensor? done, int pad_token_id, Tensor? history, int ngram_size) -> (Tensor, Tensor, Tensor)");
 #ifdef SYSDAG_WITH_CUDA
   m.def("top_log_probs(Tensor logits, int count) -> (Tensor, Tensor)");
 #endif

@@ -1,9 +1,11 @@
-// One step of diverse beam search with Hamming diversity, for the CPU.
+// One step of diverse beam search with Hamming or n-gram diversity, for the CPU.
 //
-// Token v after beam k of group g scores  s[g,k] + log_softmax(x[g,k])[v] - penalty * n_g(v),  n_g(v) the number of beams
-// of earlier groups that chose v in this step. Those groups chose at most P = (G-1)K tokens, and a penalty only lowers: the
-// M best of a group lie among the M + P best of each of its rows. So one pass over the logits gives every row's
-// normaliser and a list that holds its M + P best; the groups then choose in turn from the lists.
+// Token v after beam k of group g scores  s[g,k] + log_softmax(x[g,k])[v] - penalty * n,  n the number of beams of earlier
+// groups that chose v in this step; with n-grams, that hold the n-gram which v would end. Those groups chose at most
+// (G-1)K tokens in this step, and what followed a beam's last n-1 tokens in their histories is there to be counted: so a
+// row's penalised tokens are at most a known number P, and a penalty only lowers: the M best of a group lie among the
+// M + P best of each of its rows. So one pass over the logits gives every row's normaliser and a list that holds its
+// M + P best; the groups then choose in turn from the lists.
 //
 // The lists hold more: every element that is, when it is met, greater than the (M+P)-th best before it. An element that
 // is not listed has M unpenalised ones before it in its row that score at least as much. A partial sort of the list, by
@@ -198,20 +200,87 @@ struct Sizes {
   std::int64_t B, G, K, V, M;
 };
 
-// The groups of one prompt choose in turn. `row_of(g, k)` gives the row of a beam.
+constexpr std::int64_t kEmpty = -1;  // in a history: there is no token
+
+// A beam of an earlier group as it goes on after this step.
+struct Chosen {
+  const std::int64_t* history;
+  std::int64_t token;
+};
+
+using Counts = std::vector<std::pair<std::int64_t, std::int64_t>>;  // token, how often
+
+void count_one(Counts& counts, std::int64_t token) {
+  for (auto& [known, times] : counts)
+    if (known == token) {
+      ++times;
+      return;
+    }
+  counts.emplace_back(token, 1);
+}
+
+// The n-grams that beams' new tokens hold; `before` is n-1. histories (B,G,K,length).
+struct Ngrams {
+  const std::int64_t* histories;
+  std::int64_t length, before;
+
+  const std::int64_t* history(std::int64_t beam) const { return histories + beam * length; }
+  bool counts_after(const std::int64_t* beam) const {
+    return length >= before && !contains(beam + length - before, before, kEmpty);
+  }
+  // Calls `found` with the place behind each occurrence of `beam`'s last tokens in `other`, up to `length`.
+  template <typename Found>
+  void each_match(const std::int64_t* beam, const std::int64_t* other, const Found& found) const {
+    const std::int64_t* suffix = beam + length - before;
+    for (std::int64_t end = before; end <= length; ++end)
+      if (std::equal(suffix, suffix + before, other + end - before)) found(end);
+  }
+  // Most tokens that histories alone penalise after beam k of group g; `beams` of the groups before.
+  std::int64_t most(std::int64_t beam, std::int64_t first, std::int64_t beams) const {
+    std::int64_t matches = 0;
+    if (counts_after(history(beam)))
+      for (std::int64_t other = first; other < first + beams; ++other)
+        each_match(history(beam), history(other), [&](std::int64_t end) { matches += end < length; });
+    return matches;
+  }
+  Counts counts(const std::int64_t* beam, const std::vector<Chosen>& earlier) const {
+    Counts counts;
+    if (!counts_after(beam)) return counts;
+    std::vector<std::int64_t> seen;
+    for (const Chosen& other : earlier) {
+      seen.clear();
+      each_match(beam, other.history, [&](std::int64_t end) {
+        const std::int64_t token = end < length ? other.history[end] : other.token;
+        if (token != kEmpty && !contains(seen.data(), seen.size(), token)) seen.push_back(token);
+      });
+      for (std::int64_t token : seen) count_one(counts, token);
+    }
+    return counts;
+  }
+};
+
+// The groups of prompt b choose in turn. `row_of(g, k)` gives the row of a beam.
 template <typename RowOf>
-void choose(const Sizes& n, const RowOf& row_of, const float* scores, float penalty, const std::int64_t* eos,
-            std::int64_t eos_count, const bool* done, std::int64_t pad, std::int64_t* tokens, std::int64_t* parents,
-            float* best) {
-  std::vector<std::int64_t> chosen;  // by the groups so far
+void choose(const Sizes& n, std::int64_t b, const RowOf& row_of, const float* scores, float penalty,
+            const std::int64_t* eos, std::int64_t eos_count, const bool* done, std::int64_t pad,
+            const std::optional<Ngrams>& ngrams, std::int64_t* tokens, std::int64_t* parents, float* best) {
+  std::vector<Chosen> chosen;  // by the groups so far
   std::vector<Candidate> candidates;
+  Counts counts;
   for (std::int64_t g = 0; g < n.G; ++g, tokens += n.M, parents += n.M, best += n.M) {
     candidates.clear();
+    const std::int64_t first = (b * n.G + g) * n.K;
+    if (!ngrams) {
+      counts.clear();
+      for (const Chosen& other : chosen) count_one(counts, other.token);
+    }
     for (std::int64_t k = 0; k < n.K; ++k) {
       const Row& row = row_of(g, k);
+      if (ngrams) counts = ngrams->counts(ngrams->history(first + k), chosen);
       for (const Entry& entry : row.list) {
         float score = row.log_prob(entry.value);
-        if (const auto times = std::count(chosen.begin(), chosen.end(), entry.token)) score -= penalty * static_cast<float>(times);
+        for (const auto& [token, times] : counts)
+          if (token == entry.token) score -= penalty * static_cast<float>(times);
         candidates.emplace_back(score + scores[g * n.K + k], k * n.V + entry.token);
       }
     }
@@ -221,33 +290,40 @@ void choose(const Sizes& n, const RowOf& row_of, const float* scores, float pena
       tokens[i] = candidates[i].second % n.V;
       parents[i] = candidates[i].second / n.V;
     }
-    const std::size_t wanted = chosen.size() + n.K;
-    if (done && done[g]) {
-      chosen.resize(wanted, pad);
+    const bool ended = done && done[g];
+    const auto choose_beam = [&](std::int64_t parent, std::int64_t token) {
+      chosen.push_back({ngrams ? ngrams->history(first + parent) : nullptr, token});
+    };
+    if (ended) {
+      for (std::int64_t k = 0; k < n.K; ++k) choose_beam(k, ngrams ? kEmpty : pad);
       continue;
     }
+    const std::size_t wanted = chosen.size() + n.K;
     for (bool ending : {false, true})  // those that end the sequence only where the others are too few
       for (std::int64_t i = 0; i < n.M && chosen.size() < wanted; ++i)
-        if (contains(eos, eos_count, tokens[i]) == ending) chosen.push_back(tokens[i]);
+        if (contains(eos, eos_count, tokens[i]) == ending) choose_beam(parents[i], tokens[i]);
   }
 }
 
 template <typename T>
-std::vector<Row> scan_rows(const Tensor& logits, const Sizes& n, std::int64_t groups, std::int64_t beams, std::int64_t size) {
+std::vector<Row> scan_rows(const Tensor& logits, const Sizes& n, std::int64_t groups, std::int64_t beams,
+                           const std::vector<std::int64_t>& sizes) {
   const T* data = static_cast<const T*>(logits.data_ptr());
   const std::int64_t sb = logits.stride(0), sg = logits.stride(1), sk = logits.stride(2);
   std::vector<Row> rows(n.B * groups * beams);
   torch::stable::parallel_for(0, static_cast<std::int64_t>(rows.size()), 1, [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t r = begin; r < end; ++r)
-      rows[r] = scan(data + r / (groups * beams) * sb + r / beams % groups * sg + r % beams * sk, n.V, size);
+      rows[r] = scan(data + r / (groups * beams) * sb + r / beams % groups * sg + r % beams * sk, n.V, sizes[r]);
   });
   return rows;
 }
 
-// logits (B,G,K,V) of any floating type; scores (B,G,K) fp32; eos_token_ids (E,) int64; done (B,G) bool.
+// logits (B,G,K,V) of any floating type; scores (B,G,K) fp32; eos_token_ids (E,) int64; done (B,G) bool; history
+// (B,G,K,t) int64, of which n-grams of `ngram_size` > 1 are counted.
 std::tuple<Tensor, Tensor, Tensor> diverse_beam_step(Tensor logits, Tensor scores, double penalty, std::int64_t count,
                                                      std::optional<Tensor> eos_token_ids, std::optional<Tensor> done,
-                                                     std::int64_t pad) {
+                                                     std::int64_t pad, std::optional<Tensor> history,
+                                                     std::int64_t ngram_size) {
   using torch::headeronly::ScalarType;
   const Sizes n{logits.size(0), logits.size(1), logits.size(2), logits.size(3), count};
   if (n.V > 1 && logits.stride(3) != 1) logits = torch::stable::contiguous(logits);
@@ -257,18 +333,33 @@ std::tuple<Tensor, Tensor, Tensor> diverse_beam_step(Tensor logits, Tensor score
   STD_TORCH_CHECK(!eos_token_ids || eos_token_ids->scalar_type() == ScalarType::Long, "eos_token_ids: int64 is expected");
   STD_TORCH_CHECK(!done || (done->scalar_type() == ScalarType::Bool && done->numel() == n.B * n.G),
                   "done: (B, G) booleans are expected");
+  STD_TORCH_CHECK(!history || (history->scalar_type() == ScalarType::Long && history->dim() == 4 && ngram_size > 1 &&
+                               history->size(0) == n.B && history->size(1) == n.G && history->size(2) == n.K),
+                  "history: (B, G, K, t) in int64 is expected, and an ngram_size above 1");
+  std::optional<Ngrams> ngrams;
+  if (history) {
+    history = torch::stable::contiguous(*history);
+    ngrams = Ngrams{static_cast<const std::int64_t*>(history->data_ptr()), history->size(3), ngram_size - 1};
+  }
   if (eos_token_ids) eos_token_ids = torch::stable::contiguous(*eos_token_ids);
   if (done) done = torch::stable::contiguous(*done);
   // At the first token all beams of a prompt share one row, expanded: it is scanned once.
   const std::int64_t groups = logits.stride(1) == 0 ? 1 : n.G, beams = logits.stride(2) == 0 ? 1 : n.K;
   const bool partial = count * 64 <= n.K * n.V;  // otherwise torch.topk looks at all elements in another order
-  const std::int64_t size = partial ? std::min(n.V, count + (n.G - 1) * n.K) : n.V;
+  std::vector<std::int64_t> sizes(n.B * groups * beams, partial ? std::min(n.V, count + (n.G - 1) * n.K) : n.V);
+  if (ngrams && partial)
+    for (std::int64_t beam = 0; beam < n.B * n.G * n.K; ++beam) {
+      const std::int64_t b = beam / (n.G * n.K), g = beam / n.K % n.G, k = beam % n.K;
+      auto& size = sizes[(b * groups + (groups == 1 ? 0 : g)) * beams + (beams == 1 ? 0 : k)];
+      const std::int64_t penalised = (n.G - 1) * n.K + ngrams->most(beam, b * n.G * n.K, g * n.K);
+      size = std::max(size, std::min(n.V, count + penalised));
+    }
   std::vector<Row> rows;
   switch (logits.scalar_type()) {
-    case ScalarType::Float: rows = scan_rows<float>(logits, n, groups, beams, size); break;
-    case ScalarType::Double: rows = scan_rows<double>(logits, n, groups, beams, size); break;
-    case ScalarType::BFloat16: rows = scan_rows<BFloat16>(logits, n, groups, beams, size); break;
-    case ScalarType::Half: rows = scan_rows<Half>(logits, n, groups, beams, size); break;
+    case ScalarType::Float: rows = scan_rows<float>(logits, n, groups, beams, sizes); break;
+    case ScalarType::Double: rows = scan_rows<double>(logits, n, groups, beams, sizes); break;
+    case ScalarType::BFloat16: rows = scan_rows<BFloat16>(logits, n, groups, beams, sizes); break;
+    case ScalarType::Half: rows = scan_rows<Half>(logits, n, groups, beams, sizes); break;
     default: STD_TORCH_CHECK(false, "logits: a floating dtype is expected");
   }
   Tensor best = torch::stable::new_empty(scores, {n.B, n.G, count});
@@ -287,8 +378,8 @@ std::tuple<Tensor, Tensor, Tensor> diverse_beam_step(Tensor logits, Tensor score
         return rows[(b * groups + (groups == 1 ? 0 : g)) * beams + (beams == 1 ? 0 : k)];
       };
       const std::int64_t at = b * n.G;
-      choose(n, row_of, score + at * n.K, static_cast<float>(penalty), eos, eos_count, ended ? ended + at : nullptr, pad,
-             token + at * count, parent + at * count, total + at * count);
+      choose(n, b, row_of, score + at * n.K, static_cast<float>(penalty), eos, eos_count, ended ? ended + at : nullptr,
+             pad, ngrams, token + at * count, parent + at * count, total + at * count);
     }
   });
   return {tokens, parents, best};

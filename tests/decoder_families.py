@@ -260,8 +260,7 @@ def report(family: str) -> str:
 
     from sysdag import Draw, SysdagError
     from sysdag.components import CausalLM
-    from sysdag.components.language.beam import diverse_beam_search
-    from sysdag.components.language.sampling import left_pad
+    from sysdag.components.language.beam import diverse_beam_search, left_pad
 
     try:
         with torch.device("meta"):

@@ -283,15 +283,41 @@ def test_batched_is_prompt_by_prompt(groups, early_stopping):
             torch.testing.assert_close(scores[b], score[0], atol=1e-5, rtol=1e-5)
 
 
-def shape_of_each_call(model, **options):
-    search(model, max_new_tokens=1)  # finds out how the model is decoded
+@pytest.mark.parametrize("early_stopping", [True, False, "never"])
+@pytest.mark.parametrize("ngram_size", [1, 2, 3])
+@pytest.mark.parametrize("room", [{"max_batch_rows": 1}, {"max_batch_rows": 8}, {"max_batch_tokens": 130}])
+def test_prompts_that_enter_when_there_is_room_are_searched_as_if_alone(room, ngram_size, early_stopping):
+    prompts = [[*PROMPTS[0][:5], token] for token in range(3, 14)] + PROMPTS[1:] + PROMPTS[1:2]
+    mask = [MASK[0]] * 11 + MASK[1:] + MASK[1:2]
+    options = {"early_stopping": early_stopping, "eos_token_id": [36, 15], "pad_token_id": 2, "max_new_tokens": 9}
+    for name in RECORDED["models"]:
+        model = shared_model(name)
+        together, scores = search(model, prompts, mask, ngram_size=ngram_size, **options)
+        few, found = search(model, prompts, mask, ngram_size=ngram_size, **options, **room)
+        assert torch.equal(few, together)
+        torch.testing.assert_close(found, scores, atol=1e-5, rtol=1e-5)
+
+
+def test_prompts_enter_as_others_leave():
+    prompts = [[*PROMPTS[1][:5], token] for token in range(3, 15)]
+    model, options = new_model(), {"max_new_tokens": 12, "eos_token_id": [36, 15, 29], "pad_token_id": 2}
+    shapes = shape_of_each_call(model, prompts, [MASK[1]] * 12, max_batch_rows=16, **options)
+    assert max(rows for rows, width in shapes if width == 1) <= 16
+    assert sum(width > 1 for _, width in shapes) >= 3  # not all at once, and
+    before_last = max(place for place, (_, width) in enumerate(shapes) if width > 1)
+    steps = [rows for rows, width in shapes[:before_last] if width == 1]
+    assert sum(steps) / len(steps) > 10  # the batch stays full while prompts wait
+
+
+def shape_of_each_call(model, prompts=PROMPTS, mask=MASK, **options):
+    search(model, prompts, mask, max_new_tokens=1)  # finds out how the model is decoded
     shapes = []
 
     def record(module, args, kwargs):
         shapes.append(tuple(kwargs["input_ids"].shape))
 
     model.register_forward_pre_hook(record, with_kwargs=True)
-    search(model, **options)
+    search(model, prompts, mask, **options)
     return shapes
 
 

@@ -15,9 +15,9 @@ from transformers import BertConfig, BertLMHeadModel
 
 from sysdag import Draw, PlanError
 from sysdag.components import CausalLM
-from sysdag.components.language.beam import diverse_beam_search
+from sysdag.components.language.beam import diverse_beam_search, left_pad
 from sysdag.components.language.prefix_scorer import PrefixScorer
-from sysdag.components.language.sampling import left_pad, sample_tokens
+from sysdag.components.language.sampling import sample_tokens
 
 PROMPTS = ["ab", "a longer prompt", "z? yes"]
 CACHE, BATCHES = "", "decodes batches that no prompt enters before they end"

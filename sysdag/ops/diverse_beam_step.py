@@ -53,7 +53,8 @@ def diverse_beam_step(
         eos_token_ids: the tokens that end a sequence.
         done: groups that have ended; what is returned for them means nothing.
         pad_token_id: what a done group chooses.
-        history: new tokens of each open beam so far, -1 where its group was done; needed by `ngram_size` above 1.
+        history: new tokens of each open beam so far, -1 where its group was done, and before the first where another
+            prompt's beams have more; needed by `ngram_size` above 1.
         ngram_size: 1, or the n of the n-grams.
 
     Returns:
@@ -63,7 +64,7 @@ def diverse_beam_step(
 
     Raises:
         ValueError: a shape or an option does not fit.
-        BackendError: the forced backend does not serve; n-grams above 1 are counted by the reference alone.
+        BackendError: the forced backend does not serve; kernels for GPUs count no n-grams above 1.
     """
     require(logits.dim() == 4, "logits", "shape (B, G, K, V)", tuple(logits.shape))
     B, G, K, V = logits.shape
@@ -163,7 +164,8 @@ def _ngram_counts(earlier: Tensor, history: Tensor, size: int, vocabulary: int) 
         return counts
     grams = earlier.unfold(-1, size, 1)[:, None]  # (B,1,P,W,n)
     last = grams[..., -1]
-    same = (grams[..., :-1] == history[:, :, None, None, t + 1 - size :]).all(-1)  # (B,K,P,W)
+    suffix = history[:, :, None, None, t + 1 - size :]
+    same = ((grams[..., :-1] == suffix) & (suffix != EMPTY)).all(-1)  # (B,K,P,W)
     ends = torch.where(same, last, EMPTY).sort(-1).values
     repeated = nn.functional.pad(ends[..., 1:] == ends[..., :-1], (1, 0), value=False)
     once = (ends != EMPTY) & ~repeated
@@ -183,7 +185,10 @@ def _by_backend(
         )
     if backend == "cpp":
         eos = None if eos_token_ids is None else eos_token_ids.to(torch.int64)
-        return torch.ops.sysdag_C.diverse_beam_step.default(logits, scores, penalty, M, eos, done, pad_token_id)
+        sequences = None if history is None else history.to(torch.int64)
+        return torch.ops.sysdag_C.diverse_beam_step.default(
+            logits, scores, penalty, M, eos, done, pad_token_id, sequences, ngram_size
+        )
     if backend == "triton":
         from sysdag.kernels.diverse_beam_step import top_log_probs
     else:
@@ -193,10 +198,10 @@ def _by_backend(
 
 
 def _implementations(logits: Tensor, scores: Tensor, history: Tensor | None, L: int) -> list[Backend]:
-    """The kernels that can serve: n-grams may penalise more tokens than a short list has room for."""
-    if history is not None or scores.dtype != torch.float32:
+    """The kernels that can serve: n-grams may penalise more tokens than a GPU's short list has room for."""
+    if scores.dtype != torch.float32:
         return []
-    if logits.dtype == torch.float64 or L > LONGEST_LIST:
+    if history is not None or logits.dtype == torch.float64 or L > LONGEST_LIST:
         return ["cpp"]
     return ["cpp", "cuda", "triton"]
 

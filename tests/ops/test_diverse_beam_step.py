@@ -56,6 +56,69 @@ def assert_by_hand(served, logits, scores, penalty, M, eos=(), done=None, pad=0)
     assert_as_good_as_torch(found[2].cpu(), eager[2], truth[2], "scores")
 
 
+def ngram_penalties(scored, history, size, penalty, done):
+    """Of one prompt, in fp64: the groups' rankings (score, beam, token), from lists of tokens and sets of n-grams."""
+    G, K, _ = scored.shape
+    rankings, chosen = [], []
+    for g in range(G):
+        held = [{tuple(one[i : i + size]) for i in range(len(one) - size + 1)} for one in chosen]
+        ranked = []
+        for k in range(K):
+            past = [token for token in history[g][k] if token >= 0]
+            for v, score in enumerate(scored[g, k].tolist()):
+                gram = tuple([*past, v][-size:])
+                ranked.append((score - penalty * sum(gram in grams for grams in held), k, v))
+        ranked.sort(key=lambda each: -each[0])
+        rankings.append(ranked)
+        kept = [[token for token in history[g][k] if token >= 0] + [v] for _, k, v in ranked[:K]]
+        chosen += [[t for t in one if t >= 0] for one in history[g]] if done[g] else kept
+    return rankings
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpp"], indirect=True)
+@pytest.mark.parametrize(("size", "V"), [(2, 700), (3, 700), (2, 40)])
+def test_ngrams_of_the_groups_before(backend, size, V):
+    """Beams that wrote few different tokens: one n-gram was followed by many, which are all penalised.
+
+    The histories of the second prompt are shorter, and a group of the third is done.
+    """
+    logits, scores = problem(3, 4, 2, V, seed=size)
+    numbers = torch.Generator().manual_seed(size)
+    best = logits.mean((0, 1, 2)).topk(12).indices
+    logits[..., best] += 6
+    history = best[torch.randint(0, 12, (3, 4, 2, 60), generator=numbers)]
+    history[..., ::size] = best[0]
+    history[1, ..., : 60 - size + 2] = -1
+    done = torch.zeros(3, 4, dtype=torch.bool)
+    done[2, 1] = True
+    history[2, 1, :, 50:] = -1
+    tokens, parents, found = diverse_beam_step(
+        logits, scores, 2.5, num_candidates=4, done=done, history=history, ngram_size=size
+    )
+    log_probs = logits.double().log_softmax(-1) + scores.double()[..., None]
+    penalised = 0
+    for b in range(3):
+        rankings = ngram_penalties(log_probs[b], history[b].tolist(), size, 2.5, done[b].tolist())
+        for g in range(4):
+            if not done[b, g]:
+                wanted = rankings[g][:4]
+                assert list(zip(parents[b, g].tolist(), tokens[b, g].tolist(), strict=True)) == [w[1:] for w in wanted]
+                assert found[b, g].tolist() == pytest.approx([score for score, _, _ in wanted], abs=1e-4)
+                penalised += sum(score < float(log_probs[b, g, k, v]) - 1 for score, k, v in rankings[g])
+    assert penalised > 10
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpp"], indirect=True)
+def test_no_ngram_before_there_are_tokens_enough(backend):
+    """Two prompts side by side, one of them at its first token: what fills its history is no token."""
+    logits = torch.zeros(2, 2, 1, 300)
+    logits[..., 7] = 5.0
+    history = torch.tensor([[[[3, 7]], [[3, 3]]], [[[-1, -1]], [[-1, -1]]]])
+    tokens, _, scores = diverse_beam_step(logits, torch.zeros(2, 2, 1), 1.0, history=history, ngram_size=2)
+    assert tokens[:, :, 0].tolist() == [[7, 7], [7, 7]]
+    assert (scores[:, 0, 0] - scores[:, 1, 0]).tolist() == pytest.approx([1.0, 0.0])
+
+
 @contextmanager
 def short_blocks(V):
     """Triton's interpreter sorts all of a block, which need not be longer than a row. A row of several is as it is."""
@@ -287,9 +350,13 @@ def test_the_extension_reads_nothing_past_its_arguments():
         (None, torch.ones(2, 2), r"done: \(B, G\)"),
     ]:
         with pytest.raises(RuntimeError, match=message):
-            op(logits, scores, 0.7, 4, eos, done, 0)
+            op(logits, scores, 0.7, 4, eos, done, 0, None, 1)
     with pytest.raises(RuntimeError, match=r"scores: \(B, G, K\)"):
-        op(logits, scores[:1], 0.7, 4, None, None, 0)
+        op(logits, scores[:1], 0.7, 4, None, None, 0, None, 1)
+    history = torch.zeros(2, 2, 2, 5, dtype=torch.int64)
+    for wrong, size in [(history.int(), 2), (history[:1], 2), (history, 1)]:
+        with pytest.raises(RuntimeError, match=r"history: \(B, G, K, t\) in int64"):
+            op(logits, scores, 0.7, 4, None, None, 0, wrong, size)
 
 
 def test_no_prompts_the_same_bits_and_no_gradient(backend):
@@ -320,7 +387,7 @@ def test_opcheck(backend):
     torch.library.opcheck(_op, (logits, scores, 0.7, 6, eos, done, 1, None, 1))
     if backend.name == "cpp":
         op = torch.ops.sysdag_C.diverse_beam_step.default
-        torch.library.opcheck(op, (logits, scores, 0.7, 6, eos, done, 1), test_utils=["test_schema"])
+        torch.library.opcheck(op, (logits, scores, 0.7, 6, eos, done, 1, None, 1), test_utils=["test_schema"])
 
 
 COMPILED = """
@@ -344,7 +411,7 @@ def test_compiled_without_a_graph_break(backend, compiled_backends):
 def test_what_a_backend_cannot_serve_is_an_error_when_it_is_forced():
     logits, scores = problem(1, 2, 2, 60)
     history = torch.zeros(1, 2, 2, 3, dtype=torch.int64)
-    for name in ("cpp", "triton", "cuda"):
+    for name in ("triton", "cuda"):
         message = f"diverse_beam_step: backend '{name}' does not implement"
         with use_backend(name), pytest.raises(BackendError, match=message):
             diverse_beam_step(logits, scores, 0.7, history=history, ngram_size=2)

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from sysdag.components.language.beam import diverse_beam_search
+from sysdag.components.language.beam import diverse_beam_search, left_pad
 from sysdag.components.language.pretrained import PretrainedLM
-from sysdag.components.language.sampling import left_pad, sample_tokens
+from sysdag.components.language.sampling import sample_tokens
 from sysdag.components.language.stop_strings import StopStrings
 from sysdag.traces.cells import Draw
 
@@ -68,22 +68,20 @@ class Completer:
         for beams_per_group in (1, 2, 4):
             short = [place for place, kept in enumerate(found) if len(kept) < num_candidates]
             beams = num_candidates * beams_per_group
-            short.sort(key=lambda place: -len(prompts[place]))
-            while short:
-                places = short[: self._prompts_at_once(len(prompts[short[0]]), beams)]
-                short = short[len(places) :]
-                ids, mask = self._padded([prompts[place] for place in places])
-                with self.decoding() as model:
-                    sequences, _ = diverse_beam_search(
-                        model, ids, mask, num_beams=beams, num_beam_groups=num_candidates,
-                        diversity_penalty=diversity_penalty, max_new_tokens=self.max_new_tokens,
-                        eos_token_id=self.lm.eos_token_ids, pad_token_id=self.lm.pad_token_id, ngram_size=ngram_size,
-                        eos_as_written=True,
-                    )  # fmt: skip
-                for place, rows in zip(places, sequences.tolist(), strict=True):
-                    for row in rows:
-                        draw = self.draw(self._ended(row), None)
-                        found[place].setdefault(tuple(draw.record["token_ids"]), draw)
+            if not short:
+                break
+            ids, mask = self._padded([prompts[place] for place in short])
+            with self.decoding() as model:
+                sequences, _ = diverse_beam_search(
+                    model, ids, mask, num_beams=beams, num_beam_groups=num_candidates,
+                    diversity_penalty=diversity_penalty, max_new_tokens=self.max_new_tokens,
+                    eos_token_id=self.lm.eos_token_ids, pad_token_id=self.lm.pad_token_id, ngram_size=ngram_size,
+                    eos_as_written=True, max_batch_tokens=self.max_batch_tokens, max_batch_rows=self.batch_size,
+                )  # fmt: skip
+            for place, rows in zip(short, sequences.tolist(), strict=True):
+                for row in rows:
+                    draw = self.draw(self._ended(row), None)
+                    found[place].setdefault(tuple(draw.record["token_ids"]), draw)
         return [list(kept.values())[:num_candidates] for kept in found]
 
     def draw(self, token_ids: list[int], log_prob: float | None) -> Draw:
@@ -101,11 +99,6 @@ class Completer:
         ends = set(self.lm.eos_token_ids)
         row = row[: next((place + 1 for place, token in enumerate(row) if token in ends), len(row))]
         return row if self.stops is None else row[: self.stops.first_end(row)]
-
-    def _prompts_at_once(self, length: int, beams: int) -> int:
-        """How many prompts of at most so many tokens are searched side by side, each with so many beams."""
-        rows = self.max_batch_tokens // (length + self.max_new_tokens)
-        return max(1, (rows if self.batch_size is None else min(rows, self.batch_size)) // beams)
 
     def _padded(self, rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
         device = next(self.lm.module.parameters()).device

@@ -6,8 +6,7 @@ a budget of tokens. A prompt is read once for all its samples. A draw depends on
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -18,11 +17,10 @@ from torch import Tensor, nn
 
 from sysdag.components.decoding import draw_options
 from sysdag.components.language.decoder import Decoder, arranged, decoder_of
+from sysdag.components.language.waiting_prompts import WaitingPrompts
 from sysdag.errors import DataError
 
 MAX_BATCH_TOKENS = 16384
-_READ_AT_ONCE = 2048  # tokens of prompts, padding included: more make a call no faster
-_ROOM_TO_ENTER = 8  # rows enter when this part of the places is free: single prompts read slowly
 
 
 @dataclass(frozen=True)
@@ -89,7 +87,7 @@ def sample_tokens(
     options = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
     decoder = decoder_of(model)
     batch = _Batch(seeds, next(model.parameters()).device, options, frozenset(eos_token_ids), max_new_tokens, ends_text)
-    waiting = _Waiting(prompts, num_samples, max_new_tokens, max_batch_tokens, max_batch_rows)
+    waiting = WaitingPrompts(prompts, num_samples, max_new_tokens, max_batch_tokens, max_batch_rows)
     while waiting.rows or batch.running:
         batch.leave(decoder)
         if batch.running:
@@ -101,48 +99,6 @@ def sample_tokens(
             batch.draw(logits.repeat_interleave(repeats, 0))
     log_probs = torch.tensor(batch.log_probs, dtype=torch.float64)
     return SampledTokens(batch.token_ids, torch.tensor(batch.finished, dtype=torch.bool), log_probs)
-
-
-class _Waiting:
-    """The rows that have not entered, by prompt, longest first: so a batch has little padding, and memory falls."""
-
-    def __init__(
-        self, prompts: Sequence[Sequence[int]], num_samples: int, max_new_tokens: int, tokens: int, most: int | None
-    ) -> None:
-        rows: dict[tuple[int, ...], list[int]] = {}
-        for number, prompt in enumerate(prompts):
-            rows.setdefault(tuple(prompt), []).extend(range(number * num_samples, (number + 1) * num_samples))
-        self.rows = deque(sorted(rows.items(), key=lambda each: (-len(each[0]), each[0])))
-        self._num_samples, self._max_new_tokens = num_samples, max_new_tokens
-        self._tokens, self._most = tokens, most
-
-    def admitted(self, running: Sequence[int], joins: bool) -> Iterator[tuple[list[int], list[list[int]]]]:
-        """Prompts to be read at once, by number, with the rows of each, until there is no room.
-
-        Args:
-            running: tokens of the prompts of the rows that are there.
-            joins: whether rows may enter while others are there.
-        """
-        if not self.rows or (running and not joins):
-            return
-        longest = max([*running, len(self.rows[0][0])])
-        places = max(1, self._tokens // (longest + self._max_new_tokens))
-        places = places if self._most is None else min(places, self._most)
-        free, wanted = places - len(running), sum(len(rows) for _, rows in self.rows)
-        if running and free < min(wanted, -(-places // _ROOM_TO_ENTER)):
-            return
-        while self.rows and free > 0:
-            most = max(1, _READ_AT_ONCE // len(self.rows[0][0])) if joins else len(self.rows)
-            read: list[int] = []
-            found: list[list[int]] = []
-            while self.rows and free > 0 and len(read) < most:
-                prompt, rows = self.rows.popleft()
-                read.append(rows[0] // self._num_samples)
-                found.append(rows[:free])
-                if rows[free:]:
-                    self.rows.appendleft((prompt, rows[free:]))
-                free -= len(found[-1])
-            yield read, found
 
 
 class _Batch:
@@ -190,11 +146,3 @@ class _Batch:
             ids.append(token)
             self.log_probs[row] += log_prob
             self.finished[row] = token in self._eos or (self._ends_text is not None and self._ends_text(ids))
-
-
-def left_pad(rows: Sequence[Sequence[int]], pad_token_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Token ids (B, P) padded on the left, and their attention mask."""
-    width = max(len(row) for row in rows)
-    ids = [[pad_token_id] * (width - len(row)) + list(row) for row in rows]
-    mask = [[0] * (width - len(row)) + [1] * len(row) for row in rows]
-    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
