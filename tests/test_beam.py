@@ -15,8 +15,9 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from sysdag.components.language import key_value_slabs
-from sysdag.components.language.beam import diverse_beam_search, diverse_beam_step
+from sysdag.components.language.beam import diverse_beam_search
 from sysdag.components.language.decoder import arranged
+from sysdag.ops.diverse_beam_step import diverse_beam_step
 
 FIXTURES = Path(__file__).parent / "fixtures" / "diverse_beam"
 RECORDED = json.loads((FIXTURES / "cases.json").read_text())

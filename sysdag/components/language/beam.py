@@ -11,17 +11,18 @@ Scores are in nats and include the penalties, as in transformers up to 4.56; seq
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from sysdag.components.language.beam_state import BeamRules, Beams
 from sysdag.components.language.decoder import Decoder, arranged, decoder_of
 from sysdag.components.language.waiting_prompts import WaitingPrompts
-from sysdag.ops.diverse_beam_step import EMPTY, append, diverse_beam_step, open_candidates, require
+from sysdag.ops.diverse_beam_step import EMPTY, require
 
 
 @torch.no_grad()
@@ -79,47 +80,127 @@ def diverse_beam_search(
         PlanError: the model's logits depend on the tokens behind them.
     """
     _check(input_ids, attention_mask, num_beams, num_beam_groups, diversity_penalty, max_new_tokens, early_stopping)
-    N, T, device = num_beams, max_new_tokens, input_ids.device
     eos_ids = [] if eos_token_id is None else [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
     pad = pad_token_id if pad_token_id is not None else eos_ids[0] if eos_ids else 0
-    rules = _Rules(
-        num_beam_groups, N // num_beam_groups, diversity_penalty, T, eos_ids, pad, length_penalty, early_stopping,
-        ngram_size, eos_as_written,
+    rules = BeamRules(
+        num_beam_groups, num_beams // num_beam_groups, diversity_penalty, max_new_tokens, eos_ids, pad, length_penalty,
+        early_stopping, ngram_size, eos_as_written,
     )  # fmt: skip
     prompts = [ids[mask.bool()].tolist() for ids, mask in zip(input_ids, attention_mask, strict=True)]
-    tokens, most = (None if limit is None else max(1, limit // N) for limit in (max_batch_tokens, max_batch_rows))
-    tokens = len(prompts) * (input_ids.shape[1] + T) if tokens is None else tokens
-    waiting = WaitingPrompts(prompts, 1, T, tokens, most)
+    found: dict[int, tuple[Tensor, Tensor]] = {}
 
-    decoder, rows = decoder_of(model), 0
-    sequences = torch.full((len(prompts), N, T), EMPTY, device=device)
-    scores = torch.zeros(len(prompts), N, device=device)
-    beams = _Beams.start([], rules, device)
-    while waiting.rows or len(beams.prompts):
-        if len(beams.prompts):
-            logits, rows = _extended(decoder, beams)
-            beams.advance(logits, rules)
+    def keep(prompt: int, sequences: Tensor, scores: Tensor) -> bool:
+        found[prompt] = sequences, scores
+        return False
+
+    search_side_by_side(model, prompts, [rules], keep, max_batch_tokens, max_batch_rows)
+    sequences, scores = (torch.stack(part) for part in zip(*(found[n] for n in range(len(prompts))), strict=True))
+    empty = sequences == EMPTY
+    width = max_new_tokens - int(empty.all(1).all(0).sum())
+    return sequences.masked_fill(empty, pad)[..., :width], scores
+
+
+@torch.no_grad()
+def search_side_by_side(
+    model: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    rules: Sequence[BeamRules],
+    finished: Callable[[int, Int[Tensor, "N T"], Float[Tensor, " N"]], bool],
+    max_batch_tokens: int | None,
+    max_batch_rows: int | None,
+) -> None:
+    """Searches prompts by the first rules, and again by the next ones where that is asked for, all side by side.
+
+    Args:
+        model: see `diverse_beam_search`; so for `max_batch_tokens` and `max_batch_rows`.
+        prompts: token ids, at least one each.
+        rules: of the first search, and of further ones, each with more beams.
+        finished: called with a prompt's number, its sequences (`EMPTY` behind their ends) and scores when it has been
+            searched; returns whether it shall be searched by the next rules, if there are any.
+    """
+    decoder, parameter = decoder_of(model), next(model.parameters(), None)
+    device = torch.device("cpu") if parameter is None else parameter.device
+    if max_batch_tokens is None:
+        max_batch_tokens = sum(each.N for each in rules) * len(prompts) * (max(map(len, prompts)) + rules[0].T)
+    turns = [_Turn.of(each, max_batch_tokens, max_batch_rows, device) for each in rules]
+    for number, ids in enumerate(prompts):
+        turns[0].waiting.add(ids, [number])
+    rows = 0
+    while any(turn.waiting.rows or len(turn.beams.prompts) for turn in turns):
+        running = [turn for turn in turns if len(turn.beams.prompts)]
+        if running:
+            extended, rows = _extended(decoder, [turn.beams for turn in running])
+            for turn, part in zip(running, extended, strict=True):
+                turn.beams.advance(part, turn.rules)
         elif rows:
             decoder.keep([])
             rows = 0
-        there = -(-int((~beams.done).sum()) * rules.K // N)  # in prompts
-        longest = max((len(prompts[prompt]) for prompt in beams.prompts.tolist()), default=0)
-        for read, alike in waiting.admitted([longest] * there, decoder.joins):
-            repeats = [len(numbers) for numbers in alike]
-            logits = decoder.enter([prompts[number] for number in read], [N * count for count in repeats])
-            rules.check_tokens(logits.shape[-1])
-            logits = logits.repeat_interleave(torch.tensor(repeats, device=logits.device), 0)
-            entering = _Beams.start([number for numbers in alike for number in numbers], rules, device)
-            entering.places = rows + torch.arange(N * sum(repeats)).view(-1, N)
-            rows += N * sum(repeats)
-            entering.advance(logits[:, None].expand(-1, N, -1), rules)
-            beams = beams.joined(entering)
-        finished = beams.done.all(-1)
-        if finished.any():
-            sequences[beams.prompts[finished]], scores[beams.prompts[finished]] = beams.select(finished).ranked()
-            beams = beams.select(~finished)
-    empty = sequences == EMPTY
-    return sequences.masked_fill(empty, pad)[..., : T - int(empty.all(1).all(0).sum())], scores
+        for turn in reversed(turns):  # those that are searched again first: they are long
+            there = [len(prompts[prompt]) for each in turns for prompt in each.beams.open_beams()]
+            longest = max(there, default=0)
+            for read in turn.waiting.admitted([longest] * -(-len(there) // turn.rules.N), decoder.joins):
+                repeats = [len(alike) for alike in read]
+                beams = [turn.rules.N * count for count in repeats]
+                logits = decoder.enter([prompts[alike[0]] for alike in read], beams)
+                turn.enter([number for alike in read for number in alike], logits, repeats, rows)
+                rows += sum(beams)
+        for place, turn in enumerate(turns):
+            for prompt, sequences, scores in turn.leave():
+                if finished(prompt, sequences, scores) and place + 1 < len(turns):
+                    turns[place + 1].waiting.add(prompts[prompt], [prompt])
+
+
+@dataclass
+class _Turn:
+    """The prompts that are searched, and wait to be searched, by the same rules."""
+
+    rules: BeamRules
+    waiting: WaitingPrompts
+    beams: Beams
+
+    @classmethod
+    def of(cls, rules: BeamRules, tokens: int, rows: int | None, device: torch.device) -> _Turn:
+        most = None if rows is None else max(1, rows // rules.N)
+        return cls(rules, WaitingPrompts(rules.T, max(1, tokens // rules.N), most), Beams.start([], rules, device))
+
+    def enter(self, prompts: list[int], logits: Tensor, repeats: list[int], rows: int) -> None:
+        """Begins prompts behind the decoder's first `rows`, from the logits of each that is unlike the others."""
+        self.rules.check_tokens(logits.shape[-1])
+        logits = logits.repeat_interleave(torch.tensor(repeats, device=logits.device), 0)
+        entering = Beams.start(prompts, self.rules, logits.device)
+        entering.places = rows + torch.arange(entering.places.numel()).view_as(entering.places)
+        entering.advance(logits[:, None].expand(-1, self.rules.N, -1), self.rules)
+        self.beams = self.beams.joined(entering)
+
+    def leave(self) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """The prompts that are done, with their sequences (N,T) and scores (N,), best first."""
+        done = self.beams.done.all(-1)
+        if done.any():
+            ended, self.beams = self.beams.select(done), self.beams.select(~done)
+            yield from zip(ended.prompts.tolist(), *ended.ranked(), strict=True)
+
+
+def _extended(decoder: Decoder, searches: Sequence[Beams]) -> tuple[list[Float[Tensor, "B N V"]], int]:
+    """Logits after each beam's last token, zeros where its group is done, and how many rows the decoder now has.
+
+    The beams of such a group leave the decoder: nothing that they are continued with is looked at.
+    """
+    open_ = [~each.done.repeat_interleave(each.tokens.shape[1] // each.done.shape[1], 1) for each in searches]
+    kept = [row for each, which in zip(searches, open_, strict=True) for row in each.places[which.cpu()].tolist()]
+    there = torch.tensor(arranged(kept))
+    decoder.keep([row for _, row in sorted(zip(there.tolist(), kept, strict=True))])
+    tokens = torch.cat([each.tokens[which] for each, which in zip(searches, open_, strict=True)])
+    index = there.to(tokens.device)
+    logits = decoder.extend(torch.empty_like(tokens).index_copy(0, index, tokens))
+    found = []
+    for each, which in zip(searches, open_, strict=True):
+        count = int(which.sum())
+        each.places[which.cpu()], there = there[:count], there[count:]
+        part, index = logits[index[:count]], index[count:]
+        if count < which.numel():
+            part = part.new_zeros(which.numel(), part.shape[-1]).index_copy(0, which.flatten().nonzero()[:, 0], part)
+        found.append(part.view(*which.shape, -1))
+    return found, len(kept)
 
 
 def left_pad(rows: Sequence[Sequence[int]], pad_token_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -128,168 +209,6 @@ def left_pad(rows: Sequence[Sequence[int]], pad_token_id: int, device: torch.dev
     ids = [[pad_token_id] * (width - len(row)) + list(row) for row in rows]
     mask = [[0] * (width - len(row)) + [1] * len(row) for row in rows]
     return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
-
-
-def _extended(decoder: Decoder, beams: _Beams) -> tuple[Float[Tensor, "B N V"], int]:
-    """Logits after each beam's last token, zeros where its group is done, and how many rows the decoder now has.
-
-    The beams of such a group leave the decoder: nothing that they are continued with is looked at.
-    """
-    open_ = ~beams.done.repeat_interleave(beams.tokens.shape[1] // beams.done.shape[1], 1)
-    kept = beams.places[open_.cpu()].tolist()
-    there = torch.tensor(arranged(kept))
-    decoder.keep([row for _, row in sorted(zip(there.tolist(), kept, strict=True))])
-    tokens = beams.tokens[open_]
-    index = there.to(tokens.device)
-    logits = decoder.extend(torch.empty_like(tokens).index_copy(0, index, tokens))
-    beams.places[open_.cpu()] = there
-    if len(kept) == open_.numel():
-        return logits[index].view(*open_.shape, -1), len(kept)
-    found = logits.new_zeros(*open_.shape, logits.shape[-1])
-    found[open_] = logits[index]
-    return found, len(kept)
-
-
-@dataclass(frozen=True)
-class _Rules:
-    """The options of a search; `K` beams in each of `G` groups, at most `T` new tokens."""
-
-    G: int
-    K: int
-    penalty: float
-    T: int
-    eos: list[int]
-    pad: int
-    length_penalty: float
-    early_stopping: bool | Literal["never"]
-    ngram_size: int
-    eos_as_written: bool
-
-    def check_tokens(self, vocabulary: int) -> None:
-        require(
-            0 <= self.pad < vocabulary, "pad_token_id", f"a token of the vocabulary, 0 to {vocabulary - 1}", self.pad
-        )
-        ends = len(set(self.eos))
-        require(ends < vocabulary, "eos_token_id", f"fewer tokens than the vocabulary's {vocabulary}", ends)
-
-
-@dataclass
-class _Beams:
-    """The state of the prompts that are not finished; the first dimension of every field is theirs.
-
-    Attributes:
-        prompts: their positions in the caller's batch (B,).
-        lengths: new tokens of each prompt's open beams (B,).
-        scores: accumulated scores of the open beams (B,G,K).
-        history: new tokens of the open beams (B,G,K,t), the last of them last; `EMPTY` before a prompt's first.
-        closed_scores: length-normalised scores of the ended sequences, best first, -inf where none; fp64 (B,G,K).
-        closed_tokens: the ended sequences (B,G,K,T), right-padded with `EMPTY`.
-        done: groups that take no further sequence (B,G).
-        tokens: the last token of each open beam (B,N).
-        places: the decoder's row that each is behind (B,N), on the CPU.
-    """
-
-    prompts: Tensor
-    lengths: Tensor
-    scores: Tensor
-    history: Tensor
-    closed_scores: Tensor
-    closed_tokens: Tensor
-    done: Tensor
-    tokens: Tensor
-    places: Tensor
-
-    @classmethod
-    def start(cls, prompts: Sequence[int], rules: _Rules, device: torch.device) -> _Beams:
-        B, G, K = len(prompts), rules.G, rules.K
-        scores = torch.full((B, G, K), -1e9, device=device)
-        scores[..., 0] = 0  # the beams of a group start alike: continue one of them
-        return cls(
-            prompts=torch.tensor(prompts, dtype=torch.long, device=device),
-            lengths=torch.zeros(B, dtype=torch.long, device=device),
-            scores=scores,
-            history=torch.zeros(B, G, K, 0, dtype=torch.long, device=device),
-            closed_scores=torch.full((B, G, K), -math.inf, dtype=torch.float64, device=device),
-            closed_tokens=torch.full((B, G, K, rules.T), EMPTY, device=device),
-            done=torch.zeros(B, G, dtype=torch.bool, device=device),
-            tokens=torch.zeros(B, G * K, dtype=torch.long, device=device),
-            places=torch.zeros(B, G * K, dtype=torch.long),
-        )
-
-    def select(self, which: Tensor) -> _Beams:
-        """The prompts of a mask (B,)."""
-        chosen = {field.name: getattr(self, field.name) for field in fields(self)}
-        found = _Beams(**{name: part[which.to(part.device)] for name, part in chosen.items()})
-        found.history = found.history[
-            ..., found.history.shape[-1] - int(found.lengths.max()) if len(found.lengths) else 0 :
-        ]
-        return found
-
-    def joined(self, other: _Beams) -> _Beams:
-        """These prompts, then the other's."""
-        width = max(self.history.shape[-1], other.history.shape[-1])
-        for each in (self, other):
-            each.history = nn.functional.pad(each.history, (width - each.history.shape[-1], 0), value=EMPTY)
-        return _Beams(*(torch.cat([getattr(self, field.name), getattr(other, field.name)]) for field in fields(self)))
-
-    def advance(self, logits: Float[Tensor, "B N V"], rules: _Rules) -> None:
-        """Each beam takes a token: scores, histories, ended sequences, and which groups are done."""
-        G, K, V = rules.G, rules.K, logits.shape[-1]
-        eos = torch.tensor(rules.eos, device=logits.device) if rules.eos else None
-        tokens, parents, totals = diverse_beam_step(
-            logits.unflatten(1, (G, K)),
-            self.scores,
-            rules.penalty,
-            num_candidates=min(max(2, 1 + len(rules.eos)), V) * K,
-            eos_token_ids=eos,
-            done=None if eos is None else self.done,
-            pad_token_id=rules.pad,
-            history=self.history,
-            ngram_size=rules.ngram_size,
-        )
-        done = self.done
-        self.lengths = self.lengths + 1
-        lengths = self.lengths[:, None].double()
-        if eos is not None:
-            ends = (tokens[..., :K, None] == eos).any(-1) & ~done[..., None]
-            if ends.any():
-                written = tokens[..., :K] if rules.eos_as_written else torch.full_like(tokens[..., :K], rules.eos[0])
-                ended = append(self.history, written, parents[..., :K], None)
-                self._close(ended, totals[..., :K].double() / lengths[..., None] ** rules.length_penalty, ends)
-            full = self.closed_scores[..., -1] > -math.inf
-            if rules.early_stopping is not True:
-                never = rules.early_stopping == "never" and rules.length_penalty > 0
-                horizon = torch.full_like(lengths, rules.T) if never else lengths
-                full &= self.closed_scores[..., -1] >= totals[..., 0].double() / horizon**rules.length_penalty
-            self.done = done | full
-        kept = open_candidates(tokens, eos, K)
-        tokens, parents, self.scores = (part.gather(-1, kept) for part in (tokens, parents, totals))
-        self.history = append(self.history, tokens, parents, done[..., None])
-        last = self.lengths == rules.T
-        if last.any():
-            still = ~self.done[..., None].expand_as(tokens) & last[:, None, None]
-            self._close(self.history, self.scores.double() / float(rules.T) ** rules.length_penalty, still)
-            self.done = self.done | last[:, None]
-        self.tokens = tokens.flatten(1)
-        self.places = self.places.gather(1, torch.arange(G * K) // K * K + parents.flatten(1).cpu())
-
-    def _close(self, sequences: Tensor, scores: Tensor, which: Tensor) -> None:
-        """Offers the sequences (B,G,K,t) of the mask `which` (B,G,K); a group keeps its K best, on a tie the older."""
-        K, (room, width) = which.shape[-1], (self.closed_tokens.shape[-1], sequences.shape[-1])
-        sequences = nn.functional.pad(sequences, (0, room), value=EMPTY)
-        begins = (width - self.lengths)[:, None] + torch.arange(room, device=sequences.device)
-        sequences = sequences.gather(-1, begins[:, None, None].expand(*sequences.shape[:-1], room))
-        tokens = torch.cat([self.closed_tokens, sequences], -2)
-        scores = torch.cat([self.closed_scores, scores.masked_fill(~which, -math.inf)], -1)
-        scores, order = scores.sort(dim=-1, descending=True, stable=True)
-        self.closed_scores, order = scores[..., :K], order[..., :K]
-        self.closed_tokens = tokens.gather(-2, order[..., None].expand(*order.shape, tokens.shape[-1]))
-
-    def ranked(self) -> tuple[Tensor, Tensor]:
-        """Tokens (B,N,T) and scores (B,N) of the ended sequences of all groups, best first."""
-        scores, order = self.closed_scores.flatten(1).sort(dim=-1, descending=True, stable=True)
-        tokens = self.closed_tokens.flatten(1, 2)
-        return tokens.gather(1, order[..., None].expand_as(tokens)), scores.float()
 
 
 def _check(ids: Tensor, mask: Tensor, N: int, G: int, penalty: float, T: int, early_stopping: object) -> None:

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from sysdag.components.language.beam import diverse_beam_search, left_pad
+from sysdag.components.language.beam import search_side_by_side
+from sysdag.components.language.beam_state import BeamRules
 from sysdag.components.language.pretrained import PretrainedLM
 from sysdag.components.language.sampling import sample_tokens
 from sysdag.components.language.stop_strings import StopStrings
@@ -65,23 +66,22 @@ class Completer:
     ) -> list[list[Draw]]:
         """Up to `num_candidates` distinct completions of each prompt, best first; see `CausalLM.search`."""
         found: list[dict[tuple[int, ...], Draw]] = [{} for _ in prompts]
-        for beams_per_group in (1, 2, 4):
-            short = [place for place, kept in enumerate(found) if len(kept) < num_candidates]
-            beams = num_candidates * beams_per_group
-            if not short:
-                break
-            ids, mask = self._padded([prompts[place] for place in short])
-            with self.decoding() as model:
-                sequences, _ = diverse_beam_search(
-                    model, ids, mask, num_beams=beams, num_beam_groups=num_candidates,
-                    diversity_penalty=diversity_penalty, max_new_tokens=self.max_new_tokens,
-                    eos_token_id=self.lm.eos_token_ids, pad_token_id=self.lm.pad_token_id, ngram_size=ngram_size,
-                    eos_as_written=True, max_batch_tokens=self.max_batch_tokens, max_batch_rows=self.batch_size,
-                )  # fmt: skip
-            for place, rows in zip(short, sequences.tolist(), strict=True):
-                for row in rows:
-                    draw = self.draw(self._ended(row), None)
-                    found[place].setdefault(tuple(draw.record["token_ids"]), draw)
+
+        def has_too_few(place: int, sequences: torch.Tensor, _: torch.Tensor) -> bool:
+            for row in sequences.tolist():
+                draw = self.draw(self._ended(row), None)
+                found[place].setdefault(tuple(draw.record["token_ids"]), draw)
+            return len(found[place]) < num_candidates
+
+        rules = [
+            BeamRules(
+                num_candidates, beams, diversity_penalty, self.max_new_tokens, self.lm.eos_token_ids,
+                self.lm.pad_token_id, ngram_size=ngram_size, eos_as_written=True,
+            )
+            for beams in (1, 2, 4)
+        ]  # fmt: skip
+        with self.decoding() as model:
+            search_side_by_side(model, prompts, rules, has_too_few, self.max_batch_tokens, self.batch_size)
         return [list(kept.values())[:num_candidates] for kept in found]
 
     def draw(self, token_ids: list[int], log_prob: float | None) -> Draw:
@@ -99,10 +99,6 @@ class Completer:
         ends = set(self.lm.eos_token_ids)
         row = row[: next((place + 1 for place, token in enumerate(row) if token in ends), len(row))]
         return row if self.stops is None else row[: self.stops.first_end(row)]
-
-    def _padded(self, rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
-        device = next(self.lm.module.parameters()).device
-        return left_pad(rows, self.lm.pad_token_id, device)
 
     @contextlib.contextmanager
     def decoding(self) -> Iterator[Any]:

@@ -87,13 +87,15 @@ def sample_tokens(
     options = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
     decoder = decoder_of(model)
     batch = _Batch(seeds, next(model.parameters()).device, options, frozenset(eos_token_ids), max_new_tokens, ends_text)
-    waiting = WaitingPrompts(prompts, num_samples, max_new_tokens, max_batch_tokens, max_batch_rows)
+    waiting = WaitingPrompts(max_new_tokens, max_batch_tokens, max_batch_rows)
+    for number, prompt in enumerate(prompts):
+        waiting.add(prompt, range(number * num_samples, (number + 1) * num_samples))
     while waiting.rows or batch.running:
         batch.leave(decoder)
         if batch.running:
             batch.draw(decoder.extend(batch.last_tokens()))
-        for read, rows in waiting.admitted([len(prompts[row // num_samples]) for row in batch.running], decoder.joins):
-            logits = decoder.enter([prompts[number] for number in read], list(map(len, rows)))
+        for rows in waiting.admitted([len(prompts[row // num_samples]) for row in batch.running], decoder.joins):
+            logits = decoder.enter([prompts[some[0] // num_samples] for some in rows], list(map(len, rows)))
             repeats = torch.tensor(list(map(len, rows)), device=logits.device)
             batch.enter([row for some in rows for row in some])
             batch.draw(logits.repeat_interleave(repeats, 0))
