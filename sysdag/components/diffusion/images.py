@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy
@@ -12,16 +10,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sysdag.components.opened_image import MODES, is_image_source, open_image
 from sysdag.errors import DataError, shown
 from sysdag.traces.cells import Draw
-
-# What an image is converted to, and from which modes: those that hold no more than 8 bits a channel, as
-# diffusers' `load_image` does. It clips 16 bits at 255, so these are refused; LAB has no conversion of its own.
-_MODES = {
-    1: ("L", ("L", "1", "LA")),
-    3: ("RGB", ("RGB", "RGBX", "RGBA", "P", "PA", "L", "LA", "1", "CMYK", "YCbCr", "HSV")),
-}
-
 
 def to_pil(pixels: Float[Tensor, "C H W"]) -> Any:
     """A PIL image, mode L for one channel and RGB for three; values outside [-1, 1] are clipped."""
@@ -50,69 +41,16 @@ def read_pixels(value: Any, shape: Shape, *, element: int | None = None) -> Floa
     Raises:
         DataError: for an unreadable file, or another size, mode, number of channels or range.
     """
-    if isinstance(value, (str, Path, bytes, bytearray)) or type(value).__module__.partition(".")[0] == "PIL":
-        return _decode(value, shape, element)
+    if is_image_source(value):
+        channels, height, width = shape
+        if channels not in MODES:
+            raise DataError(
+                f"an image has 1 or 3 channels, but this model draws {channels}: pass a float array {shape}.",
+                element=element,
+            )
+        pixels = numpy.array(open_image(value, channels, (width, height), element=element), dtype=numpy.float32)
+        return torch.from_numpy(pixels if channels == 3 else pixels[:, :, None]).permute(2, 0, 1) / 127.5 - 1
     return _from_array(value, shape, element)
-
-
-def _decode(value: Any, shape: Shape, element: int | None) -> Float[Tensor, "C H W"]:
-    from PIL import Image
-
-    channels, height, width = shape
-    if channels not in _MODES:
-        raise DataError(
-            f"an image has 1 or 3 channels, but this model draws {channels}: pass a float array {shape}.",
-            element=element,
-        )
-    mode, modes = _MODES[channels]
-    what = f"the file {str(value)!r}" if isinstance(value, (str, Path)) else type(value).__name__
-    try:
-        raw = Path(value).read_bytes() if isinstance(value, (str, Path)) else value
-        image = Image.open(io.BytesIO(raw)) if isinstance(raw, (bytes, bytearray)) else raw
-        # Size and mode are in the header: a wrong one is refused before any pixel is decoded.
-        fits = any(_has_size(size, (width, height)) for size in (image.size, image.size[::-1]))
-        if fits and image.mode in modes:
-            image = _upright(image)
-            fits = _has_size(image.size, (width, height))
-            see_through = _is_see_through(image)
-            pixels = numpy.array(image.convert(mode), dtype=numpy.float32)
-    except FileNotFoundError as error:
-        raise DataError(f"expected a readable image, got {what}, which does not exist.", element=element) from error
-    except Exception as error:  # the decoders of PIL raise a dozen types on damaged files
-        raise DataError(
-            f"expected a readable image, got {what} that PIL cannot decode ({type(error).__name__}: {error}).",
-            element=element,
-        ) from error
-    if not fits or image.mode not in modes:
-        size = "" if width is None else f" of {width}x{height} (width x height)"
-        raise DataError(
-            f"expected an image{size} with {channels} channel(s), mode {mode}, got {image.width}x{image.height} mode "
-            f"{image.mode}. Resize it and convert its mode first.",
-            element=element,
-        )
-    if see_through:
-        raise DataError(
-            f"expected an opaque image, got {what} of mode {image.mode} with transparent pixels; paste it onto the "
-            "background that it was seen on.",
-            element=element,
-        )
-    return torch.from_numpy(pixels if channels == 3 else pixels[:, :, None]).permute(2, 0, 1) / 127.5 - 1
-
-
-def _has_size(size: tuple[int, int], wanted: tuple[int | None, int | None]) -> bool:
-    return all(want in (None, got) for got, want in zip(size, wanted, strict=True))
-
-
-def _upright(image: Any) -> Any:
-    """The image as it is looked at: turned and mirrored as its EXIF data say."""
-    from PIL import ExifTags, ImageOps
-
-    turned = image.getexif().get(ExifTags.Base.Orientation) is not None
-    return ImageOps.exif_transpose(image) if turned else image
-
-
-def _is_see_through(image: Any) -> bool:
-    return image.has_transparency_data and image.convert("RGBA").getchannel("A").getextrema()[0] < 255
 
 
 def _from_array(value: Any, shape: Shape, element: int | None) -> Float[Tensor, "C H W"]:
@@ -129,7 +67,7 @@ def _from_array(value: Any, shape: Shape, element: int | None) -> Float[Tensor, 
         array = torch.from_numpy(value.astype(numpy.float32))
     if not array.isfinite().all():
         raise DataError(f"{expected}, got values that are not finite.", element=element)
-    if shape[0] in _MODES and array.abs().max() > 1:
+    if shape[0] in MODES and array.abs().max() > 1:
         low, high = array.min().item(), array.max().item()
         raise DataError(f"{expected}, got values from {low:.3g} to {high:.3g}.", element=element)
     return array
