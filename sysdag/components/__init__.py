@@ -14,12 +14,14 @@ if TYPE_CHECKING:
     from sysdag.components.language.causal_lm import CausalLM
     from sysdag.components.language.engines.choice import Server
     from sysdag.components.language.messages import ChatPrompt
+    from sysdag.components.language.vision.image_text_to_text import ImageTextToText
 
 __all__ = [
     "Categorical",
     "CausalLM",
     "ChatPrompt",
     "Diffusion",
+    "ImageTextToText",
     "Opaque",
     "Server",
     "Tabular",
@@ -34,5 +36,6 @@ __getattr__ = exports(
         "language.causal_lm": ["CausalLM"],
         "language.engines.choice": ["Server"],
         "language.messages": ["ChatPrompt"],
+        "language.vision.image_text_to_text": ["ImageTextToText"],
     },
 )

@@ -16,7 +16,6 @@ MODES = {
 }
 
 
-
 def is_image_source(value: Any) -> bool:
     """Whether a value is a PIL image, a path, or bytes."""
     return isinstance(value, (str, Path, bytes, bytearray)) or type(value).__module__.partition(".")[0] == "PIL"

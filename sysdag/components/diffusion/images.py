@@ -14,6 +14,7 @@ from sysdag.components.opened_image import MODES, is_image_source, open_image
 from sysdag.errors import DataError, shown
 from sysdag.traces.cells import Draw
 
+
 def to_pil(pixels: Float[Tensor, "C H W"]) -> Any:
     """A PIL image, mode L for one channel and RGB for three; values outside [-1, 1] are clipped."""
     from PIL import Image

@@ -20,7 +20,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from sysdag.components.language.beam_state import BeamRules, Beams
-from sysdag.components.language.decoder import Decoder, arranged, decoder_of
+from sysdag.components.language.decoder import Decoder, PromptInputs, arranged, decoder_of
 from sysdag.components.language.waiting_prompts import WaitingPrompts
 from sysdag.ops.diverse_beam_step import EMPTY, require
 
@@ -108,6 +108,7 @@ def search_side_by_side(
     finished: Callable[[int, Int[Tensor, "N T"], Float[Tensor, " N"]], bool],
     max_batch_tokens: int | None,
     max_batch_rows: int | None,
+    inputs: PromptInputs | None = None,
 ) -> None:
     """Searches prompts by the first rules, and again by the next ones where that is asked for, all side by side.
 
@@ -117,8 +118,9 @@ def search_side_by_side(
         rules: of the first search, and of further ones, each with more beams.
         finished: called with a prompt's number, its sequences (`EMPTY` behind their ends) and scores when it has been
             searched; returns whether it shall be searched by the next rules, if there are any.
+        inputs: what prompts hold beside text.
     """
-    decoder, parameter = decoder_of(model), next(model.parameters(), None)
+    decoder, parameter = decoder_of(model, inputs), next(model.parameters(), None)
     device = torch.device("cpu") if parameter is None else parameter.device
     if max_batch_tokens is None:
         max_batch_tokens = sum(each.N for each in rules) * len(prompts) * (max(map(len, prompts)) + rules[0].T)

@@ -6,7 +6,7 @@ next. Whether a model's goes with padding, and with rows that enter, leave and c
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -26,13 +26,20 @@ class CachedDecoder:
             leaves that to the model, which is right without padding whatever it counts from.
         joins: whether prompts may be read while rows are there, and what they begin with once for all.
         least_shared: fewest tokens that prompts must have in common to be read once.
+        offset_of: what is added to the positions behind a prompt; None adds nothing.
 
     Raises:
         ValueError: for a model that takes no cache, or that keeps none as it is now.
     """
 
     def __init__(
-        self, model: nn.Module, *, pass_positions: bool = True, joins: bool = True, least_shared: int = 16
+        self,
+        model: nn.Module,
+        *,
+        pass_positions: bool = True,
+        joins: bool = True,
+        least_shared: int = 16,
+        offset_of: Callable[[Sequence[int]], int] | None = None,
     ) -> None:
         if model.training and any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
             raise ValueError(
@@ -53,12 +60,14 @@ class CachedDecoder:
         self._shared: tuple[list[int], Any] | None = None  # what prompts begin with, and its cache
         self._cache: Any = None
         self._prompts_read = 0
+        self._offset_of = offset_of
         self._clear()
 
     def _clear(self) -> None:
         self._cache = None
         self._mask = torch.ones(0, 0, dtype=torch.long, device=self.device)
         self._positions = torch.zeros(0, 1, dtype=torch.long, device=self.device)
+        self._offsets = self._positions
         self._owners: list[int] = []
         self._ages: list[int] = []
 
@@ -68,7 +77,12 @@ class CachedDecoder:
         logits, read, mask = self._read(prompts, shared)
         rows = torch.arange(len(prompts)).repeat_interleave(torch.tensor(repeats)).to(self.device)
         self._take_in(read, mask, rows, [len(prompt) for prompt in prompts], shared)
+        offsets = torch.tensor([self._offset(prompt) for prompt in prompts], device=self.device)
+        self._offsets = torch.cat([self._offsets, offsets[rows][:, None]])
         return logits
+
+    def _offset(self, prompt: Sequence[int]) -> int:
+        return 0 if self._offset_of is None else self._offset_of(prompt)
 
     def _read(self, prompts: Sequence[Sequence[int]], shared: int) -> tuple[Tensor, Any, Tensor]:
         """Logits after prompts, their cache, and its mask."""
@@ -82,6 +96,7 @@ class CachedDecoder:
         cache = None
         if shared:
             assert self._shared is not None
+            positions = positions + self._offset(self._shared[0][:shared])
             cache = _expanded(self._shared[1], len(prompts), shared)
         logits, cache = self._forward(input_ids, made, positions, cache)
         if cache is None:
@@ -150,7 +165,7 @@ class CachedDecoder:
             key_value_slabs.keep(self._cache, rows, since)
         else:
             self._select(index)
-        self._mask, self._positions = self._mask[index], self._positions[index]
+        self._mask, self._positions, self._offsets = self._mask[index], self._positions[index], self._offsets[index]
         self._owners, self._ages = [self._owners[row] for row in rows], [self._ages[row] for row in rows]
 
     def extend(self, tokens: Tensor) -> Tensor:
@@ -158,7 +173,8 @@ class CachedDecoder:
         self._mask = nn.functional.pad(self._mask, (0, 1), value=1)
         self._positions = self._positions + 1
         self._ages = [age + 1 for age in self._ages]
-        logits, self._cache = self._forward(tokens[:, None], self._mask, self._positions, self._cache)
+        positions = self._positions + self._offsets
+        logits, self._cache = self._forward(tokens[:, None], self._mask, positions, self._cache)
         return logits
 
     def _select(self, rows: Tensor) -> None:

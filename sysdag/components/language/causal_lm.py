@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from jaxtyping import Float
@@ -17,6 +17,7 @@ from sysdag.components.decoding import check_truncation
 from sysdag.components.language import footprint
 from sysdag.components.language.chat_template import schemas
 from sysdag.components.language.completer import Completer
+from sysdag.components.language.decoder import PromptInputs
 from sysdag.components.language.engines.choice import LOCAL, Decoder, Server, chosen_decoder, kind_of
 from sysdag.components.language.engines.continuous import sample_continuously
 from sysdag.components.language.engines.server_decoder import ServerDecoder
@@ -97,6 +98,7 @@ class CausalLM(TextComponent):
     likelihood = "exact"
     is_density = False
     takes_row_seeds = True
+    pretrained: ClassVar[type[PretrainedLM]] = PretrainedLM
 
     def __init__(
         self,
@@ -215,8 +217,13 @@ class CausalLM(TextComponent):
         stops = StopStrings(strings, self.tokenizer) if strings else None
         return Completer(
             lm=self.lm, max_new_tokens=self.max_new_tokens, max_batch_tokens=self.max_batch_tokens,
-            batch_size=self.batch_size, stops=stops,
+            batch_size=self.batch_size, stops=stops, inputs=self.prompt_inputs,
         )  # fmt: skip
+
+    @property
+    def prompt_inputs(self) -> PromptInputs | None:
+        """What its prompts hold beside text."""
+        return None
 
     def search(
         self, inputs: Sequence[Any], num_candidates: int, diversity_penalty: float, ngram_size: int = 1
@@ -292,20 +299,23 @@ class CausalLM(TextComponent):
         if self.lm.adapter_config is not None and needs_numbers(self.lm.adapter_config):
             return None
         config = self.config
-        return footprint.of_causal_lm(
-            config, self.lm.dtype(trains), self.lm.adapter_config, tokens=tokens, labels=labels, trains=trains,
-            checkpoints=checkpoints, device=device,
+        return footprint.of_language_model(
+            self.lm.auto_class(), config, self.lm.dtype(trains), self.lm.adapter_config, tokens=tokens, labels=labels,
+            trains=trains, checkpoints=checkpoints, device=device,
         )  # fmt: skip
 
     def decoding_bytes(self, *, rows: int, tokens: int, device: str) -> int:
         """See `Component`; of the rows that `max_batch_tokens` and `batch_size` let be decoded side by side."""
         most = max(1, self.max_batch_tokens // tokens)
         rows = min(rows, most if self.batch_size is None else min(most, self.batch_size))
-        return footprint.of_decoding(self.config, self.lm.dtype(False), rows=rows, longest=tokens, device=device)
+        return footprint.of_decoding(
+            self.lm.auto_class(), self.config, self.lm.dtype(False), rows=rows, longest=tokens, device=device
+        )
 
     def _scorer_of(self, model: Any) -> PrefixScorer:
         if self._scorer is None or not self._scorer.fits(model):
-            self._scorer = PrefixScorer(model, pack_prefixes=self.pack_prefixes)
+            opening = () if self.prompt_inputs is None else self.prompt_inputs.opening
+            self._scorer = PrefixScorer(model, pack_prefixes=self.pack_prefixes, opening=opening)
         return self._scorer
 
     def locate_non_finite(self, input: Any, draw: Draw) -> str:
@@ -360,7 +370,7 @@ class CausalLM(TextComponent):
     @classmethod
     def from_pretrained(cls, folder: Path, options: Mapping[str, Any]) -> Self:
         saved = {name: options[name] for name in ("base", "base_of", "model_kwargs") if name in options}
-        return cls(PretrainedLM.load(folder, saved), **{k: v for k, v in options.items() if k not in saved})
+        return cls(cls.pretrained.load(folder, saved), **{k: v for k, v in options.items() if k not in saved})
 
     def prepare_training(self) -> None:
         """Has weights that train by themselves be fp32, unless another dtype was asked for (see `model_kwargs`)."""

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from sysdag.components.language.control_tokens import ControlTokens
+from sysdag.components.language.control_tokens import ControlTokens, Marks
 from sysdag.components.language.messages import REASONING, REFERENCES, ROLES, ChatPrompt, Message, checked
 from sysdag.errors import DataError, shown
 
@@ -98,20 +98,35 @@ class ChatTemplate:
             DataError: for what the template refuses.
         """
         options = {"add_generation_prompt": header, "continue_final_message": continues}
-        controls = self._controls(self._source(prompt)) if self.sanitizes else None
-        variables = {name: value for name, value in prompt.chat_template_kwargs.items() if name != "chat_template"}
-        marked = controls and controls.mark(prompt.messages, [prompt.tools, variables])
-        if not controls or not marked:
+        told = self._told(self._controls(self._source(prompt)), prompt) if self.sanitizes else None
+        if told is None:
             return list(self._rendered(prompt, tokenize=True, return_dict=False, **options))
+        controls, marked, marks = told
+        return self._encoded(controls, self._rendered(marked, tokenize=False, **options), marks)
+
+    def _told(self, controls: ControlTokens, prompt: ChatPrompt) -> tuple[ControlTokens, ChatPrompt, Marks] | None:
+        """A conversation in which what only spells a control token is marked; None where nothing does."""
+        variables = {name: value for name, value in prompt.chat_template_kwargs.items() if name != "chat_template"}
+        marked = controls.mark(prompt.messages, [prompt.tools, variables])
+        if not marked:
+            return None
         messages, (tools, variables), marks = marked
-        told = replace(
-            prompt, messages=messages, tools=tools, chat_template_kwargs={**prompt.chat_template_kwargs, **variables}
-        )
-        rendered = self._rendered(told, tokenize=False, **options)
+        kwargs = {**prompt.chat_template_kwargs, **variables}
+        return controls, replace(prompt, messages=messages, tools=tools, chat_template_kwargs=kwargs), marks
+
+    def _encoded(self, controls: ControlTokens, rendered: str, marks: Marks) -> list[int]:
         try:
             return controls.encode_marked(rendered, marks)
         except DataError as error:
             raise DataError(f"{self.owner}: {error}. {_ALLOWED}") from error
+
+    def plain(self, ids: Sequence[int]) -> list[int]:
+        """Ids as the tokenizer has them."""
+        return list(ids)
+
+    def beside(self, ids: Sequence[int]) -> Any:
+        """What a model gets beside the ids of a prompt that was just encoded, to be kept as long as they are."""
+        return None
 
     def text_ids(self, text: str, spelled: Sequence[tuple[int, int]] = ()) -> list[int]:
         """Token ids of a text that no template renders, without what the tokenizer puts around one.
@@ -255,8 +270,16 @@ def _changed(value: Any, key: str) -> list[Any]:
         return [_changed_call(value, place, part) for place in range(len(value)) for part in ("name", "arguments")]
     if isinstance(value, str):
         return [value + _MARK]
-    if isinstance(value, list) and value and isinstance(value[-1], Mapping) and "text" in value[-1]:
-        return [[*value[:-1], {**value[-1], "text": value[-1]["text"] + _MARK}]]
+    texts = (
+        [place for place, part in enumerate(value) if isinstance(part, Mapping) and "text" in part]
+        if isinstance(value, list)
+        else []
+    )
+    if texts:
+        return [
+            [*value[:place], {**value[place], "text": value[place]["text"] + _MARK}, *value[place + 1 :]]
+            for place in texts
+        ]
     return [_MARK]
 
 

@@ -11,6 +11,7 @@ import torch
 
 from sysdag.components.language.beam import search_side_by_side
 from sysdag.components.language.beam_state import BeamRules
+from sysdag.components.language.decoder import PromptInputs
 from sysdag.components.language.pretrained import PretrainedLM
 from sysdag.components.language.sampling import sample_tokens
 from sysdag.components.language.stop_strings import StopStrings
@@ -26,6 +27,7 @@ class Completer:
         max_new_tokens: most tokens of a completion.
         max_batch_tokens, batch_size: most tokens, and sequences, decoded side by side; see `CausalLM`.
         stops: the texts that end a completion beside the end tokens.
+        inputs: what prompts hold beside text.
     """
 
     lm: PretrainedLM
@@ -33,6 +35,7 @@ class Completer:
     max_batch_tokens: int
     batch_size: int | None = None
     stops: StopStrings | None = None
+    inputs: PromptInputs | None = None
 
     @property
     def stop_texts(self) -> tuple[str, ...]:
@@ -54,7 +57,7 @@ class Completer:
                 model, prompts, seeds, max_new_tokens=self.max_new_tokens, eos_token_ids=self.lm.eos_token_ids,
                 temperature=temperature, top_p=top_p, top_k=top_k,
                 ends_text=None if self.stops is None else self.stops.ends, max_batch_tokens=self.max_batch_tokens,
-                max_batch_rows=self.batch_size,
+                max_batch_rows=self.batch_size, inputs=self.inputs,
             )  # fmt: skip
         return [
             self.draw(ids, log_prob)
@@ -81,7 +84,7 @@ class Completer:
             for beams in (1, 2, 4)
         ]  # fmt: skip
         with self.decoding() as model:
-            search_side_by_side(model, prompts, rules, has_too_few, self.max_batch_tokens, self.batch_size)
+            search_side_by_side(model, prompts, rules, has_too_few, self.max_batch_tokens, self.batch_size, self.inputs)
         return [list(kept.values())[:num_candidates] for kept in found]
 
     def draw(self, token_ids: list[int], log_prob: float | None) -> Draw:

@@ -83,7 +83,7 @@ class CompletionEncoder:
                 "nothing that it follows. End the prompt at the end of a word, or of a line."
             )
         if before:
-            lost = self.tokenizer.decode(prompt.ids[-before:])
+            lost = self.tokenizer.decode(self.template.plain(prompt.ids[-before:]))
             self._say(
                 "border",
                 f"behind a prompt with its completion the tokens of the prompt's end, {lost!r}, are others than "

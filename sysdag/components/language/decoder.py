@@ -18,6 +18,7 @@ from __future__ import annotations
 import logging
 import weakref
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
@@ -54,6 +55,19 @@ class Decoder(Protocol):
 
     def extend(self, tokens: Tensor) -> Tensor:
         """Appends a token to each row (R,); the logits after them (R,V)."""
+
+
+@dataclass(frozen=True, eq=False)
+class PromptInputs:
+    """What the prompts of a model hold beside text.
+
+    Attributes:
+        opening: a prompt that holds such a thing, which probes begin with.
+        offset_of: what is added to the positions behind a prompt: an image may take fewer of them than tokens.
+    """
+
+    opening: Sequence[int]
+    offset_of: Callable[[Sequence[int]], int]
 
 
 def arranged(rows: Sequence[int]) -> list[int]:
@@ -150,7 +164,7 @@ _WHOLE = "whole sequences for each token, which takes longer"
 _BATCHES = "batches that no prompt enters before they end"
 _WAYS: dict[str, Callable[..., Decoder]] = {
     "": CachedDecoder,
-    _BATCHES: lambda model, **_: CachedDecoder(model, joins=False),
+    _BATCHES: lambda model, offset_of=None, **_: CachedDecoder(model, joins=False, offset_of=offset_of),
     "a batch for each length of prompt": lambda model, **_: ByLength(
         partial(CachedDecoder, model, pass_positions=False, joins=False)
     ),
@@ -159,8 +173,11 @@ _WAYS: dict[str, Callable[..., Decoder]] = {
 _chosen: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()
 
 
-def decoder_of(model: nn.Module) -> Decoder:
+def decoder_of(model: nn.Module, inputs: PromptInputs | None = None) -> Decoder:
     """The decoder that gives the model's own logits; found out on the first call for a model.
+
+    Args:
+        inputs: what its prompts hold beside text.
 
     Raises:
         PlanError: for a model that none serves: its logits depend on tokens behind them.
@@ -168,15 +185,17 @@ def decoder_of(model: nn.Module) -> Decoder:
     inner = _innermost(model)
     if inner not in _chosen:
         config = getattr(inner, "config", None)
-        chosen = None if config is None else _choose(model, token_ids(config.get_text_config(decoder=True), 22))
+        ids = [] if config is None else token_ids(config.get_text_config(decoder=True), 22)
+        chosen = None if config is None else _choose(model, ids, inputs)
         if chosen is None:  # no model of transformers, or weights that are not finite: nothing can be told
             return CachedDecoder(model, joins=False)
         _chosen[inner] = chosen
-    return _WAYS[_chosen[inner]](model)
+    return _WAYS[_chosen[inner]](model, offset_of=None if inputs is None else inputs.offset_of)
 
 
-def _choose(model: nn.Module, ids: list[int]) -> str | None:
-    tokens = _Tokens(model, ids)
+def _choose(model: nn.Module, ids: list[int], inputs: PromptInputs | None = None) -> str | None:
+    tokens = _Tokens(model, ids, () if inputs is None else inputs.opening)
+    offset_of = None if inputs is None else inputs.offset_of
     with probing(model, lambda: tokens.decoded(_whole(model)), tokens.alone) as wanted:
         if wanted is None:
             return None
@@ -191,7 +210,7 @@ def _choose(model: nn.Module, ids: list[int]) -> str | None:
             made: list[Decoder] = []
 
             def tried(make: Callable[..., Decoder] = make, made: list[Decoder] = made) -> Tensor:
-                made.append(make(model, least_shared=1))
+                made.append(make(model, least_shared=1, offset_of=offset_of))
                 return tokens.decoded(made[0])
 
             complaint = "" if way == _WHOLE else wanted.complaint(tried)
@@ -211,11 +230,11 @@ class _Tokens:
     Two more prompts enter, which begin as those did, or where none may are read after all.
     """
 
-    def __init__(self, model: nn.Module, ids: list[int]) -> None:
+    def __init__(self, model: nn.Module, ids: list[int], opening: Sequence[int] = ()) -> None:
         self.model, self.device = model, next(model.parameters()).device
-        self.prompts = [ids[:7], [*ids[:2], *ids[7:9]]]
+        self.prompts = [[*opening, *ids[:7]], [*opening, *ids[:2], *ids[7:9]]]
         self.steps = [(ids[10:14], [0, 1, 2, 3]), (ids[14:18], [1, 1, 3, 2]), (ids[18:20], [3, 2])]
-        self.later = [[*ids[:1], *ids[3:8]], [*ids[:2], ids[19]]]
+        self.later = [[*opening, *ids[:1], *ids[3:8]], [*ids[:2], ids[19]]]
         self.last = ids[18:22]
 
     def histories(self) -> list[list[int]]:

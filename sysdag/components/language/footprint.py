@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 _TILE = {"cpu": 8 << 20, "cuda": 192 << 20}  # of logits, in `linear_logprob`; on a GPU with what they are folded into
 
 
-def of_causal_lm(
+def of_language_model(
+    auto_class: Any,
     config: Any,
     dtype: torch.dtype,
     peft_config: PeftConfig | None,
@@ -36,9 +37,10 @@ def of_causal_lm(
     checkpoints: bool,
     device: str,
 ) -> Footprint:
-    """A causal language model's.
+    """A language model's.
 
     Args:
+        auto_class: of transformers, which makes such a model of its config.
         config: of transformers.
         tokens: of a micro-batch, packed into one row.
         labels: how many of them are scored.
@@ -46,10 +48,8 @@ def of_causal_lm(
         checkpoints: whether it recomputes its activations (gradient checkpointing).
         device: `cpu` or `cuda`, whose kernels are assumed.
     """
-    from transformers import AutoModelForCausalLM
-
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model = auto_class.from_config(config, dtype=dtype)
         base = sum(bytes_of(parameter) for parameter in model.parameters())
         if peft_config is not None:
             adapter.attach(model, peft_config)
@@ -83,16 +83,14 @@ def of_causal_lm(
         )
 
 
-def of_decoding(config: Any, dtype: torch.dtype, *, rows: int, longest: int, device: str) -> int:
+def of_decoding(auto_class: Any, config: Any, dtype: torch.dtype, *, rows: int, longest: int, device: str) -> int:
     """Bytes that decoding rows of at most so many tokens side by side takes beside the weights.
 
     Slabs of keys and values, those of one layer twice while rows enter or room is made; states; and three copies of
     the logits. What reads the prompts takes less, as a rule.
     """
-    from transformers import AutoModelForCausalLM
-
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+        model = auto_class.from_config(config, dtype=dtype).eval()
     read = 8
     with FakeTensorMode(), torch.device(device), torch.no_grad():
         make_fake(model)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import nn
@@ -31,7 +31,14 @@ class ModelDescription:
 
     Args:
         model, tokenizer, peft_config, model_kwargs: see `CausalLM`.
+
+    Class attributes:
+        kind: the component that it is for, as users write it.
+        reader: what they give beside a loaded model.
     """
+
+    kind: ClassVar[str] = "CausalLM"
+    reader: ClassVar[str] = "tokenizer"
 
     def __init__(
         self,
@@ -42,7 +49,7 @@ class ModelDescription:
         model_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         if not isinstance(model, (str, Path)) and tokenizer is None:
-            raise PlanError("CausalLM(model) was given a loaded model; pass its tokenizer too.")
+            raise PlanError(f"{self.kind}(model) was given a loaded model; pass its {self.reader} too.")
         self._given = str(model) if isinstance(model, (str, Path)) else type(model).__name__
         self._source: Any = model
         self._tokenizer_source: Any = model if tokenizer is None else tokenizer
@@ -61,12 +68,12 @@ class ModelDescription:
         self._named_ends: list[Any] | None = None
         self.adapter: str | None = None
         self.adapter_off = False
-        self.model_kwargs = model_source.loading_options(model_kwargs or {}, f"CausalLM({self._given!r})")
+        self.model_kwargs = model_source.loading_options(model_kwargs or {}, f"{self.kind}({self._given!r})")
         if not isinstance(model, (str, Path)):
-            model_source.check_architecture(_dict_of(model.config), self._given)
+            self._check_architecture(_dict_of(model.config))
             if self.model_kwargs:
                 raise PlanError(
-                    f"CausalLM({self._given!r}): model_kwargs {sorted(self.model_kwargs)} choose how a model is "
+                    f"{self.kind}({self._given!r}): model_kwargs {sorted(self.model_kwargs)} choose how a model is "
                     "loaded, but this one is; leave them out."
                 )
         elif Path(model).is_dir():
@@ -85,13 +92,13 @@ class ModelDescription:
         folder = self._folder()
         if folder is not None:
             if "gguf_file" not in self.model_kwargs:
-                model_source.check_folder(folder)
-            base = model_source.adapter_base(folder)
+                model_source.check_folder(folder, self.kind, self._check_architecture)
+            base = model_source.adapter_base(folder, self.kind)
             if base is not None:
                 if self._peft_config is not None:
                     raise PlanError(
-                        f"CausalLM({self._given!r}): an adapter, which trains as it is; leave peft_config out, or give "
-                        f"the base {base!r} for a new one."
+                        f"{self.kind}({self._given!r}): an adapter, which trains as it is; leave peft_config out, or "
+                        f"give the base {base!r} for a new one."
                     )
                 revision = adapter_files.read_config(folder).revision
                 self.model_kwargs = {name: v for name, v in self.model_kwargs.items() if name != "revision"}
@@ -101,11 +108,15 @@ class ModelDescription:
                 self._adapter_folder, self._source = folder, base
         self._is_resolved = True
 
+    def _check_architecture(self, config: Mapping[str, Any]) -> None:
+        """Refuses a model of another kind, by its config as a dict."""
+        model_source.check_architecture(config, self._given)
+
     def _folder(self) -> Path | None:
         """The local folder that was named; for an adapter on the Hub the one in its cache; None for other names."""
         if Path(self._source).is_dir():
             return Path(self._source)
-        model_source.check_name(self._source)
+        model_source.check_name(self._source, self.kind)
         from transformers.utils.peft_utils import find_adapter_config_file
 
         options = {k: v for k, v in model_source.finding(self.model_kwargs).items() if k in _OF_A_FILE}
@@ -118,7 +129,7 @@ class ModelDescription:
 
     def __repr__(self) -> str:
         adapted = " + adapter" if self._peft_config is not None or self._adapter_folder is not None else ""
-        return f"CausalLM({self._given!r}{adapted})"  # what users wrote: errors name it
+        return f"{self.kind}({self._given!r}{adapted})"  # what users wrote: errors name it
 
     @property
     def base_model(self) -> str | None:
@@ -158,7 +169,7 @@ class ModelDescription:
                     self._config = AutoConfig.from_pretrained(self._source, **model_source.finding(self.model_kwargs))
                 except (OSError, ValueError) as error:
                     raise OSError(f"{self!r}: its config cannot be loaded. {error}") from error
-                model_source.check_architecture(_dict_of(self._config), self._given)
+                self._check_architecture(_dict_of(self._config))
             else:
                 self._config = self._source.config
         return self._config if self._model is None else self._model.config

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -160,7 +160,7 @@ def _read_quantisation(value: Any) -> Any:
     return BitsAndBytesConfig.from_dict({name: each for name, each in value.items() if name != "quant_method"})
 
 
-def check_name(name: str | Path) -> None:
+def check_name(name: str | Path, kind: str = "CausalLM") -> None:
     """Refuses a path to a folder that is not there.
 
     Raises:
@@ -170,25 +170,28 @@ def check_name(name: str | Path) -> None:
     is_path = isinstance(name, Path) or text.startswith((".", "/", "~", "\\")) or text.count("/") > 1 or "\\" in text
     if is_path and not Path(name).exists():
         expanded = " (~ is not expanded; use Path.expanduser)" if text.startswith("~") else ""
-        raise PlanError(f"CausalLM({text!r}): there is no folder {text}{expanded}. Give a model's folder or a Hub id.")
+        raise PlanError(f"{kind}({text!r}): there is no folder {text}{expanded}. Give a model's folder or a Hub id.")
 
 
-def check_folder(folder: Path) -> None:
-    """Refuses a folder of something else than a causal model or an adapter, by what it is.
+def check_folder(folder: Path, kind: str, check: Callable[[Mapping[str, Any]], None]) -> None:
+    """Refuses a folder of something else than a model of a kind or an adapter, by what it is.
+
+    Args:
+        check: refuses a model by its config.
 
     Raises:
         PlanError: saying what takes it.
     """
     if (folder / "model_index.json").is_file():
-        raise PlanError(f"CausalLM({str(folder)!r}): a pipeline folder of diffusers; use Diffusion({str(folder)!r}).")
+        raise PlanError(f"{kind}({str(folder)!r}): a pipeline folder of diffusers; use Diffusion({str(folder)!r}).")
     if (folder / "system.json").is_file():
         raise PlanError(
-            f"CausalLM({str(folder)!r}): a saved system; use System.from_pretrained({str(folder)!r}), or give the "
+            f"{kind}({str(folder)!r}): a saved system; use System.from_pretrained({str(folder)!r}), or give the "
             "folder of one of its components."
         )
     config = _read(folder / "config.json")
     if config is not None:
-        check_architecture(config, str(folder))
+        check(config)
 
 
 def check_architecture(config: Mapping[str, Any], name: str) -> None:
@@ -206,6 +209,11 @@ def check_architecture(config: Mapping[str, Any], name: str) -> None:
             f"CausalLM({name!r}): {kind} is an encoder-decoder (Seq2Seq), for which sysdag has no component yet. Use a "
             "decoder-only model, or a component of your own (a subclass of sysdag.Component)."
         )
+    if _is_of_images(kind):
+        raise PlanError(
+            f"CausalLM({name!r}): {kind} is a vision-language model; use ImageTextToText({name!r}), whose prompts may "
+            "hold images."
+        )
     if _is_masked(kind) and not (config.get("is_decoder") or config.get("causal")):
         raise PlanError(
             f"CausalLM({name!r}): {kind} is an encoder, whose tokens attend to those that follow, so its outputs are "
@@ -214,13 +222,21 @@ def check_architecture(config: Mapping[str, Any], name: str) -> None:
         )
 
 
+def _is_of_images(kind: str) -> bool:
+    """Whether transformers knows models of this kind as vision-language models, and not as causal ones."""
+    from transformers.models.auto import modeling_auto
+
+    causal = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    return kind in modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES and kind not in causal
+
+
 def _is_masked(kind: str) -> bool:
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
     return kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 
-def adapter_base(folder: Path) -> str | None:
+def adapter_base(folder: Path, kind: str) -> str | None:
     """The base model of an adapter's folder; None for a folder that holds no adapter.
 
     Raises:
@@ -234,8 +250,8 @@ def adapter_base(folder: Path) -> str | None:
     base = config.get("base_model_name_or_path")
     if not base:
         raise PlanError(
-            f"CausalLM({str(folder)!r}): an adapter whose adapter_config.json names no base model. Give the base: "
-            "CausalLM(base), with PeftModel.from_pretrained(base, folder) as the model."
+            f"{kind}({str(folder)!r}): an adapter whose adapter_config.json names no base model. Give the base: "
+            f"{kind}(base), with PeftModel.from_pretrained(base, folder) as the model."
         )
     return str(base)
 

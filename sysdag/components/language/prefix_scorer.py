@@ -53,10 +53,11 @@ class PrefixScorer:
     Args:
         model: a causal language model of transformers, perhaps inside a PeftModel.
         pack_prefixes: False scores each sequence in a row of its own.
+        opening: a prompt that holds something beside text, which probes begin with.
     """
 
-    def __init__(self, model: Any, *, pack_prefixes: bool = True) -> None:
-        self.model = model
+    def __init__(self, model: Any, *, pack_prefixes: bool = True, opening: Ids = ()) -> None:
+        self.model, self._opening = model, opening
         self._tokens = TokenScorer(model)
         self.router_loss = RouterLoss.of(model)
         self._implementation = _implementation(model)
@@ -148,7 +149,7 @@ class PrefixScorer:
     def _decide(self) -> None:
         reason = obstacle(self.model) if self._may_pack else None
         tries = self._may_pack and reason is None
-        found = _found(self.model, tries=tries)
+        found = _found(self.model, tries=tries, opening=self._opening)
         self._decided = found is not None  # weights that are not finite tell nothing; another call may
         self._pads = found is None or not found.padding
         self._packs = found is not None and tries and not found.tries
@@ -275,28 +276,29 @@ class _Found:
     tries: str
 
 
-_probed: weakref.WeakKeyDictionary[Any, dict[tuple[str | None, bool], _Found]] = weakref.WeakKeyDictionary()
+_probed: weakref.WeakKeyDictionary[Any, dict[tuple[str | None, bool, bool], _Found]] = weakref.WeakKeyDictionary()
 
 
-def _found(model: Any, *, tries: bool) -> _Found | None:
+def _found(model: Any, *, tries: bool, opening: Ids = ()) -> _Found | None:
     """The probe's answer, asked once for a model, whichever components score with it; None where it tells nothing.
 
     Raises:
         PlanError: for a model whose logits depend on the tokens behind them: a forward of a text is no likelihood.
     """
     known = _probed.setdefault(inner_model(model), {})
-    key = (_implementation(model), tries)
+    key = (_implementation(model), tries, bool(opening))
     if key not in known:
-        found = _probe(model, tries=tries)
+        found = _probe(model, tries=tries, opening=opening)
         if found is None:
             return None
         known[key] = found
     return known[key]
 
 
-def _probe(model: Any, *, tries: bool) -> _Found | None:
+def _probe(model: Any, *, tries: bool, opening: Ids = ()) -> _Found | None:
     a, b, c, d, e, f, g, h = token_ids(_config(model), 8)
     sequences = [([a, b], [c, d, e]), ([a, b], [c, f]), ([a, b], [g, h, c]), ([d, e], [a, g, b]), ([b], [f, d])]
+    sequences = [([*opening, *prompt], completion) for prompt, completion in sequences]
     before = [(*prompt, *completion[:place]) for prompt, completion in sequences for place in range(len(completion))]
     device = _device(model)
 

@@ -71,12 +71,20 @@ class PretrainedLM(ModelDescription):
             adapter.prepare_quantized(model)
         return model
 
-    def _load_base(self) -> Any:
+    @classmethod
+    def auto_class(cls) -> Any:
+        """What of transformers loads such a model."""
         from transformers import AutoModelForCausalLM
 
-        assert self.config is not None  # which refuses what is no causal model, before its weights are read
+        return AutoModelForCausalLM
+
+    def _save_reader(self, folder: Path) -> None:
+        self.tokenizer.save_pretrained(folder)
+
+    def _load_base(self) -> Any:
+        assert self.config is not None  # which refuses what is of another kind, before its weights are read
         options = self.model_kwargs | ({"dtype": torch.float32} if self._trains_in_fp32 else {})
-        model = AutoModelForCausalLM.from_pretrained(self._source, **options)
+        model = self.auto_class().from_pretrained(self._source, **options)
         if "gguf_file" in self.model_kwargs:
             _forget_gguf(model)
         return model
@@ -174,7 +182,7 @@ class PretrainedLM(ModelDescription):
             What `load` needs to find it again.
         """
         model = self.module  # whose loading tells whether there is an adapter
-        self.tokenizer.save_pretrained(folder)
+        self._save_reader(folder)
         if self.adapter is None:
             self._save_base(folder)
             return self._kept_options(weights_are_saved=True)
@@ -245,6 +253,7 @@ class PretrainedLM(ModelDescription):
             self._model is None
             and self._base_owner is None
             and owner.base_key != self.base_key
+            and owner.kind == self.kind
             and all(each.is_named and each._has_own_adapter for each in (self, owner))
             and _place(self._source) == _place(owner._source)
             and self._comparable_options() == owner._comparable_options()

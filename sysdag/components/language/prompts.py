@@ -26,11 +26,13 @@ class Prompt:
         ids: its tokens, as many as there is room for.
         given: the text, or the conversation without the turns that it had to lose.
         lost: how many tokens it had more.
+        beside: what a model gets beside them; see `ChatTemplate.beside`.
     """
 
     ids: list[int]
     given: str | ChatPrompt
     lost: int = 0
+    beside: Any = None
 
     @property
     def is_open(self) -> bool:
@@ -52,17 +54,20 @@ class PromptEncoder:
     there.
 
     One optimizer step asks for the same prompts several times (policy and reference, winner and loser, every
-    candidate), so the latest `REMEMBERED` are kept, for as long as the tokenizer keeps its vocabulary and template.
+    candidate), so the latest are kept, at least those of one call, for as long as the tokenizer keeps its vocabulary
+    and template.
 
     Args:
         owner: whose prompts they are, for errors.
         tokenizer: of transformers.
         template: of conversations.
+        remembered: how many prompts are kept.
     """
 
-    def __init__(self, owner: str, tokenizer: Any, template: ChatTemplate) -> None:
+    def __init__(self, owner: str, tokenizer: Any, template: ChatTemplate, *, remembered: int = REMEMBERED) -> None:
         self.owner, self.tokenizer, self.template = owner, tokenizer, template
-        self._kept: dict[tuple[Any, ...], tuple[array[int], ChatPrompt | None, int]] = {}
+        self._kept: dict[tuple[Any, ...], tuple[array[int], ChatPrompt | None, int, Any]] = {}
+        self._remembered_prompts = self._most = remembered
         self._state: tuple[Any, ...] = ()
         self._around: tuple[list[int], list[int]] | None = None
         self._said: set[str] = set()
@@ -83,6 +88,7 @@ class PromptEncoder:
         state = (len(tokenizer), tokenizer.chat_template, tokenizer.bos_token_id, tokenizer.eos_token_id)
         if state != self._state:
             self._kept, self._state, self._around = {}, state, None
+        self._most = max(self._remembered_prompts, len(prompts))
         found = []
         for element, prompt in enumerate(prompts):
             try:
@@ -108,12 +114,17 @@ class PromptEncoder:
         kept = self._kept.pop(key, None)
         if kept is None:
             made = self._encode_text(prompt, room) if isinstance(prompt, str) else self._encode_chat(prompt, room)
-            kept = (array("q", made.ids), made.given if isinstance(made.given, ChatPrompt) else None, made.lost)
+            kept = (
+                array("q", made.ids),
+                made.given if isinstance(made.given, ChatPrompt) else None,
+                made.lost,
+                made.beside,
+            )
         self._kept[key] = kept  # the latest stand last
-        if len(self._kept) > REMEMBERED:
+        while len(self._kept) > self._most:
             del self._kept[next(iter(self._kept))]
-        ids, chat, lost = kept
-        return Prompt(ids.tolist(), prompt if chat is None else chat, lost)
+        ids, chat, lost, beside = kept
+        return Prompt(ids.tolist(), prompt if chat is None else chat, lost, beside)
 
     def _encode_text(self, text: str, room: int | None) -> Prompt:
         if self.template.tools or self.template.chat_template_kwargs:
@@ -173,12 +184,12 @@ class PromptEncoder:
         ids = self._chat_ids(chat)
         self._check_any(ids, chat.messages)
         if room is None or len(ids) <= room:
-            return Prompt(ids, chat)
+            return Prompt(ids, chat, 0, self.template.beside(ids))
         for shorter in _shortened(chat.messages):
             made = replace(chat, messages=shorter)
             fewer = self._chat_ids(made)
             if len(fewer) <= room:
-                return Prompt(fewer, made, len(ids) - len(fewer))
+                return Prompt(fewer, made, len(ids) - len(fewer), self.template.beside(fewer))
         raise DataError(
             f"{self.owner}: a prompt has {len(ids)} tokens where there is room for {room} (max_length less "
             "max_new_tokens), and its system message and last turn alone are too long. Shorten them, or raise "

@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from sysdag.components.decoding import draw_options
-from sysdag.components.language.decoder import Decoder, arranged, decoder_of
+from sysdag.components.language.decoder import Decoder, PromptInputs, arranged, decoder_of
 from sysdag.components.language.waiting_prompts import WaitingPrompts
 from sysdag.errors import DataError
 
@@ -59,6 +59,7 @@ def sample_tokens(
     ends_text: Callable[[list[int]], bool] | None = None,
     max_batch_tokens: int = MAX_BATCH_TOKENS,
     max_batch_rows: int | None = None,
+    inputs: PromptInputs | None = None,
 ) -> SampledTokens:
     """Ancestral sampling of `num_samples` completions of each prompt, as `decoder` finds out that the model can.
 
@@ -79,13 +80,14 @@ def sample_tokens(
         max_batch_tokens: most tokens of the rows that are decoded side by side, each with its prompt and all that it
             may draw; what keys and values take is this many times what a token's do. A single row may take more.
         max_batch_rows: most rows side by side; None leaves that to the tokens.
+        inputs: what prompts hold beside text.
 
     Raises:
         PlanError: for a model whose logits depend on the tokens behind them.
         DataError: for logits that are not finite; `DataError.element` is the row.
     """
     options = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
-    decoder = decoder_of(model)
+    decoder = decoder_of(model, inputs)
     batch = _Batch(seeds, next(model.parameters()).device, options, frozenset(eos_token_ids), max_new_tokens, ends_text)
     waiting = WaitingPrompts(max_new_tokens, max_batch_tokens, max_batch_rows)
     for number, prompt in enumerate(prompts):

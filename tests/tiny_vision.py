@@ -1,0 +1,148 @@
+"""Tiny vision-language models of five families, with random weights, and their processors.
+
+Image processors are the families' own at small sizes; tokenizers are byte-level ones that are built here.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import numpy
+import torch
+import transformers
+from PIL import Image
+from tiny_tokenizers import PARTS, _merges, _vocabulary, qwen2
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+FAMILIES = ("qwen2_vl", "gemma3", "smolvlm", "llava")
+_ROWS = [f"<row_{row + 1}_col_{column + 1}>" for row in range(6) for column in range(6)]
+_TURNS = """{% for m in messages %}{{ m.role + ': ' }}{% for part in m.content %}{% if part.type == 'text' %}
+{{- part.text }}{% elif part.type == 'image' %}{{ 'IMAGE' }}{% endif %}{% endfor %}{{ 'END\n' }}{% endfor %}
+{%- if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"""
+SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+
+class ImagesOnly(transformers.Qwen2VLProcessor):
+    """Qwen2-VL's processor without films, whose part needs torchvision."""
+
+    def __init__(self, image_processor: Any, tokenizer: Any, chat_template: str | None = None) -> None:
+        self.image_token, self.video_token = "<|image_pad|>", "<|video_pad|>"
+        self.image_token_id, self.video_token_id = tokenizer.convert_tokens_to_ids([self.image_token, self.video_token])
+        transformers.ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template)
+
+
+def picture(seed: int, width: int = 40, height: int = 30) -> Image.Image:
+    """A colour image of noise."""
+    levels = numpy.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=numpy.uint8)
+    return Image.fromarray(levels)
+
+
+def _tokenizer(specials: tuple[str, ...], image: str, end: str, **options: Any) -> Any:
+    core = Tokenizer(models.BPE(vocab=_vocabulary("bytes", last=specials), merges=_merges("bytes")))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    options = {"extra_special_tokens": list(specials), "pad_token": "<pad>", "eos_token": end} | options
+    made = transformers.PreTrainedTokenizerFast(tokenizer_object=core, model_max_length=512, **options)
+    made.chat_template = _TURNS.replace("IMAGE", image).replace("END", end)
+    return made
+
+
+def _seeded(model: Any, peaked: float) -> Any:
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(0, 0.2)
+            elif "norm" not in name:
+                parameter.normal_(0, 0.05)
+        model.get_output_embeddings().weight.mul_(peaked)
+    return model.eval()
+
+
+def build(family: str, seed: int = 0, *, peaked: float = 3.0, **text: Any) -> tuple[Any, Any]:
+    """A model and its processor; `text` changes the language model's config."""
+    processor = processors(family)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        config = _configs(family, processor, SMALL | {"max_position_embeddings": 512} | text)
+        model = _seeded(transformers.AutoModelForImageTextToText.from_config(config), peaked)
+    model.generation_config.eos_token_id = processor.tokenizer.eos_token_id
+    model.generation_config.pad_token_id = processor.tokenizer.pad_token_id
+    return model, processor
+
+
+def processors(family: str) -> Any:
+    """A processor of a family."""
+    match family:
+        case "qwen2_vl":
+            images = transformers.Qwen2VLImageProcessor(
+                patch_size=4, merge_size=2, temporal_patch_size=2, min_pixels=8 * 8, max_pixels=40 * 40
+            )
+            tokenizer = qwen2(512, PARTS)
+            return ImagesOnly(images, tokenizer, chat_template=PARTS)
+        case "gemma3":
+            named = {
+                "boi_token": "<start_of_image>", "eoi_token": "<end_of_image>", "image_token": "<image_soft_token>",
+            }  # fmt: skip
+            specials = ("<pad>", "<bos>", "<end_of_turn>", *named.values())
+            tokenizer = _tokenizer(
+                specials, "<start_of_image>", "<end_of_turn>", bos_token="<bos>", extra_special_tokens=named
+            )
+            tokenizer.chat_template = "{{ bos_token }}" + tokenizer.chat_template
+            images = transformers.Gemma3ImageProcessor(size={"height": 16, "width": 16})
+            return transformers.Gemma3Processor(
+                images, tokenizer, chat_template=tokenizer.chat_template, image_seq_length=4
+            )
+        case "smolvlm":  # whose own processor asks for packages that read films
+            specials = ("<pad>", "<image>", "<fake_token_around_image>", "<global-img>", "<end_of_utterance>", *_ROWS)
+            tokenizer = _tokenizer(specials, "<image>", "<end_of_utterance>")
+            sizes = {"size": {"longest_edge": 32}, "max_image_size": {"longest_edge": 16}}
+            images = transformers.Idefics3ImageProcessor(**sizes)
+            return transformers.Idefics3Processor(
+                images, tokenizer, chat_template=tokenizer.chat_template, image_seq_len=4
+            )
+    tokenizer = _tokenizer(("<pad>", "<image>", "</s>"), "<image>\n", "</s>")
+    images = transformers.CLIPImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
+    return transformers.LlavaProcessor(
+        images, tokenizer, patch_size=4, vision_feature_select_strategy="default",
+        chat_template=tokenizer.chat_template, num_additional_image_tokens=1,
+    )  # fmt: skip
+
+
+def _configs(family: str, processor: Any, text: dict[str, Any]) -> Any:
+    tokenizer = processor.tokenizer
+    ids = tokenizer.convert_tokens_to_ids
+    text = {"vocab_size": len(tokenizer), "num_key_value_heads": 2, "pad_token_id": tokenizer.pad_token_id} | text
+    tower = {"hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    tower |= {"image_size": 16, "patch_size": 4}
+    match family:
+        case "qwen2_vl":
+            rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
+            vision = {"depth": 2, "embed_dim": 24, "hidden_size": text["hidden_size"], "num_heads": 2, "patch_size": 4}
+            return transformers.Qwen2VLConfig(
+                text_config=text | {"rope_parameters": rope}, vision_config=vision,
+                image_token_id=ids("<|image_pad|>"), video_token_id=ids("<|video_pad|>"),
+                vision_start_token_id=ids("<|vision_start|>"), vision_end_token_id=ids("<|vision_end|>"),
+            )  # fmt: skip
+        case "gemma3":
+            local = {"head_dim": 8, "sliding_window": 24, "layer_types": ["sliding_attention", "full_attention"]}
+            return transformers.Gemma3Config(
+                text_config=text | local | {"query_pre_attn_scalar": 8}, vision_config=tower, mm_tokens_per_image=4,
+                boi_token_index=ids("<start_of_image>"), eoi_token_index=ids("<end_of_image>"),
+                image_token_index=ids("<image_soft_token>"), tie_word_embeddings=False,
+            )  # fmt: skip
+        case "smolvlm":
+            return transformers.SmolVLMConfig(
+                text_config=text | {"model_type": "llama"}, vision_config=tower, image_token_id=ids("<image>"),
+                scale_factor=2, pad_token_id=tokenizer.pad_token_id, tie_word_embeddings=False,
+            )  # fmt: skip
+    return transformers.LlavaConfig(
+        text_config=text | {"model_type": "llama"}, vision_config=tower | {"model_type": "clip_vision_model"},
+        image_token_index=ids("<image>"), image_seq_length=16, vision_feature_layer=-2,
+    )  # fmt: skip
+
+
+@functools.cache
+def shared(family: str) -> tuple[Any, Any]:
+    """A model that no test changes."""
+    return build(family)
