@@ -19,6 +19,7 @@ FOLDER = Path(__file__).parents[1] / "examples" / "systems"
 TRAINED = {
     "draft_refine": ["draft", "answer"],
     "llm_diffusion": ["caption", "image"],
+    "picture_critic": ["caption", "image", "critique"],
     "rag_router": ["route", "document", "answer"],
     "critic_loop": ["draft", "critic", "rewrite"],
 }

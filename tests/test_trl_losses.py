@@ -55,11 +55,16 @@ def ours_beside(theirs, peft_config, folder):
     def answer(question):
         return question
 
+    return moved_beside(theirs, System(Input("question") >> answer), PAIRS, folder)
+
+
+def moved_beside(theirs, system, pairs, folder):
+    """As `ours_beside`, for a system of one node `answer`."""
     args = SysDPOConfig(
         output_dir=str(folder), report_to=[], use_cpu=True, beta=COMMON["beta"], check_reference=False,
         disable_tqdm=True,
     )  # fmt: skip
-    ours = SysDPOTrainer(System(Input("question") >> answer), args, train_dataset=PAIRS)
+    ours = SysDPOTrainer(system, args, train_dataset=pairs)
     own = dict(ours.model.named_parameters())
     moved = {}
     for name, parameter in theirs.named_parameters():

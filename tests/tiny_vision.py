@@ -17,9 +17,16 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 FAMILIES = ("qwen2_vl", "gemma3", "smolvlm", "llava")
 _ROWS = [f"<row_{row + 1}_col_{column + 1}>" for row in range(6) for column in range(6)]
-_TURNS = """{% for m in messages %}{{ m.role + ': ' }}{% for part in m.content %}{% if part.type == 'text' %}
-{{- part.text }}{% elif part.type == 'image' %}{{ 'IMAGE' }}{% endif %}{% endfor %}{{ 'END\n' }}{% endfor %}
-{%- if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"""
+_TURNS = """{% for m in messages %}{{ '' if loop.first else '\n' }}{{ m.role + ': ' }}
+{%- for part in m.content %}{% if part.type == 'text' %}
+{{- part.text }}{% elif part.type == 'image' %}{{ 'IMAGE' }}{% endif %}{% endfor %}{{ 'END' }}{% endfor %}
+{%- if add_generation_prompt %}{{ '\nassistant: ' }}{% endif %}"""
+# As Qwen2-VL has it, but for the line break behind a turn, which TRL scores and sysdag does not.
+_CHATML = (
+    PARTS.replace("{{ '<|im_start|>'", "{{ ('' if loop.first else '\n') + '<|im_start|>'")
+    .replace("'<|im_end|>\n'", "'<|im_end|>'")
+    .replace("{{ '<|im_start|>assistant", "{{ '\n<|im_start|>assistant")
+)
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 
 
@@ -78,8 +85,8 @@ def processors(family: str) -> Any:
             images = transformers.Qwen2VLImageProcessor(
                 patch_size=4, merge_size=2, temporal_patch_size=2, min_pixels=8 * 8, max_pixels=40 * 40
             )
-            tokenizer = qwen2(512, PARTS)
-            return ImagesOnly(images, tokenizer, chat_template=PARTS)
+            tokenizer = qwen2(512, _CHATML)
+            return ImagesOnly(images, tokenizer, chat_template=_CHATML)
         case "gemma3":
             named = {
                 "boi_token": "<start_of_image>", "eoi_token": "<end_of_image>", "image_token": "<image_soft_token>",

@@ -20,8 +20,12 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import (
     BertConfig,
     BertModel,
+    CLIPImageProcessor,
     CLIPTextConfig,
     CLIPTextModel,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
@@ -32,6 +36,9 @@ CHAT_TEMPLATE = (
     "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
     "{% if add_generation_prompt %}assistant: {% endif %}"
 )
+CHAT_TEMPLATE_OF_PARTS = """{% for m in messages %}{{ m['role'] }}: {% for part in m['content'] %}
+{{- '<image>' if part['type'] == 'image' else part['text'] }}{% endfor %}{{ '\n' }}{% endfor %}
+{%- if add_generation_prompt %}assistant: {% endif %}"""
 
 
 def tokenizer(longest: int) -> PreTrainedTokenizerFast:
@@ -101,11 +108,39 @@ def text_to_image(folder: Path, seed: int) -> None:
         part.save_pretrained(folder / name)
 
 
+def vision_language_model(folder: Path, seed: int) -> None:
+    """Images of any size, seen at 16 by 16 pixels."""
+    torch.manual_seed(seed)
+    words = tokenizer(512)
+    words.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    text = {
+        "model_type": "qwen2", "vocab_size": len(words), "hidden_size": 32, "intermediate_size": 64,
+        "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512,
+        "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None, "initializer_range": 0.2,
+    }  # fmt: skip
+    tower = {
+        "model_type": "clip_vision_model", "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "image_size": 16, "patch_size": 4,
+    }  # fmt: skip
+    config = LlavaConfig(
+        text_config=text, vision_config=tower, image_token_index=words.convert_tokens_to_ids("<image>"),
+        image_seq_length=16,
+    )  # fmt: skip
+    model = LlavaForConditionalGeneration(config)
+    model.generation_config.update(eos_token_id=1, pad_token_id=0)
+    model.save_pretrained(folder)
+    LlavaProcessor(
+        CLIPImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}), words, patch_size=4,
+        vision_feature_select_strategy="default", num_additional_image_tokens=1, chat_template=CHAT_TEMPLATE_OF_PARTS,
+    ).save_pretrained(folder)  # fmt: skip
+
+
 KINDS: dict[str, Callable[[Path, int], None]] = {
     "Qwen/Qwen2.5-0.5B-Instruct": language_model,
     "Qwen/Qwen2.5-1.5B-Instruct": language_model,
     "sentence-transformers/all-MiniLM-L6-v2": text_encoder,
     "stable-diffusion-v1-5/stable-diffusion-v1-5": text_to_image,
+    "llava-hf/llava-interleave-qwen-0.5b-hf": vision_language_model,
 }
 
 

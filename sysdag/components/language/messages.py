@@ -103,7 +103,8 @@ def _checked(given: Any, place: str) -> Message:
     for key in _MEDIA:
         if key in message:
             raise DataError(
-                f"{place} has the key {key!r}, but this is a text model: it takes no images, sound or video."
+                f"{place} has the key {key!r}, but this is a text model: it takes no images, sound or video. Images "
+                "are parts of a message's content (ImageTextToText)."
             )
     if message.get("tool_calls") in ([], ()):
         del message["tool_calls"]
@@ -132,7 +133,10 @@ def _content(content: Any, role: str, place: str) -> Any:
     for part, kind in zip(content, kinds, strict=True):
         if kind != "text" or not isinstance(part.get("text"), str):
             what = f"a part of type {kind!r}" if kind else shown(part)
-            raise DataError(f"{place}: this is a text model; its content may have parts of text alone, got {what}.")
+            hint = " ImageTextToText reads images in prompts." if kind == "image" else ""
+            raise DataError(
+                f"{place}: this is a text model; its content may have parts of text alone, got {what}.{hint}"
+            )
         parts.append({key: value for key, value in part.items() if value is not None})
     return parts[0]["text"] if len(parts) == 1 else parts
 
