@@ -3,6 +3,7 @@
 import copy
 
 import pytest
+import tiny_tokenizers
 import torch
 from peft import LoraConfig
 from PIL import Image
@@ -64,6 +65,31 @@ def test_prompts_have_the_processors_ids(family):
     node = component(family)
     for prompt, ids in zip(PROMPTS, node.prompt_ids(PROMPTS), strict=True):
         assert node.lm.processing.plain(ids) == of_processor(family, prompt)["input_ids"][0].tolist()
+
+
+def test_an_answer_that_is_begun_is_gone_on_with(family):
+    node = component(family)
+    begun = [*PROMPTS[0], {"role": "assistant", "content": "a dark"}]
+    parts = [*PROMPTS[0], {"role": "assistant", "content": [{"type": "text", "text": "a dark"}]}]
+    want = shared(family)[1].apply_chat_template(parts, continue_final_message=True, tokenize=True)[0]
+    assert node.lm.processing.plain(node.prompt_ids([begun])[0]) == list(want)
+
+
+def test_a_tokenizers_beginning_stands_in_front_as_processors_have_it():
+    model, processor = shared("llava")
+    processor = copy.deepcopy(processor)
+    processor.tokenizer = tiny_tokenizers.llama(extra_special_tokens=["<image>"])
+    processor.image_token_id = processor.tokenizer.convert_tokens_to_ids("<image>")
+    model = copy.deepcopy(model)
+    model.config.image_token_index = processor.image_token_id
+    for template in (processor.chat_template, "{{ bos_token }}" + processor.chat_template):
+        processor.chat_template = template
+        node = ImageTextToText(model, processor)
+        for prompt in PROMPTS[1:3]:
+            want = processor.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True)[0]
+            [ids] = node._encoder()([prompt])
+            assert node.lm.processing.plain(ids.ids) == list(want)
+            assert ids.ids.count(processor.tokenizer.bos_token_id) == 1
 
 
 @pytest.mark.parametrize("packs", [False, True])
@@ -128,10 +154,12 @@ def test_a_placeholder_that_the_model_wrote_is_a_token_like_others(family, packs
     total = torch.zeros(())
     for place, token in enumerate(ids):
         total = total + output.logits[0, -1].log_softmax(-1)[token]
-        mask = torch.ones(1, inputs["input_ids"].shape[1] + place + 1, dtype=torch.long)
+        length = inputs["input_ids"].shape[1] + place + 1
+        position = length - 1 + int(getattr(model.model, "rope_deltas", 0))
         output = model(
             input_ids=torch.tensor([[token]]),
-            attention_mask=mask,
+            attention_mask=torch.ones(1, length, dtype=torch.long),
+            position_ids=torch.full((3, 1, 1) if family == "qwen2_vl" else (1, 1), position),
             past_key_values=output.past_key_values,
             use_cache=True,
         )

@@ -4,6 +4,7 @@ import pytest
 from datasets import Dataset
 from test_trl_losses import COMMON, compare_gradients, lora, moved_beside
 from tiny_vision import FAMILIES, build, picture
+from transformers import AutoModelForImageTextToText
 from trl import DPOConfig, DPOTrainer
 
 from sysdag import Input, System, node
@@ -22,7 +23,8 @@ ROWS = [
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_node_with_images_equals_trls_dpo_trainer(family, tuned, tmp_path):
     peft_config = lora() if tuned == "lora" else None
-    theirs_model, processor = build(family)
+    model, processor = build(family)
+    model.save_pretrained(tmp_path / "model")
     told = [
         {
             "images": row["images"],
@@ -34,11 +36,12 @@ def test_a_node_with_images_equals_trls_dpo_trainer(family, tuned, tmp_path):
     ]
     options = COMMON | {"per_device_train_batch_size": len(ROWS)}
     theirs = DPOTrainer(
-        theirs_model, args=DPOConfig(output_dir=str(tmp_path), **options), train_dataset=Dataset.from_list(told),
-        processing_class=processor, peft_config=peft_config,
+        AutoModelForImageTextToText.from_pretrained(tmp_path / "model"), processing_class=processor,
+        args=DPOConfig(output_dir=str(tmp_path), **options), train_dataset=Dataset.from_list(told),
+        peft_config=peft_config,
     )  # fmt: skip
 
-    @node(ImageTextToText(build(family)[0], processor, peft_config=peft_config))
+    @node(ImageTextToText(model, processor, peft_config=peft_config))
     def answer(images, text):
         parts = [{"type": "image", "image": image} for image in images]
         return [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}]

@@ -17,10 +17,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 FAMILIES = ("qwen2_vl", "gemma3", "smolvlm", "llava")
 _ROWS = [f"<row_{row + 1}_col_{column + 1}>" for row in range(6) for column in range(6)]
-_TURNS = """{% for m in messages %}{{ '' if loop.first else '\n' }}{{ m.role + ': ' }}
+_TURNS = """{% for m in messages %}{{ '' if loop.first else '\n' }}{{ m.role + ':\n' }}
 {%- for part in m.content %}{% if part.type == 'text' %}
 {{- part.text }}{% elif part.type == 'image' %}{{ 'IMAGE' }}{% endif %}{% endfor %}{{ 'END' }}{% endfor %}
-{%- if add_generation_prompt %}{{ '\nassistant: ' }}{% endif %}"""
+{%- if add_generation_prompt %}{{ '\nassistant:\n' }}{% endif %}"""
 # As Qwen2-VL has it, but for the line break behind a turn, which TRL scores and sysdag does not.
 _CHATML = (
     PARTS.replace("{{ '<|im_start|>'", "{{ ('' if loop.first else '\n') + '<|im_start|>'")

@@ -183,7 +183,7 @@ class ChatTemplate:
                     f"{self.owner}: message {number} has the role {message['role']!r}; known are {list(ROLES)}"
                     " and those that the chat template names."
                 )
-        shape = [[m["role"], *sorted((k, type(v).__name__, bool(v)) for k, v in m.items())] for m in prompt.messages]
+        shape = [[m["role"], *sorted((k, _shape(v), bool(v)) for k, v in m.items())] for m in prompt.messages]
         told = [template, shape, answer_from, prompt.tools, prompt.chat_template_kwargs, options]
         key = json.dumps(told, sort_keys=True, default=str)
         if key in self._complete:
@@ -237,6 +237,12 @@ class ChatTemplate:
                     f"{self.owner}: its chat template takes text alone, and message {number} has a content of "
                     f"{len(value)} parts. Join them."
                 )
+
+
+def _shape(value: Any) -> str:
+    """The type of a value, and of the parts of a content what they are."""
+    parts = [part.get("type") if isinstance(part, Mapping) else None for part in value] if type(value) is list else []
+    return f"{type(value).__name__} {parts}"
 
 
 _ARGUMENTS = ("chat_template", "documents")  # of apply_chat_template itself

@@ -117,6 +117,10 @@ class ImageTextToText(CausalLM):
                 )
         return found
 
+    def footprint(self, **_: Any) -> None:
+        """Not known: what images take depends on how many a micro-batch has, and of what sizes."""
+        return
+
     def reading(self) -> str:
         processor = self.processor.to_json_string()
         return hashlib.sha256((super().reading() + processor).encode()).hexdigest()

@@ -130,7 +130,10 @@ class ImageProcessing:
     def _processed(self, text: str, images: Sequence[HeldImage]) -> tuple[str, dict[str, Tensor]]:
         """The text that was tokenised, and what the processor returns of it and its images."""
         recorder = _Recorder(self.processor.tokenizer)
-        pixels = [image.opened() for image in images]
+        try:
+            pixels = [image.opened() for image in images]
+        except DataError as error:
+            raise DataError(f"{self.owner}: {error}") from error
         try:
             made = _with_tokenizer(self.processor, recorder)(
                 text=[text], images=[pixels], return_tensors="pt", add_special_tokens=False
