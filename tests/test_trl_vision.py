@@ -49,4 +49,6 @@ def test_a_node_with_images_equals_trls_dpo_trainer(family, tuned, tmp_path):
     ours, moved = moved_beside(theirs.model, System((Input("images") & Input("text")) >> answer), ROWS, tmp_path)
     theirs.model.train()
     batch = theirs._prepare_inputs(theirs.data_collator([theirs.train_dataset[i] for i in range(len(ROWS))]))
-    compare_gradients(theirs.compute_loss(theirs.model, batch), ours, moved)
+    # A key's bias adds the same to all scores of a query, so its gradient is rounding alone.
+    told = {name: pair for name, pair in moved.items() if not name.endswith("k_proj.bias")}
+    compare_gradients(theirs.compute_loss(theirs.model, batch), ours, told)
