@@ -5,15 +5,16 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from sysdag.components.language.causal_lm import CausalLM
 from sysdag.components.language.decoder import PromptInputs
+from sysdag.components.language.engines.choice import LOCAL, Decoder, kind_of
 from sysdag.components.language.prompts import Prompt, PromptEncoder
 from sysdag.components.language.sampling import MAX_BATCH_TOKENS
 from sysdag.components.language.vision.image_template import ImageChatTemplate
 from sysdag.components.language.vision.pretrained_vlm import PretrainedVLM
-from sysdag.errors import DataError
+from sysdag.errors import DataError, PlanError
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -81,6 +82,19 @@ class ImageTextToText(CausalLM):
     def processor(self) -> ProcessorMixin:
         """The model's, loaded on first access."""
         return self.lm.processor
+
+    def with_decoder(self, decoder: Decoder) -> Self:
+        """Itself for `local`, sysdag's own; no other engine is given images.
+
+        Raises:
+            PlanError: for another one.
+        """
+        if decoder != LOCAL:
+            raise PlanError(
+                f"{self!r}: decoder={kind_of(decoder)!r} takes prompts as token ids, and images are none. Leave its "
+                "node out (--decoder NODE=... names the others), or use decoder='local'."
+            )
+        return super().with_decoder(decoder)
 
     @property
     def prompt_inputs(self) -> PromptInputs:
