@@ -199,6 +199,20 @@ def test_images_are_told_apart_by_their_pixels(tmp_path):
     assert changed == pytest.approx(other, abs=1e-5)
 
 
+@torch.no_grad()
+def test_images_that_are_no_longer_held_are_read_again(monkeypatch):
+    held = component("smolvlm")
+    draws = held.sample(PROMPTS, generator=range(6))
+    scores = held.log_prob(PROMPTS, draws)
+    vision = "sysdag.components.language.vision"
+    monkeypatch.setattr(f"{vision}.image_text_to_text._REMEMBERED", 1)
+    monkeypatch.setattr(f"{vision}.prompt_images._HELD_BYTES", 0)
+    monkeypatch.setattr(f"{vision}.prompt_images._LATEST", 1)
+    node = component("smolvlm")
+    torch.testing.assert_close(node.log_prob(PROMPTS, draws), scores)
+    assert [draw.record for draw in node.sample(PROMPTS, generator=range(6))] == [draw.record for draw in draws]
+
+
 def test_gray_and_turned_images_are_read_as_they_are_seen(tmp_path):
     node = component("llava")
     gray = picture(5).convert("L")

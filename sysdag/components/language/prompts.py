@@ -54,20 +54,21 @@ class PromptEncoder:
     there.
 
     One optimizer step asks for the same prompts several times (policy and reference, winner and loser, every
-    candidate), so the latest are kept, at least those of one call, for as long as the tokenizer keeps its vocabulary
-    and template.
+    candidate), so the latest are kept, for as long as the tokenizer keeps its vocabulary and template; and what stands
+    beside those of the last call.
 
     Args:
         owner: whose prompts they are, for errors.
         tokenizer: of transformers.
         template: of conversations.
-        remembered: how many prompts are kept.
+        remembered: how many prompts are kept; by default `REMEMBERED`.
     """
 
-    def __init__(self, owner: str, tokenizer: Any, template: ChatTemplate, *, remembered: int = REMEMBERED) -> None:
+    def __init__(self, owner: str, tokenizer: Any, template: ChatTemplate, *, remembered: int | None = None) -> None:
         self.owner, self.tokenizer, self.template = owner, tokenizer, template
         self._kept: dict[tuple[Any, ...], tuple[array[int], ChatPrompt | None, int, Any]] = {}
-        self._remembered_prompts = self._most = remembered
+        self._most = REMEMBERED if remembered is None else remembered
+        self._beside: list[Any] = []  # of the prompts of the last call
         self._state: tuple[Any, ...] = ()
         self._around: tuple[list[int], list[int]] | None = None
         self._said: set[str] = set()
@@ -88,7 +89,6 @@ class PromptEncoder:
         state = (len(tokenizer), tokenizer.chat_template, tokenizer.bos_token_id, tokenizer.eos_token_id)
         if state != self._state:
             self._kept, self._state, self._around = {}, state, None
-        self._most = max(self._remembered_prompts, len(prompts))
         found = []
         for element, prompt in enumerate(prompts):
             try:
@@ -96,6 +96,7 @@ class PromptEncoder:
             except DataError as error:
                 error.element = element
                 raise
+        self._beside = [prompt.beside for prompt in found if prompt.beside is not None]
         return found
 
     def _remembered(self, prompt: Any, room: int | None) -> Prompt:
@@ -121,7 +122,7 @@ class PromptEncoder:
                 made.beside,
             )
         self._kept[key] = kept  # the latest stand last
-        while len(self._kept) > self._most:
+        if len(self._kept) > self._most:
             del self._kept[next(iter(self._kept))]
         ids, chat, lost, beside = kept
         return Prompt(ids.tolist(), prompt if chat is None else chat, lost, beside)

@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Any, Self
 from sysdag.components.language.causal_lm import CausalLM
 from sysdag.components.language.decoder import PromptInputs
 from sysdag.components.language.engines.choice import LOCAL, Decoder, kind_of
+from sysdag.components.language.messages import ChatPrompt
 from sysdag.components.language.prompts import Prompt, PromptEncoder
 from sysdag.components.language.sampling import MAX_BATCH_TOKENS
 from sysdag.components.language.vision.image_template import ImageChatTemplate
 from sysdag.components.language.vision.pretrained_vlm import PretrainedVLM
+from sysdag.components.language.vision.prompt_images import PromptImages
 from sysdag.errors import DataError, PlanError
 
 if TYPE_CHECKING:
@@ -76,7 +78,7 @@ class ImageTextToText(CausalLM):
             pack_prefixes=pack_prefixes, tools=tools, chat_template_kwargs=chat_template_kwargs,
             sanitize_control_tokens=sanitize_control_tokens,
         )  # fmt: skip
-        self._opening: Prompt | None = None
+        self._opening: tuple[list[int], PromptImages | None] | None = None
 
     @property
     def processor(self) -> ProcessorMixin:
@@ -103,8 +105,11 @@ class ImageTextToText(CausalLM):
 
             image = Image.linear_gradient("L").resize((48, 32))
             content = [{"type": "image", "image": image}, {"type": "text", "text": "a"}]
-            [self._opening] = self._encoder()([[{"role": "user", "content": content}]])
-        return PromptInputs(self._opening.ids, self._offset_of)
+            template = self._encoder().template
+            assert isinstance(template, ImageChatTemplate)
+            chat = template.prompt(ChatPrompt([{"role": "user", "content": content}]))
+            self._opening = template.ids_and_images(chat, header=True)
+        return PromptInputs(self._opening[0], self._offset_of)
 
     def _offset_of(self, prompt: Sequence[int]) -> int:
         return self.lm.forward_of(self.lm.module).offset(prompt)
