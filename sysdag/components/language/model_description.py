@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 # Of the options that a repository is found by, those of one of its files; and the files of an adapter there.
 _OF_A_FILE = ("revision", "subfolder", "token", "cache_dir", "force_download", "local_files_only")
-_ADAPTER_FILES = ["adapter_*", "*token*", "*.jinja", "vocab*", "merges.txt", "special_*"]
+_ADAPTER_FILES = ["adapter_*", "*token*", "*processor*", "*.jinja", "vocab*", "merges.txt", "special_*"]
 
 
 class ModelDescription:
@@ -35,10 +35,12 @@ class ModelDescription:
     Class attributes:
         kind: the component that it is for, as users write it.
         reader: what they give beside a loaded model.
+        reader_files: one of which a folder has that holds it.
     """
 
     kind: ClassVar[str] = "CausalLM"
     reader: ClassVar[str] = "tokenizer"
+    reader_files: ClassVar[tuple[str, ...]] = ("tokenizer_config.json",)
 
     def __init__(
         self,
@@ -104,7 +106,8 @@ class ModelDescription:
                 self.model_kwargs = {name: v for name, v in self.model_kwargs.items() if name != "revision"}
                 self.model_kwargs |= {"revision": revision} if revision else {}
                 if self._tokenizer_source is self._source:
-                    self._tokenizer_source = folder if (folder / "tokenizer_config.json").is_file() else base
+                    there = any((folder / name).is_file() for name in self.reader_files)
+                    self._tokenizer_source = folder if there else base
                 self._adapter_folder, self._source = folder, base
         self._is_resolved = True
 

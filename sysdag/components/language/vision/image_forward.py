@@ -13,6 +13,7 @@ model's forward
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -113,10 +114,13 @@ class ImageForward:
         """Positions (3, L) of one sequence, from 0."""
         stands = ids >= FIRST
         grids = self.processing.together(self._images(ids[None])).get("image_grid_thw")
-        positions, _ = rope_index(
-            input_ids=ids.masked_fill(stands, self.processing.image_token)[None], mm_token_type_ids=stands[None].long(),
-            image_grid_thw=None if grids is None else grids.to(ids.device),
-        )  # fmt: skip
+        given = {
+            "input_ids": ids.masked_fill(stands, self.processing.image_token)[None],
+            "mm_token_type_ids": stands[None].long(),
+            "image_grid_thw": None if grids is None else grids.to(ids.device),
+        }
+        taken = inspect.signature(rope_index).parameters  # which differ by version
+        positions, _ = rope_index(**{name: value for name, value in given.items() if name in taken})
         return positions[:, 0]
 
 

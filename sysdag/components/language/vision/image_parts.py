@@ -35,8 +35,8 @@ class HeldImage(str):
         Raises:
             DataError: for what cannot be read, or is another image than it was.
         """
-        if isinstance(self.source, (str, Path)) and _digest(self.source) != str(self):
-            raise DataError(f"the image {str(self.source)!r} has changed since it was first read.")
+        if _digest(self.source) != str(self):
+            raise DataError(f"the image {shown(self.source)} has changed since it was first read.")
         return open_image(self.source, 3)
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -115,12 +115,13 @@ class ImageTextToText(CausalLM):
         return self.lm.forward_of(self.lm.module).offset(prompt)
 
     def _encoder(self) -> PromptEncoder:
+        tokenizer = self.tokenizer  # with the template that the processor has now
         if self._prompt_encoder is None:
             template = ImageChatTemplate(
-                repr(self), self.tokenizer, self.lm.processing, tools=self.tools,
+                repr(self), tokenizer, self.lm.processing, tools=self.tools,
                 chat_template_kwargs=self.chat_template_kwargs, sanitize_control_tokens=self.sanitize_control_tokens,
             )  # fmt: skip
-            self._prompt_encoder = PromptEncoder(repr(self), self.tokenizer, template, remembered=_REMEMBERED)
+            self._prompt_encoder = PromptEncoder(repr(self), tokenizer, template, remembered=_REMEMBERED)
         return self._prompt_encoder
 
     def _prompts(self, prompts: Sequence[Any]) -> list[Prompt]:

@@ -26,6 +26,7 @@ class PretrainedVLM(PretrainedLM):
 
     kind = "ImageTextToText"
     reader = "processor"
+    reader_files = ("processor_config.json", "preprocessor_config.json")
 
     def __init__(self, model: Any, tokenizer: Any = None, **options: Any) -> None:
         self._processor: Any = None

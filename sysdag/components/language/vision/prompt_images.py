@@ -9,6 +9,7 @@ their last image.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import weakref
 from collections import OrderedDict, deque
@@ -232,8 +233,6 @@ class _Recorder:
 
 
 def _with_tokenizer(processor: Any, tokenizer: Any) -> Any:
-    import copy
-
     made = copy.copy(processor)
     made.tokenizer = tokenizer
     return made
