@@ -8,7 +8,7 @@ import torch
 from peft import LoraConfig
 from PIL import Image
 from tiny import char_tokenizer, llama
-from tiny_vision import FAMILIES, build, picture, shared
+from tiny_vision import FAMILIES, FURTHER, build, picture, shared
 
 from sysdag.components import CausalLM, ImageTextToText
 from sysdag.errors import DataError, PlanError
@@ -93,6 +93,7 @@ def test_a_tokenizers_beginning_stands_in_front_as_processors_have_it():
 
 
 @pytest.mark.parametrize("packs", [False, True])
+@pytest.mark.parametrize("family", [*FAMILIES, *FURTHER])
 def test_scores_are_those_of_the_models_own_forward(family, packs):
     node = component(family, pack_prefixes=packs)
     draws = node.in_context(PROMPTS, node.observe(["a red cube", "dark", "two words", "", "friend", "old friend"]))

@@ -1,4 +1,4 @@
-"""Tiny vision-language models of five families, with random weights, and their processors.
+"""Tiny vision-language models of several families, with random weights, and their processors.
 
 Image processors are the families' own at small sizes; tokenizers are byte-level ones that are built here.
 """
@@ -16,6 +16,7 @@ from tiny_tokenizers import PARTS, _merges, _vocabulary, qwen2
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 FAMILIES = ("qwen2_vl", "gemma3", "smolvlm", "llava")
+FURTHER = ("qwen2_5_vl", "qwen3_vl", "llava_next")
 _ROWS = [f"<row_{row + 1}_col_{column + 1}>" for row in range(6) for column in range(6)]
 _TURNS = """{% for m in messages %}{{ '' if loop.first else '\n' }}{{ m.role + ':\n' }}
 {%- for part in m.content %}{% if part.type == 'text' %}
@@ -27,6 +28,7 @@ _CHATML = (
     .replace("'<|im_end|>\n'", "'<|im_end|>'")
     .replace("{{ '<|im_start|>assistant", "{{ '\n<|im_start|>assistant")
 )
+_PINS = {"image_grid_pinpoints": [[16, 32], [32, 16], [32, 32]]}
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 
 
@@ -81,7 +83,7 @@ def build(family: str, seed: int = 0, *, peaked: float = 3.0, **text: Any) -> tu
 def processors(family: str) -> Any:
     """A processor of a family."""
     match family:
-        case "qwen2_vl":
+        case "qwen2_vl" | "qwen2_5_vl" | "qwen3_vl":
             images = transformers.Qwen2VLImageProcessor(
                 patch_size=4, merge_size=2, temporal_patch_size=2, min_pixels=8 * 8, max_pixels=40 * 40
             )
@@ -109,8 +111,11 @@ def processors(family: str) -> Any:
                 images, tokenizer, chat_template=tokenizer.chat_template, image_seq_len=4
             )
     tokenizer = _tokenizer(("<pad>", "<image>", "</s>"), "<image>\n", "</s>")
-    images = transformers.CLIPImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
-    return transformers.LlavaProcessor(
+    sizes = {"size": {"shortest_edge": 16}, "crop_size": {"height": 16, "width": 16}}
+    images, made = transformers.CLIPImageProcessor(**sizes), transformers.LlavaProcessor
+    if family == "llava_next":
+        images, made = transformers.LlavaNextImageProcessor(**_PINS, **sizes), transformers.LlavaNextProcessor
+    return made(
         images, tokenizer, patch_size=4, vision_feature_select_strategy="default",
         chat_template=tokenizer.chat_template, num_additional_image_tokens=1,
     )  # fmt: skip
@@ -123,10 +128,18 @@ def _configs(family: str, processor: Any, text: dict[str, Any]) -> Any:
     tower = {"hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     tower |= {"image_size": 16, "patch_size": 4}
     match family:
-        case "qwen2_vl":
+        case "qwen2_vl" | "qwen2_5_vl" | "qwen3_vl":
             rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
-            vision = {"depth": 2, "embed_dim": 24, "hidden_size": text["hidden_size"], "num_heads": 2, "patch_size": 4}
-            return transformers.Qwen2VLConfig(
+            vision = {"depth": 2, "num_heads": 2, "patch_size": 4}
+            wide = {"hidden_size": 24, "intermediate_size": 32, "out_hidden_size": text["hidden_size"]}
+            vision |= {"embed_dim": 24, "hidden_size": text["hidden_size"]} if family == "qwen2_vl" else wide
+            made = transformers.Qwen2VLConfig
+            if family == "qwen2_5_vl":
+                made, vision = transformers.Qwen2_5_VLConfig, vision | {"window_size": 16, "fullatt_block_indexes": [1]}
+            if family == "qwen3_vl":
+                made, text = transformers.Qwen3VLConfig, text | {"head_dim": 8}
+                vision |= {"num_position_embeddings": 64, "deepstack_visual_indexes": [0]}
+            return made(
                 text_config=text | {"rope_parameters": rope}, vision_config=vision,
                 image_token_id=ids("<|image_pad|>"), video_token_id=ids("<|video_pad|>"),
                 vision_start_token_id=ids("<|vision_start|>"), vision_end_token_id=ids("<|vision_end|>"),
@@ -143,9 +156,10 @@ def _configs(family: str, processor: Any, text: dict[str, Any]) -> Any:
                 text_config=text | {"model_type": "llama"}, vision_config=tower, image_token_id=ids("<image>"),
                 scale_factor=2, pad_token_id=tokenizer.pad_token_id, tie_word_embeddings=False,
             )  # fmt: skip
-    return transformers.LlavaConfig(
+    made, pins = (transformers.LlavaNextConfig, _PINS) if family == "llava_next" else (transformers.LlavaConfig, {})
+    return made(
         text_config=text | {"model_type": "llama"}, vision_config=tower | {"model_type": "clip_vision_model"},
-        image_token_index=ids("<image>"), image_seq_length=16, vision_feature_layer=-2,
+        image_token_index=ids("<image>"), image_seq_length=16, vision_feature_layer=-2, **pins,
     )  # fmt: skip
 
 
