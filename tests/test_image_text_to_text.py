@@ -118,6 +118,17 @@ def test_greedy_decoding_is_generates(family):
         assert draw.record["token_ids"] == want.tolist()
 
 
+def test_rows_are_decoded_side_by_side_with_a_cache_and_what_is_not_shared_is_said_once(family, caplog):
+    model, processor = build(family, seed=1)
+    for _ in range(2):
+        node = ImageTextToText(model, processor, max_new_tokens=3)
+        with torch.no_grad():
+            node.log_prob(PROMPTS, node.sample(PROMPTS, generator=range(6)))
+    said = [record.getMessage() for record in caplog.records if record.name.startswith("sysdag")]
+    assert len(said) == (family == "gemma3"), said
+    assert all("computes shared prefixes for each sequence anew" in text for text in said)
+
+
 def test_a_search_of_one_beam_is_greedy_and_its_candidates_are_scored_as_they_are(family):
     node = component(family)
     greedy = component(family, top_k=1).sample(PROMPTS)

@@ -287,6 +287,16 @@ def test_images_are_inside_the_file(tmp_path):
     assert "900 by 300 pixels" in parsed.text()
 
 
+def test_the_bytes_of_an_image_are_shown_as_the_image(tmp_path):
+    buffer = io.BytesIO()
+    Image.new("L", (8, 8), 200).save(buffer, format="PNG")
+    whole = Trace({"seen": [[buffer.getvalue(), b"\x89PNG\r\n\x1a\n and no more"]]}, {"answer": draws(["gray"])})
+    parsed = check_is_closed(rendered(write_run(tmp_path, traces={"before": whole, "after": whole})))
+    [image] = parsed.all("img")
+    assert Image.open(io.BytesIO(base64.b64decode(image["src"].split(",")[1]))).getpixel((3, 3)) == 200
+    assert "and no more" in parsed.text()
+
+
 def test_ten_thousand_lines_make_less_than_a_megabyte_and_keep_a_spike(tmp_path):
     nodes = {f"node_{i}": f"node_{i}" for i in range(6)}
     graph = system(nodes, [("question", "node_0"), *itertools.pairwise(nodes)])

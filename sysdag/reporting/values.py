@@ -26,6 +26,8 @@ IMAGE_SIDE = 320
 LEAST_SIDE = 72
 """Smaller images are shown this large."""
 
+_BEGINNINGS = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"GIF8", b"RIFF", b"BM")  # of an image's file
+
 Sort = Literal["same", "gone", "new"]
 
 
@@ -126,6 +128,14 @@ def _image(value: Any) -> Shown | None:
         from PIL import Image
 
         value, module = Image.fromarray(value), Image
+    if isinstance(value, bytes) and value.startswith(_BEGINNINGS):
+        from PIL import Image, UnidentifiedImageError
+
+        try:
+            value, module = Image.open(io.BytesIO(value)), Image
+            value.load()
+        except (UnidentifiedImageError, OSError, ValueError):  # it only begins as an image does
+            return None
     if module is None or not isinstance(value, module.Image):
         return None
     size = value.size
