@@ -109,10 +109,14 @@ def test_scores_are_those_of_the_models_own_forward(family, packs):
     torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-4 * float(wanted.abs().max()))
 
 
-def test_greedy_decoding_is_generates(family):
+@pytest.mark.parametrize("begin", [None, " ".join([TEXT] * 3)], ids=["apart", "alike"])
+def test_greedy_decoding_is_generates(family, begin):
+    """Also behind a text that all prompts begin with, which is read once, before their images."""
     node = component(family, top_k=1)
     model = shared(family)[0]
-    for prompt, draw in zip(PROMPTS, node.sample(PROMPTS), strict=True):
+    before = [] if begin is None else [{"role": "system", "content": [{"type": "text", "text": begin}]}]
+    prompts = [[*before, *prompt] for prompt in PROMPTS]
+    for prompt, draw in zip(prompts, node.sample(prompts), strict=True):
         inputs = of_processor(family, prompt)
         want = model.generate(**inputs, max_new_tokens=6, do_sample=False)[0, inputs["input_ids"].shape[1] :]
         assert draw.record["token_ids"] == want.tolist()
