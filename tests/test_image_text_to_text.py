@@ -11,6 +11,7 @@ from tiny import char_tokenizer, llama
 from tiny_vision import FAMILIES, FURTHER, build, picture, shared
 
 from sysdag.components import CausalLM, ImageTextToText
+from sysdag.components.language.vision.prompt_images import ImageProcessing
 from sysdag.errors import DataError, PlanError
 
 TEXT = "a red cube on the white room"
@@ -65,6 +66,17 @@ def test_prompts_have_the_processors_ids(family):
     node = component(family)
     for prompt, ids in zip(PROMPTS, node.prompt_ids(PROMPTS), strict=True):
         assert node.lm.processing.plain(ids) == of_processor(family, prompt)["input_ids"][0].tolist()
+
+
+def test_prompts_have_the_room_of_the_language_model(family):
+    node = component(family)
+    assert node.max_length == 512
+    turns = [*asked(picture(0), text="two words"), {"role": "assistant", "content": "a"}, *asked(text="a cube")]
+    [whole], [rest] = node.prompt_ids([turns]), node.prompt_ids([turns[-1:]])
+    short = component(family, max_length=len(whole) + node.max_new_tokens - 1)
+    assert short.prompt_ids([turns]) == [rest]  # without the turn that its image is in
+    with pytest.raises(DataError, match="too long"):
+        component(family, max_length=16).prompt_ids([asked(picture(0), text="two words")])
 
 
 def test_an_answer_that_is_begun_is_gone_on_with(family):
@@ -318,6 +330,19 @@ def test_a_processor_that_returns_more_is_refused_by_name():
     processor.__class__ = WithMask
     with pytest.raises(PlanError, match="returns 'cross_attention_mask', which is not served"):
         ImageTextToText(model, processor).prompt_ids(PROMPTS[:1])
+
+
+def test_a_model_that_is_not_called_as_its_processor_has_it_is_refused(family, monkeypatch):
+    """As one would be whose forward needs something that is not handed on."""
+    model, processor = build(family)
+    together = ImageProcessing.together
+    monkeypatch.setattr(
+        ImageProcessing, "together",
+        lambda self, rows: {n: v * 0.5 if n == "pixel_values" else v for n, v in together(self, rows).items()},
+    )  # fmt: skip
+    node = ImageTextToText(model, processor)
+    with pytest.raises(PlanError, match="needs more than is served.*differed"):
+        node.log_prob(PROMPTS, node.observe(["cube"] * len(PROMPTS)))
 
 
 def test_saved_it_opens_in_transformers_and_again(family, tmp_path):

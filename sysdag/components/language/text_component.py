@@ -75,7 +75,7 @@ class TextComponent(Component):
     @property
     def max_length(self) -> int | None:
         """Most tokens of prompt and completion together; None where nothing limits it."""
-        positions = getattr(self.config, "max_position_embeddings", None)
+        positions = getattr(self.config.get_text_config(decoder=True), "max_position_embeddings", None)
         return self._max_length or (positions if positions is not None and positions > 0 else None)
 
     @property

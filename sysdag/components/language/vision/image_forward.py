@@ -21,6 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from sysdag.components.language.language_head import argument_names, inner_model
+from sysdag.components.language.probe import probing
+from sysdag.components.language.vision.image_parts import HeldImage
 from sysdag.components.language.vision.prompt_images import FIRST, TOKEN_TYPES, ImageProcessing, PromptImages
 
 
@@ -56,7 +58,7 @@ class ImageForward:
             raise RuntimeError("an image stands behind tokens in a cache, which this model's mask does not allow for")
         made |= {name: stands.long() for name in TOKEN_TYPES if name in self._accepts and starts}
         if rows:
-            dtype = next(each.dtype for each in module.parameters() if each.is_floating_point())
+            _, dtype = _place(module)
             for name, value in self.processing.together(rows).items():
                 made[name] = value.to(ids.device, dtype if value.is_floating_point() else value.dtype)
             if self._rope_index is not None and given.get("position_ids") is not None:
@@ -122,6 +124,44 @@ class ImageForward:
         taken = inspect.signature(rope_index).parameters  # which differ by version
         positions, _ = rope_index(**{name: value for name, value in given.items() if name in taken})
         return positions[:, 0]
+
+
+def complaint(model: nn.Module, forward: ImageForward) -> str:
+    """What differs between a prompt with an image as transformers' processor has it and as it is called here.
+
+    "" where nothing does, or where the weights are not finite. To be asked while nothing is `installed`.
+    """
+    from PIL import Image
+
+    processor = forward.processing.processor
+    image = HeldImage(Image.linear_gradient("L").resize((48, 32)).convert("RGB"))
+    parts = [{"type": "image", "image": image.source}, {"type": "text", "text": "a"}]
+    asked = [{"role": "user", "content": parts}]
+    made = processor.apply_chat_template(
+        asked, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    text = processor.apply_chat_template(asked, add_generation_prompt=True, tokenize=False)
+    ids, images = forward.processing.told_apart(made["input_ids"][0].tolist(), [image], text)
+    device, dtype = _place(model)
+    inputs = {name: value.to(device, dtype if value.is_floating_point() else None) for name, value in made.items()}
+
+    def plain() -> Tensor:
+        return model(**inputs, use_cache=False).logits[0]
+
+    def here() -> Tensor:
+        with installed(model, forward):
+            return model(input_ids=torch.tensor([ids], device=device), use_cache=False).logits[0]
+
+    with probing(model, plain, plain) as wanted:
+        found = "" if wanted is None else wanted.complaint(here)
+    del images  # held until here
+    return found
+
+
+def _place(model: nn.Module) -> tuple[torch.device, torch.dtype]:
+    """Where pixels go, and in which dtype."""
+    weight = next(each for each in model.parameters() if each.is_floating_point())
+    return weight.device, weight.dtype
 
 
 def _paths(depths: Sequence[int]) -> Iterator[list[int]]:

@@ -10,11 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from sysdag.components.language import model_source
+from sysdag.components.language.language_head import inner_model
 from sysdag.components.language.pretrained import PretrainedLM
 from sysdag.components.language.vision import image_forward
 from sysdag.components.language.vision.image_forward import ImageForward
 from sysdag.components.language.vision.prompt_images import FIRST, ImageProcessing
 from sysdag.errors import PlanError
+
+_checked: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
 class PretrainedVLM(PretrainedLM):
@@ -115,8 +118,24 @@ class PretrainedVLM(PretrainedLM):
 
     @contextlib.contextmanager
     def at_work(self) -> Iterator[Any]:
-        with super().at_work() as model, image_forward.installed(model, self.forward_of(model)):
-            yield model
+        with super().at_work() as model:
+            forward = self.forward_of(model)
+            self._check_forward(model, forward)
+            with image_forward.installed(model, forward):
+                yield model
+
+    def _check_forward(self, model: Any, forward: ImageForward) -> None:
+        """Refuses a model that is not called here as its processor has it; asked once for a model."""
+        inner = inner_model(model)
+        if inner in _checked:
+            return
+        if different := image_forward.complaint(model, forward):
+            raise PlanError(
+                f"{self!r}: {type(inner).__name__} needs more than is served: for a prompt with an image {different}, "
+                f"beside the model's own forward of what its {type(self.processor).__name__} makes of it. Use another "
+                "model."
+            )
+        _checked.add(inner)
 
     def check_ids(self, ids: Any, what: str, element: int) -> None:
         super().check_ids([token for token in ids if token < FIRST], what, element)
