@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -37,8 +38,8 @@ class ImageForward:
     def __init__(self, model: nn.Module, processing: ImageProcessing) -> None:
         self.processing = processing
         self._accepts = argument_names(model)
-        self._inner = inner_model(model)
-        self._rope_index = _rope_index(self._inner)
+        self._model = weakref.ref(model)  # which this is kept by
+        self._has_axes = _rope_index(model) is not None
         self._written: Tensor | None = None  # placeholders that are tokens like others, of the call at hand
 
     def before(self, module: nn.Module, args: tuple[Any, ...], given: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -61,8 +62,8 @@ class ImageForward:
             _, dtype = _place(module)
             for name, value in self.processing.together(rows).items():
                 made[name] = value.to(ids.device, dtype if value.is_floating_point() else value.dtype)
-            if self._rope_index is not None and given.get("position_ids") is not None:
-                made["position_ids"] = self._positions(ids, given["position_ids"], self._rope_index)
+            if self._has_axes and given.get("position_ids") is not None:
+                made["position_ids"] = self._positions(ids, given["position_ids"])
         return args, made
 
     def after(self, module: nn.Module, args: Any, output: Any) -> None:
@@ -79,9 +80,9 @@ class ImageForward:
 
     def offset(self, prompt: Sequence[int]) -> int:
         """What is added to the positions of the tokens behind a prompt."""
-        if self._rope_index is None or not any(token >= FIRST for token in prompt):
+        if not self._has_axes or not any(token >= FIRST for token in prompt):
             return 0
-        places = self._path_positions(torch.tensor(list(prompt)), self._rope_index)
+        places = self._path_positions(torch.tensor(list(prompt)))
         return int(places.max()) + 1 - len(prompt)
 
     def _images(self, ids: Tensor) -> list[list[PromptImages]]:
@@ -99,7 +100,7 @@ class ImageForward:
             found.append(images)
         return found
 
-    def _positions(self, ids: Tensor, plain: Tensor, rope_index: Callable[..., Any]) -> Tensor:
+    def _positions(self, ids: Tensor, plain: Tensor) -> Tensor:
         """Positions (3, R, L) of tokens whose places in their own sequences are `plain` (R, L)."""
         found = plain.expand(3, *ids.shape).clone() if plain.shape != ids.shape else plain[None].repeat(3, 1, 1)
         places = plain.expand(ids.shape).tolist()
@@ -109,11 +110,13 @@ class ImageForward:
             for path in _paths(depths):
                 columns = torch.tensor(path, device=ids.device)
                 if bool((ids[row, columns] >= FIRST).any()):
-                    found[:, row, columns] = depths[path[0]] + self._path_positions(ids[row, columns], rope_index)
+                    found[:, row, columns] = depths[path[0]] + self._path_positions(ids[row, columns])
         return found
 
-    def _path_positions(self, ids: Tensor, rope_index: Callable[..., Any]) -> Tensor:
+    def _path_positions(self, ids: Tensor) -> Tensor:
         """Positions (3, L) of one sequence, from 0."""
+        rope_index = _rope_index(self._model())
+        assert rope_index is not None
         stands = ids >= FIRST
         grids = self.processing.together(self._images(ids[None])).get("image_grid_thw")
         given = {
@@ -141,7 +144,7 @@ def complaint(model: nn.Module, forward: ImageForward) -> str:
         asked, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
     )
     text = processor.apply_chat_template(asked, add_generation_prompt=True, tokenize=False)
-    ids, images = forward.processing.told_apart(made["input_ids"][0].tolist(), [image], text)
+    ids, _ = forward.processing.told_apart(made["input_ids"][0].tolist(), [image], text)
     device, dtype = _place(model)
     inputs = {name: value.to(device, dtype if value.is_floating_point() else None) for name, value in made.items()}
 
@@ -154,7 +157,6 @@ def complaint(model: nn.Module, forward: ImageForward) -> str:
 
     with probing(model, plain, plain) as wanted:
         found = "" if wanted is None else wanted.complaint(here)
-    del images  # held until here
     return found
 
 
@@ -176,9 +178,9 @@ def _paths(depths: Sequence[int]) -> Iterator[list[int]]:
         yield path
 
 
-def _rope_index(inner: Any) -> Callable[..., Any] | None:
+def _rope_index(model: Any) -> Callable[..., Any] | None:
     """What a model makes positions of several axes with; None for one that counts tokens."""
-    return next((module.get_rope_index for module in inner.modules() if hasattr(type(module), "get_rope_index")), None)
+    return next((module.get_rope_index for module in model.modules() if hasattr(type(module), "get_rope_index")), None)
 
 
 @contextlib.contextmanager
