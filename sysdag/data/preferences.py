@@ -121,10 +121,7 @@ class Problem:
     source: str = ""
 
     def __str__(self) -> str:
-        if self.row is None:
-            where = self.source.capitalize()
-        else:
-            where = f"Row {_with_line(self.row, self.source)}"
+        where = self.source.capitalize() if self.row is None else f"Row {_with_line(self.row, self.source)}"
         where += f", {self.side}" if self.side else ""
         where += f", node {self.node!r}" if self.node else ""
         return f"{where}: {self.text}"

@@ -73,8 +73,8 @@ class ReferenceScores:
         missing = [place for place, pair in enumerate(pairs) if pair.key not in self.seeds]
         if missing:
             raise PlanError(
-                f"precompute_ref_log_probs: {pairs[missing[0]].described(missing[0])} was not among the datasets when the "
-                "reference scored them, and the policy may have moved since. Pass all of them to the trainer as "
+                f"precompute_ref_log_probs: {pairs[missing[0]].described(missing[0])} was not among the datasets when "
+                "the reference scored them, and the policy may have moved since. Pass all of them to the trainer as "
                 "train_dataset or eval_dataset."
             )
         return [torch.Generator().manual_seed(self.seeds[pair.key]) for pair in pairs]
