@@ -7,6 +7,7 @@ full disk does.
 import gc
 import os
 import resource
+import sys
 from pathlib import Path
 
 from typer.testing import CliRunner
@@ -18,6 +19,7 @@ from sysdag.files.keyed_lines import KeyedLines
 
 
 def limited(limit):
+    sys.dont_write_bytecode = True  # which would be cut, and be what later imports read
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
 
 

@@ -14,7 +14,7 @@ import itertools
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -253,7 +253,10 @@ class TraceFile:
                     digest.update(line)
                 if count < wanted or self.batches == len(sums):
                     break
-                if sums[self.batches] != f"{end} {digest.hexdigest()}":
+                is_last = self.batches == begun.batches - 1
+                if sums[self.batches] != f"{end} {digest.hexdigest()}" and not (
+                    is_last and self._goes_on(lines, count)
+                ):
                     raise DataError(
                         f"{self.path} cannot be resumed: its lines {first} to {count} are not what was written there; "
                         f"{self.sums_path.name} has their hash. Give the file back as it was, overwrite it "
@@ -261,9 +264,15 @@ class TraceFile:
                     )
                 self.batches, self._kept_bytes, self._digest = self.batches + 1, end, digest.copy()
                 first, wanted = count + 1, next(ends, None)
-            if wanted is None and next(lines, None) is not None:
-                raise DataError(f"{self.path} holds more than the {count} runs that are asked for; it was changed.")
+            if wanted is None:
+                self._goes_on(lines, count)
         self._kept_sums = [f"{each}\n" for each in sums[: self.batches]]
+
+    def _goes_on(self, lines: Iterator[bytes], count: int) -> bool:
+        """False where no line is left; a file with more runs than are asked for is refused."""
+        if next(lines, None) is not None:
+            raise DataError(f"{self.path} holds more than the {count} runs that are asked for; it was changed.")
+        return False
 
     def _sums(self) -> list[str]:
         """For each batch that was written whole, the bytes up to its end and their hash.

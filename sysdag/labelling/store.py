@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import shutil
 import sqlite3
 import threading
 from collections.abc import Iterator, Sequence
@@ -17,6 +18,7 @@ from importlib import resources
 from pathlib import Path
 
 from sysdag.errors import LabelError
+from sysdag.files.atomic import mib
 from sysdag.labelling import progress
 from sysdag.labelling.records import CHOICES, Assignment, Choice, Label, Queue, Settings, checked_name
 
@@ -48,7 +50,7 @@ class LabelStore:
             self._database.close()
             if isinstance(error, LabelError):
                 raise
-            raise LabelError(f"{self.path} cannot be used for labels ({error}); give another --database.") from error
+            raise LabelError(f"{self.path} cannot be used for labels ({_told(self.path, error)}).") from error
 
     @classmethod
     def create(cls, path: str | Path, settings: Settings, pairs: Sequence[tuple[int, int]]) -> LabelStore:
@@ -72,7 +74,7 @@ class LabelStore:
                 database.execute(f"PRAGMA user_version = {FORMAT_VERSION}")
                 database.execute("COMMIT")
         except sqlite3.Error as error:
-            raise LabelError(f"{path} cannot be made a database of labels ({error}).") from error
+            raise LabelError(f"{path} cannot be made a database of labels ({_told(path, error)}).") from error
         return cls(path)
 
     @staticmethod
@@ -88,7 +90,7 @@ class LabelStore:
             with contextlib.closing(sqlite3.connect(path, timeout=10)) as database:
                 return database.execute("SELECT count(*) FROM sqlite_master").fetchone()[0] > 0
         except sqlite3.Error as error:
-            raise LabelError(f"{path} is no database of labels ({error}); give another --database.") from error
+            raise LabelError(f"{path} cannot be read as a database of labels ({_told(path, error)}).") from error
 
     def __enter__(self) -> LabelStore:
         return self
@@ -294,6 +296,15 @@ class LabelStore:
         )
         assert appended.lastrowid is not None
         return appended.lastrowid
+
+
+def _told(path: str | Path, error: sqlite3.Error) -> str:
+    """What went wrong, and what to do."""
+    name = getattr(error, "sqlite_errorname", "")
+    if name == "SQLITE_FULL" or name.startswith("SQLITE_IOERR"):
+        free = shutil.disk_usage(Path(path).absolute().parent).free
+        return f"{error}; {mib(free)} are free on that disk: free some space, and run it again"
+    return f"{error}; give another --database"
 
 
 def _script(name: str) -> str:
