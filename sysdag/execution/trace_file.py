@@ -265,14 +265,13 @@ class TraceFile:
                 self.batches, self._kept_bytes, self._digest = self.batches + 1, end, digest.copy()
                 first, wanted = count + 1, next(ends, None)
             if wanted is None:
-                self._goes_on(lines, count)
+                self._check_end(lines, count)
         self._kept_sums = [f"{each}\n" for each in sums[: self.batches]]
 
-    def _goes_on(self, lines: Iterator[bytes], count: int) -> bool:
-        """False where no line is left; a file with more runs than are asked for is refused."""
+    def _check_end(self, lines: Iterator[bytes], count: int) -> None:
+        """Refuses a file with more runs than are asked for."""
         if next(lines, None) is not None:
             raise DataError(f"{self.path} holds more than the {count} runs that are asked for; it was changed.")
-        return False
 
     def _sums(self) -> list[str]:
         """For each batch that was written whole, the bytes up to its end and their hash.

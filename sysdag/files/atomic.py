@@ -178,9 +178,10 @@ def explaining_disk_errors(what: str, folder: Path, needed: int | Path, advice: 
         free = shutil.disk_usage(there).free
         size = f"up to {mib(needed)}" if isinstance(needed, int) else f"more than {mib(_size(needed))}"
         known = isinstance(cause, OSError) and cause.errno in _DISK_ERRORS
+        reason = os.strerror(cause.errno) if known else first_line(cause)
         raise SerializationError(
-            f"{what} could not be written to {folder}: {os.strerror(cause.errno) if known else first_line(cause)}. It "
-            f"needs {size}, and {mib(free)} are free on that disk (a quota or a limit on file sizes may allow less). {advice}"
+            f"{what} could not be written to {folder}: {reason}. It needs {size}, and {mib(free)} are free on that "
+            f"disk (a quota or a limit on file sizes may allow less). {advice}"
         ) from error
 
 
