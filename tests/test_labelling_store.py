@@ -326,9 +326,7 @@ def test_a_database_of_something_else_is_refused_with_the_reason(opened, options
 def test_files_that_are_no_database_of_labels(tmp_path):
     text = tmp_path / "notes.sqlite"
     text.write_text("not a database at all, but long enough to be read as one " * 20)
-    with pytest.raises(
-        LabelError, match=r"notes.sqlite cannot be read .* \(file is not a database; give another"
-    ):
+    with pytest.raises(LabelError, match=r"notes.sqlite cannot be read .* \(file is not a database; give another"):
         open_labels(runs(), text)
     foreign = tmp_path / "foreign.sqlite"
     with sqlite3.connect(foreign) as database:

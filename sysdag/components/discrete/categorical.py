@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from sysdag.components.component import named_source
 from sysdag.components.discrete.values import Discrete
 from sysdag.errors import DataError, DeclarationNeeded, PlanError, SerializationError
+from sysdag.files.hub import reaching
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -79,14 +80,16 @@ class Categorical(Discrete):
             return linear
         from transformers import AutoModelForSequenceClassification
 
-        return AutoModelForSequenceClassification.from_pretrained(self._source, num_labels=len(self.values))
+        with reaching(self._source):
+            return AutoModelForSequenceClassification.from_pretrained(self._source, num_labels=len(self.values))
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
         if self._tokenizer is None and isinstance(self._tokenizer_source, (str, Path)):
             from transformers import AutoTokenizer
 
-            self._tokenizer = AutoTokenizer.from_pretrained(self._tokenizer_source)
+            with reaching(self._tokenizer_source):
+                self._tokenizer = AutoTokenizer.from_pretrained(self._tokenizer_source)
         elif self._tokenizer is None:
             self._tokenizer = self._tokenizer_source
         return self._tokenizer
