@@ -253,10 +253,9 @@ class TraceFile:
                     digest.update(line)
                 if count < wanted or self.batches == len(sums):
                     break
-                is_last = self.batches == begun.batches - 1
-                if sums[self.batches] != f"{end} {digest.hexdigest()}" and not (
-                    is_last and self._goes_on(lines, count)
-                ):
+                if sums[self.batches] != f"{end} {digest.hexdigest()}":
+                    if self.batches == begun.batches - 1:
+                        self._check_end(lines, count)
                     raise DataError(
                         f"{self.path} cannot be resumed: its lines {first} to {count} are not what was written there; "
                         f"{self.sums_path.name} has their hash. Give the file back as it was, overwrite it "

@@ -33,6 +33,7 @@ from sysdag.training.checkpoint import CheckpointTrainer
 from sysdag.training.config import SysDPOConfig
 from sysdag.training.initialisation import initialise, mark_trained, warn_if_trained
 from sysdag.training.learning_rates import learning_rates
+from sysdag.training.log_lines import show_lines
 from sysdag.training.movement import MovementCheck
 from sysdag.training.pair_groups import PairGroups, lists_of_pairs
 from sysdag.training.pair_means import PairMeans
@@ -138,6 +139,7 @@ class SysDPOTrainer(CheckpointTrainer):
             **datasets,
             **kwargs,
         )
+        show_lines(self)
         if args.log_traces and self.is_fsdp_enabled:
             raise PlanError("log_traces does not serve sharded models (FSDP); set it to 0, or use DDP or DeepSpeed.")
         system_model.move_references(self.args.device)
