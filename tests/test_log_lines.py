@@ -23,7 +23,7 @@ def trained(folder, **options):
 @pytest.mark.parametrize("has_bar", [False, True])
 def test_a_log_is_a_line_and_the_record_has_all(has_bar, tmp_path, capsys, monkeypatch):
     written = []
-    monkeypatch.setattr("tqdm.std.tqdm.write", lambda text, *args, **kwargs: written.append(text))
+    monkeypatch.setattr("tqdm.std.tqdm.write", staticmethod(lambda text, *args, **kwargs: written.append(text)))
     trainer = trained(tmp_path, disable_tqdm=not has_bar)
     shown = written if has_bar else capsys.readouterr().out.splitlines()
     lines = [line for line in shown if line.startswith("step ")]
@@ -48,7 +48,7 @@ def test_a_callback_of_the_users_own_stays(tmp_path):
     args = SysDPOConfig(output_dir=str(tmp_path), use_cpu=True, report_to=[], disable_tqdm=True)
     trainer = SysDPOTrainer(two_llms(), args, train_dataset=rows(4), callbacks=[Mine()])
     assert any(type(each) is Mine for each in trainer.callback_handler.callbacks)
-    trainer.remove_callback(PrinterCallback)
+    assert sum(isinstance(each, PrinterCallback) for each in trainer.callback_handler.callbacks) == 2
 
 
 @pytest.mark.parametrize(

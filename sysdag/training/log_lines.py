@@ -70,6 +70,6 @@ class LineProgress(ProgressCallback):
 def show_lines(trainer: Any) -> None:
     """Has a trainer show lines where it would show whole logs; what else it was given stays."""
     for shown, ours in ((PrinterCallback, LinePrinter), (ProgressCallback, LineProgress)):
-        if any(type(callback) is shown for callback in trainer.callback_handler.callbacks):
-            trainer.remove_callback(shown)
+        for callback in [each for each in trainer.callback_handler.callbacks if type(each) is shown]:
+            trainer.remove_callback(callback)
             trainer.add_callback(ours)

@@ -57,9 +57,13 @@ class TextScreen:
             return None
         if not all(_keeps_length(each) for each in _parts(told["normalizer"], "normalizers")):
             return None
-        if not any(_cuts(each) for each in _parts(told["pre_tokenizer"], "pretokenizers")):
+        ids = tokenizer("a")["input_ids"]
+        # A token in front of every text stays what it is, whatever is put behind the text; else its first word has to.
+        if ids[0] != tokenizer.bos_token_id and not any(
+            _cuts(each) for each in _parts(told["pre_tokenizer"], "pretokenizers")
+        ):
             return None
-        if len(tokenizer("a")["input_ids"]) > _AROUND - 2:
+        if len(ids) > _AROUND - 2:
             return None
         growth = 1
         for each in _parts(told["normalizer"], "normalizers"):
