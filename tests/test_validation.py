@@ -391,8 +391,8 @@ def test_a_row_that_passes_at_once_has_no_problem_by_itself(name):
 
 
 @pytest.mark.parametrize("change", [
-    {"chosen": "no"}, {"chosen": " "}, {"chosen": 3}, {"weight": 2.0}, {"weight": "x"}, {"tools": "[]"}, {"question": 4},
-    {"question": None}, {"chosen": [{"role": "assistant", "content": "hi"}]}, {"margin": 1.0}, {"group": "g"},
+    {"chosen": "no"}, {"chosen": " "}, {"chosen": 3}, {"weight": 2.0}, {"weight": "x"}, {"tools": "[]"},
+    {"question": 4}, {"question": None}, {"chosen": [{"role": "assistant", "content": "hi"}]}, {"margin": 1.0}, {"group": "g"},
     {"rejected": "half \ud83d"}, {"chosen": '[{"role": "assistant", "content": "x"}]'}, {"other": 1},
 ])  # fmt: skip
 def test_a_report_is_the_same_whatever_is_told_at_once(change, monkeypatch, tmp_path):
