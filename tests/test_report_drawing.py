@@ -43,7 +43,7 @@ def test_images_of_any_mode(mode):
 
 def test_long_values_are_cut_and_what_is_left_out_is_counted():
     assert shown("x" * (MOST_LETTERS + 1234)).note == "… 1,234 more characters"
-    found = shown(list(range(MOST_ELEMENTS + 5)))
+    found = shown([str(number) for number in range(MOST_ELEMENTS + 5)])
     assert len(found.elements) == MOST_ELEMENTS
     assert found.note == "and 5 more elements"
     left, right = shown_pair("a " * 2000, "b " * 2000)
@@ -181,5 +181,5 @@ def test_no_text_is_wider_than_its_box(name):
     assert LETTER * breadth(box.title) <= box.width - 12
     assert box.title == name or box.title.endswith("…")
     assert name.startswith(box.title.removesuffix("…"))
-    assert box.squeezes("chosen \u22121.2e\u221210, rejected \u22123.4e\u221210")
+    assert box.squeezes("chosen \u22121.2e\u221210, rejected \u22123.4e\u221210") == (box.width < 200)
     assert not box.squeezes("input")

@@ -174,8 +174,8 @@ class _Reading:
         sides = {side: self._side(row, side) for side in _SIDES}
         if self.problems:
             return None, self.problems
-        about = {"row": self.number, "source": self.source}
-        return PreferencePair(inputs, sides["chosen"], sides["rejected"], **beside, **about), []
+        cells = sides["chosen"], sides["rejected"]
+        return PreferencePair(inputs, *cells, **beside, row=self.number, source=self.source), []
 
     def _problem(self, kind: str, text: str, node: str = "", side: str = "") -> None:
         self.problems.append(Problem(self.number, kind, node, side, text, self.source))

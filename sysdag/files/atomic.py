@@ -177,8 +177,8 @@ def explaining_disk_errors(what: str, folder: Path, needed: int | Path, advice: 
         there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
         free = shutil.disk_usage(there).free
         size = f"up to {mib(needed)}" if isinstance(needed, int) else f"more than {mib(_size(needed))}"
-        known = isinstance(cause, OSError) and cause.errno in _DISK_ERRORS
-        reason = os.strerror(cause.errno) if known else first_line(cause)
+        code = cause.errno if isinstance(cause, OSError) else None
+        reason = os.strerror(code) if code is not None and code in _DISK_ERRORS else first_line(cause)
         raise SerializationError(
             f"{what} could not be written to {folder}: {reason}. It needs {size}, and {mib(free)} are free on that "
             f"disk (a quota or a limit on file sizes may allow less). {advice}"

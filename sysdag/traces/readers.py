@@ -14,7 +14,7 @@ import re
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from sysdag.errors import DataError
 from sysdag.files.arrow import read_parquet
@@ -26,7 +26,7 @@ from sysdag.traces.rows import Row, Rows
 
 FORMS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 _DECOMPRESS = {".gz": gzip.decompress, ".bz2": bz2.decompress, ".xz": lzma.decompress}
-_OPEN: dict[str, Callable[..., IO[bytes]]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+_OPEN: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 _MARKS = {  # what a file of text begins with, and the encoding that it stands for; the longer ones first
     b"\xff\xfe\0\0": "utf-32",
     b"\0\0\xfe\xff": "utf-32",
@@ -99,7 +99,7 @@ def iterate_rows(
     yield from read_all(source, split=split, rename=rename, shape=shape).in_order()
 
 
-def _streamed(path: Path, opened: Callable[..., IO[bytes]]) -> Iterator[Row]:
+def _streamed(path: Path, opened: Callable[..., Any]) -> Iterator[Row]:
     try:
         with opened(path, "rb") as file:
             for number, line in enumerate(file, start=1):
