@@ -79,7 +79,9 @@ class Screen:
 
     def _is_plain(self, row: Any) -> bool:
         """Whether a row has a text for all that it needs, and says nothing else."""
-        if not isinstance(row, dict) or getattr(row, "unpaired", "") or getattr(row, "damage", ""):
+        if not isinstance(row, dict):
+            return False
+        if getattr(row, "unpaired", "") or getattr(row, "damage", ""):
             return False
         columns = self._columns(tuple(row))
         if columns is None or any(row.get(name) is not None for name in self._needed_of_none):
