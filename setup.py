@@ -48,7 +48,7 @@ setup(
     package_dir={"sysdag": "sysdag", "sysdag.kernels": "kernels"},
     package_data={
         "sysdag": ["py.typed"],
-        "sysdag.labelling": ["schema.sql", "page/*"],
+        "sysdag.labelling": ["*.sql", "page/*"],
         "sysdag.reporting": ["templates/*"],
     },
     **extension(),

@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from sysdag import __version__
 from sysdag.commands.env import env
 from sysdag.commands.eval import evaluate
 from sysdag.commands.import_logs import import_logs
@@ -50,13 +51,24 @@ def _told(error: Exception) -> str:
     return str(error)
 
 
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"sysdag {__version__}")
+        raise typer.Exit
+
+
 app = typer.Typer(
     cls=Commands, no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False
 )
 
 
 @app.callback()
-def sysdag(debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False) -> None:
+def sysdag(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", is_eager=True, callback=_print_version)
+    ] = False,
+) -> None:
     """Compound AI systems as graphs, aligned jointly."""
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers and diffusers heed it, too

@@ -77,10 +77,10 @@ def die_at_call(owner, name, number):
     setattr(owner, name, dying)
 
 
-def trainer_of(folder, case, *, system=None, data=None, eval_data=None, **changes):
+def trainer_of(folder, case, *, system=None, data=None, eval_data=None, ambient=0, **changes):
     options = dict(CASES[case]) | changes
     lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], lora_alpha=16) if options.pop("lora", False) else None
-    torch.manual_seed(0)
+    torch.manual_seed(ambient)
     defaults = {
         "output_dir": str(folder), "max_steps": STEPS, "per_device_train_batch_size": 4, "learning_rate": 1e-3,
         "save_strategy": "steps", "save_steps": 1, "report_to": [], "use_cpu": True, "disable_tqdm": True,

@@ -4,6 +4,7 @@ import contextlib
 import os
 import re
 import signal
+import sqlite3
 import subprocess
 import sys
 from urllib.parse import urlsplit
@@ -24,6 +25,17 @@ def runs(prompts=5, each=2, *, text="draft {run} of {prompt}"):
             "answer": [Draw(f"answer {r} to {p}", {"token_ids": [2, p, r]}, -0.25) for p, r in numbers],
         },
     )
+
+
+def without_what_is_derived(path, version=2):
+    """Makes a database one of before: without what is derived from its events."""
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as database:
+        for index in ("assignments_open", "assignments_held", "assignments_labelled", "pairs_free"):
+            database.execute(f"DROP INDEX {index}")
+        for table, column in (("assignments", "choice"), ("assignments", "label"), ("pairs", "votes")):
+            database.execute(f"ALTER TABLE {table} DROP COLUMN {column}")
+        database.execute("DROP TABLE progress")
+        database.execute(f"PRAGMA user_version = {version}")
 
 
 class Running:

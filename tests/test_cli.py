@@ -1,6 +1,7 @@
 import importlib
 import importlib.metadata
 import json
+import re
 import subprocess
 import sys
 import tomllib
@@ -210,3 +211,33 @@ def test_an_options_name_is_in_small_letters_with_every_typer():
 def test_help_needs_no_torch():
     code = "import sys, sysdag.cli; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "False"
+
+
+def test_the_version_is_printed():
+    import sysdag
+
+    assert run("--version") == f"sysdag {sysdag.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        (["tran"], "train"),
+        (["plan", "system.py", "--lenghts", "1"], "--lengths"),
+        (["sample", "s.py:x", "in.jsonl", "--ouput", "o.jsonl"], "--output"),
+        (["train", "s.py:x", "pairs.jsonl", "--learning-rte", "1"], "--learning-rate"),
+        (["train", "s.py:x", "pairs.jsonl", "--eval-datset", "x"], "--eval-dataset"),
+    ],
+)
+def test_what_is_almost_an_option_or_a_command_is_told_with_the_one_that_is_meant(given, meant):
+    result = CliRunner().invoke(app, given)
+    assert result.exit_code == 2
+    assert re.search(rf"(?<![\w-]){meant}(?![\w-])", result.output), result.output
+
+
+def test_the_options_of_a_training_are_listed_with_hyphens():
+    result = CliRunner().invoke(app, ["train", "--help"])
+    flags = re.findall(r"^  (--[\w-]+)", result.output, re.MULTILINE)
+    assert len(flags) > 100
+    assert {"--learning-rate", "--eval-dataset", "--dry-run", "--loss-type"} <= set(flags)
+    assert [flag for flag in flags if "_" in flag] == []

@@ -375,3 +375,10 @@ def test_the_site_builds_strictly_and_asks_no_other_server(tmp_path):
     reference = (tmp_path / "site" / "api" / "graph" / "index.html").read_text(encoding="utf-8")
     assert 'id="sysdag.graph.loop"' in reference
     assert "Unrolls a feedback loop into visits that share weights" in reference
+
+
+def test_the_faq_gives_the_readmes_figures_of_the_demo():
+    faq, readme = (" ".join((ROOT / name).read_text(encoding="utf-8").split()) for name in ("docs/faq.md", "README.md"))
+    found = re.search(r"exactly three captions fall from about (\d+ % to \d+ % and \d+ %)", faq)
+    assert found is not None
+    assert f"{found.group(1)}; the others count as failures above" in readme

@@ -2,15 +2,16 @@
 
 import json
 import multiprocessing
-import re
 import shutil
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import fault_runs
 import pytest
 import torch
+from datasets import Dataset
 from fault_runs import CASES, STEPS, message_of, run, save_over, trainer_of, two_passes
 from safetensors.torch import load_file
 from test_two_pass import assert_same
@@ -18,8 +19,13 @@ from tiny import char_tokenizer, llama
 from trained_systems import rows, two_llms
 from transformers.trainer_utils import get_last_checkpoint
 
-from sysdag import Input, SerializationError, SysdagError, System, TrainingError, node
+from sysdag import Input, SerializationError, SysdagError, SysDPOConfig, System, TrainingError, node
 from sysdag.components import CausalLM
+from sysdag.data.encoding import encode_pairs
+from sysdag.engine.step import SystemModel
+from sysdag.objectives.options import ObjectiveOptions
+from sysdag.training.job import train
+from sysdag.training.train_options import TrainJob
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="kills and limits processes as Linux does")
 SAMPLING, *_, DIRECT = CASES
@@ -56,7 +62,7 @@ def error_of(processes, tmp_path, function, *args, **kwargs):
 def content(checkpoint):
     """All that decides how a training goes on, each part in a form that compares bit for bit."""
     state = json.loads((checkpoint / "sysdag_state.json").read_text())
-    found = {"engine": state["engine"], "ages": state["candidates"]}
+    found = {"engine": state["engine"], "ages": state["candidates"], "means": state["means"]}
     for file in sorted(checkpoint.rglob("*")):
         name = str(file.relative_to(checkpoint))
         if file.suffix == ".safetensors":
@@ -287,15 +293,51 @@ def test_a_score_that_is_not_finite_is_named_down_to_its_token(side, tmp_path):
     with torch.no_grad():
         component.module.model.embed_tokens.weight[spoiled] = float("nan")
     before = {name: parameter.clone() for name, parameter in trainer.model.named_parameters()}
-    batches, collate = [], trainer.data_collator
-    trainer.data_collator = lambda pairs: (batches.append(pairs), collate(pairs))[1]
-    message = rf"'answer': the {side}'s score of pair (\d) of the batch is nan, from token 4 of 5, '1' \(id \d+\) on"
-    with pytest.raises(TrainingError, match=message) as caught:
+    message = rf"'answer': the {side}'s score of row 7 \(question='ab'\) is nan, from token 4 of 5, '1' \(id \d+\) on"
+    with pytest.raises(TrainingError, match=message):
         trainer.train()
-    named = int(re.search(message, str(caught.value)).group(1))
-    assert [pair.chosen["answer"].value for pair in batches[0]].index("0qx1") == named
     for name, parameter in trainer.model.named_parameters():
         torch.testing.assert_close(parameter, before[name], rtol=0, atol=0, equal_nan=True)
+
+
+def not_finite(component, text):
+    with torch.no_grad():
+        component.module.model.embed_tokens.weight[component.tokenizer(text)["input_ids"][0]] = float("nan")
+
+
+def test_a_score_that_is_not_finite_is_named_by_its_row_in_the_file(tmp_path, monkeypatch):
+    """Rows before it are dropped, so that its number among the pairs is another one."""
+    same = {"question": "ab", "chosen": "2", "rejected": "2"}
+    lines = [*PAIRS[:2], same, *PAIRS[2:7], same, {"question": "cde" * 40, "chosen": "0qx1", "rejected": "no"}]
+    (tmp_path / "pairs.jsonl").write_text("\n" + "".join(json.dumps(line) + "\n" for line in lines))
+    system = one_llm(llama())
+    not_finite(system["answer"].component, "x")
+    args = SysDPOConfig(output_dir=str(tmp_path / "out"), use_cpu=True, report_to=[], per_device_train_batch_size=8)
+    job = TrainJob(system=system, dataset=str(tmp_path / "pairs.jsonl"), args=args)
+    with pytest.raises(
+        TrainingError, match=r"score of row 9 \(line 11\) \(question='cdecde.{0,70}\) is nan, from token"
+    ):
+        train(job, lambda text: None)
+
+
+def test_a_score_that_is_not_finite_is_named_by_its_row_in_columns_and_in_evaluations(tmp_path):
+    table = [*PAIRS[:3], {**PAIRS[3], "rejected": PAIRS[3]["chosen"]}, *PAIRS[4:]]
+    system = one_llm(llama())
+    trainer = trainer_of(tmp_path / "out", DIRECT, system=system, data=PAIRS[:4], eval_data=Dataset.from_list(table))
+    not_finite(system["answer"].component, "x")
+    with pytest.raises(TrainingError, match=r"score of row 7 \(question='ab'\) is nan"):
+        trainer.evaluate()
+
+
+def test_pairs_that_were_encoded_before_are_named_by_their_place(tmp_path):
+    system = one_llm(llama())
+    pairs = [replace(pair, row=None) for pair in encode_pairs(system.compile(), PAIRS, "direct")]
+    not_finite(system["answer"].component, "x")
+    with pytest.raises(TrainingError, match=r"score of row 7 \(question='ab'\) is nan"):
+        trainer_of(tmp_path / "out", DIRECT, system=system, data=pairs).train()
+    model = SystemModel(system.compile(), ObjectiveOptions())
+    with pytest.raises(TrainingError, match=r"score of pair 2 of the batch \(question='ab'\) is nan"):
+        model(pairs[5:])
 
 
 @pytest.mark.parametrize("max_grad_norm", [1.0, 0.0])
@@ -386,3 +428,46 @@ def test_what_the_engine_has_found_out_goes_on(tmp_path):
     other = trainer_of(tmp_path / "out", DIRECT, engine="auto", micro_batch_tokens=50, max_steps=3)
     other.train(resume_from_checkpoint=True)
     assert other.model.budget.max_tokens == 50  # a new choice of the user's counts
+
+
+@pytest.mark.parametrize("case", [SAMPLING, DIRECT])
+def test_a_training_that_is_resumed_logs_what_one_that_was_never_cut_off_does(case, tmp_path):
+    """A log between two checkpoints, and the loss of the whole training, whose parts are those of each step."""
+    options = {"logging_strategy": "steps", "save_steps": 3, "learning_rate": 1e-2}
+
+    def logged(folder, every, resume=None):
+        trainer = trainer_of(tmp_path / folder / "out", case, logging_steps=every, **options)
+        output = trainer.train(resume_from_checkpoint=resume)
+        lines = [line for line in trainer.state.log_history if "loss" in line]
+        times = ("train_runtime", "train_samples_per_second", "train_steps_per_second", "total_flos")
+        last = {k: v for k, v in trainer.state.log_history[-1].items() if k not in times}
+        assert output.training_loss == output.metrics["train_loss"] == last["train_loss"]
+        return lines, last
+
+    by_step, whole = logged("each", 1)
+    losses = [line["loss"] for line in by_step]
+    assert whole["train_loss"] == pytest.approx(sum(losses) / STEPS, rel=1e-6)
+    expected, last = logged("whole", 4)
+    (line,) = expected
+    for name in ("loss", "rewards/margins", "nodes/answer/rewards/margins"):
+        assert line[name] == pytest.approx(sum(each[name] for each in by_step[:4]) / 4, rel=1e-5), name
+    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+    found, resumed = logged("cut", 4, str(tmp_path / "cut" / "out" / "checkpoint-3"))
+    assert (found, resumed) == (expected, last)
+    _, after_the_last = logged("cut", 4, True)
+    assert after_the_last["train_loss"] == last["train_loss"]
+
+
+def test_an_adapter_starts_from_the_seed_and_from_nothing_else_that_was_drawn(tmp_path):
+    """So a training that was killed before its first checkpoint is the same one when it begins anew."""
+
+    def start(name, ambient, **options):
+        case = next(case for case in CASES if case.startswith("direct, an adapter"))
+        trainer = trainer_of(tmp_path / name / "out", case, ambient=ambient, **options)
+        trainer.train()
+        return {name: p.detach().clone() for name, p in trainer.model.named_parameters() if "lora_" in name}
+
+    first, again, other = start("a", 0), start("b", 1), start("c", 0, seed=7)
+    assert any(".lora_A." in name for name in first)
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not any(torch.equal(first[name], other[name]) for name in first if ".lora_A." in name)

@@ -1,9 +1,11 @@
+import asyncio
 import contextlib
 import json
 import math
 import socket
 import sqlite3
 import time
+import urllib.request
 
 import numpy
 import pytest
@@ -394,3 +396,72 @@ def test_the_command_imports_no_torch():
     modules = ["commands.label", *(f"labelling.{name}" for name in ("session", "export", "summary", "server"))]
     code = f"import sys; [__import__('sysdag.' + m) for m in {json.dumps(modules)}]; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "False"
+
+
+class Endless:
+    """A body of which any number of bytes can be read, and which counts those that were."""
+
+    def __init__(self, chunk=1024):
+        self.read, self.chunk = 0, chunk
+
+    async def receive(self):
+        self.read += self.chunk
+        return {"type": "http.request", "body": b"x" * self.chunk, "more_body": True}
+
+
+@pytest.mark.parametrize("length", [None, 10**9, 10**30])
+def test_no_more_of_a_body_is_read_than_a_label_takes(client, length):
+    body, sent = Endless(), []
+
+    async def send(message):
+        sent.append(message)
+
+    headers = [(b"host", HOST.encode()), (b"origin", ORIGIN.encode()), (b"cookie", COOKIE["cookie"].encode())]
+    headers += [] if length is None else [(b"content-length", str(length).encode())]
+    scope = {
+        "type": "http", "method": "POST", "path": "/api/label", "raw_path": b"/api/label", "query_string": b"",
+        "headers": headers, "root_path": "", "scheme": "http", "http_version": "1.1",
+    }  # fmt: skip
+    asyncio.run(client.app(scope, body.receive, send))
+    assert sent[0]["status"] == 413
+    assert b"A body may have 16384 bytes" in sent[1]["body"]
+    assert body.read == (0 if length else 17 * 1024)
+
+
+def test_a_body_is_not_read_of_whoever_has_no_cookie(make):
+    body, sent = Endless(), []
+
+    async def send(message):
+        sent.append(message)
+
+    scope = {"type": "http", "method": "POST", "path": "/api/label", "query_string": b"", "headers": [(b"host", b"x")]}
+    asyncio.run(make().app(scope, body.receive, send))
+    assert sent[0]["status"] == 403
+    assert body.read == 0
+
+
+def test_a_socket_and_a_large_body_are_refused_by_a_real_server(tmp_path):
+    """With a cookie, and so that the server goes on serving."""
+    runs().save(tmp_path / "runs.jsonl")
+    with Running(tmp_path / "runs.jsonl", tmp_path / "labels.sqlite") as running:
+        link = running.link
+        host = link.split("/")[2]
+        with urllib.request.urlopen(link) as page:
+            cookie = page.headers["set-cookie"].split(";")[0]
+
+        def asked(*lines, body=b""):
+            name, port = host.split(":")
+            with socket.create_connection((name, int(port)), timeout=10) as connection:
+                head = [*lines, f"Host: {host}", f"Origin: http://{host}", f"Cookie: {cookie}"]
+                connection.sendall("\r\n".join(head).encode() + b"\r\n\r\n" + body)
+                return connection.recv(65536).decode()
+
+        upgrade = ["Connection: Upgrade", "Upgrade: websocket", "Sec-WebSocket-Version: 13"]
+        answer = asked("GET /api/session HTTP/1.1", *upgrade, "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==")
+        assert answer.startswith(("HTTP/1.1 403 ", "HTTP/1.1 200 ")), answer  # 200 where uvicorn knows no sockets
+        answer = asked("POST /api/label HTTP/1.1", "Content-Type: application/json", "Content-Length: 999999999")
+        assert answer.startswith("HTTP/1.1 413 "), answer
+        chunk = b"4000\r\n" + b"x" * 0x4000 + b"\r\n" + b"10\r\n" + b"x" * 16 + b"\r\n"
+        answer = asked("POST /api/label HTTP/1.1", "Transfer-Encoding: chunked", body=chunk)
+        assert answer.startswith("HTTP/1.1 413 "), answer
+        assert asked("GET /api/session HTTP/1.1", "Connection: close").startswith("HTTP/1.1 200 ")

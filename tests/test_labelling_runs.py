@@ -4,7 +4,7 @@ import contextlib
 import sqlite3
 
 import pytest
-from labelled_runs import Running, runs
+from labelled_runs import Running, runs, without_what_is_derived
 from test_labelling_results import units
 from typer.testing import CliRunner
 
@@ -148,7 +148,7 @@ def test_a_database_of_the_first_format_goes_on(tmp_path):
     open_labels(runs(2, 2), path).close()
     with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as database:
         database.execute("DELETE FROM settings WHERE name = 'collect'")
-        database.execute("PRAGMA user_version = 1")
+    without_what_is_derived(path, version=1)
     with open_labels(runs(2, 2), path) as store:
         assert store.settings.collect == "pairs"
         store.label("Ann", store.queue("Ann").task.pair, "left", "request-1")

@@ -5,7 +5,7 @@ from collections import Counter
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from labelled_runs import runs
+from labelled_runs import runs, without_what_is_derived
 from PIL import Image
 
 from sysdag.errors import DataError, LabelError
@@ -326,7 +326,7 @@ def test_a_database_of_something_else_is_refused_with_the_reason(opened, options
 def test_files_that_are_no_database_of_labels(tmp_path):
     text = tmp_path / "notes.sqlite"
     text.write_text("not a database at all, but long enough to be read as one " * 20)
-    with pytest.raises(LabelError, match=r"notes.sqlite is no database of labels \(file is not a database\)"):
+    with pytest.raises(LabelError, match=r"notes.sqlite cannot be read .* \(file is not a database; give another"):
         open_labels(runs(), text)
     foreign = tmp_path / "foreign.sqlite"
     with sqlite3.connect(foreign) as database:
@@ -347,9 +347,9 @@ def test_a_newer_format_is_refused_and_an_empty_file_is_begun(tmp_path):
     path.touch()  # what a process leaves that dies while it begins a database
     open_labels(runs(), path).close()
     with sqlite3.connect(path) as database:
-        database.execute("PRAGMA user_version = 3")
+        database.execute("PRAGMA user_version = 4")
     database.close()
-    with pytest.raises(LabelError, match="format version 3, and this sysdag reads 2"):
+    with pytest.raises(LabelError, match="format version 4, and this sysdag reads 3"):
         open_labels(runs(), path)
 
 
@@ -364,3 +364,111 @@ def test_names_are_the_same_however_they_are_typed(opened):
     store.queue("Zoe\u0308 ")
     store.queue(" Zo\u00eb")
     assert store.annotators() == ["Zo\u00eb"]
+
+
+# What an annotator is shown, and how far that is, by looking at everything: the oracle of what is kept up.
+TAKEN = """
+    SELECT pair FROM assignments WHERE annotator = :me
+    UNION
+    SELECT shown.pair FROM assignments AS shown
+    LEFT JOIN labels ON labels.annotator = shown.annotator AND labels.pair = shown.pair
+    WHERE shown.annotator != :me AND shown.pair >= :overlap
+    AND CASE WHEN labels.choice IS NULL THEN shown.at > :since ELSE labels.choice != 'skip' END
+"""
+UNLABELLED = """
+    SELECT pair FROM assignments AS shown WHERE annotator = :me AND NOT EXISTS (SELECT 1 FROM labels WHERE
+    labels.annotator = shown.annotator AND labels.pair = shown.pair) ORDER BY id LIMIT 1
+"""
+
+
+def expected_queue(store, annotator):
+    """The pair to be shown, `done`, `total` and `last`."""
+    overlap, since = store.settings.overlap, store_module._held_since()
+    given = {"me": annotator, "overlap": overlap, "since": since}
+
+    def one(query):
+        with sqlite3.connect(store.path) as database:
+            found = database.execute(query, given).fetchone()
+        database.close()
+        return None if found is None else found[0]
+
+    pair = one(UNLABELLED)
+    if pair is None:
+        pair = one(f"SELECT id FROM pairs WHERE id NOT IN ({TAKEN}) ORDER BY id LIMIT 1")
+    is_new = pair is not None and one(UNLABELLED) is None
+    mine = one("SELECT count(*) FROM assignments WHERE annotator = :me") + is_new
+    taken = one(f"SELECT count(*) FROM ({TAKEN})") + is_new
+    total = mine + one("SELECT count(*) FROM pairs") - taken
+    done = one("SELECT count(*) FROM labels WHERE annotator = :me")
+    return pair, done, total, one("SELECT max(id) FROM labels WHERE annotator = :me")
+
+
+STEPS = st.lists(
+    st.tuples(
+        st.sampled_from(["Ann", "Bob", "Cy"]),
+        st.sampled_from(["left", "left", "tie", "skip", "undo", "look", "an hour goes by", "overlap", "begin anew"]),
+        st.integers(0, 8),
+    ),
+    max_size=60,
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(STEPS)
+def test_what_is_kept_up_is_what_looking_at_everything_tells(tmp_path_factory, steps):
+    path = tmp_path_factory.mktemp("labels") / "labels.sqlite"
+    now = store_module.datetime(2026, 1, 1, tzinfo=store_module.UTC)
+
+    class Clock(store_module.datetime):
+        @classmethod
+        def now(cls, zone=None):
+            return now
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(store_module, "datetime", Clock)
+        store = open_labels(runs(8), path, overlap=2)
+        for number, (name, step, overlap) in enumerate(steps):
+            now += store_module.timedelta(minutes=61 if step == "an hour goes by" else 1)
+            expected = expected_queue(store, name)
+            queue = store.queue(name)
+            assert (queue.task and queue.task.pair, queue.done, queue.total, queue.last) == expected
+            if step == "undo" and queue.last is not None:
+                store.undo(name, queue.last, f"request-{number}")
+            elif step in ("left", "tie", "skip") and queue.task is not None:
+                store.label(name, queue.task.pair, step, f"request-{number}")
+            elif step == "overlap":
+                store.set_overlap(overlap)
+            elif step == "begin anew":  # as a database of before, without what is derived
+                store.close()
+                without_what_is_derived(path)
+                store = LabelStore(path)
+        store.close()
+
+
+@pytest.mark.parametrize("kind", ["label", "skip", "undo"])
+def test_a_label_costs_the_same_however_many_there_are(tmp_path, kind):
+    """In steps of SQLite's machine, which are the same on any computer."""
+    with open_labels(runs(6000), tmp_path / "labels.sqlite", overlap=20) as store:
+        store._database.execute("PRAGMA synchronous = OFF")
+        spent = 0
+
+        def count():
+            nonlocal spent
+            spent += 10
+
+        task, costs = store.queue("me").task, []
+        others = store.queue("another").task
+        for number in range(3000):
+            before = spent
+            if number in range(40, 60) or number >= 2980:
+                store._database.set_progress_handler(count, 10)
+            if kind == "undo" and number % 3 == 2:
+                queue = store.undo("me", store.queue("me").last, f"request-{number}")
+            else:
+                queue = store.label("me", task.pair, "skip" if kind == "skip" else "left", f"request-{number}")
+            store._database.set_progress_handler(None, 10)
+            costs.append(spent - before)
+            task = queue.task
+        early, late = sum(costs[40:60]), sum(costs[-20:])
+        assert others.pair == 0
+        assert 0 < late < 1.5 * early

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sysdag.data.encoding import encode_pairs
-from sysdag.errors import DataError
+from sysdag.errors import DataError, SerializationError
 from sysdag.traces.cells import Draw
 from sysdag.traces.pairs import output_names, preference_row, runs_by_input, write_pairs
 from sysdag.traces.readers import read_rows
@@ -143,7 +143,10 @@ def test_a_disk_that_fails_leaves_the_old_file(ending, tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", fails)
-    with pytest.raises(OSError, match="No space left"):
+    told = (
+        rf"p.{ending} could not be written to .*: No space left on device. It needs more than .* KiB, and .* are free"
+    )
+    with pytest.raises(SerializationError, match=rf"{told} .*The p.{ending} that is there is as it was"):
         write_pairs(path, [{"chosen": "b"}])
     assert path.read_bytes() == old
     assert os.listdir(tmp_path) == [path.name]

@@ -405,7 +405,7 @@ def test_stored_reference_scores_train_as_a_reference_does(tmp_path, peft_config
     before = weights(expected)
     for name, tensor in weights(system).items():
         torch.testing.assert_close(tensor, before[name], rtol=1e-4, atol=1e-5)
-    with pytest.raises(PlanError, match="pair 0 of the batch was not among the datasets"):
+    with pytest.raises(PlanError, match=r"row 0 \(question=.*\) was not among the datasets"):
         trainer.evaluate(encode_pairs(system.compile(), rows(20)[16:], "direct"))
 
 

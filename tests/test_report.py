@@ -583,3 +583,16 @@ def test_the_wheel_has_the_templates(tmp_path):
     templates = {p.relative_to(ROOT).as_posix() for p in (ROOT / "sysdag" / "reporting" / "templates").iterdir()}
     assert len(templates) == 6
     assert templates <= names
+
+
+def test_a_report_has_no_column_without_a_number(tmp_path):
+    lines = [line for line in log() if "loss" in line]
+    for name, given in (("alone", lines), ("with", log())):
+        folder = write_run(tmp_path / name, lines=given)
+        write_report([read_run(folder)], tmp_path / f"{name}.html")
+    alone, evaluated = ((tmp_path / f"{name}.html").read_text() for name in ("alone", "with"))
+    heads = ("evaluation, first", "evaluation, last")
+    assert all(head in evaluated for head in heads)
+    assert not any(head in alone for head in heads)
+    assert "training, last" in alone
+    assert "best step" not in alone

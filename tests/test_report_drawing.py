@@ -3,6 +3,7 @@
 import base64
 import io
 import itertools
+import json
 import math
 import re
 
@@ -15,8 +16,9 @@ from report_runs import system
 
 from sysdag import Draw, Trace
 from sysdag.reporting.charts import HEIGHT, WIDTH, Line, draw
+from sysdag.reporting.formats import breadth
 from sysdag.reporting.history import Series
-from sysdag.reporting.layout import lay_out
+from sysdag.reporting.layout import LETTER, lay_out
 from sysdag.reporting.thinning import thin
 from sysdag.reporting.topology import Topology
 from sysdag.reporting.values import MOST_ELEMENTS, MOST_LETTERS, shown, shown_pair, side_by_side
@@ -41,7 +43,7 @@ def test_images_of_any_mode(mode):
 
 def test_long_values_are_cut_and_what_is_left_out_is_counted():
     assert shown("x" * (MOST_LETTERS + 1234)).note == "… 1,234 more characters"
-    found = shown(list(range(MOST_ELEMENTS + 5)))
+    found = shown([str(number) for number in range(MOST_ELEMENTS + 5)])
     assert len(found.elements) == MOST_ELEMENTS
     assert found.note == "and 5 more elements"
     left, right = shown_pair("a " * 2000, "b " * 2000)
@@ -158,3 +160,26 @@ def test_the_topology_of_a_recorded_system_is_that_of_its_plan():
     assert list(topology.component_of) == list(plan.order)
     assert {edge[:2] for edge in topology.edges} == {(edge.parent, edge.child) for edge in plan.system.edges}
     assert topology.outputs == tuple(plan.system.outputs)
+
+
+def test_features_are_folded():
+    vector = [0.125 * number for number in range(40)]
+    found = shown(vector)
+    assert (found.kind, found.folded) == ("text", "40 numbers: 0, 0.125, 0.25, …")
+    assert json.loads(found.words[0][1]) == vector
+    assert shown(numpy.ones((4, 5))).folded == "20 numbers of shape (4, 5): 1, 1, 1, …"
+    before, after = shown_pair(vector, [*vector[:-1], 7.0])
+    assert before.folded == found.folded
+    assert json.loads(after.words[0][1])[-1] == 7.0
+    for short in ([1.0, 2.0], ["a"] * 20, [True] * 20, "1, 2, 3", numpy.ones(3)):
+        assert shown(short).folded == ""
+
+
+@pytest.mark.parametrize("name", ["a", "W" * 30, "an_ordinary_name", "x" * 80, "\u56fe" * 30])
+def test_no_text_is_wider_than_its_box(name):
+    [box] = lay_out(Topology((name,), {}, (), (), ((name,),))).boxes
+    assert LETTER * breadth(box.title) <= box.width - 12
+    assert box.title == name or box.title.endswith("…")
+    assert name.startswith(box.title.removesuffix("…"))
+    assert box.squeezes("chosen \u22121.2e\u221210, rejected \u22123.4e\u221210") == (box.width < 200)
+    assert not box.squeezes("input")

@@ -1,6 +1,5 @@
 """The record of a training on disk, the gradient norms by node in its log, and trackers that get the same numbers."""
 
-import contextlib
 import json
 import logging
 import math
@@ -254,7 +253,7 @@ def test_a_disk_that_fails_under_the_record_is_reported_once_and_training_ends_w
 
     trainer = trainer_of(tmp_path)
     if broken == "log":
-        monkeypatch.setattr(run_files, "_append_whole", fail)
+        monkeypatch.setattr(run_files.atomic, "append_whole", fail)
     else:
         monkeypatch.setattr(run_files.atomic, "write_text", fail)
     with caplog.at_level(logging.WARNING, "sysdag"):
@@ -263,31 +262,6 @@ def test_a_disk_that_fails_under_the_record_is_reported_once_and_training_ends_w
     messages = [record.getMessage() for record in caplog.records if record.name == "sysdag.training.run_record"]
     assert len(messages) == 1
     assert f"The record of this run in {tmp_path} is incomplete: OSError: No space left on device" in messages[0]
-
-
-def test_a_line_that_cannot_be_written_whole_leaves_no_part_of_it(tmp_path):
-    file = tmp_path / "log.jsonl"
-    run_files._append_whole(file, b"first\n")
-
-    class Short:
-        def __init__(self, opened):
-            self.opened = opened
-
-        def __getattr__(self, name):
-            return getattr(self.opened, name)
-
-        def write(self, line):
-            return self.opened.write(line[:3])
-
-    class Place(type(file)):
-        @contextlib.contextmanager
-        def open(self, *args, **kwargs):
-            with super().open(*args, **kwargs) as opened:
-                yield Short(opened)
-
-    with pytest.raises(OSError, match="only 3 of 7 bytes"):
-        run_files._append_whole(Place(file), b"second\n")
-    assert file.read_bytes() == b"first\n"
 
 
 @pytest.mark.parametrize(("batch", "accumulation", "engine"), [(4, 1, "one_pass"), (2, 2, "two_pass")])

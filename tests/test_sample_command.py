@@ -1,5 +1,6 @@
 """`sysdag sample`, the runs behind it, and the file that they go on in."""
 
+import hashlib
 import json
 import multiprocessing
 import os
@@ -59,7 +60,8 @@ def again(rows, output, *options, system=f"{SYSTEMS}:looped", code=0):
 def copied(whole, to, size=None):
     """The traces up to a byte, and what stands beside them."""
     to.write_bytes(whole.read_bytes()[:size])
-    Path(f"{to}.run.json").write_bytes(Path(f"{whole}.run.json").read_bytes())
+    for beside in ("run.json", "sha256"):
+        Path(f"{to}.{beside}").write_bytes(Path(f"{whole}.{beside}").read_bytes())
     return to
 
 
@@ -272,7 +274,7 @@ def test_a_file_of_an_earlier_version_is_not_resumed(whole, rows):
     side = Path(f"{whole}.run.json")
     begun = json.loads(side.read_text())
     side.write_text(json.dumps({**begun, "format_version": 1, "inputs_sha256": "x"}))
-    assert "format_version was 1, and is now 3" in again(rows, whole, "--resume", code=1)
+    assert "format_version was 1, and is now 4" in again(rows, whole, "--resume", code=1)
     for change in ({"skipped": [1]}, {"skipped": {"a": {}}}, {"skipped": {"1": {"who": 1}}}, {"rows_sha256": 3}):
         side.write_text(json.dumps({**begun, **change}))
         assert "whole.jsonl.run.json cannot be read" in again(rows, whole, "--resume", code=1)
@@ -430,13 +432,43 @@ def test_what_was_changed_or_damaged_is_not_resumed(whole, rows, tmp_path):
     cut.write_bytes(b"".join(lines) + lines[0])
     assert "more than the 15 runs" in again(rows, cut, "--resume", code=1)
     cut.write_bytes(b"".join(lines[1:]))
-    assert "where input row 3, run 2 should be is row 4, run 0" in again(rows, cut, "--resume", code=1)
-    cut.write_bytes(b"".join(lines[:3]) + b"{}\n")
-    assert "damaged line" in again(rows, cut, "--resume", code=1)
+    assert "its lines 1 to 4 are not what was written there; cut.jsonl.sha256" in again(rows, cut, "--resume", code=1)
+    cut.write_bytes(b"".join(lines[:7]) + b"{}\n")
+    assert "its lines 5 to 8 are not what was written there" in again(rows, cut, "--resume", code=1)
+    cut.write_bytes(whole.read_bytes())
+    Path(f"{cut}.sha256").unlink()
+    assert "cut.jsonl.sha256, which tells whether it is as it was written, cannot" in again(
+        rows, cut, "--resume", code=1
+    )
+    Path(f"{cut}.sha256").touch()
+    again(rows, cut, "--resume")
+    assert cut.read_bytes() == whole.read_bytes()
     Path(f"{cut}.run.json").write_text("{")
     assert "cut.jsonl.run.json cannot be read" in again(rows, cut, "--resume", code=1)
     Path(f"{cut}.run.json").unlink()
     assert "which says what made it, is not beside it" in again(rows, cut, "--resume", code=1)
+
+
+def test_a_flipped_byte_anywhere_is_not_resumed(whole, rows, tmp_path):
+    """One that leaves every line JSON, the right runs at their places, and the file its length."""
+    lines = whole.read_bytes().splitlines(keepends=True)
+    at = len(lines[0]) + lines[1].index(b'"nodes"')
+    place = whole.read_bytes().index(b'"a"', at) + 1
+    for size in (len(b"".join(lines[:9])), None):
+        cut = copied(whole, tmp_path / "cut.jsonl", size)
+        data = bytearray(cut.read_bytes())
+        data[place] ^= 3  # "a" becomes "b"
+        cut.write_bytes(data)
+        shown = again(rows, cut, "--resume", code=1)
+        assert "its lines 1 to 4 are not what was written there" in shown
+        assert cut.read_bytes() == data
+
+
+def test_the_hashes_beside_the_runs_are_those_of_the_file_up_to_each_batch(whole):
+    data = whole.read_bytes()
+    ends = [len(b"".join(data.splitlines(keepends=True)[:count])) for count in (4, 8, 12, 15)]
+    expected = [f"{end} {hashlib.sha256(data[:end]).hexdigest()}" for end in ends]
+    assert Path(f"{whole}.sha256").read_text().splitlines() == expected
 
 
 def test_an_output_that_exists_is_kept_unless_it_is_overwritten(whole, rows, tmp_path):

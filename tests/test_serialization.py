@@ -305,7 +305,7 @@ def test_a_full_disk_is_told_with_what_is_needed_and_free(system, tmp_path, monk
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(Path, "write_text", full)
-    with refused(f"The system could not be written to {tmp_path}: No space left on device. It needs up to 0.0 MiB, and",
+    with refused(f"The system could not be written to {tmp_path}: No space left on device. It needs up to 0.0 KiB, and",
                  "MiB are free on that disk", "What the folder held before is as it was."):  # fmt: skip
         save_system(system, tmp_path)
     monkeypatch.undo()

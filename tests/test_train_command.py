@@ -324,7 +324,7 @@ def test_rows_that_should_not_be_trained_on_are_dropped_and_told_or_refused(plac
         (["s:x"], "DATA is missing: sysdag train SYSTEM DATA"),
         ([], "SYSTEM is missing"),
         (["s:x", "d", "--betta", "1"], "no such option: --betta; did you mean --beta?"),
-        (["s:x", "d", "--output-dirs=o"], "no such option: --output-dirs; did you mean --output_dir?"),
+        (["s:x", "d", "--output-dirs=o"], "no such option: --output-dirs; did you mean --output-dir?"),
         (["s:x", "d", "e"], "unexpected argument 'e'"),
         (["s:x", "d", "--beta", "high"], "argument --beta: invalid float value: 'high'"),
         (["s:x", "d", "--beta", "-1"], "beta must be positive, got -1.0"),
@@ -429,7 +429,7 @@ def test_the_help_lists_every_option_in_groups():
     assert text.index("--candidates") < own < inherited
     for field in fields(SysDPOConfig):
         if field.init:
-            at = text.index(f"  --{field.name}")
+            at = text.index(f"  --{field.name.replace('_', '-')}")
             belongs = field.name in ("beta", "nodes", "objective", "log_traces", "check_resume")
             assert not belongs or own < at < inherited, field.name
             assert field.metadata.get("help"), field.name

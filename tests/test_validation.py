@@ -1,22 +1,32 @@
 """What is said of preference rows before any weights load, from Python and from the command line."""
 
+import bz2
+import gzip
 import io
 import json
+import lzma
+import random
+import tracemalloc
 from pathlib import Path
 
 import checked_systems
 import numpy
 import pytest
 from PIL import Image
+from tiny import llama
+from tokenizer_families import FAMILIES, family
 from typer.testing import CliRunner
 
-from sysdag import DataError
+from sysdag import DataError, Input, System, node
 from sysdag.cli import app
+from sysdag.components import CausalLM
 from sysdag.components.component import Component
+from sysdag.data.checks import check_row
 from sysdag.data.preferences import encode_row
+from sysdag.data.screening import Screen
 from sysdag.data.validation import validate_rows
 from sysdag.traces.cells import Draw
-from sysdag.traces.readers import read_rows
+from sysdag.traces.readers import iterate_rows, read_all, read_rows
 from sysdag.traces.rows import Row
 
 QUESTIONS = checked_systems.questions.compile()
@@ -321,3 +331,133 @@ def test_a_file_that_cannot_be_read_is_one_message(tmp_path):
         result = validate(f"{SYSTEMS}:questions", tmp_path / name, code=1)
         assert result.stderr.startswith("Error: ")
         assert "Traceback" not in result.output
+
+
+# What is told many at once, held against what is found row by row.
+
+
+PROMPTS = [
+    "What is the sum of 2 and 3, said the judge?", "a b c", " a b c ", "ab", "a", "", " ", "one two", "a\tb\nc d",
+    "<|im_start|>user hello there", "hi <|im_", "ünï ☃ snow man", "\u0958 \ufdfa two words", "[1, 2, 3] and then",
+    '[{"role": "user", "content": "hi"}]', "question: is it? answer:", "a\u00a0b c d", "x" * 300, "very long " * 30,
+]  # fmt: skip
+COMPLETIONS = [
+    "it is 5, and 42.", "B", " two words ", "", "  ", "ünï ☃", "end|> of it", "<|im_end|>", "</s>", "it is</s>",
+    "said <|endoftext|> and more", "long " * 60, "\ufdfa" * 5, "{not json", "hi there",
+]  # fmt: skip
+
+
+def plain_systems(tokenizer, max_length, wraps):
+    model = llama(vocab_size=max(len(tokenizer), max(tokenizer.get_vocab().values()) + 1), max_position_embeddings=512)
+    question = Input("question")
+
+    @node(CausalLM(model, tokenizer, max_length=max_length, max_new_tokens=40))
+    def draft(question):
+        return f"Draft it. {question}" if wraps else question
+
+    @node
+    def shouted(draft):
+        return draft.upper()
+
+    @node(CausalLM(model, tokenizer, max_length=max_length, max_new_tokens=40))
+    def answer(question, shouted):
+        return f"{question} said {shouted} so" if wraps else question
+
+    single = System(question >> draft)
+    return single.compile(), System(question >> draft >> shouted, (question & shouted) >> answer).compile()
+
+
+@pytest.mark.parametrize("name", [each.name for each in FAMILIES])
+def test_a_row_that_passes_at_once_has_no_problem_by_itself(name):
+    passed = rows_seen = 0
+    tokenizer = family(name).build()
+    for max_length, wraps in ((None, True), (120, True), (400, False)):
+        single, double = plain_systems(tokenizer, max_length, wraps)
+        generator = random.Random(f"{name} {max_length}")
+        for plan, objective in ((single, "direct"), (double, "direct"), (double, "sampling")):
+            rows = []
+            for _ in range(25):
+                pick = generator.choice
+                row = {"question": pick(PROMPTS), "chosen": pick(COMPLETIONS), "rejected": pick(COMPLETIONS)}
+                if objective == "direct" and plan is double:
+                    row |= {f"{side}_intermediates": {"draft": pick(COMPLETIONS)} for side in ("chosen", "rejected")}
+                rows.append(row)
+            for row, passes in zip(rows, Screen(plan, objective).passing(rows), strict=True):
+                if passes:
+                    assert check_row(plan, row, 0, objective, "drop") == [], row
+                passed, rows_seen = passed + passes, rows_seen + 1
+    can = Screen(single, "direct")._takes
+    assert (passed > rows_seen / 40) == bool(can), (passed, rows_seen)
+
+
+@pytest.mark.parametrize("change", [
+    {"chosen": "no"}, {"chosen": " "}, {"chosen": 3}, {"weight": 2.0}, {"weight": "x"}, {"tools": "[]"},
+    {"question": 4}, {"question": None}, {"chosen": [{"role": "assistant", "content": "hi"}]}, {"margin": 1.0},
+    {"group": "g"}, {"rejected": "half \ud83d"}, {"other": 1},
+    {"chosen": '[{"role": "assistant", "content": "x"}]'},
+])  # fmt: skip
+def test_a_report_is_the_same_whatever_is_told_at_once(change, monkeypatch, tmp_path):
+    plan, _ = plain_systems(family("GPT-2").build(), None, True)
+    plain = {"question": "What is the sum of it?", "chosen": "it is 5", "rejected": "no"}
+    rows = [plain, {**plain, **change}, plain, {k: v for k, v in plain.items() if k != "rejected"}, plain]
+    found = validate_rows(plan, iter(rows), "direct")
+    monkeypatch.setattr(Screen, "passing", lambda self, rows: [False] * len(rows))
+    assert validate_rows(plan, rows, "direct") == found
+    assert 0 in found.kept
+
+
+def test_a_function_that_fails_on_a_row_is_found_row_by_row():
+    model, tokenizer = llama(vocab_size=500, max_position_embeddings=512), family("GPT-2").build()
+
+    @node(CausalLM(model, tokenizer))
+    def answer(question):
+        return f"number {int(question)} of all there are"
+
+    plan = System(Input("question") >> answer).compile()
+    rows = [{"question": question, "chosen": "yes", "rejected": "no"} for question in ("1", "two", "3")]
+    report = validate_rows(plan, iter(rows), "direct")
+    assert report.kept == (0, 2)
+    assert {(problem.row, problem.kind) for problem in report.problems} == {(1, "invalid value")}
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "jsonl.gz", "jsonl.bz2", "jsonl.xz", "ndjson"])
+def test_lines_are_read_as_they_are_asked_for_as_all_at_once_are(ending, tmp_path):
+    text = '{"a": 1}\n\n{"a": \n[1]\n{"a": {"__tuple__": [1]}}\r\n{"a": "\u2028"}'
+    opened = {"gz": gzip.open, "bz2": bz2.open, "xz": lzma.open}.get(ending.rpartition(".")[2], open)
+    path = tmp_path / f"rows.{ending}"
+    with opened(path, "wb") as file:
+        file.write(text.encode())
+    expected = read_all(path).in_order()
+    found = list(iterate_rows(path))
+    assert found == expected
+    about = ("place", "folder", "damage")
+    assert [[getattr(row, name) for name in about] for row in found] == [
+        [getattr(row, name) for name in about] for row in expected
+    ]
+    assert len(found) == 5
+    if ending != "jsonl" and ending != "ndjson":
+        path.write_bytes(path.read_bytes()[:-5])
+        with pytest.raises(DataError, match="is no .* file, or is damaged"):
+            list(iterate_rows(path))
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32"])
+def test_lines_of_another_encoding_are_read_as_a_whole(encoding, tmp_path):
+    (tmp_path / "rows.jsonl").write_bytes('{"a": "ü"}\n{"a": "b"}\n'.encode(encoding))
+    assert [row["a"] for row in iterate_rows(tmp_path / "rows.jsonl")] == ["ü", "b"]
+
+
+def test_memory_does_not_grow_with_the_file(tmp_path):
+    """Of plain texts: what is kept of a row is its number."""
+    plan, _ = plain_systems(family("GPT-2").build(), None, True)
+    row = {"question": "What is the sum of it?" * 3, "chosen": "it is 5" * 9, "rejected": "no" * 30}
+    with (tmp_path / "rows.jsonl").open("w") as file:
+        file.writelines(json.dumps(row) + "\n" for _ in range(20_000))
+    size = (tmp_path / "rows.jsonl").stat().st_size
+    validate_rows(plan, [row], "direct")
+    tracemalloc.start()
+    report = validate_rows(plan, iterate_rows(tmp_path / "rows.jsonl"), "direct")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(report.kept) == 20_000
+    assert peak < size

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
@@ -138,14 +137,12 @@ def _length(given: str) -> tuple[str, Sequence[int]]:
 
 def _write(plan: Plan, path: Path, texts: Mapping[str, str]) -> None:
     """Writes the form that the file's ending names; an older file is replaced whole."""
-    temporary = path.with_name(f".{path.stem}.saving{path.suffix}")
-    try:
+    from sysdag.files.atomic import replacing_file
+
+    with replacing_file(path) as temporary:
         if path.suffix in PICTURES:
             from sysdag.graph.render import draw
 
             draw(plan, temporary)
         else:
             temporary.write_text(texts[path.suffix] + "\n", encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

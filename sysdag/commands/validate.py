@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from sysdag.commands.arguments import RenameOption, ShapeOption, SplitOption, SystemArgument, reading
 from sysdag.commands.files import check_output
+
+if TYPE_CHECKING:
+    from sysdag.traces.rows import Row
 
 
 class Empty(StrEnum):
@@ -60,21 +64,25 @@ def validate(
     from sysdag.data.validation import validate_rows
     from sysdag.saving.loading import load_system
     from sysdag.traces.pairs import write_pairs
-    from sysdag.traces.readers import read_all
+    from sysdag.traces.readers import iterate_rows
 
     plan = load_system(system).compile()
     plan.check(objective.value)
-    found = read_all(data, **options)
     report = validate_rows(
-        plan, found.rows, objective.value, limit=limit, strict=strict, empty=empty.value, damaged=found.damaged
+        plan, iterate_rows(data, **options), objective.value, limit=limit, strict=strict, empty=empty.value
     )
     typer.echo(json.dumps(report.to_dict(), indent=2) if as_json else str(report))
     if output is not None and not report.kept:
         typer.echo(f"{output} is not written: no row can be used.", err=True)
     elif output is not None:
-        kept = [found.rows[number] for number in report.kept]
+        kept = _rows(iterate_rows(data, **options), set(report.kept))
         moves = any(row.folder is not None and row.folder.resolve() != output.parent.resolve() for row in kept)
         write_pairs(output, [with_whole_paths(plan, row) for row in kept] if moves else kept)
         typer.echo(f"Wrote {len(report.kept)} rows to {output}.", err=True)
     if not report.is_usable:
         raise typer.Exit(1)
+
+
+def _rows(rows: Iterable[Row], kept: set[int]) -> list[Row]:
+    """Those of the rows that are kept, by their number among those that could be read."""
+    return [row for number, row in enumerate(each for each in rows if not each.damage) if number in kept]

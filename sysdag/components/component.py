@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -26,6 +26,10 @@ from sysdag.traces.cells import Draw
 if TYPE_CHECKING:
     from sysdag.components.footprint import Footprint
     from sysdag.components.residence import Residence
+
+
+Takes = Callable[[Any, Any], bool]
+"""Whether a value surely can be scored behind an input; see `Component.screen`."""
 
 
 class Component(InputReader, ABC):
@@ -182,6 +186,16 @@ class Component(InputReader, ABC):
 
         Args:
             input: what it is drawn from, as for `sample`; None for the most that any input leaves room for.
+        """
+        return None
+
+    def screen(self) -> Takes | None:
+        """What tells fast, without weights, of most inputs and values that they can be scored whole, and of no others.
+
+        Returns:
+            a function of an input (None where it is not known) and a value: whether the value surely can be scored
+            behind the whole input, as `check`, `in_context`, `longest_draw` and `cut_from` would say. None where none
+            can be told.
         """
         return None
 

@@ -13,6 +13,7 @@ from sysdag.data.preferences import PreferencePair, Problem, encode_row
 from sysdag.errors import DataError
 from sysdag.graph.plan import Objective, Plan
 from sysdag.traces.dataset_rows import rows_of
+from sysdag.traces.rows import number_of
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +48,8 @@ def encode_pairs(
     first: dict[str, Problem] = {}
     counts: Counter[str] = Counter()
     given = rows_of(rows)
-    for number, row in enumerate(given):
+    for place, row in enumerate(given):
+        number = number_of(row, place)
         problems = check_row(plan, row, number, objective, empty)
         pair = None
         if all(problem.kind in NOTED for problem in problems):

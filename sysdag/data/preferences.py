@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from sysdag.components.component import Component
 
 _SIDES = ("chosen", "rejected")
+_SHOWN = 60  # characters of an input in an error
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,6 +36,8 @@ class PreferencePair:
         weight: what multiplies its loss.
         margin: by how much the winner's reward should exceed the loser's, in nats times beta.
         group: of pairs that belong together (see `sysdag.objectives.group_weights`), or None.
+        row: its number in the data set, for errors; None where it is not known.
+        source: where that row stands in its file, as `line 7`; or "".
     """
 
     inputs: Mapping[str, Any]
@@ -43,6 +46,22 @@ class PreferencePair:
     weight: float = 1.0
     margin: float = 0.0
     group: str | None = None
+    row: int | None = None
+    source: str = ""
+
+    def called(self, place: int) -> str:
+        """What an error calls it: its row with the line, or its place in the batch where no row is known."""
+        return f"pair {place} of the batch" if self.row_name is None else f"row {self.row_name}"
+
+    @property
+    def row_name(self) -> str | None:
+        """The number of its row, with the line; None where no row is known."""
+        return None if self.row is None else _with_line(self.row, self.source)
+
+    def described(self, place: int) -> str:
+        """`called`, with the inputs in short."""
+        inputs = ", ".join(f"{name}={shown(value, _SHOWN)}" for name, value in self.inputs.items())
+        return f"{self.called(place)} ({inputs})" if inputs else self.called(place)
 
     @cached_property
     def key(self) -> str:
@@ -58,6 +77,10 @@ class PreferencePair:
                 for name, cell in getattr(self, side).items()
             }
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _with_line(row: int, source: str) -> str:
+    return f"{row} ({source})" if source not in ("", f"row {row}") else str(row)
 
 
 def _draws(cell: Cell) -> tuple[Draw, ...]:
@@ -98,10 +121,7 @@ class Problem:
     source: str = ""
 
     def __str__(self) -> str:
-        if self.row is None:
-            where = self.source.capitalize()
-        else:
-            where = f"Row {self.row}" + (f" ({self.source})" if self.source not in ("", f"row {self.row}") else "")
+        where = self.source.capitalize() if self.row is None else f"Row {_with_line(self.row, self.source)}"
         where += f", {self.side}" if self.side else ""
         where += f", node {self.node!r}" if self.node else ""
         return f"{where}: {self.text}"
@@ -154,7 +174,8 @@ class _Reading:
         sides = {side: self._side(row, side) for side in _SIDES}
         if self.problems:
             return None, self.problems
-        return PreferencePair(inputs, sides["chosen"], sides["rejected"], **beside), []
+        cells = sides["chosen"], sides["rejected"]
+        return PreferencePair(inputs, *cells, **beside, row=self.number, source=self.source), []
 
     def _problem(self, kind: str, text: str, node: str = "", side: str = "") -> None:
         self.problems.append(Problem(self.number, kind, node, side, text, self.source))

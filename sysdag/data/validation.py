@@ -5,14 +5,16 @@ See `sysdag.data.checks` for what rows are dropped for.
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from sysdag.data.checks import DROPPED, NOTED, check_row
 from sysdag.data.columns import advice_on, told_unread, unread_columns
 from sysdag.data.preferences import Problem
+from sysdag.data.screening import AT_ONCE, Screen
 from sysdag.errors import DataError
 from sysdag.graph.plan import Objective, Plan
 from sysdag.traces.dataset_rows import rows_of
@@ -105,27 +107,38 @@ def validate_rows(
 
     Args:
         plan: of the system that is to be aligned.
-        rows: see `sysdag.data.encode_pairs`.
+        rows: see `sysdag.data.encode_pairs`; an iterator's are not kept, and those with `damage` stand for no row.
         objective: what the rows are for.
         limit: how many problems of each kind are told; all are counted.
         strict: makes errors of the problems that rows are otherwise dropped for.
         empty: `keep` uses rows whose chosen output is empty, which are dropped otherwise.
         damaged: of the rows' file, each part that is no row: its place and what is wrong with it.
     """
-    found = _Findings(limit)
+    lost, found = _Findings(limit), _Findings(limit)
     for place, text in damaged:
-        found.add([Problem(None, "malformed", "", "", text, place)])
-    kept = []
-    given = rows_of(rows)
-    for number, row in enumerate(given):
-        problems = check_row(plan, row, number, objective, empty)
-        if all(problem.kind in NOTED for problem in problems):
-            kept.append(number)
-        found.add(problems)
+        lost.add([Problem(None, "malformed", "", "", text, place)])
+    kept: list[int] = []
+    keys: dict[tuple[Any, ...], None] = {}
+    screen = Screen(plan, objective)
+    given = iter(rows if isinstance(rows, Iterator) else rows_of(rows))
+    number = 0
+    while part := list(itertools.islice(given, AT_ONCE)):
+        for row, passes in zip(part, screen.passing(part), strict=True):
+            if damage := getattr(row, "damage", ""):
+                lost.add([Problem(None, "malformed", "", "", damage, row.place)])
+                continue
+            if isinstance(row, Mapping):
+                keys[tuple(row)] = None
+            problems = [] if passes else check_row(plan, row, number, objective, empty)
+            if all(problem.kind in NOTED for problem in problems):
+                kept.append(number)
+            found.add(problems)
+            number += 1
+    columns = [dict.fromkeys(each) for each in keys]
     return ValidationReport(
-        rows=len(given) + len(damaged), kept=tuple(kept), counts=dict(found.counts), dropped=found.dropped,
-        problems=tuple(found.problems), strict=strict, unread=unread_columns(plan, given, objective),
-        advice=advice_on(plan, given),
+        rows=number + lost.counts["malformed"], kept=tuple(kept), counts=dict(lost.counts) | dict(found.counts),
+        dropped=found.dropped, problems=(*lost.problems, *found.problems), strict=strict,
+        unread=unread_columns(plan, columns, objective), advice=advice_on(plan, columns),
     )  # fmt: skip
 
 
@@ -141,6 +154,8 @@ class _Findings:
 
     def add(self, problems: Sequence[Problem]) -> None:
         """All problems of one row."""
+        if not problems:
+            return
         kinds = dict.fromkeys(problem.kind for problem in problems)
         self.counts.update(kinds.keys())
         wrong = [kind for kind in kinds if kind not in NOTED]

@@ -28,7 +28,7 @@ def check_finite(
         component, reference: what scored; they say where in the draw it happened.
 
     Raises:
-        TrainingError: naming node, pair and token of the first score that is nan or infinite.
+        TrainingError: naming node, row of the data and token of the first score that is nan or infinite.
     """
     sides = (("policy", component, policy_scores), ("reference", reference or component, reference_scores))
     for side, scorer, values in sides:
@@ -39,7 +39,7 @@ def check_finite(
             places = ((at, scorer.locate_non_finite(batch.inputs[at], batch.draws[at])) for at in bad)
             at, place = next(((at, place) for at, place in places if place), (bad[0], ""))
             raise TrainingError(
-                f"Node {term.name!r}: the {side}'s score of pair {term.pair_of[batch.rows[at]]} of the batch is "
+                f"Node {term.name!r}: the {side}'s score of {term.described(batch.rows[at])} is "
                 f"{values[at].item()}{place and f', from {place} on'}. The weights were not changed."
             )
 

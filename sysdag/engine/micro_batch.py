@@ -64,6 +64,7 @@ class MicroBatch:
         random: the state that the first pass scored under.
         is_random: whether the first pass drew from it (dropout).
         kept: what the first pass kept of all these elements.
+        term: whose rows these are.
     """
 
     name: str
@@ -74,17 +75,26 @@ class MicroBatch:
     random: RandomState | None = None
     is_random: bool = False
     kept: Kept | None = None
+    term: Term | None = None
+
+    def called(self, at: int) -> str:
+        """What an error calls the element's pair."""
+        return f"row {self.rows[at]} of the batch" if self.term is None else self.term.called(self.rows[at])
+
+    def _rows(self) -> list[int | str]:
+        """What errors of a component call each element's row."""
+        return [row if self.term is None else self.term.row_name(row) for row in self.rows]
 
     def score(self, component: Component) -> Float[Tensor, " n"]:
         """The component's scores of these elements."""
-        with naming(self.name, self.rows):
+        with naming(self.name, self._rows()):
             if isinstance(self.noise, TailWeight):
                 return component.weighted_score(self.inputs, self.draws, self.noise.heads, self.noise.tail)
             return component.score(self.inputs, self.draws, self.noise)
 
     def typicality(self, component: Component) -> Float[Tensor, " n"]:
         """See `Component.typicality`."""
-        with naming(self.name, self.rows):
+        with naming(self.name, self._rows()):
             return component.typicality(self.inputs, self.draws)
 
     def select(self, kept: Sequence[int]) -> MicroBatch:
@@ -111,4 +121,4 @@ class MicroBatch:
 def whole(plan: Plan, term: Term) -> MicroBatch:
     """All elements of a term as one micro-batch."""
     elements, draws = aligned(plan, term.trace, term.name)
-    return MicroBatch(term.name, tuple(elements.rows), tuple(elements.values), tuple(draws), term.noise)
+    return MicroBatch(term.name, tuple(elements.rows), tuple(elements.values), tuple(draws), term.noise, term=term)

@@ -13,7 +13,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +26,7 @@ from sysdag.components.component import Component
 from sysdag.data.preferences import PreferencePair
 from sysdag.engine.scoring import Budget, score
 from sysdag.errors import PlanError, SerializationError
+from sysdag.files.atomic import replacing_file
 from sysdag.graph.plan import Plan
 from sysdag.objectives.candidates import CandidateStrategy, Exhaustive
 from sysdag.objectives.comparison import Comparison, Term
@@ -73,8 +73,8 @@ class ReferenceScores:
         missing = [place for place, pair in enumerate(pairs) if pair.key not in self.seeds]
         if missing:
             raise PlanError(
-                f"precompute_ref_log_probs: pair {missing[0]} of the batch was not among the datasets when the "
-                "reference scored them, and the policy may have moved since. Pass all of them to the trainer as "
+                f"precompute_ref_log_probs: {pairs[missing[0]].described(missing[0])} was not among the datasets when "
+                "the reference scored them, and the policy may have moved since. Pass all of them to the trainer as "
                 "train_dataset or eval_dataset."
             )
         return [torch.Generator().manual_seed(self.seeds[pair.key]) for pair in pairs]
@@ -101,12 +101,8 @@ class ReferenceScores:
             tensors[f"counts/{name}"] = torch.tensor([len(by_pair[key]) for key in keys])
             tensors[f"scores/{name}"] = torch.cat([by_pair[key] for key in keys])
         file.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = file.with_name(f".{file.name}.{os.getpid()}")
-        try:
+        with replacing_file(file) as unfinished:
             save_file(tensors, unfinished, metadata={"fingerprint": json.dumps(dict(self.fingerprint))})
-            os.replace(unfinished, file)
-        finally:
-            unfinished.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, file: Path) -> ReferenceScores:

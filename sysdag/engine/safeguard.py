@@ -14,7 +14,7 @@ that none depends on the others of its batch.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from jaxtyping import Float
@@ -24,7 +24,11 @@ from sysdag.errors import PlanError
 
 
 def loser_scales(
-    name: str, residuals: Mapping[int, Sequence[Tensor]], coefficients: Float[Tensor, " 2P"], mu: float
+    name: str,
+    residuals: Mapping[int, Sequence[Tensor]],
+    coefficients: Float[Tensor, " 2P"],
+    mu: float,
+    called: Callable[[int], str] = "pair {} of the batch".format,
 ) -> Float[Tensor, " P"]:
     """lambda of each pair.
 
@@ -34,6 +38,7 @@ def loser_scales(
             its place on the other side has no part in the product.
         coefficients: the derivative of the loss by each row's score.
         mu: in [0, 1], how much of the winner's own decrease is to stay.
+        called: what an error calls the pair of a place.
 
     Raises:
         PlanError: where the two sides' samples differ in shape, so that their gradients have no product.
@@ -49,7 +54,7 @@ def loser_scales(
         for place, (ours, theirs) in enumerate(zip(*sides, strict=False)):
             if ours.shape != theirs.shape:
                 raise PlanError(
-                    f"Node {name!r}: winner_safeguard compares samples of one shape, but pair {pair} of the batch has "
+                    f"Node {name!r}: winner_safeguard compares samples of one shape, but {called(pair)} has "
                     f"{tuple(ours.shape)} and {tuple(theirs.shape)} (value {place}). Give both sides one size, or "
                     "leave it out."
                 )

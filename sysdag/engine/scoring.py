@@ -81,7 +81,7 @@ class Budget:
         """
         if len(batch.rows) == 1:
             raise TrainingError(
-                f"Node {batch.name!r}, row {batch.rows[0]} of the batch: memory ran out on a single element. Shorter "
+                f"Node {batch.name!r}, {batch.called(0)}: memory ran out on a single element. Shorter "
                 "texts (max_length), gradient_checkpointing=True, bf16=True or a smaller model need less. The weights "
                 "were not changed."
             )

@@ -317,7 +317,9 @@ class SystemModel(nn.Module):
             for name, residuals in scored.residuals.items():
                 mu = component_of(self.plan, name).winner_safeguard
                 if mu is not None:
-                    scales = loser_scales(name, residuals, coefficients[name], mu)
+                    scales = loser_scales(
+                        name, residuals, coefficients[name], mu, lambda place: pairs[place].described(place)
+                    )
                     coefficients[name] = coefficients[name] * torch.cat([torch.ones_like(scales), scales])
                     output.metrics[f"nodes/{name}/loser_scale"] = scales.float().cpu()
             trained = [batch for batch in scored.batches if self._reference_of(component_of(self.plan, batch.name))]

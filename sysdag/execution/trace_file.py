@@ -1,9 +1,10 @@
 """Traces on file as they are made: what is written stays, and a run that was cut off goes on behind it.
 
 Batches are appended to the JSON lines of `Trace`, each with one write of whole lines. A file beside them,
-`<name>.run.json`, says what they are the traces of. A process that dies may leave a part of a batch; what goes on
-removes that and makes it again, so the file becomes the one of a run that was never cut off, byte for byte. Inputs
-may have been corrected by then, where they have not been run yet: the file of their hashes tells.
+`<name>.run.json`, says what they are the traces of; another, `<name>.sha256`, has a line for each batch: the bytes up
+to its end, and their SHA-256. A process that dies may leave a part of a batch; what goes on removes that and makes it
+again, so the file becomes the one of a run that was never cut off, byte for byte. What was changed since it was written
+is refused. Inputs may have been corrected by then, where they have not been run yet: the file of their hashes tells.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import itertools
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -21,15 +22,16 @@ from typing import Any, Literal
 from sysdag.components.language.engines.choice import LOCAL, kind_of
 from sysdag.errors import DataError
 from sysdag.execution.batches import Runs, Skipped
-from sysdag.files.atomic import write_text
+from sysdag.files.atomic import append_whole, explaining_disk_errors, write_text
 from sysdag.files.encoding import encode_json, encode_value
 from sysdag.files.series_files import first_difference
 from sysdag.graph.plan import Plan
 from sysdag.saving.serialization import component_keys, system_to_dict
 from sysdag.traces.trace import Trace
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 _WHOLE = "what made it"
+_SUM = re.compile(r"\d+ [0-9a-f]{64}")
 
 _LIMITS = ("_max_new_tokens", "_max_length")  # as given; asking a language model for them would load it
 
@@ -100,10 +102,13 @@ class TraceFile:
     ) -> None:
         self.path = Path(path)
         self.side_path = self.path.with_name(f"{self.path.name}.run.json")
+        self.sums_path = self.path.with_name(f"{self.path.name}.sha256")
         self.batches = 0
         self.runs = runs
         self._identity = identity(plan, runs)
         self._kept_bytes = 0
+        self._kept_sums: list[str] = []
+        self._digest = hashlib.sha256()  # of what is kept
         self._size = 0  # of the file, unless somebody else writes to it
         self._is_open = False
         if self.path.suffix != ".jsonl":
@@ -141,23 +146,34 @@ class TraceFile:
         Raises:
             DataError: naming the node whose value cannot be written without loss; or if another process wrote to the
                 file. Nothing of the batch is written.
+            SerializationError: where the disk does not take it; the batches before are intact.
         """
         lines = [json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in trace.rows()]
         data = "".join(lines).encode("utf-8")
-        if not self._is_open:
-            self._begin()
-        with self.path.open("ab") as file:
-            self._check_alone(file.tell())
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        self._size += len(data)
+        advice = (
+            f"{self.path.name} has {self.batches} whole batches of {self.runs.batches}: free some space, and resume."
+        )
+        with explaining_disk_errors("A batch of runs", self.path.parent, len(data), advice):
+            if not self._is_open:
+                self._begin()
+            with self.path.open("ab", buffering=0) as file:
+                self._check_alone(file.tell())
+                append_whole(file, data)
+                os.fsync(file.fileno())
+            self._size += len(data)
+            self._digest.update(data)
+            with self.sums_path.open("ab", buffering=0) as file:
+                append_whole(file, self._sum().encode())
         self.batches += 1
+
+    def _sum(self) -> str:
+        return f"{self._size} {self._digest.hexdigest()}\n"
 
     def _begin(self) -> None:
         with self.path.open("ab") as file:
             self._check_alone(file.tell())
             file.truncate(self._kept_bytes)
+        write_text(self.sums_path, "".join(self._kept_sums))
         self._write_side()
         self._size = self._kept_bytes
         self._is_open = True
@@ -220,36 +236,53 @@ class TraceFile:
             )
 
     def _count(self, begun: Runs) -> None:
-        """Finds the whole batches of the file and checks the last run of the last one.
+        """Finds the whole batches of the file, and that they are as they were written.
 
         Args:
             begun: the runs, without the rows that were skipped when the file was written.
         """
         ends = itertools.accumulate(len(begun.pairs(number)) for number in range(begun.batches))
-        count, end, last, kept_last = 0, 0, b"", b""
+        sums = self._sums()
+        count, end, first, digest = 0, 0, 1, hashlib.sha256()
         wanted = next(ends, None)
         with self.path.open("rb") as file:
             lines = (line for line in file if line.endswith(b"\n"))
             while wanted is not None:
                 while count < wanted and (line := next(lines, None)) is not None:
-                    count, end, last = count + 1, end + len(line), line
-                if count < wanted:
+                    count, end = count + 1, end + len(line)
+                    digest.update(line)
+                if count < wanted or self.batches == len(sums):
                     break
-                self.batches, self._kept_bytes, kept_last = self.batches + 1, end, last
-                wanted = next(ends, None)
-            if wanted is None and next(lines, None) is not None:
-                raise DataError(f"{self.path} holds more than the {count} runs that are asked for; it was changed.")
-        if not kept_last:
-            return
-        last = kept_last
-        prompt, run = next(pairs[-1] for number in range(self.batches - 1, -1, -1) if (pairs := begun.pairs(number)))
+                if sums[self.batches] != f"{end} {digest.hexdigest()}":
+                    if self.batches == begun.batches - 1:
+                        self._check_end(lines, count)
+                    raise DataError(
+                        f"{self.path} cannot be resumed: its lines {first} to {count} are not what was written there; "
+                        f"{self.sums_path.name} has their hash. Give the file back as it was, overwrite it "
+                        "(--overwrite), or write to another file."
+                    )
+                self.batches, self._kept_bytes, self._digest = self.batches + 1, end, digest.copy()
+                first, wanted = count + 1, next(ends, None)
+            if wanted is None:
+                self._check_end(lines, count)
+        self._kept_sums = [f"{each}\n" for each in sums[: self.batches]]
+
+    def _check_end(self, lines: Iterator[bytes], count: int) -> None:
+        """Refuses a file with more runs than are asked for."""
+        if next(lines, None) is not None:
+            raise DataError(f"{self.path} holds more than the {count} runs that are asked for; it was changed.")
+
+    def _sums(self) -> list[str]:
+        """For each batch that was written whole, the bytes up to its end and their hash.
+
+        Raises:
+            DataError: where they are missing.
+        """
         try:
-            columns = json.loads(last)["columns"]
-            found = columns["prompt"], columns["run"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{self.path} cannot be resumed: its last whole batch ends in a damaged line.") from error
-        if found != (prompt, run):
+            found = self.sums_path.read_bytes().decode("latin-1").split("\n")[:-1]
+        except OSError as error:
             raise DataError(
-                f"{self.path} cannot be resumed: where input row {prompt}, run {run} should be is row {found[0]}, run "
-                f"{found[1]}; the file was changed."
-            )
+                f"{self.path} cannot be resumed: {self.sums_path.name}, which tells whether it is as it was written, "
+                "cannot be read. Overwrite it (--overwrite), or write to another file."
+            ) from error
+        return list(itertools.takewhile(_SUM.fullmatch, found))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import os
 import shutil
 from collections.abc import Iterator
@@ -103,14 +104,35 @@ def write_text(file: Path, text: str) -> None:
 
 @contextlib.contextmanager
 def replacing_file(file: Path) -> Iterator[Path]:
-    """Yields a path beside a file; what is written there replaces the file as a whole, or not at all after an error."""
-    unfinished = file.with_name(f".{file.name}.{os.getpid()}")
+    """Yields a path beside a file; what is written there replaces the file as a whole, or not at all after an error.
+
+    Raises:
+        SerializationError: where the disk does not take it; see `explaining_disk_errors`.
+    """
+    unfinished = file.with_name(f".{file.name}.{os.getpid()}{file.suffix}")
+    advice = "Free some space there or write to another disk, and do it again."
+    if file.exists():
+        advice = f"The {file.name} that is there is as it was. {advice}"
     try:
-        yield unfinished
-        _synchronise(unfinished)
-        os.replace(unfinished, file)
+        with explaining_disk_errors(file.name, file.parent, unfinished, advice):
+            yield unfinished
+            _synchronise(unfinished)
+            os.replace(unfinished, file)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def append_whole(opened: io.RawIOBase | io.FileIO, data: bytes) -> None:
+    """Appends bytes to a file that was opened without a buffer, or leaves it as it was."""
+    end = opened.seek(0, os.SEEK_END)
+    try:
+        written = 0
+        while written < len(data):  # a full disk takes a part, and then says why
+            written += opened.write(data[written:]) or 0
+    except OSError:
+        with contextlib.suppress(OSError):
+            opened.truncate(end)
+        raise
 
 
 def current(folder: Path, name: str, last: str) -> Path:
@@ -135,12 +157,12 @@ def _synchronise(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def explaining_disk_errors(what: str, folder: Path, needed: int, advice: str) -> Iterator[None]:
+def explaining_disk_errors(what: str, folder: Path, needed: int | Path, advice: str) -> Iterator[None]:
     """Turns a failed write into a message.
 
     Args:
         what: what is being written, as the start of a sentence.
-        needed: bytes that it may take, at most.
+        needed: bytes that it may take, at most; or where that is not known the file that is being written.
         advice: what is intact and what to do.
 
     Raises:
@@ -154,9 +176,12 @@ def explaining_disk_errors(what: str, folder: Path, needed: int, advice: str) ->
             raise
         there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
         free = shutil.disk_usage(there).free
+        size = f"up to {mib(needed)}" if isinstance(needed, int) else f"more than {mib(_size(needed))}"
+        code = cause.errno if isinstance(cause, OSError) else None
+        reason = os.strerror(code) if code is not None and code in _DISK_ERRORS else first_line(cause)
         raise SerializationError(
-            f"{what} could not be written to {folder}: {first_line(cause)}. It needs up to {_mib(needed)}, and "
-            f"{_mib(free)} are free on that disk (a quota or a limit on file sizes may allow less). {advice}"
+            f"{what} could not be written to {folder}: {reason}. It needs {size}, and {mib(free)} are free on that "
+            f"disk (a quota or a limit on file sizes may allow less). {advice}"
         ) from error
 
 
@@ -178,5 +203,10 @@ def first_line(error: BaseException) -> str:
     return text.strip().splitlines()[0].rstrip(".")
 
 
-def _mib(count: int) -> str:
-    return f"{count / 2**20:.1f} MiB"
+def _size(file: Path) -> int:
+    return file.stat().st_size if file.exists() else 0
+
+
+def mib(count: int) -> str:
+    """A number of bytes in words."""
+    return f"{count / 2**20:.1f} MiB" if count >= 2**20 else f"{count / 2**10:.1f} KiB"

@@ -32,6 +32,7 @@ class KeyedLines:
     def __init__(self, path: Path, fields: Sequence[str]) -> None:
         self.path = path
         self.damaged = 0
+        self._is_cut = False  # whether the last line of this process is one that the disk took a part of
         self._lock = threading.Lock()
         self._places: dict[str, tuple[int, int]] = {}
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -73,16 +74,18 @@ class KeyedLines:
             SerializationError: where the disk does not take it.
         """
         line = json.dumps(row, allow_nan=False).encode("utf-8") + b"\n"
+        whole = b"\n" + line if self._is_cut else line
         advice = "What was kept before is intact."
         with self._lock, explaining_disk_errors(f"A row of {self.path.name}", self.path.parent, len(line), advice):
             descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+            written = 0
             try:
-                written = os.write(descriptor, line)
-                while written < len(line):  # a full disk takes a part, and then says why
-                    written += os.write(descriptor, line[written:])
+                while written < len(whole):  # a full disk takes a part, and then says why
+                    written += os.write(descriptor, whole[written:])
                 end = os.lseek(descriptor, 0, os.SEEK_CUR)
             finally:
                 os.close(descriptor)
+                self._is_cut = (self._is_cut or written > 0) and written < len(whole)
             self._places[row["key"]] = (end - len(line), len(line))
 
 

@@ -44,26 +44,14 @@ def write_run(folder: Path, run: Mapping[str, Any]) -> None:
 
 def append_line(folder: Path, line: Mapping[str, Any]) -> None:
     """Adds a line to the `log.jsonl` of a folder, whole or not at all."""
-    _append_whole(folder / LOG_FILE, (json.dumps(line, allow_nan=False) + "\n").encode())
+    with (folder / LOG_FILE).open("ab", buffering=0) as file:
+        atomic.append_whole(file, (json.dumps(line, allow_nan=False) + "\n").encode())
 
 
 def keep_lines(folder: Path, step: int) -> None:
     """Drops the lines of a folder's `log.jsonl` past a step, and those that were cut off; makes the file if need be."""
     kept = [line for line in read_log(folder) if line["step"] <= step]
     atomic.write_text(folder / LOG_FILE, "".join(json.dumps(line) + "\n" for line in kept))
-
-
-def _append_whole(file: Path, line: bytes) -> None:
-    """Appends a line, or leaves the file as it was."""
-    with file.open("ab", buffering=0) as opened:
-        end = opened.tell()
-        try:
-            written = opened.write(line)
-            if written != len(line):
-                raise OSError(f"only {written} of {len(line)} bytes could be written to {file}")
-        except OSError:
-            opened.truncate(end)
-            raise
 
 
 def _parsed(line: bytes) -> dict[str, Any] | None:

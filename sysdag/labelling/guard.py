@@ -24,6 +24,8 @@ CONTENT_SECURITY_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src data:; connect-src 'self'; base-uri 'none'; "
     "form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'; trusted-types 'none'"
 )
+MOST_BYTES = 16_384
+"""Of a request's body; the page's own have some hundred."""
 HEADERS = {
     "content-security-policy": CONTENT_SECURITY_POLICY,
     "cache-control": "no-store",
@@ -65,7 +67,10 @@ class Guard:
         if scope["type"] == "lifespan":
             await self.app(scope, receive, send)
             return
-        if scope["type"] != "http":  # no route takes anything else
+        if scope["type"] != "http":  # no route takes anything else; a browser's socket is closed before it opens
+            if scope["type"] == "websocket":
+                await receive()
+                await send({"type": "websocket.close", "code": 1008, "reason": "There are no sockets here."})
             return
         headers = Headers(scope=scope)
         host = headers.get("host", "").lower()
@@ -81,8 +86,15 @@ class Guard:
                     answered.append("set-cookie", f"{name}={self.access.session}; Path=/; HttpOnly; SameSite=Strict")
             await send(message)
 
-        app = self.app if refusal is None else PlainTextResponse(refusal + "\n", status_code=403)
-        await app(scope, receive, answer)
+        if refusal is not None:
+            await PlainTextResponse(refusal + "\n", status_code=403)(scope, receive, answer)
+            return
+        read = await _body(headers, receive)
+        if read is None:
+            told = f"A body may have {MOST_BYTES} bytes.\n"
+            await PlainTextResponse(told, status_code=413, headers={"connection": "close"})(scope, receive, answer)
+            return
+        await self.app(scope, read, answer)
 
     def _refusal(self, scope: Scope, headers: Headers, host: str, entering: bool) -> str | None:
         """Why a request is refused, or None."""
@@ -109,3 +121,25 @@ class Guard:
             return False
         given = cookies.get(self.access.cookie(host))
         return given is not None and secrets.compare_digest(given.value.encode(), self.access.session.encode())
+
+
+async def _body(headers: Headers, receive: Receive) -> Receive | None:
+    """What gives a request's body, which has been read; None where it is too large, of which no more is read.
+
+    A client that goes away in between is told of by what the application receives.
+    """
+    length = headers.get("content-length", "")
+    if length.isdecimal() and int(length[:20]) > MOST_BYTES:
+        return None
+    messages: list[Message] = []
+    size = 0
+    while not messages or messages[-1].get("more_body", False):
+        messages.append(await receive())
+        size += len(messages[-1].get("body", b""))
+        if size > MOST_BYTES:
+            return None
+
+    async def read() -> Message:
+        return messages.pop(0) if messages else await receive()
+
+    return read

@@ -1,8 +1,9 @@
--- The database of `sysdag label`. Only `assignments` and `events` grow; nothing is changed or removed.
+-- The database of `sysdag label`. Events are what counts; they are only ever appended. What is derived from them, so that
+-- a label costs the same however many there are (`assignments.choice`, `pairs.votes`, `progress`), stands in derived.sql.
 CREATE TABLE settings (name TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;  -- values are JSON
 
--- `first` and `second` are rows of the traces, from 0; the same one where single runs are labelled. Pairs are handed out by number; those below the setting
--- `overlap` go to every annotator, each of the others to one.
+-- `first` and `second` are rows of the traces, from 0; the same one where single runs are labelled. Pairs are handed out
+-- by number; those below the setting `overlap` go to every annotator, each of the others to one.
 CREATE TABLE pairs (id INTEGER PRIMARY KEY, first INTEGER NOT NULL, second INTEGER NOT NULL) STRICT;
 
 -- Which pair was shown to whom, and which row stood on which side.

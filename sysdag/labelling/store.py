@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import shutil
 import sqlite3
 import threading
 from collections.abc import Iterator, Sequence
@@ -17,10 +18,12 @@ from importlib import resources
 from pathlib import Path
 
 from sysdag.errors import LabelError
+from sysdag.files.atomic import mib
+from sysdag.labelling import progress
 from sysdag.labelling.records import CHOICES, Assignment, Choice, Label, Queue, Settings, checked_name
 
-FORMAT_VERSION = 2
-_READ = (1, 2)  # of version 1 are pairs
+FORMAT_VERSION = 3
+_READ = (1, 2, 3)  # of version 1 are pairs; before 3 nothing is derived
 _APPLICATION = 0x73797364  # "sysd": marks the file as a database of this command
 _HELD = timedelta(hours=1)  # an unlabelled pair is kept so long for the annotator who was shown it
 
@@ -41,11 +44,13 @@ class LabelStore:
         try:
             self._prepare()
             self.settings = self._settings()
+            self._derive_once()
+            self._pairs = self._one("SELECT count(*) FROM pairs")  # which stay as they are
         except (sqlite3.Error, LabelError) as error:
             self._database.close()
             if isinstance(error, LabelError):
                 raise
-            raise LabelError(f"{self.path} cannot be used for labels ({error}); give another --database.") from error
+            raise LabelError(f"{self.path} cannot be used for labels ({_told(self.path, error)}).") from error
 
     @classmethod
     def create(cls, path: str | Path, settings: Settings, pairs: Sequence[tuple[int, int]]) -> LabelStore:
@@ -54,20 +59,22 @@ class LabelStore:
         Raises:
             LabelError: if there is one already.
         """
-        schema = (resources.files("sysdag.labelling") / "schema.sql").read_text(encoding="utf-8")
+        schema = _script("schema.sql") + _script("derived.sql")
         if cls.is_begun(path):
             raise LabelError(f"{path} exists.")
         try:
             with contextlib.closing(sqlite3.connect(path, isolation_level=None, timeout=10)) as database:
                 database.executescript(f"BEGIN IMMEDIATE;\n{schema}")
-                database.executemany("INSERT INTO pairs VALUES (?, ?, ?)", ((n, *pair) for n, pair in enumerate(pairs)))
+                numbered = ((number, *pair) for number, pair in enumerate(pairs))
+                database.executemany("INSERT INTO pairs (id, first, second) VALUES (?, ?, ?)", numbered)
                 rows = [(name, json.dumps(value)) for name, value in asdict(settings).items()]
                 database.executemany("INSERT INTO settings VALUES (?, ?)", rows)
+                progress.derive(database, settings.overlap)
                 database.execute(f"PRAGMA application_id = {_APPLICATION}")
                 database.execute(f"PRAGMA user_version = {FORMAT_VERSION}")
                 database.execute("COMMIT")
         except sqlite3.Error as error:
-            raise LabelError(f"{path} cannot be made a database of labels ({error}).") from error
+            raise LabelError(f"{path} cannot be made a database of labels ({_told(path, error)}).") from error
         return cls(path)
 
     @staticmethod
@@ -83,7 +90,7 @@ class LabelStore:
             with contextlib.closing(sqlite3.connect(path, timeout=10)) as database:
                 return database.execute("SELECT count(*) FROM sqlite_master").fetchone()[0] > 0
         except sqlite3.Error as error:
-            raise LabelError(f"{path} is no database of labels ({error}); give another --database.") from error
+            raise LabelError(f"{path} cannot be read as a database of labels ({_told(path, error)}).") from error
 
     def __enter__(self) -> LabelStore:
         return self
@@ -125,7 +132,8 @@ class LabelStore:
                     raise LabelError(f"Pair {pair} was not shown to {annotator}.")
                 if self._holds(annotator, pair):
                     raise LabelError("This pair has its label already, from another tab or window.")
-                self._append(request, annotator, pair, choice, shown, None)
+                event = self._append(request, annotator, pair, choice, shown, None)
+                progress.record(database, annotator, pair, event, choice, self._overlap())
             return self._queue(annotator)
 
     def undo(self, annotator: str, label: int, request: str) -> Queue:
@@ -143,7 +151,9 @@ class LabelStore:
             if undone is None or not self._is_recorded(request, (annotator, undone[0], None, label)):
                 if undone is None or self._last(annotator) != label:
                     raise LabelError("That label is not your last one; it may have been undone in another tab.")
-                self._append(request, annotator, undone[0], None, undone[1:], label)
+                pair, *sides = undone
+                self._append(request, annotator, pair, None, sides, label)
+                progress.record(database, annotator, pair, None, None, self._overlap())
             return self._queue(annotator)
 
     def labels(self) -> list[Label]:
@@ -174,6 +184,7 @@ class LabelStore:
         """Changes how many pairs every annotator gets."""
         with self._transaction() as database:
             database.execute("UPDATE settings SET value = ? WHERE name = 'overlap'", (json.dumps(overlap),))
+            progress.derive(database, overlap)
         self.settings = self._settings()
 
     def _prepare(self) -> None:
@@ -195,6 +206,16 @@ class LabelStore:
         database.execute("PRAGMA synchronous = FULL")
         database.execute("PRAGMA foreign_keys = ON")
 
+    def _derive_once(self) -> None:
+        """Brings a database of before up to date: what is derived from its events is kept from now on."""
+        with self._transaction() as database:
+            if database.execute("PRAGMA user_version").fetchone()[0] == FORMAT_VERSION:
+                return
+            for statement in _statements(_script("derived.sql")):
+                database.execute(statement)
+            progress.derive(database, self.settings.overlap)
+            database.execute(f"PRAGMA user_version = {FORMAT_VERSION}")
+
     def _settings(self) -> Settings:
         with self._lock:
             stored = dict(self._database.execute("SELECT name, value FROM settings"))
@@ -215,27 +236,22 @@ class LabelStore:
                 raise
 
     def _queue(self, annotator: str) -> Queue:
-        done = self._one("SELECT count(*) FROM labels WHERE annotator = ?", annotator)
+        done = progress.done(self._database, annotator)
         task = self._open(annotator) or self._assigned(annotator)
-        mine = self._one("SELECT count(*) FROM assignments WHERE annotator = ?", annotator)
-        taken = self._one(f"SELECT count(*) FROM ({_TAKEN})", *self._me(annotator))
-        total = mine + self._one("SELECT count(*) FROM pairs") - taken
+        total = self._pairs - progress.others_have(self._database, annotator, self._overlap(), _held_since())
         return Queue(task, done, total, self._last(annotator))
 
     def _open(self, annotator: str) -> Assignment | None:
         """The first pair that the annotator was shown and has not labelled."""
         row = self._database.execute(
-            "SELECT pair, left, right FROM assignments AS shown WHERE annotator = ? AND NOT EXISTS (SELECT 1 FROM "
-            "labels WHERE labels.annotator = shown.annotator AND labels.pair = shown.pair) ORDER BY id LIMIT 1",
+            "SELECT pair, left, right FROM assignments WHERE annotator = ? AND choice IS NULL ORDER BY id LIMIT 1",
             (annotator,),
         ).fetchone()
         return None if row is None else Assignment(*row)
 
     def _assigned(self, annotator: str) -> Assignment | None:
         """Hands out the first pair that nobody has, with sides drawn by seed, pair and annotator."""
-        row = self._database.execute(
-            f"SELECT id, first, second FROM pairs WHERE id NOT IN ({_TAKEN}) ORDER BY id LIMIT 1", self._me(annotator)
-        ).fetchone()
+        row = progress.next_pair(self._database, annotator, self._overlap(), _held_since())
         if row is None:
             return None
         pair, left, right = row
@@ -248,14 +264,15 @@ class LabelStore:
         )
         return Assignment(pair, left, right)
 
-    def _me(self, annotator: str) -> tuple[str, str, int, str]:
-        return annotator, annotator, self.settings.overlap, (datetime.now(UTC) - _HELD).isoformat()
+    def _overlap(self) -> int:
+        """As it is now; another process may have changed it."""
+        return json.loads(self._database.execute("SELECT value FROM settings WHERE name = 'overlap'").fetchone()[0])
 
     def _holds(self, annotator: str, pair: int) -> bool:
         return bool(self._one("SELECT count(*) FROM labels WHERE annotator = ? AND pair = ?", annotator, pair))
 
     def _last(self, annotator: str) -> int | None:
-        return self._one("SELECT max(id) FROM labels WHERE annotator = ?", annotator)
+        return progress.last(self._database, annotator)
 
     def _one(self, query: str, *values: object) -> int:
         return self._database.execute(query, values).fetchone()[0]
@@ -269,24 +286,44 @@ class LabelStore:
         return found is not None
 
     def _append(
-        self, request: str, annotator: str, pair: int, choice: str | None, sides: tuple[int, int], undoes: int | None
-    ) -> None:
-        self._database.execute(
+        self, request: str, annotator: str, pair: int, choice: str | None, sides: Sequence[int], undoes: int | None
+    ) -> int:
+        """The number of the event."""
+        appended = self._database.execute(
             "INSERT INTO events (request, annotator, pair, choice, left, right, undoes, at) "
             "VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
             (request, annotator, pair, choice, *sides, undoes, _now()),
         )
+        assert appended.lastrowid is not None
+        return appended.lastrowid
 
 
-# Pairs that an annotator does not get: shown before, or someone else's (labelled, or held and not given back).
-_TAKEN = """
-    SELECT pair FROM assignments WHERE annotator = ?
-    UNION
-    SELECT shown.pair FROM assignments AS shown
-    LEFT JOIN labels ON labels.annotator = shown.annotator AND labels.pair = shown.pair
-    WHERE shown.annotator != ? AND shown.pair >= ?
-    AND CASE WHEN labels.choice IS NULL THEN shown.at > ? ELSE labels.choice != 'skip' END
-"""
+def _told(path: str | Path, error: sqlite3.Error) -> str:
+    """What went wrong, and what to do."""
+    name = getattr(error, "sqlite_errorname", "")
+    if name == "SQLITE_FULL" or name.startswith("SQLITE_IOERR"):
+        free = shutil.disk_usage(Path(path).absolute().parent).free
+        return f"{error}; {mib(free)} are free on that disk: free some space, and run it again"
+    return f"{error}; give another --database"
+
+
+def _script(name: str) -> str:
+    return (resources.files("sysdag.labelling") / name).read_text(encoding="utf-8")
+
+
+def _statements(script: str) -> Iterator[str]:
+    """The statements of a script one by one: `executescript` would end the transaction."""
+    statement = ""
+    for line in script.splitlines(keepends=True):
+        statement += line
+        if sqlite3.complete_statement(statement):
+            yield statement
+            statement = ""
+
+
+def _held_since() -> str:
+    """From when on a pair that was shown, and has no label, is held for whoever was shown it."""
+    return (datetime.now(UTC) - _HELD).isoformat()
 
 
 def _now() -> str:

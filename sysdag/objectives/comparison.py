@@ -36,12 +36,28 @@ class Term:
         trace: values of the node and of its parents.
         pair_of: for each row, the pair of the batch that it belongs to.
         noise: of a bound, the same for policy and reference; of an exact node its `TailWeight`, where it has one.
+        pairs: of the batch, which errors name.
     """
 
     name: str
     trace: Trace
     pair_of: Sequence[int]
     noise: Any = None
+    pairs: Sequence[PreferencePair] = ()
+
+    def called(self, row: int) -> str:
+        """What an error calls the pair of a row."""
+        pair = self.pair_of[row]
+        return self.pairs[pair].called(pair) if self.pairs else f"pair {pair} of the batch"
+
+    def row_name(self, row: int) -> int | str:
+        """The number of a row in the data set, with its line; its number here where that is not known."""
+        return (self.pairs[self.pair_of[row]].row_name if self.pairs else None) or row
+
+    def described(self, row: int) -> str:
+        """`called`, with the pair's inputs in short."""
+        pair = self.pair_of[row]
+        return self.pairs[pair].described(pair) if self.pairs else self.called(row)
 
 
 Generators = torch.Generator | Sequence[torch.Generator] | None
@@ -92,7 +108,9 @@ class DirectComparison:
                 return shared_lengths(component, cells, options.ld_alpha)
             return paired_noise(component, cells, generator)
 
-        self.terms: Sequence[Term] = [Term(name, self.trace, both, beside(name)) for name in plan.factors("direct")]
+        self.terms: Sequence[Term] = [
+            Term(name, self.trace, both, beside(name), pairs) for name in plan.factors("direct")
+        ]
 
     def combine(self, policy: Scores, reference: Scores) -> tuple[PairScores, dict[str, Tensor]]:
         count = self.count
@@ -147,11 +165,11 @@ class SamplingComparison:
 
         def term(name: str) -> Term:
             if name in self.latents:
-                return Term(name, latent_trace, prompt)
+                return Term(name, latent_trace, prompt, pairs=pairs)
             if plan.system[name].likelihood == "exact":
-                return Term(name, joint_trace, [*prompt, *prompt])
+                return Term(name, joint_trace, [*prompt, *prompt], pairs=pairs)
             noise = paired_noise(plan.system[name].component, by_pair.cells[name], generator)
-            return Term(name, by_pair, [*range(count), *range(count)], noise)
+            return Term(name, by_pair, [*range(count), *range(count)], noise, pairs)
 
         self.terms: Sequence[Term] = [term(name) for name in plan.factors("sampling")]
 

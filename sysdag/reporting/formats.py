@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import unicodedata
 from collections.abc import Sequence
 
 MINUS, DASH = "\N{MINUS SIGN}", "\N{EN DASH}"
@@ -23,6 +24,23 @@ def number(value: float | None, digits: int = 3) -> str:
         text = f"{value:.{decimals}f}"
         text = text.rstrip("0").rstrip(".") if "." in text else text
     return text.replace("-", MINUS, 1) if text.startswith("-") else text
+
+
+def breadth(text: str) -> float:
+    """How wide a text is, in widths of a usual letter: capitals and full-width characters are wider."""
+    return sum(
+        1.9 if unicodedata.east_asian_width(c) in "WF" else 1.35 if c.isupper() or c in "mw@%…—" else 1.0 for c in text
+    )
+
+
+def fitted(text: str, most: float) -> str:
+    """The beginning of a text that is no wider than so many letters, with an ellipsis where some is left out."""
+    if breadth(text) <= most:
+        return text
+    kept = text
+    while kept and breadth(f"{kept}…") > most:
+        kept = kept[:-1]
+    return f"{kept}…"
 
 
 def percent(share: float | None) -> str:

@@ -6,11 +6,14 @@ import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from sysdag.reporting.formats import breadth, fitted
 from sysdag.reporting.topology import Topology
 
 BOX_HEIGHT, GAP_X, GAP_Y, MARGIN, LANE = 62, 26, 44, 12, 18
 LETTER = 7.6
 """Width of a letter of the boxes' names, about."""
+SMALL_LETTER = 6.2
+"""And of their small texts."""
 LEAST_WIDTH, MOST_WIDTH = 184, 300
 SWEEPS = 8
 
@@ -24,6 +27,15 @@ class Box:
     y: float
     width: float
     height: float
+
+    @property
+    def title(self) -> str:
+        """The name, as far as there is room for it."""
+        return fitted(self.name, (self.width - 12) / LETTER)
+
+    def squeezes(self, text: str) -> bool:
+        """Whether a small text has to be set closer to stay within."""
+        return SMALL_LETTER * breadth(text) > self.width - 12
 
 
 @dataclass(frozen=True)
@@ -50,7 +62,7 @@ def lay_out(topology: Topology) -> Layout:
     """Boxes of one level side by side, in an order with few crossings; an arrow has a lane in each level it passes."""
     level = {name: depth for depth, names in enumerate(topology.levels) for name in names}
     rows: list[list[str]] = [list(names) for names in topology.levels]
-    width = {name: min(MOST_WIDTH, max(LEAST_WIDTH, LETTER * len(name) + 28)) for name in level}
+    width = {name: min(MOST_WIDTH, max(LEAST_WIDTH, LETTER * breadth(name) + 28)) for name in level}
     routes = {}
     for number, (parent, child, _) in enumerate(topology.edges):
         lanes = [f"{number} {depth}" for depth in range(level[parent] + 1, level[child])]  # no name has a space

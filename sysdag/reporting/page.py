@@ -68,6 +68,17 @@ class Findings:
     judgements: tuple[Judgement, ...]
 
     @property
+    def columns(self) -> tuple[tuple[str, str], ...]:
+        """The columns of the table of numbers, head and attribute: those in which a number stands."""
+        best = "best step" if self.best is None else f"best step ({self.best[1]})"
+        heads = {"training": "training, last", "first": "evaluation, first", "best": best, "last": "evaluation, last"}
+        return tuple(
+            (head, name)
+            for name, head in heads.items()
+            if any(getattr(metric, name) is not None for metric in self.metrics)
+        )
+
+    @property
     def duration(self) -> str:
         """How long it ran, as `h:mm:ss`; "" where that is not known."""
         try:

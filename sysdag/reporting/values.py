@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import numpy
 
+from sysdag.reporting.formats import number
 from sysdag.traces.trace import Trace
 
 MOST_LETTERS = 6000
@@ -21,6 +22,8 @@ MOST_LETTERS = 6000
 MOST_WORDS = 1500
 """Longer texts are compared as a whole: finding what they share takes time with the square of their lengths."""
 MOST_ELEMENTS = 32
+FEATURES = 8
+"""So many numbers are folded."""
 IMAGE_SIDE = 320
 """Larger images are shrunk to this many pixels a side."""
 LEAST_SIDE = 72
@@ -41,6 +44,7 @@ class Shown:
         width, height: the image's size on the page, in pixels.
         elements: those of a list or plate.
         note: what else is to say, such as what was left out.
+        folded: in short what a text that is mostly numbers begins with; it opens to the whole. "" for other values.
         kind: `text`, `image` or `list`.
     """
 
@@ -51,6 +55,7 @@ class Shown:
     height: int = 0
     elements: tuple[Shown, ...] = ()
     note: str = ""
+    folded: str = ""
 
 
 def shown(value: Any) -> Shown:
@@ -61,6 +66,8 @@ def shown(value: Any) -> Shown:
 def shown_pair(before: Any, after: Any) -> tuple[Shown, Shown]:
     """Two values with their differences marked: words of texts, and elements of lists one by one."""
     if isinstance(before, (list, tuple)) and isinstance(after, (list, tuple)) and before and after:
+        if _is_vector(before) or _is_vector(after):
+            return shown(before), shown(after)
         pairs = [shown_pair(a, b) for a, b in zip(before[:MOST_ELEMENTS], after[:MOST_ELEMENTS], strict=False)]
         common = len(pairs)
         parts = [[pair[side] for pair in pairs] for side in (0, 1)]
@@ -77,6 +84,9 @@ def shown_pair(before: Any, after: Any) -> tuple[Shown, Shown]:
 def _show(value: Any, sort: Sort) -> Shown:
     if (image := _image(value)) is not None:
         return image
+    if _is_vector(value):
+        text = json.dumps(list(value)) if isinstance(value, (list, tuple)) else _text(value)
+        return Shown("text", ((sort, text[:MOST_LETTERS]),), note=_cut(text), folded=_in_short(value))
     if isinstance(value, (list, tuple)) and value:
         return _list([_show(element, sort) for element in value[:MOST_ELEMENTS]], value)
     text = _text(value)
@@ -90,6 +100,24 @@ def _list(elements: Sequence[Shown], value: Sequence[Any]) -> Shown:
 
 def _is_text(value: Any) -> bool:
     return _image(value) is None and not (isinstance(value, (list, tuple)) and value)
+
+
+def _is_vector(value: Any) -> bool:
+    """Whether a value is features: many numbers."""
+    if isinstance(value, numpy.ndarray):
+        return value.size >= FEATURES and value.dtype.kind in "iufc" and _image(value) is None
+    return (
+        isinstance(value, (list, tuple))
+        and len(value) >= FEATURES
+        and all(isinstance(each, (int, float)) and not isinstance(each, bool) for each in value)
+    )
+
+
+def _in_short(value: Any) -> str:
+    array = numpy.asarray(value).reshape(-1)
+    first = ", ".join(number(float(each.real)) for each in array[:3])
+    shape = f" of shape {value.shape}" if isinstance(value, numpy.ndarray) and value.ndim > 1 else ""
+    return f"{array.size} numbers{shape}: {first}, …"
 
 
 def _text(value: Any) -> str:

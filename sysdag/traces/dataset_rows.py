@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sysdag.errors import DataError
+from sysdag.files.hub import reaching
 from sysdag.traces.row_format import from_arrow
 from sysdag.traces.rows import Row, Rows
 
@@ -140,7 +141,8 @@ def _asked(source: str | Path, call: Callable[[Any], Any]) -> Any:
     except ImportError as error:
         raise DataError(f'{source}: reading it needs the library datasets: pip install "sysdag[data]".') from error
     try:
-        return call(datasets)
+        with reaching(str(source).partition(":")[0]):
+            return call(datasets)
     except Exception as error:  # the library raises what a network, a file system or a parser may raise
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise DataError(f"{source} cannot be loaded as a dataset: {reason}") from error

@@ -14,10 +14,10 @@ from sysdag.traces.rows import Rows
 _CONTAINER = "data"
 
 
-def read_lines(raw: bytes, path: Path) -> Rows:
-    """Rows of JSON lines; a line that cannot be read is told beside the others."""
+def read_lines(raw: bytes, path: Path, first: int = 1) -> Rows:
+    """Rows of JSON lines, of which the first has the number `first`; one that cannot be read is told beside them."""
     found = Rows()
-    for number, line in enumerate(raw.split(b"\n"), start=1):
+    for number, line in enumerate(raw.split(b"\n"), start=first):
         if line.strip():
             found.add(partial(_parsed, line), f"line {number}", path.parent)
     return found

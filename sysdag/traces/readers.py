@@ -11,7 +11,8 @@ import bz2
 import gzip
 import lzma
 import re
-from collections.abc import Mapping
+import zlib
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,11 @@ from sysdag.traces.csv_rows import read_csv
 from sysdag.traces.dataset_rows import rows_in_folder, rows_of_table, rows_on_hub
 from sysdag.traces.json_rows import read_json, read_lines
 from sysdag.traces.reshaping import renamed, reshaped
-from sysdag.traces.rows import Rows
+from sysdag.traces.rows import Row, Rows
 
 FORMS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 _DECOMPRESS = {".gz": gzip.decompress, ".bz2": bz2.decompress, ".xz": lzma.decompress}
+_OPEN: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 _MARKS = {  # what a file of text begins with, and the encoding that it stands for; the longer ones first
     b"\xff\xfe\0\0": "utf-32",
     b"\0\0\xfe\xff": "utf-32",
@@ -77,6 +79,34 @@ def read_all(
     if rename:
         found.rows = renamed(found.rows, rename, str(source))
     return found
+
+
+def iterate_rows(
+    source: str | Path, *, split: str = "train", rename: Mapping[str, str] | None = None, shape: str | None = None
+) -> Iterator[Row]:
+    """As `read_all`, row by row in order, with an empty row that has `damage` where a part could not be read.
+
+    JSON lines are read as they are asked for; other forms, and rows that are renamed or reshaped, as a whole.
+    """
+    path = Path(source)
+    if shape is None and not rename and split == "train" and path.is_file() and _form(path) in (".jsonl", ".ndjson"):
+        opened = _OPEN.get(path.suffix.lower(), Path.open)
+        with path.open("rb") as file:
+            start = file.read(4)
+        if opened is not Path.open or not (b"\0" in start[:2] or start.startswith((*_MARKS, b"\x1f\x8b"))):
+            yield from _streamed(path, opened)
+            return
+    yield from read_all(source, split=split, rename=rename, shape=shape).in_order()
+
+
+def _streamed(path: Path, opened: Callable[..., Any]) -> Iterator[Row]:
+    try:
+        with opened(path, "rb") as file:
+            for number, line in enumerate(file, start=1):
+                found = read_lines(line, path, number)
+                yield from found.in_order()
+    except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
+        raise DataError(f"{path} is no {path.suffix} file, or is damaged: {error}.") from error
 
 
 def _read(source: str | Path, split: str) -> Rows:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,16 +15,19 @@ class Row(dict):
 
     Attributes:
         place: where it stands in the file, as `line 7`; "" where its number says it all.
+        number: its number there, from 0, where rows before it are left out; None where its place in a list says it.
         folder: of the file, which paths in the row may be relative to.
         unpaired: why it holds no preference (a tie, say), or "".
         damage: of what stands for a part of the file that is no row (see `Rows.in_order`), what is wrong with it.
     """
 
     def __init__(
-        self, values: Any = (), *, place: str = "", folder: Path | None = None, unpaired: str = "", damage: str = ""
-    ) -> None:
+        self, values: Any = (), *, place: str = "", folder: Path | None = None, unpaired: str = "", damage: str = "",
+        number: int | None = None,
+    ) -> None:  # fmt: skip
         super().__init__(values)
         self.place = place
+        self.number = number
         self.folder = folder
         self.unpaired = unpaired
         self.damage = damage
@@ -33,7 +36,24 @@ class Row(dict):
 def changed(row: Mapping[str, Any], values: Any, *, unpaired: str = "") -> Row:
     """A row of other values at the same place."""
     place, folder = getattr(row, "place", ""), getattr(row, "folder", None)
-    return Row(values, place=place, folder=folder, unpaired=unpaired or getattr(row, "unpaired", ""))
+    unpaired, number = unpaired or getattr(row, "unpaired", ""), getattr(row, "number", None)
+    return Row(values, place=place, folder=folder, unpaired=unpaired, number=number)
+
+
+def numbered(rows: Sequence[Any], kept: Iterable[int]) -> list[Any]:
+    """Some of a source's rows, by their numbers, each of which knows its own."""
+    found = []
+    for number in kept:
+        row = changed(rows[number], rows[number])
+        row.number = number
+        found.append(row)
+    return found
+
+
+def number_of(row: Any, place: int) -> int:
+    """The number of a row in its source; `place`, where it stands now, if it knows no other."""
+    number = getattr(row, "number", None)
+    return place if number is None else number
 
 
 @dataclass

@@ -40,6 +40,7 @@ from sysdag.training.resume import (
     run_of,
     write_state,
 )
+from sysdag.training.step_means import StepMeans
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +55,7 @@ class CheckpointTrainer(Trainer):
     system: System
     args: Any
     dataset_names: Sequence[str] = ()  # for the model card
+    _steps: StepMeans
     _staging: Path | None = None
     _run: dict[str, Any] | None = None
     _run_id: str = ""  # of this training, and of the one it goes on from
@@ -195,11 +197,12 @@ class CheckpointTrainer(Trainer):
             self.state.best_model_checkpoint = str(place)
             if self.args.should_save:
                 self.state.save_to_json(str(folder / "trainer_state.json"))
+        file, means = self._state_file(folder), self._steps.state()
         if not self.args.should_save:
-            write_state(self._state_file(folder), self._system_model, self._facts(), None, self._run_id)
+            write_state(file, self._system_model, self._facts(), None, self._run_id, means)
         wait_for_everyone(self.accelerator)
         if self.args.should_save:
-            write_state(self._state_file(folder), self._system_model, self._facts(), folder, self._run_id)
+            write_state(file, self._system_model, self._facts(), folder, self._run_id, means)
 
     @contextlib.contextmanager
     def _staged(self, folder: Path) -> Iterator[None]:
@@ -279,9 +282,10 @@ class CheckpointTrainer(Trainer):
         self._run_id = run_of(folder) or self._run_id
         file = self._state_file(folder)
         state = read_state(file)
+        others = sorted(folder.glob("sysdag_state*.json"))
+        checked = state or (read_state(others[0]) if others else None)
+        self._steps.resume(None if checked is None else checked.get("means"))
         if self.args.check_resume:
-            others = sorted(folder.glob("sysdag_state*.json"))
-            checked = state or (read_state(others[0]) if others else None)
             if checked is None:
                 raise SerializationError(
                     f"{folder} has no {file.name}, so it cannot be told whether this training made it. Set "

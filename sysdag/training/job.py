@@ -20,6 +20,7 @@ from sysdag.objectives.strategies import strategy_options
 from sysdag.saving.loading import load_system
 from sysdag.saving.serialization import load_weights
 from sysdag.traces.readers import read_all
+from sysdag.traces.rows import numbered
 from sysdag.training.resume import checkpoint_to_resume, checkpoints_in
 from sysdag.training.scales import beyond_scale
 from sysdag.training.train_options import TrainJob
@@ -130,7 +131,7 @@ def _rows(job: TrainJob, plan: Plan, source: str, split: str, told: Callable[[st
     report = validate_rows(plan, found.rows, objective, strict=job.strict, empty=job.args.empty, damaged=found.damaged)
     report.raise_if_unusable(source)
     told(f"{source}: {report}\n")
-    return [found.rows[number] for number in report.kept]
+    return numbered(found.rows, report.kept)
 
 
 def _outlined(job: TrainJob) -> str:

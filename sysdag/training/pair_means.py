@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -25,16 +25,26 @@ class PairMeans:
         self._sums.clear()
         self._counts.clear()
 
+    def state(self, add_up: Callable[[Tensor], Tensor] = lambda sums: sums) -> dict[str, list[float]]:
+        """Sum and number of what was added by all processes, by name."""
+        names = sorted(self._sums)
+        if not names:
+            return {}
+        sums = add_up(torch.tensor([[self._sums[name], self._counts[name]] for name in names], dtype=torch.float64))
+        return dict(zip(names, sums.tolist(), strict=True))
+
+    def load(self, state: Mapping[str, Sequence[float]], *, of_all: bool) -> None:
+        """Goes on from a `state`, which one of the processes takes (`of_all`), and the others as zeros."""
+        self.clear()
+        for name, (total, count) in state.items():
+            self._sums[name], self._counts[name] = (total, int(count)) if of_all else (0.0, 0)
+
     def take(self, add_up: Callable[[Tensor], Tensor] = lambda sums: sums) -> dict[str, float]:
         """The means since they were last taken.
 
         Args:
             add_up: sums a tensor over processes, which have added the same names.
         """
-        names = sorted(self._sums)
-        if not names:
-            return {}
-        sums = torch.tensor([[self._sums[name], self._counts[name]] for name in names])
-        total, count = add_up(sums).T
+        found = self.state(add_up)
         self.clear()
-        return dict(zip(names, (total / count).tolist(), strict=True))
+        return {name: total / count for name, (total, count) in found.items()}

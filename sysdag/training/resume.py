@@ -1,7 +1,7 @@
 """What a checkpoint of training holds beside weights, optimizer and random state, and what must be the same to go on.
 
 `sysdag_state.json` holds `run` (the facts that make it the same training: options, data, models, references), `files`
-(what belongs to the checkpoint, with sizes), and `engine` and `candidates`, which continue.
+(what belongs to the checkpoint, with sizes), and `engine`, `candidates`, `groups` and `means`, which continue.
 """
 
 from __future__ import annotations
@@ -176,7 +176,9 @@ def run_of(checkpoint: Path) -> str | None:
     return None
 
 
-def write_state(file: Path, model: SystemModel, run: Mapping[str, Any], folder: Path | None, run_id: str) -> None:
+def write_state(
+    file: Path, model: SystemModel, run: Mapping[str, Any], folder: Path | None, run_id: str, means: Mapping[str, Any]
+) -> None:
     """Writes a process's state.
 
     Args:
@@ -184,6 +186,7 @@ def write_state(file: Path, model: SystemModel, run: Mapping[str, Any], folder: 
         run: `model_facts`, `data_facts` and what else must not differ.
         folder: the checkpoint, for the process that lists its files; None for the others.
         run_id: of the training.
+        means: see `sysdag.training.step_means`.
     """
     kept = None if model.candidates is None else model.candidates.save(_candidates_file(file))
     listed = [] if folder is None else sorted(path for path in folder.rglob("*") if path.is_file())
@@ -193,6 +196,7 @@ def write_state(file: Path, model: SystemModel, run: Mapping[str, Any], folder: 
         "run": dict(run),
         "engine": model.engine_state(),
         "candidates": kept,
+        "means": dict(means),
         "groups": None if model.groups is None else model.groups.state(),
         "files": {str(path.relative_to(folder).as_posix()): path.stat().st_size for path in listed} if folder else None,
     }

@@ -18,6 +18,7 @@ from statistics import fmean
 from typing import Any
 
 from sysdag.errors import OptionError
+from sysdag.files.atomic import append_whole, explaining_disk_errors
 from sysdag.files.series_files import ROUNDS_FILE, first_difference, read_series, write_series
 
 PROGRESS_FILE = "progress.jsonl"
@@ -72,8 +73,13 @@ class RoundRecord:
         self.of(number)[name] = given
         self.save()
         line = {"round": number, "stage": name, "seconds": round(time.monotonic() - began, 3)}
-        with (self._folder / PROGRESS_FILE).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        data = (json.dumps(line) + "\n").encode()
+        advice = "The rounds up to here are kept: free some space, and run the same command again."
+        with (
+            explaining_disk_errors(PROGRESS_FILE, self._folder, len(data), advice),
+            (self._folder / PROGRESS_FILE).open("ab", buffering=0) as file,
+        ):
+            append_whole(file, data)
 
     def time_left(self, number: int, name: str, last: int) -> str:
         """How long it takes from a stage of a round to the end of the last round, in words."""

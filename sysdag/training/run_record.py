@@ -22,7 +22,7 @@ import torch
 from transformers import TrainerCallback
 
 from sysdag.engine.step import SystemModel
-from sysdag.errors import DataError
+from sysdag.errors import DataError, SerializationError
 from sysdag.execution.execute import sample
 from sysdag.files import atomic, run_files
 from sysdag.files.encoding import encode_value
@@ -155,7 +155,7 @@ class RunRecord(TrainerCallback):
     def _writing(self) -> Iterator[None]:
         try:
             yield
-        except (OSError, DataError) as error:
+        except (OSError, DataError, SerializationError) as error:
             if not self._warned:
                 self._warned = True
                 logger.warning(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import json
+import re
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -143,6 +144,7 @@ class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
         if not action.option_strings:
             return super()._format_action_invocation(action)
         name = next((each for each in action.option_strings if each.startswith("--")), action.option_strings[0])
+        name = _hyphened(name)
         if action.nargs == 0:
             return name
         kind = "BOOL" if action.const is True else getattr(action.type, "__name__", "text").upper()
@@ -339,7 +341,12 @@ def _unexpected(argument: str) -> str:
     if name in ELSEWHERE:
         return f"no such option: {argument.partition('=')[0]}: {ELSEWHERE[name]}."
     known = (*_OWN[2:], "config", "dry_run", "help", *_FIELDS)
-    return f"no such option: {argument.partition('=')[0]}{nearest(name, known, '--')}"
+    return f"no such option: {argument.partition('=')[0]}{_hyphened(nearest(name, known, '--'))}"
+
+
+def _hyphened(text: str) -> str:
+    """A flag as the help spells it."""
+    return re.sub(r"(?<!\w)--\w+", lambda flag: flag.group().replace("_", "-"), text)
 
 
 def nearest(

@@ -7,6 +7,7 @@ import functools
 import logging
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from sysdag.training.checkpoint import CheckpointTrainer
 from sysdag.training.config import SysDPOConfig
 from sysdag.training.initialisation import initialise, mark_trained, warn_if_trained
 from sysdag.training.learning_rates import learning_rates
+from sysdag.training.log_lines import show_lines
 from sysdag.training.movement import MovementCheck
 from sysdag.training.pair_groups import PairGroups, lists_of_pairs
 from sysdag.training.pair_means import PairMeans
@@ -40,6 +42,7 @@ from sysdag.training.references import ReferenceKeeper
 from sysdag.training.resume import pairs_hash
 from sysdag.training.run_record import RunRecord
 from sysdag.training.scales import beyond_scale
+from sysdag.training.step_means import StepMeans
 
 logger = logging.getLogger(__name__)
 
@@ -104,7 +107,7 @@ class SysDPOTrainer(CheckpointTrainer):
             args.learning_rate = min(self.learning_rates.values())
         if args.disable_dropout:
             adapter.disable_dropout(system_model)
-        self._means = {"train": PairMeans(), "eval": PairMeans()}
+        self._steps, self._evaluated = StepMeans(self._added_up), PairMeans()
         self._warned_of_collapse = self._said_scales = False
         self._encode = functools.partial(_encoded, plan, args.objective_options().objective, args.empty)
         datasets = {"train_dataset": self._encode(train_dataset), "eval_dataset": self._encode(eval_dataset)}
@@ -130,11 +133,13 @@ class SysDPOTrainer(CheckpointTrainer):
                 self._references,
                 self._record,
                 MovementCheck(system_model),
+                self._steps,
                 self._groups,
             ],
             **datasets,
             **kwargs,
         )
+        show_lines(self)
         if args.log_traces and self.is_fsdp_enabled:
             raise PlanError("log_traces does not serve sharded models (FSDP); set it to 0, or use DDP or DeepSpeed.")
         system_model.move_references(self.args.device)
@@ -143,7 +148,8 @@ class SysDPOTrainer(CheckpointTrainer):
         """As in `CheckpointTrainer`; the record of the run (see `sysdag.training.run_record`) tells how it ended."""
         with self._record.running():
             try:
-                return super().train(resume_from_checkpoint, *args, **kwargs)
+                output = super().train(resume_from_checkpoint, *args, **kwargs)
+                return output._replace(training_loss=output.metrics["train_loss"])
             finally:
                 if self.state.global_step:
                     mark_trained(self._system_model.trained_parameters())
@@ -194,7 +200,7 @@ class SysDPOTrainer(CheckpointTrainer):
             output: StepOutput = self._system_model(pairs, None, step)
             if step == 0:
                 self._check_start(output, pairs)
-            self._means["train"].add(output.metrics)
+            self._steps.add_metrics(output.metrics)
         else:
             output = self._system_model(pairs, [self._generator_of(pair) for pair in pairs])
         return (output.loss, output) if return_outputs else output.loss
@@ -241,7 +247,9 @@ class SysDPOTrainer(CheckpointTrainer):
             self.accelerator.backward(model(None))
         if not self._uses_deepspeed:
             self._check_gradients()
-        return loss.detach() * share
+        loss = loss.detach() * share
+        self._steps.add_loss(loss)
+        return loss
 
     def _differentiate(self, part: torch.Tensor) -> None:
         if not self._uses_deepspeed:
@@ -266,8 +274,8 @@ class SysDPOTrainer(CheckpointTrainer):
         values = torch.stack([columns[name].to(self.args.device) for name in names], 1)
         gathered = self.accelerator.gather_for_metrics(values)  # without the pairs that even out the last batches
         found = dict(zip(names, gathered.T, strict=True))
-        self._means["eval"].add(self._groups.taken_apart(found))
-        self._means["eval"].add(found)
+        self._evaluated.add(self._groups.taken_apart(found))
+        self._evaluated.add(found)
         return loss.detach(), None, None
 
     def evaluate(
@@ -297,24 +305,28 @@ class SysDPOTrainer(CheckpointTrainer):
         All are means over pairs, the loss too, whatever the sizes of batches and the number of processes.
         """
         self._references.prepare(int(self.state.global_step))
-        self._means["eval"].clear()
+        self._evaluated.clear()
         output = super().evaluation_loop(*args, **kwargs)
         prefix = kwargs.get("metric_key_prefix", "eval")
-        means = self._means["eval"].take()
+        means = self._evaluated.take()
         found = {f"{prefix}_{name}": value for name, value in (means | self._groups.worst(means)).items()}
         return output._replace(metrics={**(output.metrics or {}), **found})
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
-            means = self._means["train"].take(lambda sums: self._added_up(sums))
+            means = self._steps.take(int(self.state.global_step))
             logs |= means | self._node_gradient_norms()
             logs |= self._groups.weights()
             size, gap = (means.get(f"candidates/{name}") for name in ("effective_sample_size", "responsibility_gap"))
             if size is not None and gap is not None and gap <= _NO_GAP:
                 self._warn_of_collapse(f"At step {self.state.global_step}", size)
+        if "train_loss" in logs:
+            logs["train_loss"] = self._steps.training_loss(int(self.state.global_step))
         super().log(logs, start_time)
 
     def _added_up(self, sums: torch.Tensor) -> torch.Tensor:
+        if self.accelerator.num_processes == 1:
+            return sums.cpu()
         return self.accelerator.reduce(sums.to(self.args.device), "sum").cpu()
 
     def _warn_of_collapse(self, when: str, size: float) -> None:
@@ -361,9 +373,11 @@ _NO_GAP = 0.01  # mean |w_w - w_l|
 
 
 def _encoded(plan: Plan, objective: Objective, empty: Any, rows: Any) -> Any:
-    """Rows as pairs; what are pairs already, None, and each dataset of a dict likewise."""
-    if rows is None or (isinstance(rows, list) and rows and isinstance(rows[0], PreferencePair)):
+    """Rows as pairs, which know their row; what are pairs already, None, and each dataset of a dict likewise."""
+    if rows is None:
         return rows
+    if isinstance(rows, list) and rows and isinstance(rows[0], PreferencePair):
+        return [pair if pair.row is not None else replace(pair, row=number) for number, pair in enumerate(rows)]
     if isinstance(rows, dict):
         return {name: _encoded(plan, objective, empty, part) for name, part in rows.items()}
     return encode_pairs(plan, rows, objective, empty=empty)

@@ -22,6 +22,7 @@ from sysdag.components.diffusion.pipeline import Pipeline
 from sysdag.components.footprint import Footprint, bytes_of, make_fake
 from sysdag.components.memory import PeakBytes, SavedBytes
 from sysdag.components.precision import dtype_named, optimizer_bytes
+from sysdag.files.hub import reaching
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -72,7 +73,7 @@ def from_config(
         return pipeline_folder.load_part(source, name, entry, revision=revision)
     options: dict[str, Any] = {"subfolder": name, **({"revision": revision} if revision else {})}
     named = dtype or entry.get("dtype")
-    with torch.device("meta"):
+    with reaching(source), torch.device("meta"):
         if entry["library"] == "diffusers":
             model = made.from_config(made.load_config(source, **options))
         else:

@@ -23,6 +23,7 @@ from torch import nn
 from sysdag.components import adapter as adapters
 from sysdag.components import adapter_files
 from sysdag.errors import PlanError, SerializationError
+from sysdag.files.hub import reaching
 
 DENOISERS = ("unet", "transformer")
 PARTS = frozenset({*DENOISERS, "scheduler", "text_encoder", "tokenizer", "vae"})
@@ -52,7 +53,8 @@ def read_index(source: str | Path, revision: str | None = None) -> dict[str, dic
     if folder.is_dir() and not (folder / "model_index.json").exists():
         index = {name: _class_from_config(folder / name) for name in sorted(PARTS) if (folder / name).is_dir()}
     else:
-        config = DiffusionPipeline.load_config(source, revision=revision)
+        with reaching(source):
+            config = DiffusionPipeline.load_config(source, revision=revision)
         index = {name: config[name] for name in sorted(PARTS) if (config.get(name) or (None,))[0] is not None}
     if "scheduler" not in index or not any(name in index for name in DENOISERS):
         raise PlanError(
@@ -127,7 +129,8 @@ def load_part(
             options[_dtype_option(made)] = dtype
     elif entry["class"] == "AutoTokenizer":
         options["trust_remote_code"] = False
-    return made.from_pretrained(source, **options)
+    with reaching(source):
+        return made.from_pretrained(source, **options)
 
 
 def save_parts(parts: Mapping[str, Any], folder: Path) -> dict[str, dict[str, Any]]:

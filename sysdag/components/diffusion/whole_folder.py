@@ -13,6 +13,7 @@ import torch
 from sysdag.components.diffusion import pipeline_folder
 from sysdag.components.diffusion.pipeline import Pipeline
 from sysdag.errors import PlanError, SerializationError
+from sysdag.files.hub import reaching
 
 
 def pipeline_class(source: str | Path, revision: str | None = None) -> Any:
@@ -50,7 +51,8 @@ def model_index(source: str | Path, revision: str | None) -> Mapping[str, Any]:
     if folder.is_dir():
         file = folder / "model_index.json"
         return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    return DiffusionPipeline.load_config(source, revision=revision)
+    with reaching(source):
+        return DiffusionPipeline.load_config(source, revision=revision)
 
 
 def load(
@@ -68,9 +70,10 @@ def load(
     """
     from diffusers import DiffusionPipeline
 
-    return DiffusionPipeline.from_pretrained(
-        source, torch_dtype=dtype, revision=revision, variant=variant, use_safetensors=True, **given
-    )
+    with reaching(source):
+        return DiffusionPipeline.from_pretrained(
+            source, torch_dtype=dtype, revision=revision, variant=variant, use_safetensors=True, **given
+        )
 
 
 def scheduler_of(source: Any, given: Mapping[str, Any], revision: str | None) -> Any:
@@ -80,7 +83,8 @@ def scheduler_of(source: Any, given: Mapping[str, Any], revision: str | None) ->
     if "scheduler" in given or not isinstance(source, (str, Path)):
         return given.get("scheduler") or source.scheduler
     made = getattr(diffusers, model_index(source, revision)["scheduler"][1])
-    return made.from_pretrained(source, subfolder="scheduler", revision=revision)
+    with reaching(source):
+        return made.from_pretrained(source, subfolder="scheduler", revision=revision)
 
 
 def latent_elements(source: Any, given: Mapping[str, Any], revision: str | None, size: tuple[int, int]) -> int | None:
@@ -94,7 +98,8 @@ def latent_elements(source: Any, given: Mapping[str, Any], revision: str | None,
         import diffusers
 
         kind = getattr(diffusers, str(entry[1]), None)
-        config = None if kind is None else kind.load_config(source, subfolder="vae", revision=revision)
+        with reaching(source):
+            config = None if kind is None else kind.load_config(source, subfolder="vae", revision=revision)
     levels = (config or {}).get("block_out_channels") or (config or {}).get("encoder_block_out_channels")
     channels = (config or {}).get("latent_channels")
     if not levels or not channels:

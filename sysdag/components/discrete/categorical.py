@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from sysdag.components.component import named_source
 from sysdag.components.discrete.values import Discrete
 from sysdag.errors import DataError, DeclarationNeeded, PlanError, SerializationError
+from sysdag.files.hub import reaching
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -79,14 +80,23 @@ class Categorical(Discrete):
             return linear
         from transformers import AutoModelForSequenceClassification
 
-        return AutoModelForSequenceClassification.from_pretrained(self._source, num_labels=len(self.values))
+        try:
+            with reaching(self._source):
+                return AutoModelForSequenceClassification.from_pretrained(self._source, num_labels=len(self.values))
+        except (OSError, ValueError) as error:
+            raise OSError(f"{self!r}: the model {str(self._source)!r} cannot be loaded. {error}") from error
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
         if self._tokenizer is None and isinstance(self._tokenizer_source, (str, Path)):
             from transformers import AutoTokenizer
 
-            self._tokenizer = AutoTokenizer.from_pretrained(self._tokenizer_source)
+            try:
+                with reaching(self._tokenizer_source):
+                    self._tokenizer = AutoTokenizer.from_pretrained(self._tokenizer_source)
+            except (OSError, ValueError) as error:
+                source = str(self._tokenizer_source)
+                raise OSError(f"{self!r}: the tokenizer {source!r} cannot be loaded. {error}") from error
         elif self._tokenizer is None:
             self._tokenizer = self._tokenizer_source
         return self._tokenizer

@@ -16,6 +16,7 @@ from sysdag.components.component import named_source
 from sysdag.components.language import model_source
 from sysdag.components.precision import dtype_named
 from sysdag.errors import DataError, PlanError
+from sysdag.files.hub import reaching
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -123,12 +124,13 @@ class ModelDescription:
         from transformers.utils.peft_utils import find_adapter_config_file
 
         options = {k: v for k, v in model_source.finding(self.model_kwargs).items() if k in _OF_A_FILE}
-        if find_adapter_config_file(str(self._source), **options) is None:
-            return None
-        from huggingface_hub import snapshot_download
+        with reaching(self._source):
+            if find_adapter_config_file(str(self._source), **options) is None:
+                return None
+            from huggingface_hub import snapshot_download
 
-        taken = {k: v for k, v in options.items() if k != "subfolder"}
-        return Path(snapshot_download(str(self._source), allow_patterns=_ADAPTER_FILES, **taken))
+            taken = {k: v for k, v in options.items() if k != "subfolder"}
+            return Path(snapshot_download(str(self._source), allow_patterns=_ADAPTER_FILES, **taken))
 
     def __repr__(self) -> str:
         adapted = " + adapter" if self._peft_config is not None or self._adapter_folder is not None else ""
@@ -149,7 +151,8 @@ class ModelDescription:
                 # Only of the model's own repository does a revision or a file say something.
                 named = model_source.finding(self.model_kwargs) if self._tokenizer_source == self._source else {}
                 try:
-                    self._tokenizer = AutoTokenizer.from_pretrained(self._tokenizer_source, **named)
+                    with reaching(self._tokenizer_source):
+                        self._tokenizer = AutoTokenizer.from_pretrained(self._tokenizer_source, **named)
                 except (OSError, ValueError) as error:
                     raise OSError(f"{self!r}: its tokenizer cannot be loaded. {error}") from error
             else:
@@ -169,7 +172,10 @@ class ModelDescription:
                 from transformers import AutoConfig
 
                 try:
-                    self._config = AutoConfig.from_pretrained(self._source, **model_source.finding(self.model_kwargs))
+                    with reaching(self._source):
+                        self._config = AutoConfig.from_pretrained(
+                            self._source, **model_source.finding(self.model_kwargs)
+                        )
                 except (OSError, ValueError) as error:
                     raise OSError(f"{self!r}: its config cannot be loaded. {error}") from error
                 self._check_architecture(_dict_of(self._config))
@@ -202,7 +208,8 @@ class ModelDescription:
             from transformers import GenerationConfig
 
             try:
-                found = GenerationConfig.from_pretrained(source).eos_token_id
+                with reaching(source):
+                    found = GenerationConfig.from_pretrained(source).eos_token_id
             except OSError:  # the model has none; transformers then makes one of its config
                 found = getattr(self.config, "eos_token_id", None)
             self._named_ends = [found]

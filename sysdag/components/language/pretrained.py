@@ -20,6 +20,7 @@ from sysdag.components import adapter, adapter_files
 from sysdag.components.language import model_source
 from sysdag.components.language.model_description import ModelDescription, num_embeddings_of
 from sysdag.errors import PlanError, SerializationError
+from sysdag.files.hub import reaching
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +85,8 @@ class PretrainedLM(ModelDescription):
     def _load_base(self) -> Any:
         assert self.config is not None  # which refuses what is of another kind, before its weights are read
         options = self.model_kwargs | ({"dtype": torch.float32} if self._trains_in_fp32 else {})
-        model = self.auto_class().from_pretrained(self._source, **options)
+        with reaching(self._source):
+            model = self.auto_class().from_pretrained(self._source, **options)
         if "gguf_file" in self.model_kwargs:
             _forget_gguf(model)
         return model

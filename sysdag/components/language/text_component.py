@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from sysdag.components.component import Component
+from sysdag.components.component import Component, Takes
 from sysdag.components.input_reader import Argument
 from sysdag.components.language.chat_template import ChatTemplate, schemas
 from sysdag.components.language.completions import CompletionEncoder, check_token_draws, scored_tokens, tokenizer_hash
@@ -16,6 +16,7 @@ from sysdag.components.language.pretrained import PretrainedLM
 from sysdag.components.language.prompts import Prompt, PromptEncoder
 from sysdag.components.language.stop_strings import stop_strings
 from sysdag.components.language.text_prompts import PromptReader
+from sysdag.components.language.text_screen import TextScreen
 from sysdag.errors import DataError, PlanError
 from sysdag.traces.cells import Draw
 
@@ -93,6 +94,16 @@ class TextComponent(Component):
                 the chat template refuses or leaves out, or that are too long without the turns that they can lose.
         """
         return [prompt.ids for prompt in self._prompts(prompts)]
+
+    def screen(self) -> Takes | None:
+        """See `Component`; of plain texts, by their characters (see `sysdag.components.language.text_screen`)."""
+        if self.stop or self.tools or self.chat_template_kwargs:
+            return None
+        screen = TextScreen.of(
+            self.tokenizer, max_length=self.max_length, room=self._room, embeddings=self.lm.num_embeddings,
+            special=self._encoder().template.controls_of_texts().spellings.control,
+        )  # fmt: skip
+        return None if screen is None else screen.takes
 
     def cut_from(self, input: Any) -> int:
         """See `Component`; tokens of the prompt."""

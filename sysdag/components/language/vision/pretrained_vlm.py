@@ -16,6 +16,7 @@ from sysdag.components.language.vision import image_forward
 from sysdag.components.language.vision.image_forward import ImageForward
 from sysdag.components.language.vision.prompt_images import FIRST, ImageProcessing
 from sysdag.errors import PlanError
+from sysdag.files.hub import reaching
 
 _checked: weakref.WeakSet[Any] = weakref.WeakSet()
 
@@ -72,7 +73,8 @@ class PretrainedVLM(PretrainedLM):
 
         named = model_source.finding(self.model_kwargs) if source == self._source else {}
         try:
-            return AutoProcessor.from_pretrained(source, **named)
+            with reaching(source):
+                return AutoProcessor.from_pretrained(source, **named)
         except (OSError, ValueError) as error:
             raise OSError(f"{self!r}: its processor cannot be loaded. {error}") from error
 
