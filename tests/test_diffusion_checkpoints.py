@@ -171,7 +171,8 @@ def test_a_base_that_has_gone_is_named(tmp_path):
     shutil.rmtree(base)
     with pytest.raises(SerializationError, match=f"trained on the base model '{base}', and there is no such folder"):
         System.from_pretrained(tmp_path / "out")
-    with pytest.raises(PlanError, match=f"saved without its base model '{base}', which cannot be loaded"):
+    told = f"Component 'picture': .*saved without its base model '{base}', which cannot be loaded"
+    with pytest.raises(SerializationError, match=told):
         _ = unread.pipeline
 
 
@@ -183,7 +184,8 @@ def test_a_base_that_has_gone_is_named(tmp_path):
 def test_a_base_of_another_form_is_refused(base, tmp_path):
     component = Diffusion(base_of("sd15", tmp_path / "base"), peft_config=lora())
     options = component.save_pretrained(tmp_path / "out")
-    with pytest.raises(SerializationError, match="The base of a saved Diffusion has the fields"):
+    message = "base must be of type dict" if base == "base" else "The base of a saved Diffusion has the fields"
+    with pytest.raises(SerializationError, match=message):
         Diffusion.from_pretrained(tmp_path / "out", {**options, "base": base})
 
 

@@ -1,12 +1,14 @@
 """A system or a function by what a command line calls it: each mistake says what is there, and what to give."""
 
+import os
 import re
+import subprocess
 import sys
 
 import pytest
 
 from sysdag.components import CausalLM
-from sysdag.errors import LoadingError, PlanError
+from sysdag.errors import LoadingError, PlanError, SerializationError
 from sysdag.saving.loading import load_function, load_system
 
 SYSTEM = """
@@ -40,17 +42,33 @@ def test_a_file_with_one_system_needs_no_name(files):
     assert load_system("lone.py") is load_system("lone.py:system") is load_system(f"{files}/lone.py:system")
 
 
-@pytest.mark.parametrize("where", [".", "elsewhere"])
-def test_a_saved_system_finds_its_functions_beside_it_and_in_the_working_folder(files, monkeypatch, where):
+def test_a_saved_system_finds_its_functions_in_the_working_folder(files):
+    (files / "kept.py").write_text(SYSTEM)
+    load_system("kept.py").save_pretrained("saved")
+    sys.modules.pop("kept")
+    sys.path.remove(str(files))
+    assert load_system(str(files / "saved")).compile().order == ("shout",)
+    refused(f"{files}/saved:system", f"{files}/saved is a saved system, which is one by itself; give {files}/saved "
+            "without :system.")  # fmt: skip
+
+
+def test_what_lies_beside_a_saved_system_is_imported_only_when_asked_for(files, monkeypatch):
     (files / "elsewhere").mkdir()
     (files / "kept.py").write_text(SYSTEM)
     load_system("kept.py").save_pretrained("saved")
     sys.modules.pop("kept")
     sys.path.remove(str(files))
-    monkeypatch.chdir(where)
-    assert load_system(str(files / "saved")).compile().order == ("shout",)
-    refused(f"{files}/saved:system", f"{files}/saved is a saved system, which is one by itself; give {files}/saved "
-            "without :system.")  # fmt: skip
+    monkeypatch.chdir("elsewhere")
+    with pytest.raises(SerializationError, match=r"No module named 'kept'; run from .* or with PYTHONPATH=FOLDER"):
+        load_system(str(files / "saved"))
+    assert str(files) not in sys.path
+    done = subprocess.run(
+        [sys.executable, "-m", "sysdag.cli", "plan", str(files / "saved")],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(files), os.environ.get("PYTHONPATH", "")])},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "shout" in done.stdout
 
 
 def test_what_is_no_system(files):

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import systems
+import torch
 from hypothesis import given, settings
 from strategies import blueprints
 from systems import Fake, critic, draft, node_of, question, rewrite, words
@@ -199,9 +200,10 @@ def test_save_and_load(system, tmp_path):
     assert [path.name for path in folder.parent.iterdir()] == ["out"]
     text = (folder / "system.json").read_text()
     assert "Plan:" not in text  # no code in it
+    kind = {"class": "test_serialization:Stored", "source_sha256": source_hash(Stored)}
     assert json.loads(text)["components"] == {
-        "check": {"class": "test_serialization:Stored", "folder": "check", "options": {}},
-        "plan": {"class": "test_serialization:Stored", "folder": "plan", "options": {"scale": 2, "mode": "fast"}},
+        "check": {**kind, "folder": "check", "options": {}},
+        "plan": {**kind, "folder": "plan", "options": {"scale": 2, "mode": "fast"}},
     }
     loaded = System.from_pretrained(folder)
     assert loaded.edges == system.edges
@@ -213,6 +215,35 @@ def test_save_and_load(system, tmp_path):
     visits = {id(loaded[name].component) for name in ("check[0]", "check[1]", "revise[0]", "revise[1]")}
     assert len(visits) == 1
     assert str(loaded.compile()).count("Stored") == str(system.compile()).count("Stored")
+
+
+class Pickled(Stored):
+    """One that writes its weights in a format of its own."""
+
+    def save_pretrained(self, folder):
+        (folder / "weights.pt").write_bytes(str(self.weights).encode())
+        return {}
+
+    @classmethod
+    def from_pretrained(cls, folder, options):
+        return cls((folder / "weights.pt").read_text())
+
+    module = property(lambda self: torch.nn.Linear(1, 1))
+
+    def load_weights(self, folder):
+        self.weights = (folder / "weights.pt").read_text()
+
+
+def test_a_class_of_the_users_own_may_keep_weights_in_any_format(system, tmp_path):
+    other = system.with_components({"plan": Pickled("mine")})
+    other.save_pretrained(tmp_path)
+    assert System.from_pretrained(tmp_path)["plan"].component.weights == "mine"
+    fresh = system.with_components({"plan": Pickled("other"), **dict.fromkeys(
+        ("check[0]", "check[1]", "revise[0]", "revise[1]"), Pickled("x"))})  # fmt: skip
+    fresh.save_pretrained(tmp_path / "all")
+    fresh["plan"].component.weights = "changed"
+    load_weights(fresh, tmp_path / "all")
+    assert fresh["plan"].component.weights == "other"
 
 
 def test_load_into_the_system_at_hand(system, tmp_path):
@@ -271,20 +302,16 @@ def test_a_save_that_is_interrupted_leaves_the_old_system_or_the_new(number, sys
     monkeypatch.setattr("os.replace", interrupted)
     with pytest.raises(KeyboardInterrupt):
         save_system(other, tmp_path)
-    for can_write in (False, True):  # a reader finishes the save where it can
-        if can_write:
-            monkeypatch.undo()
-        else:
-            monkeypatch.setattr("os.replace", read_only)
-        loaded = System.from_pretrained(tmp_path)
-        weights = {name: loaded[name].component.weights for name in ("plan", "check[0]")}
-        expected = {"plan": "first", "check[0]": "tied"} if number == 1 else {"plan": "new", "check[0]": "new"}
-        assert weights == expected
+    monkeypatch.undo()
+    before = sorted(tmp_path.rglob("*"))
+    loaded = System.from_pretrained(tmp_path)
+    weights = {name: loaded[name].component.weights for name in ("plan", "check[0]")}
+    expected = {"plan": "first", "check[0]": "tied"} if number == 1 else {"plan": "new", "check[0]": "new"}
+    assert weights == expected
+    assert sorted(tmp_path.rglob("*")) == before  # a reader moves nothing, the next writer does
+    save_system(loaded, tmp_path)
     assert not list(tmp_path.glob(".sav*"))
-
-
-def read_only(source, target):
-    raise OSError(errno.EROFS, "Read-only file system")
+    assert System.from_pretrained(tmp_path)["plan"].component.weights == expected["plan"]
 
 
 def test_a_folder_that_no_system_owns_is_not_replaced(system, tmp_path):
@@ -376,6 +403,27 @@ def test_json_of_something_else(content, tmp_path):
         System.from_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('"nodes":', '"outputs": [], "nodes":', "'outputs' stands there a second time."),
+        ('"parent": "plan"', '"parent": "plan", "parent": "lines"', "'parent' stands there a second time."),
+        ('"scale": 2', '"scale": NaN', "is not valid JSON: NaN is no number."),
+        ('"scale": 2', '"scale": ' + "[" * 150 + "]" * 150, "is nested more than 100 deep."),
+        ('"scale": 2', '"scale": ' + "[" * 100_000, "is nested more than 100 deep."),
+        ('"scale": 2', '"scale": ' + "9" * 5000, "is not valid JSON: Exceeds the limit (4300 digits)"),
+    ],
+)
+def test_json_that_is_read_in_two_ways_or_too_deep(old, new, message, system, tmp_path):
+    save_system(system, tmp_path)
+    file = tmp_path / "system.json"
+    text = file.read_text()
+    assert old in text
+    file.write_text(text.replace(old, new, 1))
+    with refused(f"{file}", message):
+        System.from_pretrained(tmp_path)
+
+
 CHANGES = {
     "version": (
         lambda data: data.update(format_version=2),
@@ -386,6 +434,16 @@ CHANGES = {
     "node": (lambda data: data["nodes"].append(3), "nodes[6] must have 'base_name', of type str, got 3."),
     "visit": (lambda data: data["nodes"][0].update(visit="a"), "nodes[0] must have 'visit', of type int or null"),
     "edge": (lambda data: data["edges"][0].pop("each"), "edges[0] must have 'each', of type bool"),
+    "unknown part": (lambda data: data.update(code="x"), "'code' is no part of a saved system."),
+    "unknown field": (
+        lambda data: data["nodes"][0].update(code="x"),
+        "nodes[0] has 'code', which no saved system has there.",
+    ),
+    "visit that is no number": (
+        lambda data: data["nodes"][0].update(visit=True),
+        "nodes[0] must have 'visit', of type int or null",
+    ),
+    "version that is no number": (lambda data: data.update(format_version=True), "format_version is True, and this"),
     "outputs": (lambda data: data.update(outputs=[3]), "'outputs' must be names, got [3]."),
     "components": (lambda data: data.pop("components"), "'components' must be a dict, got None."),
     "component": (
@@ -569,7 +627,8 @@ def test_a_change_of_the_function_is_seen_and_one_of_its_component_is_not(module
 
 def test_a_module_that_fails_to_import_is_named(module, tmp_path):
     save_system(module().system, tmp_path / "out")
-    (tmp_path / "user_module.py").write_text("raise RuntimeError('no licence')\n")
+    with (tmp_path / "user_module.py").open("a") as file:
+        file.write("raise RuntimeError('no licence')\n")
     sys.modules.pop("user_module")
     importlib.invalidate_caches()
     with refused("its function user_module:", "cannot be imported (RuntimeError: no licence)"):

@@ -6,7 +6,9 @@ Folders have peft's own layout, which `PeftModel.from_pretrained(base, folder)` 
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from sysdag.components.adapter import PEFT_PREFIX, base_state, cast, fill, state
-from sysdag.errors import SerializationError
+from sysdag.errors import SerializationError, shown
 from sysdag.files.atomic import write_text
+from sysdag.files.saved_files import is_a, read_strict_json
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -120,11 +123,51 @@ def check_same_tensors(own: dict[str, Tensor], saved: dict[str, Tensor], folder:
 
 
 def read_config(folder: Path) -> PeftConfig:
-    """The config that `save` wrote, ready to train; its weights are read, so that no start is computed for them."""
+    """The config that `save` wrote, ready to train; its weights are read, so that no start is computed for them.
+
+    Raises:
+        SerializationError: for a field that no config of its type has, one that names code or files, or a value of
+            another type.
+    """
     from peft import PeftConfig
 
+    _check_config(folder / _CONFIG)
     config = PeftConfig.from_pretrained(str(folder))
     config.inference_mode = False
     if isinstance(getattr(config, "init_lora_weights", None), str):
         config.init_lora_weights = True
     return config
+
+
+# Fields of peft's configs by which a file would choose a module, or other files, that peft reads.
+_OF_CODE_AND_FILES = ("megatron_config", "tokenizer_name_or_path", "tokenizer_kwargs", "loftq_config", "adapters")
+
+
+def _check_config(file: Path) -> None:
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    content = read_strict_json(file)
+    kinds = {kind.value: made for kind, made in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+    kind = content.get("peft_type") if isinstance(content, dict) else None
+    if not isinstance(kind, str) or kind not in kinds:
+        raise SerializationError(f"{file}: peft_type must be a kind of adapter, got {shown(kind)}.")
+    fields = {
+        field.name: re.sub(r"typing\.|<class '|'>", "", str(field.type)) for field in dataclasses.fields(kinds[kind])
+    }
+    for name, value in content.items():
+        if name not in fields:
+            if not value:  # of a later peft, which writes every option: switched off
+                continue
+            raise SerializationError(f"{file}: {kind} has no {shown(name)}; use the version of peft that wrote it.")
+        if name in _OF_CODE_AND_FILES and value:
+            raise SerializationError(f"{file}: {name} would have peft read code or other files, got {shown(value)}.")
+        if value is not None and fields[name] in _PLAIN and not is_a(value, _PLAIN[fields[name]]):
+            raise SerializationError(f"{file}: {name} must be of type {fields[name]}, got {shown(value)}.")
+
+
+_PLAIN: dict[str, tuple[type, ...]] = {
+    "int": (int,), "float": (int, float), "bool": (bool,), "str": (str,), "dict": (dict,), "Optional[str]": (str,),
+    "Optional[dict]": (dict,), "Optional[int]": (int,), "Optional[float]": (int, float), "Optional[bool]": (bool,),
+    "Optional[Union[list[str], str]]": (list, str), "Optional[list[str]]": (list,),
+    "Optional[Union[list[int], int]]": (list, int),
+}  # fmt: skip

@@ -54,6 +54,7 @@ class Component(InputReader, ABC):
             where that is not looked after.
 
     Attributes:
+        saved_folder: of a component of a saved system, where what it loads late is read from; errors name it.
         residence: what moves frozen weights to the host while others work, where an engine does (`offload_idle`).
     """
 
@@ -65,6 +66,7 @@ class Component(InputReader, ABC):
     takes_row_seeds: ClassVar[bool] = False
     residence: Residence | None = None
     winner_safeguard: float | None = None
+    saved_folder: Path | None = None
 
     @property
     def module(self) -> nn.Module | None:
@@ -422,6 +424,19 @@ class Component(InputReader, ABC):
                 loaded then takes the component that the node has in its own module, `refilled`.
         """
         raise DeclarationNeeded(f"{cls.__name__} has no `from_pretrained` that builds it from its folder.")
+
+    @property
+    def trusts_remote_code(self) -> bool:
+        """Whether whoever made it lets code run that comes with its model."""
+        return False
+
+    def read_from(self, folder: Path, *, trust_remote_code: bool) -> None:
+        """Called on what `from_pretrained` made of a saved system's folder.
+
+        Args:
+            trust_remote_code: whether whoever loads lets code run that comes with a model.
+        """
+        self.saved_folder = folder
 
     def refilled(self, folder: Path, options: Mapping[str, Any]) -> Self:
         """A copy of this component, which its user declares, with what `save_pretrained` wrote.

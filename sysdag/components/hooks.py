@@ -12,9 +12,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from sysdag.components.component import Component
-from sysdag.errors import SerializationError
+from sysdag.errors import SerializationError, shown
 from sysdag.graph.import_path import function_path
-from sysdag.graph.source import source_hash
+from sysdag.graph.source import problem_of_import, source_hash
 from sysdag.graph.variables import Node
 
 
@@ -41,12 +41,17 @@ def load(option: str, saved: Mapping[str, Any] | None) -> Callable[..., Any] | N
     """
     if saved is None:
         return None
-    path = saved["path"]
+    texts = [saved.get(name) for name in ("path", "source_sha256")] if isinstance(saved, Mapping) else [0]
+    if not all(isinstance(text, (str, type(None))) for text in texts) or len(saved) != 2:
+        raise SerializationError(f"{option} must be null or have a path and a source_sha256, got {shown(saved)}.")
+    path, saved_hash = texts
     module_name, _, name = (path or "").partition(":")
     if path is None or module_name == "__main__" or "." in name:
         raise SerializationError(
             f"{option}={path} must be a function at the top level of a module that can be imported."
         )
+    if (problem := problem_of_import(path, saved_hash)) is not None:
+        raise SerializationError(f"{option}={problem}.")
     try:
         module = importlib.import_module(module_name)
     except Exception as error:  # importing a module runs it, so it may raise anything
@@ -57,7 +62,7 @@ def load(option: str, saved: Mapping[str, Any] | None) -> Callable[..., Any] | N
             f"{option}={path}: {module_name} gives no such function to a component. Make the node, "
             f"@node(...({option}={name})), or the component at the top level of that module."
         )
-    if source_hash(function) != saved["source_sha256"]:
+    if source_hash(function) != saved_hash:
         raise SerializationError(f"{option}={path} changed since the component was saved.")
     return function
 

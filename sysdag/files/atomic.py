@@ -16,7 +16,7 @@ from pathlib import Path
 
 from sysdag.errors import SerializationError
 
-SAVING, _SAVED, _OLD = ".saving", ".saved", ".old"
+SAVING, SAVED, _OLD = ".saving", ".saved", ".old"
 _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
 _SIGNS = (
     "os error 28",
@@ -44,7 +44,7 @@ def commit(folder: Path) -> None:
     temporary = folder / SAVING
     for path in [*temporary.rglob("*"), temporary]:
         _synchronise(path)
-    os.replace(temporary, folder / _SAVED)
+    os.replace(temporary, folder / SAVED)
     _synchronise(folder)
     finish(folder)
 
@@ -54,9 +54,11 @@ def finish(folder: Path) -> None:
 
     Another process that reads the folder may be finishing it at the same time.
     """
-    saved = folder / _SAVED
+    saved = folder / SAVED
     if not saved.is_dir():
         return
+    if saved.is_symlink():
+        raise SerializationError(f"{saved} is a link, which no save leaves behind; remove it.")
     for path in sorted(saved.iterdir(), key=lambda path: (path.is_file(), path.name)):
         if path.suffix == _OLD:
             continue
@@ -68,12 +70,6 @@ def finish(folder: Path) -> None:
     _synchronise(folder)
     with contextlib.suppress(FileNotFoundError):
         shutil.rmtree(saved)
-
-
-def finish_where_possible(folder: Path) -> None:
-    """`finish`, for a reader: where the folder cannot be written to, `current` finds what counts all the same."""
-    with contextlib.suppress(OSError):
-        finish(folder)
 
 
 def abandon(folder: Path) -> None:
@@ -136,13 +132,18 @@ def append_whole(opened: io.RawIOBase | io.FileIO, data: bytes) -> None:
 
 
 def current(folder: Path, name: str, last: str) -> Path:
-    """Where the newest complete `name` of a folder is.
+    """Where the newest complete `name` of a folder is; a reader moves nothing.
 
     Args:
         last: the file that is moved into place last; while it is in `.saved`, what is there counts.
     """
-    saved = folder / _SAVED
+    saved = folder / SAVED
     return saved / name if (saved / last).exists() and (saved / name).exists() else folder / name
+
+
+def beside(path: Path, name: str, last: str) -> Path:
+    """Where the newest complete `name` of a folder is, by the place `current` gave of something else in it."""
+    return current(path.parent.parent if path.parent.name == SAVED else path.parent, name, last)
 
 
 def _synchronise(path: Path) -> None:

@@ -12,31 +12,63 @@ from typing import Any
 
 from sysdag.errors import SerializationError
 from sysdag.graph.import_path import import_object
+from sysdag.graph.module_source import Definition, definitions, module_source
 from sysdag.graph.variables import Node
 
 
 def source_hash(function: Callable[..., Any]) -> str | None:
-    """SHA-256 of a function's source from its `def` on; None where there is no source to be read.
+    """SHA-256 of a function's or class's source from its `def` or `class` on; None where there is no source to be read.
 
     Decorators are left out: the component that `@node(...)` names is saved apart.
     """
     try:
-        source = textwrap.dedent(inspect.getsource(function))
+        return _hash(textwrap.dedent(inspect.getsource(function)))
     except (OSError, TypeError):
         return None
+
+
+def _hash(source: str) -> str:
     try:
         definition = ast.parse(source).body[0]
     except SyntaxError:  # a lambda inside a longer expression
         definition = None
-    if isinstance(definition, (ast.FunctionDef, ast.AsyncFunctionDef)):
+    if isinstance(definition, Definition):
         source = "".join(source.splitlines(keepends=True)[definition.lineno - 1 :])
     return hashlib.sha256(source.strip().encode("utf-8")).hexdigest()
+
+
+def problem_of_import(path: str, saved_hash: str | None) -> str | None:
+    """Why the module of `module:qualname` must not be imported for what a file says; None where it may.
+
+    Importing a module runs it. So one that is not imported yet has to define that function or class with the source
+    that the hash was taken of, which is looked up without running anything.
+    """
+    module_name, _, qualname = path.partition(":")
+    if module_name in sys.modules:
+        return None
+    try:
+        source = module_source(module_name)
+        found = [] if source is None else definitions(source, qualname)
+    except ModuleNotFoundError as error:
+        where = "from where it can be imported, or with PYTHONPATH=FOLDER, if you trust what is in the folder it is in"
+        return f"{path} cannot be imported ({type(error).__name__}: {error}; run {where})"
+    except SyntaxError as error:
+        return f"{path} cannot be imported ({type(error).__name__}: {error})"
+    if saved_hash is None:
+        return f"{path} had no source to compare with when the system was saved"
+    if not found:
+        what = "has no source" if source is None else f"defines no {qualname}"
+        return f"{path} cannot be compared with what was saved: {module_name} {what}"
+    if saved_hash not in map(_hash, found):
+        return f"{path} changed since the system was saved"
+    return None
 
 
 def import_node_function(name: str, path: str | None, saved_hash: str | None) -> Callable[..., Any]:
     """The function of the node `name`, imported from `path`.
 
-    Only a function that its own module declares as a node is taken: any other would be code of the file's choosing.
+    Only a function that its own module declares as a node is taken: any other would be code of the file's choosing. A
+    module is not run before its source is that of the hash.
 
     Raises:
         SerializationError: if it cannot be imported, is no node, or changed since its hash was taken.
@@ -45,6 +77,9 @@ def import_node_function(name: str, path: str | None, saved_hash: str | None) ->
         raise _refusal(name, "was not at the top level of a module")
     if path.startswith("__main__:"):
         raise _refusal(name, f"{path} was defined in a script or notebook")
+    problem = problem_of_import(path, saved_hash)
+    if problem is not None:
+        raise _refusal(name, problem)
     try:
         found = import_object(path)
     except Exception as error:  # importing a module runs it, so it may raise anything

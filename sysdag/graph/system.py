@@ -88,22 +88,28 @@ class System:
         return push_system(self, repo_id, **options)
 
     @classmethod
-    def from_pretrained(cls, folder, *, revision=None, token=None) -> System:
+    def from_pretrained(cls, folder, *, revision=None, token=None, trust_remote_code=False) -> System:
         """A system that `save_pretrained` wrote, its node functions imported by path; see `sysdag.saving`.
 
         Args:
             folder: the folder, or `org/name` of a repository on the Hub.
             revision, token: of a repository on the Hub.
+            trust_remote_code: lets models run code that comes with them; a folder cannot ask for that by itself.
         """
         from sysdag.saving.serialization import read_system
 
-        return read_system(folder, revision=revision, token=token)
+        return read_system(folder, revision=revision, token=token, trust_remote_code=trust_remote_code)
 
-    def load(self, folder) -> System:
-        """This system's functions with the components that `save_pretrained` wrote to `folder`."""
+    def load(self, folder, *, trust_remote_code=False) -> System:
+        """This system's functions with the components that `save_pretrained` wrote to `folder`.
+
+        Args:
+            trust_remote_code: see `from_pretrained`.
+        """
         from sysdag.saving.serialization import read_system
 
-        return read_system(folder, {n.base_name: n.function for n in self.nodes}, given=self)
+        functions = {n.base_name: n.function for n in self.nodes}
+        return read_system(folder, functions, given=self, trust_remote_code=trust_remote_code)
 
     def fresh(self) -> System:
         """This system as it was before it was loaded and trained: models are read again from their names and folders.

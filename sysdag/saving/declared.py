@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from sysdag.errors import SerializationError
-from sysdag.graph.import_path import import_object
 from sysdag.graph.system import System
 from sysdag.graph.variables import Node
 from sysdag.saving.component_folder import class_name
@@ -52,15 +51,19 @@ def _name(row: Mapping[str, Any]) -> str:
 
 
 def _in_module(path: str | None) -> list[Component]:
-    """What a node function's module gives to its node, and its systems do."""
-    if path is None or path.startswith("__main__:"):
+    """What a node function's module gives to its node, and its systems do.
+
+    The functions of the nodes were loaded before. What is not imported by now is not imported for this.
+    """
+    module_name, _, qualname = (path or "").partition(":")
+    module = sys.modules.get(module_name)
+    if module is None or module_name == "__main__":
         return []
-    try:
-        found = import_object(path)
-    except Exception:  # noqa: BLE001 - importing runs a module; what is wrong is told where the function is loaded
-        return []
+    members = vars(module).values()
+    found: Any = module
+    for part in qualname.split("."):
+        found = getattr(found, part, None)
     function = found.function if isinstance(found, Node) else found
-    members = vars(sys.modules[path.partition(":")[0]]).values()
     nodes = [member for member in members if isinstance(member, Node)]
     nodes += [each for member in members if isinstance(member, System) for each in member.nodes]
     return [each.component for each in nodes if each.function is function and each.is_random]

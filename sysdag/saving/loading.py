@@ -19,7 +19,7 @@ def load_system(spec: str) -> System:
 
     A file is imported as the module of its name from its own folder, so that the systems it saves can be loaded again
     beside it. Without `:name` the file's only `System` is taken. Functions of a saved system are imported from the
-    working folder and the one that the system's is in, too.
+    working folder, too; no other is put on the path for it.
 
     Raises:
         LoadingError: if there is no such file, module, folder or system; naming those that are there.
@@ -28,9 +28,8 @@ def load_system(spec: str) -> System:
     if (Path(place) / "system.json").is_file():
         if name:
             raise LoadingError(f"{place} is a saved system, which is one by itself; give {place} without :{name}.")
-        for folder in (str(Path.cwd()), str(Path(place).resolve().parent)):
-            if folder not in sys.path:
-                sys.path.append(folder)
+        if str(Path.cwd()) not in sys.path:
+            sys.path.append(str(Path.cwd()))
         return System.from_pretrained(place)
     module = _imported(place, spec, "SYSTEM.py:name, package.module:name or a saved system's folder")
     systems = {key: value for key, value in vars(module).items() if isinstance(value, System)}

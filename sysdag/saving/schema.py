@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
-from sysdag.errors import SerializationError
+from sysdag.errors import SerializationError, shown
+from sysdag.files.saved_files import is_a, read_strict_json
 
 FORMAT_VERSION = 1
 VALUE_TYPES = {kind.__name__: kind for kind in (str, int, float, list, dict, bool)}
@@ -31,45 +32,52 @@ def read_json(file: Path) -> Any:
     Raises:
         SerializationError: naming the file that is missing or no JSON.
     """
-    try:
-        return json.loads(file.read_bytes())
-    except (FileNotFoundError, NotADirectoryError) as error:
+    if not file.exists():
         raise SerializationError(
             f"{file} does not exist; expected a folder that System.save_pretrained wrote to its end."
-        ) from error
-    except ValueError as error:
-        raise SerializationError(f"{file} is not valid JSON: {error}") from error
+        )
+    return read_strict_json(file, plain=True)
 
 
 def check_data(data: Any) -> None:
     """Raises a SerializationError that names the first field of a saved system which is missing or of another type."""
     if not isinstance(data, Mapping) or "format_version" not in data:
         raise SerializationError("This is no saved system: it has no 'format_version'.")
-    if data["format_version"] != FORMAT_VERSION:
+    if data["format_version"] != FORMAT_VERSION or not is_a(data["format_version"], (int,)):
         raise SerializationError(
-            f"format_version is {data['format_version']!r}, and this version of sysdag reads {FORMAT_VERSION}; "
+            f"format_version is {shown(data['format_version'])}, and this version of sysdag reads {FORMAT_VERSION}; "
             "use the sysdag that wrote it."
         )
     for section, fields in FIELDS.items():
         for number, row in enumerate(section_of(data, section, list)):
             check_row(row, fields, f"{section}[{number}]")
     if not all(isinstance(output, str) for output in section_of(data, "outputs", list)):
-        raise SerializationError(f"'outputs' must be names, got {data['outputs']!r}.")
+        raise SerializationError(f"'outputs' must be names, got {shown(data['outputs'])}.")
+    if unknown := sorted(data.keys() - {"format_version", "outputs", "components", *FIELDS}):
+        raise SerializationError(f"{shown(unknown[0])} is no part of a saved system.")
 
 
 def section_of(data: Mapping[str, Any], name: str, kind: type) -> Any:
     """A part of a saved system, checked to be of that type."""
     if not isinstance(data.get(name), kind):
-        raise SerializationError(f"{name!r} must be a {kind.__name__}, got {data.get(name)!r}.")
+        raise SerializationError(f"{name!r} must be a {kind.__name__}, got {shown(data.get(name))}.")
     return data[name]
 
 
-def check_row(row: Any, fields: Mapping[str, tuple[type, ...]], where: str) -> None:
-    """Raises a SerializationError for a row that lacks a field, or holds another type there."""
-    for field, kinds in fields.items():
-        if not isinstance(row, Mapping) or field not in row or not isinstance(row[field], kinds):
+def check_row(
+    row: Any,
+    fields: Mapping[str, tuple[type, ...]],
+    where: str,
+    optional: Mapping[str, tuple[type, ...]] = MappingProxyType({}),
+) -> None:
+    """Raises a SerializationError for a row that lacks a field, holds another type there, or has one more."""
+    for field, kinds in {**fields, **optional}.items():
+        there = isinstance(row, Mapping) and field in row
+        if not (is_a(row[field], kinds) if there else field in optional and isinstance(row, Mapping)):
             expected = " or ".join("null" if kind is type(None) else kind.__name__ for kind in kinds)
-            raise SerializationError(f"{where} must have {field!r}, of type {expected}, got {row!r}.")
+            raise SerializationError(f"{where} must have {field!r}, of type {expected}, got {shown(row)}.")
+    if unknown := sorted(row.keys() - fields.keys() - optional.keys()):
+        raise SerializationError(f"{where} has {shown(unknown[0])}, which no saved system has there.")
 
 
 def value_type(row: Mapping[str, Any]) -> type | None:
@@ -78,6 +86,6 @@ def value_type(row: Mapping[str, Any]) -> type | None:
         return None
     if row["value_type"] not in VALUE_TYPES:
         raise SerializationError(
-            f"Input {row['name']!r}: unknown value_type {row['value_type']!r}; known are {sorted(VALUE_TYPES)}."
+            f"Input {row['name']!r}: unknown value_type {shown(row['value_type'])}; known are {sorted(VALUE_TYPES)}."
         )
     return VALUE_TYPES[row["value_type"]]

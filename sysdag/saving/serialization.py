@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from sysdag.errors import GraphError, SerializationError
-from sysdag.files.atomic import current, explaining_disk_errors, finish_where_possible, replacing
+from sysdag.files.atomic import SAVED, current, explaining_disk_errors, replacing
 from sysdag.files.hub import local_folder
+from sysdag.files.saved_files import check_component, check_links, reading
 from sysdag.graph.import_path import function_path
 from sysdag.graph.source import import_node_function, source_hash
 from sysdag.graph.system import System
 from sysdag.graph.variables import Edge, Input, Node
-from sysdag.saving.component_folder import class_name, read_component, write_component
+from sysdag.saving.component_folder import check_key, class_name, class_row, read_component, write_component
 from sysdag.saving.declared import declared_component
 from sysdag.saving.schema import FIELDS, FORMAT_VERSION, VALUE_TYPES, check_data, read_json, section_of, value_type
 
@@ -74,13 +75,21 @@ def system_from_dict(
         SerializationError: for data that describes no system, or a node whose function or component is not to be had.
     """
     check_data(data)
-    functions, components = functions or {}, components or {}
-    base_names = {row["base_name"] for row in data["nodes"]}
-    for name in functions:
-        if name not in base_names:
-            raise SerializationError(f"The saved system has no node {name!r}; its nodes are {sorted(base_names)}.")
-    first_rows = {row["base_name"]: row for row in reversed(data["nodes"])}  # the visits of a loop share a function
-    function_of = {name: _function(row, functions) for name, row in first_rows.items()}
+    return _assembled(data, _functions(data, functions or {}), components or {})
+
+
+def _functions(data: Mapping[str, Any], given: Mapping[str, Callable[..., Any]]) -> dict[str, Callable[..., Any]]:
+    """The nodes' functions by `base_name`; the visits of a loop share one."""
+    first_rows = {row["base_name"]: row for row in reversed(data["nodes"])}
+    for name in given:
+        if name not in first_rows:
+            raise SerializationError(f"The saved system has no node {name!r}; its nodes are {sorted(first_rows)}.")
+    return {name: _function(row, given) for name, row in first_rows.items()}
+
+
+def _assembled(
+    data: Mapping[str, Any], functions: Mapping[str, Callable[..., Any]], components: Mapping[str, Any]
+) -> System:
     for row in data["nodes"]:
         key = row["component"]
         if key is not None and key not in components:
@@ -93,7 +102,7 @@ def system_from_dict(
             [Input(row["name"], value_type(row)) for row in data["inputs"]],
             [
                 Node(
-                    function_of[row["base_name"]],
+                    functions[row["base_name"]],
                     None if row["component"] is None else components[row["component"]],
                     row["base_name"],
                     row["visit"],
@@ -130,7 +139,7 @@ def save_system(system: System, folder: str | Path, *, checkpoint: bool = False)
             raise SerializationError(
                 f"Node {key!r}: {component!r} cannot be saved; its class must be a subclass of sysdag.Component."
             )
-    classes = {key: class_name(type(component), key) for key, component in components.items()}
+    classes = {key: class_row(type(component), key) for key, component in components.items()}
     _check_names(components, folder)
     _warn_of_main(system)
     data = system_to_dict(system)
@@ -140,7 +149,7 @@ def save_system(system: System, folder: str | Path, *, checkpoint: bool = False)
         replacing(folder) as temporary,
     ):
         data["components"] = {
-            key: {"class": classes[key], **write_component(component, temporary / key, key, checkpoint=checkpoint)}
+            key: {**classes[key], **write_component(component, temporary / key, key, checkpoint=checkpoint)}
             for key, component in components.items()
         }
         (temporary / FILE_NAME).write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
@@ -156,34 +165,50 @@ def read_system(
     given: System | None = None,
     revision: str | None = None,
     token: str | None = None,
+    trust_remote_code: bool = False,
 ) -> System:
-    """The system that `save_system` wrote.
+    """The system that `save_system` wrote. Nothing is written here, and nothing that the folder holds is run.
 
     Args:
         folder: the folder; where there is none, a repository `org/name` on the Hub.
         functions: node functions by `base_name`, in place of importing them; see `system_from_dict`.
-        given: the system at hand; see `sysdag.saving.declared`.
+        given: the system at hand; see `sysdag.saving.declared`. What its components trust is trusted again.
         revision, token: of a repository on the Hub; see `sysdag.files.hub.local_folder`.
+        trust_remote_code: lets models of transformers run code that comes with them, as its `from_pretrained` does.
+            Only who loads says so, never the folder.
 
     Raises:
         SerializationError: naming the file, and the node or field at fault; or the repository that cannot be read.
     """
+    from sysdag.components.component import Component
+
     folder = local_folder(folder, revision=revision, token=token)
-    finish_where_possible(folder)
+    check_links(folder, FILE_NAME, SAVED)
     file = current(folder, FILE_NAME, FILE_NAME)
     data = read_json(file)
     try:
         check_data(data)
         rows = section_of(data, "components", dict)
+        for key, row in rows.items():
+            check_key(row, key)
+        check_links(folder, *rows)
+        found = _functions(data, functions or {})
+        known = {} if given is None else component_keys(given)
+        trusted = {key for key, each in known.items() if isinstance(each, Component) and each.trusts_remote_code}
         components = {
             key: read_component(
-                row, current(folder, key, FILE_NAME).parent, key, partial(declared_component, data, key, given)
+                row,
+                current(folder, key, FILE_NAME).parent,
+                key,
+                partial(declared_component, data, key, given),
+                trust_remote_code=trust_remote_code or key in trusted,
             )
             for key, row in rows.items()
         }
-        for component in components.values():
-            component.connect(components)
-        return system_from_dict(data, functions=functions, components=components)
+        with reading(file):
+            for component in components.values():
+                component.connect(components)
+            return _assembled(data, found, components)
     except SerializationError as error:
         raise SerializationError(f"{file}: {error}") from error
 
@@ -213,10 +238,14 @@ def load_weights(system: System, folder: str | Path) -> None:
             if a component's folder cannot be read, its node is named.
     """
     folder = Path(folder)
-    finish_where_possible(folder)
+    check_links(folder, FILE_NAME, SAVED)
     weighted = check_same_system(system, folder)
+    check_links(folder, *weighted)
     for key, (component, path) in weighted.items():
         try:
+            any_format = ":" in class_name(type(component), key)
+            # The model that is filled is there: no config chooses one.
+            check_component(path, trust_remote_code=True, any_format=any_format)
             component.load_weights(path)
         except Exception as error:  # whatever the model's library raises, the node and its folder have to be named
             raise SerializationError(
@@ -243,6 +272,8 @@ def check_same_system(system: System, folder: Path) -> dict[str, tuple[Any, Path
     weighted: dict[str, tuple[Any, Path]] = {}
     for key, component in component_keys(system).items():
         kind = class_name(type(component), key)
+        if key in rows:
+            check_key(rows[key], key)
         if key not in rows or rows[key]["class"] != kind:
             raise SerializationError(
                 f"{folder} holds another system: the component of node {key!r} is a "

@@ -73,7 +73,7 @@ class CheckpointTrainer(Trainer):
             TrainingError: for scores or gradients that are not finite, or when memory runs out.
         """
         if self.args.should_save:
-            atomic.finish_where_possible(Path(self.args.output_dir))
+            atomic.finish(Path(self.args.output_dir))
         wait_for_everyone(self.accelerator)
         if self._run is None:  # while the references are what training starts from
             self._run = model_facts(self._system_model)

@@ -84,9 +84,10 @@ def check_base(base: Any, folder: Path) -> None:
     if base is None:
         return
     fields = set(base) if isinstance(base, Mapping) else set()
-    if fields == _SHARED_FIELDS and Path(str(base["component"])).name == base["component"]:
+    if fields == _SHARED_FIELDS and str(base["component"]).replace("-", "_").isidentifier():
         return
-    if "source" not in fields or not fields <= _BASE_FIELDS or not isinstance(base["source"], str):
+    texts = [isinstance(base[name], str) for name in fields]
+    if "source" not in fields or not fields <= _BASE_FIELDS or not all(texts):
         raise SerializationError(
             f"The base of a saved Diffusion has the fields {sorted(_BASE_FIELDS)}, or {sorted(_SHARED_FIELDS)}; got "
             f"{base!r}."

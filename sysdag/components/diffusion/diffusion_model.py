@@ -16,6 +16,7 @@ from sysdag.components.diffusion.conditioning import Hook
 from sysdag.components.diffusion.outlined_diffusion import OutlinedDiffusion
 from sysdag.components.diffusion.timestep_density import TimestepDensity
 from sysdag.errors import SerializationError
+from sysdag.files.atomic import beside
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -187,12 +188,14 @@ class Diffusion(OutlinedDiffusion):
         if missing or unnamed:
             raise SerializationError(f"{str(folder)!r} lacks {missing} of the parts {parts} of a saved Diffusion.")
         component_folder.check_base(base, folder)
+        pipeline_folder.check_index(index)
         if base is None:
             made = cls(folder, **given)
             made._index, made._saved_here = index, True
             return made
         if "component" in base:
-            made = cls(folder.parent / base["component"], **given)
+            pipeline_folder.check_index(base["parts"])
+            made = cls(beside(folder, base["component"], "system.json"), **given)
             made._index, made._saved_here, made._base_component = base["parts"], True, base["component"]
         else:
             made = cls(base["source"], **{k: v for k, v in base.items() if k != "source"}, **given)

@@ -15,14 +15,20 @@ from sysdag.components.diffusion.denoising_error import CONVENTIONS
 from sysdag.components.diffusion.loss_weighting import check_weighting
 from sysdag.components.precision import dtype_named
 from sysdag.errors import PlanError, SerializationError, shown
+from sysdag.files.saved_files import is_a, only
 
 _FUNCTIONS = ("condition", "weighting")
-_OPTIONS = (
-    "num_inference_steps", "guidance_scale", "convention", "num_noise_draws", "train_text_encoder", "mask_padding",
-    "max_text_length", "null_class", "batch_size", "pipeline_kwargs", "score_guidance_scale",
-    "snr_gamma", "timestep_sampling", "logit_mean", "logit_std", "mode_scale", "caption_dropout", "winner_safeguard",
-    "cache", "cache_bytes", "record_noise", "score_noise", "sample_shape",
-)  # fmt: skip
+_NUMBER, _NOTHING = (int, float), (type(None),)
+_KINDS: Mapping[str, tuple[type, ...]] = {
+    "num_inference_steps": (int, *_NOTHING), "guidance_scale": (*_NUMBER, *_NOTHING), "convention": (str,),
+    "num_noise_draws": (int,), "train_text_encoder": (bool,), "mask_padding": (bool, *_NOTHING),
+    "max_text_length": (int, *_NOTHING), "null_class": (int, *_NOTHING), "batch_size": (int,),
+    "pipeline_kwargs": (dict, *_NOTHING), "score_guidance_scale": (*_NUMBER, *_NOTHING), "snr_gamma": _NUMBER,
+    "timestep_sampling": (str,), "logit_mean": _NUMBER, "logit_std": _NUMBER, "mode_scale": _NUMBER,
+    "caption_dropout": _NUMBER, "winner_safeguard": (*_NUMBER, *_NOTHING), "cache": (bool,), "cache_bytes": (int,),
+    "record_noise": (bool,), "score_noise": (str,), "sample_shape": (list, *_NOTHING),
+}  # fmt: skip
+_OPTIONS = tuple(_KINDS)
 _GIVEN_BY_US: Mapping[str, tuple[str, Any]] = {
     "prompt": ("the prompt is what the node's function returns", None),
     "generator": ("it is made from the seed that is sampled with", None),
@@ -32,7 +38,10 @@ _GIVEN_BY_US: Mapping[str, tuple[str, Any]] = {
     "num_videos_per_prompt": ("a node draws one film for each input", 1),
 }
 """Arguments of a pipeline's call that are the component's: why, and the value that says the same."""
-_PLACES = ("parts", "base", "adapter")
+_PLACES: Mapping[str, tuple[type, ...]] = {
+    "parts": (dict, *_NOTHING), "base": (dict, *_NOTHING), "adapter": (bool,),
+    "condition": (dict, *_NOTHING), "weighting": (dict, str, *_NOTHING),
+}  # fmt: skip
 
 # Systems saved by earlier versions have these and no others, which are then the constructor's defaults.
 _FIRST_OPTIONS = frozenset({
@@ -170,6 +179,9 @@ def from_saved(saved: Mapping[str, Any], defaults: Mapping[str, inspect.Paramete
     options = {"base": None, **later, **saved}
     if unknown := sorted(options.keys() ^ {*_PLACES, *names()}):
         raise SerializationError(f"These are not the options of a saved Diffusion: {unknown} are unknown or missing.")
+    only(options, {**_PLACES, **_KINDS}, "Diffusion")
+    if not all(is_a(size, (int,)) for size in options["sample_shape"] or ()):
+        raise SerializationError(f"Diffusion: sample_shape must hold integers, got {shown(options['sample_shape'])}.")
     functions = {name: options[name] for name in _FUNCTIONS}
     loaded: dict[str, Any] = {n: v if isinstance(v, str) else hooks.load(n, v) for n, v in functions.items()}
     return loaded | {name: options[name] for name in _OPTIONS}

@@ -22,8 +22,11 @@ from torch import nn
 
 from sysdag.components import adapter as adapters
 from sysdag.components import adapter_files
-from sysdag.errors import PlanError, SerializationError
+from sysdag.components.loading_info import complete
+from sysdag.components.precision import dtype_named
+from sysdag.errors import PlanError, SerializationError, shown
 from sysdag.files.hub import reaching
+from sysdag.files.saved_files import read_strict_json
 
 DENOISERS = ("unet", "transformer")
 PARTS = frozenset({*DENOISERS, "scheduler", "text_encoder", "tokenizer", "vae"})
@@ -68,7 +71,7 @@ def _class_from_config(folder: Path) -> tuple[str, str]:
     if folder.name == "tokenizer":
         return "transformers", "AutoTokenizer"
     file = "scheduler_config.json" if folder.name == "scheduler" else "config.json"
-    config = json.loads((folder / file).read_text(encoding="utf-8"))
+    config = read_strict_json(folder / file)
     if "_class_name" in config:
         return "diffusers", config["_class_name"]
     return "transformers", config["architectures"][0]
@@ -105,6 +108,39 @@ def _module(library: Any) -> Any:
     return found if inside else None
 
 
+def check_index(index: Any) -> None:
+    """Refuses what a saved system tells of its parts unless each is a class of the kind that `save_parts` writes.
+
+    Raises:
+        SerializationError: naming the part.
+    """
+    for name, entry in (index or {}).items():
+        fields = entry.keys() if isinstance(entry, Mapping) else set()
+        texts = isinstance(entry, Mapping) and all(isinstance(value, str) for value in entry.values())
+        if not texts or not {"library", "class"} <= fields <= {"library", "class", "dtype"} or not name.isidentifier():
+            raise SerializationError(
+                f"Part {shown(name)} must have a library, a class and a dtype, got {shown(entry)}."
+            )
+        if "dtype" in entry:
+            dtype_named(entry["dtype"], f"Part {name!r}")
+        check_kind(name, find_class(name, entry))
+
+
+def check_kind(name: str, made: Any) -> None:
+    """Refuses a class of diffusers or transformers that is no model, scheduler, tokenizer or processor.
+
+    Raises:
+        SerializationError: naming the part.
+    """
+    from diffusers import ConfigMixin
+    from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+    from transformers.image_processing_base import ImageProcessingMixin
+
+    known = (ConfigMixin, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, ImageProcessingMixin)
+    if made is not AutoTokenizer and not issubclass(made, known):
+        raise SerializationError(f"Part {name!r} is of class {made.__name__}, which is no part of a pipeline.")
+
+
 def load_part(
     source: str | Path,
     name: str,
@@ -120,17 +156,20 @@ def load_part(
         dtype: of a model's weights; by default the one that the index records, else the library's own default.
     """
     made = find_class(name, entry)
+    recorded = entry.get("dtype")
     options: dict[str, Any] = {"subfolder": name, **({"revision": revision} if revision else {})}
     if issubclass(made, nn.Module):
         options |= {"use_safetensors": True, **({"variant": variant} if variant else {})}
-        recorded = entry.get("dtype")
-        dtype = dtype or (recorded and getattr(torch, recorded))
+        dtype = dtype or (recorded and dtype_named(recorded, f"Part {name!r}"))
         if dtype is not None:
             options[_dtype_option(made)] = dtype
     elif entry["class"] == "AutoTokenizer":
         options["trust_remote_code"] = False
+    check_kind(name, made)
     with reaching(source):
-        return made.from_pretrained(source, **options)
+        if not (issubclass(made, nn.Module) and recorded):  # what `save_parts` wrote says in which dtype
+            return made.from_pretrained(source, **options)
+        return complete(made.from_pretrained(source, output_loading_info=True, **options), Path(source) / name)
 
 
 def save_parts(parts: Mapping[str, Any], folder: Path) -> dict[str, dict[str, Any]]:
@@ -209,7 +248,8 @@ def load_models(models: Mapping[str, nn.Module], folder: Path) -> None:
         made = find_class(name, entry)
         options: dict[str, Any] = {"subfolder": name, "use_safetensors": True}
         options[_dtype_option(made)] = getattr(torch, _dtype_name(part))
-        saved = made.from_pretrained(folder, **options).state_dict()
+        loaded = made.from_pretrained(folder, output_loading_info=True, **options)
+        saved = complete(loaded, folder / name).state_dict()
         own = adapters.base_state(part)
         adapter_files.check_same_tensors(own, saved, folder / name)
         for key, tensor in own.items():

@@ -18,6 +18,7 @@ from sysdag.components.diffusion.pipeline import Pipeline
 from sysdag.components.diffusion.usage import usage
 from sysdag.errors import PlanError, SerializationError
 from sysdag.files.hub import is_repository
+from sysdag.files.saved_files import reading
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -67,7 +68,8 @@ class PretrainedDiffusion(Component):
     def pipeline(self) -> Pipeline:
         """The parts, loaded on first access."""
         if self._pipeline is None:
-            self._pipeline = self._loaded()
+            with reading(self.saved_folder):
+                self._pipeline = self._loaded()
         return self._pipeline
 
     def _loaded(self) -> Pipeline:
@@ -89,6 +91,8 @@ class PretrainedDiffusion(Component):
             if isinstance(whole, (str, Path)):
                 options["adapter_folder"] = self._adapter_folder or Path(whole) / pipeline_folder.ADAPTER
                 whole = whole_folder.load(whole, given, **self._loading)
+                if self.saved_folder is not None and self._saved_here:
+                    whole_folder.check_read(whole, Path(self._source))
         return Pipeline.of_whole(whole, **options)
 
     def _loaded_parts(self) -> dict[str, Any]:
@@ -121,7 +125,7 @@ class PretrainedDiffusion(Component):
                     raise PlanError(
                         f"{self!r}: there is no folder {self._source}. Give a pipeline's folder or a Hub id."
                     )
-                with self._naming_its_base():
+                with reading(self.saved_folder), self._naming_its_base():
                     self._is_whole = whole_folder.pipeline_class(self._source, self._loading["revision"]) is not None
             else:
                 self._is_whole = not named and not isinstance(self._source, nn.Module)

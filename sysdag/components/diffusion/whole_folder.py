@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import inspect
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
+from sysdag.components import loading_info
 from sysdag.components.diffusion import pipeline_folder
 from sysdag.components.diffusion.pipeline import Pipeline
 from sysdag.errors import PlanError, SerializationError
 from sysdag.files.hub import reaching
+from sysdag.files.saved_files import read_strict_json
 
 
 def pipeline_class(source: str | Path, revision: str | None = None) -> Any:
@@ -50,7 +52,7 @@ def model_index(source: str | Path, revision: str | None) -> Mapping[str, Any]:
     folder = Path(source)
     if folder.is_dir():
         file = folder / "model_index.json"
-        return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        return read_strict_json(file) if file.exists() else {}
     with reaching(source):
         return DiffusionPipeline.load_config(source, revision=revision)
 
@@ -76,6 +78,17 @@ def load(
         )
 
 
+def check_read(pipe: Any, folder: Path) -> None:
+    """Refuses a pipeline that `save` wrote if some of its weights are gone, which diffusers takes no offence at.
+
+    Raises:
+        SerializationError: naming the part.
+    """
+    for name, part in pipe.components.items():
+        if isinstance(part, nn.Module):
+            loading_info.check_read(part, folder / name)
+
+
 def scheduler_of(source: Any, given: Mapping[str, Any], revision: str | None) -> Any:
     """The scheduler of a pipeline, which has no weights, or of the folder or repository that it is in."""
     import diffusers
@@ -83,6 +96,7 @@ def scheduler_of(source: Any, given: Mapping[str, Any], revision: str | None) ->
     if "scheduler" in given or not isinstance(source, (str, Path)):
         return given.get("scheduler") or source.scheduler
     made = getattr(diffusers, model_index(source, revision)["scheduler"][1])
+    pipeline_folder.check_kind("scheduler", made)
     with reaching(source):
         return made.from_pretrained(source, subfolder="scheduler", revision=revision)
 

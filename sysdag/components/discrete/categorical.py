@@ -14,11 +14,19 @@ from torch import Tensor, nn
 
 from sysdag.components.component import named_source
 from sysdag.components.discrete.values import Discrete
+from sysdag.components.loading_info import complete
 from sysdag.errors import DataError, DeclarationNeeded, PlanError, SerializationError
 from sysdag.files.hub import reaching
+from sysdag.files.saved_files import only, reading, safetensors_shapes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+_SAVED: Mapping[str, tuple[type, ...]] = {
+    "options": (list,), "max_length": (int, type(None)), "features": (int, type(None)),
+}  # fmt: skip
+_SAVED_ALWAYS = {"options", "max_length"}
 
 
 class Categorical(Discrete):
@@ -56,6 +64,7 @@ class Categorical(Discrete):
         self._tokenizer: Any = None
         self._module: Any = None
         self.max_length = max_length
+        self._trusts = False
 
     def __repr__(self) -> str:
         return f"Categorical({list(self.values)})"
@@ -67,7 +76,8 @@ class Categorical(Discrete):
     @property
     def module(self) -> Any:
         if self._module is None:
-            self._module = self._load_module()
+            with reading(self.saved_folder):
+                self._module = self._load_module()
         return self._module
 
     def _load_module(self) -> Any:
@@ -80,11 +90,15 @@ class Categorical(Discrete):
             return linear
         from transformers import AutoModelForSequenceClassification
 
+        options: dict[str, Any] = {"num_labels": len(self.values), "trust_remote_code": self._trusts}
+        if self.saved_folder is not None:
+            options |= {"use_safetensors": True, "output_loading_info": True}
         try:
             with reaching(self._source):
-                return AutoModelForSequenceClassification.from_pretrained(self._source, num_labels=len(self.values))
+                loaded = AutoModelForSequenceClassification.from_pretrained(self._source, **options)
         except (OSError, ValueError) as error:
             raise OSError(f"{self!r}: the model {str(self._source)!r} cannot be loaded. {error}") from error
+        return loaded if self.saved_folder is None else complete(loaded, self._source)
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
@@ -92,8 +106,12 @@ class Categorical(Discrete):
             from transformers import AutoTokenizer
 
             try:
-                with reaching(self._tokenizer_source):
-                    self._tokenizer = AutoTokenizer.from_pretrained(self._tokenizer_source)
+                with reading(self.saved_folder), reaching(self._tokenizer_source):
+                    self._tokenizer = AutoTokenizer.from_pretrained(
+                        self._tokenizer_source, trust_remote_code=self._trusts
+                    )
+            except SerializationError:
+                raise
             except (OSError, ValueError) as error:
                 source = str(self._tokenizer_source)
                 raise OSError(f"{self!r}: the tokenizer {source!r} cannot be loaded. {error}") from error
@@ -197,6 +215,9 @@ class Categorical(Discrete):
 
     @classmethod
     def from_pretrained(cls, folder: Path, options: Mapping[str, Any]) -> Self:
+        options = only(options, _SAVED, cls.__name__)
+        if not all(isinstance(value, str) for value in options.get("options", [])) or not set(options) >= _SAVED_ALWAYS:
+            raise SerializationError(f"{cls.__name__}: saved are options, a list of texts, and max_length.")
         if "features" not in options:
             return cls(options["options"], folder, max_length=options["max_length"])
         if options["features"] is None:
@@ -204,9 +225,23 @@ class Categorical(Discrete):
                 f"{folder}: the classifier is a module of your own, which sysdag cannot build. Build the component and "
                 "call its load_weights with this folder."
             )
+        shape, expected = (
+            safetensors_shapes(folder / "model.safetensors").get("weight"),
+            (len(options["options"]), options["features"]),
+        )
+        if shape != expected:
+            raise SerializationError(f"{folder}: the weight of its classifier has the shape {shape}, not {expected}.")
         made = cls(options["options"], options["features"], max_length=options["max_length"])
         made.load_weights(folder)
         return made
+
+    @property
+    def trusts_remote_code(self) -> bool:
+        return self._trusts
+
+    def read_from(self, folder: Path, *, trust_remote_code: bool) -> None:
+        super().read_from(folder, trust_remote_code=trust_remote_code)
+        self._trusts = trust_remote_code
 
     def refilled(self, folder: Path, options: Mapping[str, Any]) -> Self:
         if list(self.values) != options["options"]:
@@ -221,7 +256,9 @@ class Categorical(Discrete):
 
     def load_weights(self, folder: Path) -> None:
         if self._is_of_transformers:
-            saved = type(self.module).from_pretrained(folder, dtype=self.module.dtype)
+            given: dict[str, Any] = {"config": copy.deepcopy(self.module.config), "dtype": self.module.dtype}
+            given |= {"use_safetensors": True, "output_loading_info": True}
+            saved = complete(type(self.module).from_pretrained(folder, **given), folder)
             self.module.load_state_dict(saved.state_dict())
             return
         from safetensors.torch import load_model

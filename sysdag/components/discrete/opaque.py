@@ -14,8 +14,12 @@ from sysdag.components.discrete.call_cache import CallCache
 from sysdag.components.discrete.side_by_side import Calls, failed_call
 from sysdag.components.random_streams import RowGenerator
 from sysdag.errors import DataError, DeclarationNeeded, PlanError, SerializationError, failed_element, mark_element
+from sysdag.files.saved_files import only
 from sysdag.traces.cells import Draw
 
+_KINDS: Mapping[str, tuple[type, ...]] = {
+    "function": (dict,), "concurrency": (int,), "retries": (int,), "backoff": (int, float), "declared": (bool,),
+}  # fmt: skip
 _SAVED = ("concurrency", "retries", "backoff")
 
 
@@ -140,8 +144,7 @@ class Opaque(Component):
 
     @classmethod
     def from_pretrained(cls, folder: Path, options: Mapping[str, Any]) -> Self:
-        function = hooks.load("function", options["function"])
-        assert function is not None  # an Opaque always has one
+        function = _saved_function(options)
         if options.get("declared", False):
             raise DeclarationNeeded(
                 f"Opaque({function.__qualname__}) has a cache or a `retry_on`, which code names and no folder."
@@ -152,6 +155,13 @@ class Opaque(Component):
             raise SerializationError(str(error)) from error
 
     def refilled(self, folder: Path, options: Mapping[str, Any]) -> Self:
-        if hooks.load("function", options["function"]) is not self.function:
+        if _saved_function(options) is not self.function:
             raise SerializationError(f"{self!r} calls another function than the saved {options['function']['path']}.")
         return self
+
+
+def _saved_function(options: Mapping[str, Any]) -> Callable[..., Any]:
+    found = hooks.load("function", only(options, _KINDS, "Opaque").get("function"))
+    if found is None:
+        raise SerializationError("Opaque: a saved one has a function.")
+    return found

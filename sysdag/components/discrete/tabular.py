@@ -13,8 +13,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from sysdag.components.discrete.values import Discrete
-from sysdag.errors import DataError, PlanError
+from sysdag.errors import DataError, PlanError, SerializationError
 from sysdag.files.encoding import decode_value, encode_value
+from sysdag.files.saved_files import only, read_strict_json, reading, safetensors_shapes
 
 
 class Tabular(Discrete):
@@ -83,8 +84,16 @@ class Tabular(Discrete):
 
     @classmethod
     def from_pretrained(cls, folder: Path, options: Mapping[str, Any]) -> Self:
-        names = json.loads((folder / "table.json").read_text(encoding="utf-8"))
-        keys, values = ([decode_value(name) for name in names[kind]] for kind in ("keys", "values"))
+        only(options, {}, cls.__name__)
+        file = folder / "table.json"
+        names = only(read_strict_json(file), {"keys": (list,), "values": (list,)}, str(file))
+        with reading(file):
+            keys, values = ([decode_value(name) for name in names[kind]] for kind in ("keys", "values"))
+            if len(set(keys)) < len(keys) or len(set(values)) < len(values):
+                raise ValueError("its keys and its values must differ among themselves")
+        shape = safetensors_shapes(folder / "model.safetensors").get("logits")
+        if shape != (len(keys), len(values)) or not keys:
+            raise SerializationError(f"{folder}: the table is {len(keys)} x {len(values)}, its logits are {shape}.")
         made = cls({key: {value: 1 / len(values) for value in values} for key in keys})
         made.load_weights(folder)
         made._start = made._module["logits"].detach().clone()

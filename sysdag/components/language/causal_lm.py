@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
@@ -15,7 +16,7 @@ from sysdag.components.adapter_support import needs_numbers
 from sysdag.components.component import Component, check_max_tokens
 from sysdag.components.decoding import check_truncation
 from sysdag.components.language import footprint
-from sysdag.components.language.chat_template import schemas
+from sysdag.components.language.chat_template import RESERVED, schemas
 from sysdag.components.language.completer import Completer
 from sysdag.components.language.decoder import PromptInputs
 from sysdag.components.language.engines.choice import LOCAL, Decoder, Server, chosen_decoder, kind_of
@@ -29,13 +30,21 @@ from sysdag.components.language.sampling import MAX_BATCH_TOKENS
 from sysdag.components.language.stop_strings import StopStrings, stop_strings
 from sysdag.components.language.text_component import TextComponent
 from sysdag.components.random_streams import RowGenerator, row_seeds
-from sysdag.errors import PlanError
+from sysdag.errors import PlanError, SerializationError
+from sysdag.files.saved_files import only
 from sysdag.traces.cells import Draw
 
 if TYPE_CHECKING:
     from peft import PeftConfig
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+_NUMBER, _MAYBE_INT = (int, float), (int, type(None))
+_SAVED: Mapping[str, tuple[type, ...]] = {
+    "max_new_tokens": _MAYBE_INT, "max_length": _MAYBE_INT, "temperature": _NUMBER, "top_p": _NUMBER,
+    "top_k": _MAYBE_INT, "stop": (list,), "max_batch_tokens": (int,), "batch_size": _MAYBE_INT,
+    "pack_prefixes": (bool,), "sanitize_control_tokens": (bool,), "tools": (list, type(None)),
+    "chat_template_kwargs": (dict,), "base": (str, type(None)), "base_of": (str,), "model_kwargs": (dict,),
+}  # fmt: skip
 _OPTIONS = (
     "temperature", "top_p", "top_k", "stop", "max_batch_tokens", "batch_size", "pack_prefixes",
     "sanitize_control_tokens",
@@ -369,8 +378,20 @@ class CausalLM(TextComponent):
 
     @classmethod
     def from_pretrained(cls, folder: Path, options: Mapping[str, Any]) -> Self:
-        saved = {name: options[name] for name in ("base", "base_of", "model_kwargs") if name in options}
+        own = inspect.signature(cls).parameters.keys() - inspect.signature(CausalLM).parameters.keys()
+        options = only(options, {**_SAVED, **dict.fromkeys(own, (object,))}, cls.__name__)  # own: of a subclass
+        if reserved := RESERVED & (options.get("chat_template_kwargs") or {}).keys():
+            raise SerializationError(f"{cls.__name__}: chat_template_kwargs cannot set {sorted(reserved)}.")
+        saved: dict[str, Any] = {n: options[n] for n in ("base", "base_of", "model_kwargs") if n in options}
         return cls(cls.pretrained.load(folder, saved), **{k: v for k, v in options.items() if k not in saved})
+
+    @property
+    def trusts_remote_code(self) -> bool:
+        return self.lm.model_kwargs.get("trust_remote_code") is True
+
+    def read_from(self, folder: Path, *, trust_remote_code: bool) -> None:
+        super().read_from(folder, trust_remote_code=trust_remote_code)
+        self.lm.read_from(folder, trust_remote_code=trust_remote_code)
 
     def prepare_training(self) -> None:
         """Has weights that train by themselves be fp32, unless another dtype was asked for (see `model_kwargs`)."""

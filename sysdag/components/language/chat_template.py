@@ -19,7 +19,7 @@ from sysdag.components.language.control_tokens import ControlTokens, Marks
 from sysdag.components.language.messages import REASONING, REFERENCES, ROLES, ChatPrompt, Message, checked
 from sysdag.errors import DataError, shown
 
-_OWN = frozenset(
+RESERVED = frozenset(
     ("messages", "conversation", "tools", "tokenize", "add_generation_prompt", "continue_final_message", "return_dict",
      "return_tensors", "padding", "truncation", "max_length", "return_assistant_tokens_mask", "tokenizer_kwargs",
      "sanitize_control_tokens")
@@ -61,7 +61,7 @@ class ChatTemplate:
         """
         made = given.with_defaults(self.tools, self.chat_template_kwargs)
         made = replace(made, messages=self._messages(made.messages), tools=schemas(made.tools))
-        if reserved := _OWN & made.chat_template_kwargs.keys():
+        if reserved := RESERVED & made.chat_template_kwargs.keys():
             raise DataError(f"{self.owner}: chat_template_kwargs cannot set {sorted(reserved)}.")
         template = self._source(made)
         unread = [name for name in self.chat_template_kwargs if not _names(name, template) and name not in _ARGUMENTS]

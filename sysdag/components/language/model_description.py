@@ -17,6 +17,7 @@ from sysdag.components.language import model_source
 from sysdag.components.precision import dtype_named
 from sysdag.errors import DataError, PlanError
 from sysdag.files.hub import reaching
+from sysdag.files.saved_files import is_a, reading
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -58,6 +59,7 @@ class ModelDescription:
         self._tokenizer_source: Any = model if tokenizer is None else tokenizer
         self._peft_config = peft_config
         self._adapter_folder: Path | None = None
+        self.saved_folder: Path | None = None
         self._is_resolved = False
         self._trains_in_fp32 = False
         self._changed_base = False
@@ -83,6 +85,12 @@ class ModelDescription:
             self._resolve()
         if peft_config is not None:
             check_config(peft_config, repr(self))
+
+    def read_from(self, folder: Path, *, trust_remote_code: bool) -> None:
+        """See `Component`."""
+        self.saved_folder = folder
+        if trust_remote_code:
+            self.model_kwargs["trust_remote_code"] = True
 
     def _resolve(self) -> None:
         """Finds out what the name points at, once: an adapter's folder stands for its base with that adapter on it.
@@ -149,16 +157,20 @@ class ModelDescription:
                 from transformers import AutoTokenizer
 
                 # Only of the model's own repository does a revision or a file say something.
-                named = model_source.finding(self.model_kwargs) if self._tokenizer_source == self._source else {}
-                try:
-                    with reaching(self._tokenizer_source):
-                        self._tokenizer = AutoTokenizer.from_pretrained(self._tokenizer_source, **named)
-                except (OSError, ValueError) as error:
-                    raise OSError(f"{self!r}: its tokenizer cannot be loaded. {error}") from error
+                trusted = self.model_kwargs.get("trust_remote_code", False)
+                named = model_source.finding(self.model_kwargs if self._tokenizer_source == self._source else {})
+                named["trust_remote_code"] = trusted
+                with reading(self.saved_folder):
+                    try:
+                        with reaching(self._tokenizer_source):
+                            self._tokenizer = AutoTokenizer.from_pretrained(self._tokenizer_source, **named)
+                    except (OSError, ValueError) as error:
+                        raise OSError(f"{self!r}: its tokenizer cannot be loaded. {error}") from error
             else:
                 self._tokenizer = self._tokenizer_source
             if self._tokenizer.eos_token_id is None:
-                raise PlanError(f"{self!r}: the tokenizer has no end-of-sequence token; set tokenizer.eos_token.")
+                with reading(self.saved_folder):
+                    raise PlanError(f"{self!r}: the tokenizer has no end-of-sequence token; set tokenizer.eos_token.")
         return self._tokenizer
 
     @property
@@ -171,13 +183,14 @@ class ModelDescription:
             if self.is_named:
                 from transformers import AutoConfig
 
-                try:
-                    with reaching(self._source):
-                        self._config = AutoConfig.from_pretrained(
-                            self._source, **model_source.finding(self.model_kwargs)
-                        )
-                except (OSError, ValueError) as error:
-                    raise OSError(f"{self!r}: its config cannot be loaded. {error}") from error
+                with reading(self.saved_folder):
+                    try:
+                        with reaching(self._source):
+                            options = model_source.finding(self.model_kwargs)
+                            found = AutoConfig.from_pretrained(self._source, **options)
+                    except (OSError, ValueError) as error:
+                        raise OSError(f"{self!r}: its config cannot be loaded. {error}") from error
+                self._config = found
                 self._check_architecture(_dict_of(self._config))
             else:
                 self._config = self._source.config
@@ -195,6 +208,11 @@ class ModelDescription:
         """The tokens that end a completion: the tokenizer's, then those of the generation config."""
         configured = self._configured_ends()
         listed = configured if isinstance(configured, list) else [] if configured is None else [configured]
+        if not all(is_a(end, (int,)) for end in listed):
+            with reading(self.saved_folder):
+                raise PlanError(
+                    f"{self!r}: eos_token_id of its generation config must be token ids, got {configured!r}."
+                )
         return list(dict.fromkeys([self.tokenizer.eos_token_id, *listed]))
 
     def _configured_ends(self) -> Any:
@@ -208,7 +226,8 @@ class ModelDescription:
             from transformers import GenerationConfig
 
             try:
-                with reaching(source):
+                saved = self.saved_folder if (Path(source) / "generation_config.json").exists() else None
+                with reading(saved), reaching(source):
                     found = GenerationConfig.from_pretrained(source).eos_token_id
             except OSError:  # the model has none; transformers then makes one of its config
                 found = getattr(self.config, "eos_token_id", None)

@@ -64,7 +64,7 @@ def chosen_dtype(options: Mapping[str, Any]) -> torch.dtype | None:
 
 def finding(options: Mapping[str, Any]) -> dict[str, Any]:
     """Those of the options that a tokenizer and a config of the same repository are found by."""
-    return {name: options[name] for name in _FINDING if name in options}
+    return {"trust_remote_code": False} | {name: options[name] for name in _FINDING if name in options}
 
 
 def to_json(options: Mapping[str, Any], *, weights_are_saved: bool) -> dict[str, Any]:

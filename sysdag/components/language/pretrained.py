@@ -19,8 +19,11 @@ from torch import nn
 from sysdag.components import adapter, adapter_files
 from sysdag.components.language import model_source
 from sysdag.components.language.model_description import ModelDescription, num_embeddings_of
+from sysdag.components.loading_info import complete
 from sysdag.errors import PlanError, SerializationError
+from sysdag.files.atomic import beside
 from sysdag.files.hub import reaching
+from sysdag.files.saved_files import reading
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +44,8 @@ class PretrainedLM(ModelDescription):
     def module(self) -> Any:
         """The model with the adapter, loaded on first access."""
         if self._model is None:
-            self._model = self._load_model()
+            with reading(self.saved_folder):
+                self._model = self._load_model()
         return self._model
 
     @property
@@ -84,12 +88,22 @@ class PretrainedLM(ModelDescription):
 
     def _load_base(self) -> Any:
         assert self.config is not None  # which refuses what is of another kind, before its weights are read
-        options = self.model_kwargs | ({"dtype": torch.float32} if self._trains_in_fp32 else {})
+        options = {"trust_remote_code": False, **self.model_kwargs}
+        options |= {"dtype": torch.float32} if self._trains_in_fp32 else {}
+        if self._is_saved_here:
+            options |= {"use_safetensors": True, "output_loading_info": True}
         with reaching(self._source):
             model = self.auto_class().from_pretrained(self._source, **options)
+        if self._is_saved_here:
+            model = complete(model, self._source)
         if "gguf_file" in self.model_kwargs:
             _forget_gguf(model)
         return model
+
+    @property
+    def _is_saved_here(self) -> bool:
+        """Whether the base itself was saved with the system, by `save`."""
+        return self.saved_folder is not None and (self._adapter_folder is None or self._saved_base is not None)
 
     def _make_room(self, model: Any, folder: Path) -> None:
         """For the embeddings that an adapter brings of a vocabulary which was extended."""
@@ -227,9 +241,12 @@ class PretrainedLM(ModelDescription):
         if "base" not in saved:
             return cls(folder, None, model_kwargs=options)
         base, owner = saved["base"], saved.get("base_of", folder.name)
-        if Path(owner).name != owner:
+        if not owner.replace("-", "_").isidentifier():
             raise SerializationError(f"base_of must name a component of the saved system, got {owner!r}.")
-        made = cls(folder.parent / owner / "base" if base is None else base, folder, model_kwargs=options)
+        place = beside(folder, owner, "system.json") / "base"
+        if base is None and not place.is_dir():
+            raise SerializationError(f"the folder {place} of its base model is missing.")
+        made = cls(place if base is None else base, folder, model_kwargs=options)
         made._adapter_folder = folder
         made._saved_base = owner if base is None else None
         return made
@@ -283,7 +300,9 @@ class PretrainedLM(ModelDescription):
             adapter_files.load(model, self.adapter, folder)
             return
         own = adapter.base_state(model)
-        saved = type(model).from_pretrained(folder, dtype=model.dtype).state_dict()
+        options = {"dtype": model.dtype, "use_safetensors": True, "output_loading_info": True}
+        loaded = type(model).from_pretrained(folder, config=copy.deepcopy(model.config), **options)
+        saved = complete(loaded, folder).state_dict()
         adapter_files.check_same_tensors(own, saved, folder)
         for key, tensor in own.items():
             tensor.copy_(saved[key])
