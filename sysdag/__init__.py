@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from sysdag.errors import DataError, GraphError, PlanError, SerializationError, SysdagError, TrainingError
     from sysdag.graph.loops import loop
     from sysdag.graph.plan import Plan
+    from sysdag.graph.switches import switch
     from sysdag.graph.system import System
     from sysdag.graph.variables import Edge, Input, Node, node
     from sysdag.objectives.candidates import DiverseBeamSearch, Exhaustive, ImportanceSampling, MonteCarlo
@@ -46,6 +47,7 @@ __all__ = [
     "TrainingError",
     "loop",
     "node",
+    "switch",
 ]
 __version__ = "0.1.0"
 
@@ -69,6 +71,7 @@ __getattr__ = exports(
         "errors": ["DataError", "GraphError", "PlanError", "SerializationError", "SysdagError", "TrainingError"],
         "graph.loops": ["loop"],
         "graph.plan": ["Plan"],
+        "graph.switches": ["switch"],
         "graph.system": ["System"],
         "graph.variables": ["Edge", "Input", "Node", "node"],
         "objectives.candidates": ["DiverseBeamSearch", "Exhaustive", "ImportanceSampling", "MonteCarlo"],

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from sysdag.graph.outline import objections
     from sysdag.graph.plan import Plan
     from sysdag.graph.render import draw, to_dot, to_mermaid, to_networkx, to_table
+    from sysdag.graph.switches import switch
     from sysdag.graph.system import System
     from sysdag.graph.variables import Edge, Input, Node, node
 
@@ -24,6 +25,7 @@ __all__ = [
     "loop",
     "node",
     "objections",
+    "switch",
     "to_dot",
     "to_mermaid",
     "to_networkx",
@@ -36,6 +38,7 @@ __getattr__ = exports(
         "outline": ["objections"],
         "plan": ["Plan"],
         "render": ["draw", "to_dot", "to_mermaid", "to_networkx", "to_table"],
+        "switches": ["switch"],
         "system": ["System"],
         "variables": ["Edge", "Input", "Node", "node"],
     },

@@ -11,39 +11,27 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from sysdag.errors import GraphError
-from sysdag.graph.loops import Loop
+from sysdag.graph.blocks import Loop, Switch, end_of, nodes_of
+from sysdag.graph.switches import Branching, Case, arrows, check_switches, taken, without_ancestors
 from sysdag.graph.variables import Edge, Edges, Input, Link, Node, natural_key, parameters
 
 
 def build(parts: Iterable[Any], outputs: Iterable[str | Node] | str | Node | None) -> dict[str, tuple]:
     """The fields of a `System` from its parts, loops unrolled."""
-    links: list[Link] = []
-    loops: list[Loop] = []
-    alone: list[Input | Node] = []
-    for part in parts:
-        match part:
-            case Edges():
-                links += part.links
-            case Loop():
-                loops.append(part)
-            case Input() | Node():
-                alone.append(part)
-            case _:
-                raise GraphError(
-                    f"System(...) takes arrows (a >> b), loops and nodes, got {part!r}. A join or a plate needs a "
-                    "child: (a & b) >> c, a.each() >> c."
-                )
+    links, loops, alone = _gather(parts)
     everything = [*links, *(link for made in loops for link in made.links)]
-    members = _unique([*alone, *(end for link in everything for end in (link.source, link.child))])
+    repeated = [each for made in loops for each in made.nodes]
+    members = _unique([*alone, *repeated, *(end for link in everything for end in (link.source, link.child))])
     loop_of = _loop_of(loops)
 
     nodes: list[Node] = []
     for member in members:
         if isinstance(member, Node):
-            times = loop_of[member.base_name].times if member.base_name in loop_of else None
-            nodes += [member] if times is None else [dataclasses.replace(member, visit=t) for t in range(times)]
+            plain = Node(taken, None, member.base_name) if isinstance(member, Switch) else member
+            nodes += [dataclasses.replace(plain, visit=t) for t in _visits(plain.base_name, loop_of)]
     edges = [edge for link in everything for edge in _unroll(link, loop_of)]
     edges += _feedback(loops, everything)
+    switches = _branchings([member for member in members if isinstance(member, Switch)], edges, loop_of)
 
     def resolve(output: str | Node) -> str:
         if not isinstance(output, (str, Node, Input)):
@@ -55,36 +43,76 @@ def build(parts: Iterable[Any], outputs: Iterable[str | Node] | str | Node | Non
     if isinstance(outputs, (str, Node)):
         outputs = [outputs]
     named = None if outputs is None else [resolve(output) for output in outputs]
-    return check(inputs, nodes, edges, named)
+    return check(inputs, nodes, edges, named, switches)
 
 
 def check(
-    inputs: Iterable[Input], nodes: Iterable[Node], edges: Iterable[Edge], outputs: Iterable[str] | None
+    inputs: Iterable[Input],
+    nodes: Iterable[Node],
+    edges: Iterable[Edge],
+    outputs: Iterable[str] | None,
+    switches: Iterable[Branching] = (),
 ) -> dict[str, tuple]:
-    """The fields of a `System`, sorted and checked."""
+    """The fields of a `System`, sorted and checked; the arrows of switches are made of `switches`."""
     inputs = tuple(sorted(inputs, key=lambda i: natural_key(i.name)))
     nodes = tuple(sorted(nodes, key=lambda n: natural_key(n.name)))
-    edges = tuple(sorted(set(edges), key=lambda e: (natural_key(e.parent), natural_key(e.child), e.parameter, e.each)))
+    switches = tuple(sorted(switches, key=lambda s: natural_key(s.name)))
+    read = [edge for edge in edges if edge.parameter]
+    found = {*read, *arrows(switches, read)}
+    edges = tuple(sorted(found, key=lambda e: (natural_key(e.parent), natural_key(e.child), e.parameter, e.each)))
     if not nodes:
         raise GraphError("A system needs at least one node; write System(question >> answer).")
     _check_names(inputs, nodes)
     _check_acyclic(edges)
     _check_parents(inputs, nodes, edges)
     _check_plates(inputs, nodes, edges)
-    read = {edge.parent for edge in edges}
+    parents = {edge.parent for edge in edges}
     for given in inputs:
-        if given.name not in read:
+        if given.name not in parents:
             raise GraphError(f"Input {given.name!r} is used by no node; add an arrow `{given.name} >> ...` or drop it.")
     names = [n.name for n in nodes]
     if outputs is None:
-        outputs = [name for name in names if name not in read]
+        outputs = [name for name in names if name not in parents]
     outputs = tuple(dict.fromkeys(outputs))
     for output in outputs:
         if output not in names:
             raise GraphError(f"Output {output!r} is produced by no node; the nodes are {names}.{_guess(output, names)}")
     if not outputs:
         raise GraphError(f"System(outputs=[]) has no output; name at least one of {names}.")
-    return {"inputs": inputs, "nodes": nodes, "edges": edges, "outputs": outputs}
+    check_switches(switches, nodes, edges, outputs)
+    return {"inputs": inputs, "nodes": nodes, "edges": edges, "outputs": outputs, "switches": switches}
+
+
+def _gather(parts: Iterable[Any]) -> tuple[list[Link], list[Loop], list[Input | Node]]:
+    """The arrows, loops and nodes that the parts of a system stand for; those of branches are parts like any other."""
+    links: list[Link] = []
+    loops: list[Loop] = []
+    alone: list[Input | Node] = []
+    opened: list[Switch] = []
+    waiting = sorted(parts, key=lambda part: not isinstance(part, Loop))  # whose switches are theirs
+    while waiting:
+        part = waiting.pop(0)
+        match part:
+            case Edges():
+                links += part.links
+                waiting += [link.source for link in part.links if isinstance(link.source, Switch)]
+            case Loop():
+                loops += [] if part in loops else [part]
+                opened += part.switches
+                alone += [made.router for made in part.switches if made.router is not None]
+                waiting += [link.source for link in part.links if isinstance(link.source, Switch)]
+            case Switch() if part not in opened:
+                opened.append(part)
+                alone.append(part)
+                waiting += [part.router, *part.parts]
+            case Input() | Node():
+                alone.append(part)
+            case _:
+                raise GraphError(
+                    f"System(...) takes arrows (a >> b), loops, switches and nodes, got {part!r}. A join or a plate needs "
+                    "a child: (a & b) >> c, a.each() >> c."
+                )
+    return links, loops, alone
 
 
 def _unique(members: Iterable[Input | Node]) -> list[Input | Node]:
@@ -103,6 +131,38 @@ def _loop_of(loops: Sequence[Loop]) -> dict[str, Loop]:
                 raise GraphError(f"Node {name!r} is in the body of two loops; give each loop nodes of its own.")
             loop_of[name] = made
     return loop_of
+
+
+def _visits(name: str, loop_of: Mapping[str, Loop]) -> list[int | None]:
+    return [*range(loop_of[name].times)] if name in loop_of else [None]
+
+
+def _branchings(
+    switches: Sequence[Switch], edges: Sequence[Edge], loop_of: Mapping[str, Loop]
+) -> list[Branching]:
+    """The switches by names, one for each visit of a loop that they are in."""
+
+    def named(base: str, made: Switch, visit: int | None) -> list[str]:
+        inner = loop_of.get(base)
+        if visit is not None and inner is loop_of[made.base_name]:
+            return [f"{base}[{visit}]"]
+        return [base] if inner is None else [f"{base}[{t}]" for t in range(inner.times)]
+
+    def branching(made: Switch, visit: int | None) -> Branching:
+        assert made.router is not None
+        router = made.router.name if isinstance(made.router, Input) else named(made.router.base_name, made, visit)[-1]
+        cases = [
+            Case(
+                values,
+                tuple(name for inner in nodes_of(parts) for name in named(inner.base_name, made, visit)),
+                named(end_of(parts).base_name, made, visit)[-1],
+            )
+            for values, parts in made.branches
+        ]
+        return Branching(named(made.base_name, made, visit)[-1], router, tuple(cases))
+
+    found = [branching(made, visit) for made in switches for visit in _visits(made.base_name, loop_of)]
+    return [without_ancestors(made, found, edges) for made in found]
 
 
 def _unroll(link: Link, loop_of: Mapping[str, Loop]) -> list[Edge]:
@@ -173,7 +233,7 @@ def _check_parents(inputs: Sequence[Input], nodes: Sequence[Node], edges: Sequen
         incoming[edge.child].append(edge)
     for n in nodes:
         takes = parameters(n)
-        for name, count in Counter(edge.parameter for edge in incoming[n.name]).items():
+        for name, count in Counter(edge.parameter for edge in incoming[n.name] if edge.parameter).items():
             if name not in takes:
                 raise GraphError(
                     f"Node {n.name!r} has the parent {name!r}, but its function takes {list(takes)}. Add a parameter "

@@ -10,6 +10,7 @@ from typing import Any, get_args
 
 from sysdag.errors import PlanError
 from sysdag.graph.plan import Objective, Plan
+from sysdag.graph.switches import Case
 
 FORMAT_VERSION = 1
 
@@ -45,10 +46,10 @@ def to_dict(plan: Plan) -> dict[str, Any]:
     """The plan as JSON-ready data.
 
     Returns:
-        `inputs` and `outputs`, names; `nodes` in topological order, each with `name`, `level`, `parents`, `component`
-        (its repr, None for a deterministic node), `model` (an index of `models`), `likelihood`, `output` and `lives`
-        (the levels that produce and last read its value); `branches` and `models`, lists of node names; `objectives`,
-        for each `serves`, `reason` (why not), `latents`, `observed` and `factors` (what it scores).
+        `inputs` and `outputs`, names; `nodes` in topological order, each with `name`, `level`, `parents`, `runs_if` (the
+        branches of switches that it is in), `component` (its repr, None for a deterministic node), `model` (an index of `models`), `likelihood`, `output` and `lives`
+        (the levels that produce and last read its value); `branches` and `models`, lists of node names;
+        `switches`, each with its `cases`, the router's value, `nodes` and `end` of each; `objectives`, for each `serves`, `reason` (why not), `latents`, `observed` and `factors` (what it scores).
     """
     alive = {name: [start, end] for name, start, end in plan.lifetimes}
     model_of = {name: number for number, names in enumerate(plan.models) for name in names}
@@ -61,7 +62,12 @@ def to_dict(plan: Plan) -> dict[str, Any]:
                 "name": name,
                 "level": level_of[name],
                 "parents": [
-                    {"name": edge.parent, "parameter": edge.parameter, "each": edge.each} for edge in plan.parents(name)
+                    {"name": edge.parent, "parameter": edge.parameter, "each": edge.each}
+                    for edge in plan.arguments(name)
+                ],
+                "runs_if": [
+                    {"router": made.router, "switch": made.name, "is": made.title(places)}
+                    for made, places in plan.switches_over(name)
                 ],
                 "component": repr(n.component) if n.is_random else None,
                 "model": model_of.get(name),
@@ -76,11 +82,23 @@ def to_dict(plan: Plan) -> dict[str, Any]:
         "outputs": list(plan.system.outputs),
         "nodes": nodes,
         "branches": [list(branch) for branch in plan.branches],
+        "switches": [
+            {
+                "name": made.name,
+                "router": made.router,
+                "cases": [{"is": made.title([at]), **_case(case)} for at, case in enumerate(made.cases)],
+            }
+            for made in plan.system.switches
+        ],
         "models": [list(names) for names in plan.models],
         "objectives": {
             objective: _objective(plan, objective, objection) for objective, objection in objections(plan).items()
         },
     }
+
+
+def _case(case: Case) -> dict[str, Any]:
+    return {"nodes": list(case.nodes), "end": case.end}
 
 
 def _objective(plan: Plan, objective: Objective, objection: str | None) -> Mapping[str, Any]:

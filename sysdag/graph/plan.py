@@ -14,6 +14,7 @@ from sysdag.graph.variables import Edge, Node, natural_key
 if TYPE_CHECKING:
     import networkx
 
+    from sysdag.graph.switches import Branching
     from sysdag.graph.system import System
     from sysdag.traces.trace import Trace
 
@@ -30,7 +31,7 @@ class Plan:
         branches: maximal chains of nodes; inside one, each node is the only child of the one before and has no other
             node as parent. Two branches of which neither descends from the other run independently.
         lifetimes: for each input and node, the level that produces its value (-1 for inputs) and the last level that
-            reads it; outputs live to the last level.
+            reads it; outputs live to the last level. A switch and the begins of its branches read its router.
         components: the names of the nodes that each distinct component serves.
     """
 
@@ -51,8 +52,36 @@ class Plan:
         return tuple(name for name in self.order if self.system[name].is_random)
 
     def parents(self, name: str) -> tuple[Edge, ...]:
-        """The arrows into a node."""
+        """The arrows into a node, those of switches among them."""
         return tuple(edge for edge in self.system.edges if edge.child == name)
+
+    def arguments(self, name: str) -> tuple[Edge, ...]:
+        """The arrows that a node's function is called with the values of."""
+        return tuple(edge for edge in self.parents(name) if edge.parameter)
+
+    def switch(self, name: str) -> Branching | None:
+        """The switch whose value the node has; None for any other node."""
+        return next((made for made in self.system.switches if made.name == name), None)
+
+    def switches_over(self, name: str) -> tuple[tuple[Branching, frozenset[int]], ...]:
+        """What decides whether a node runs: each switch with the places of its cases in which it does; all must agree.
+
+        None for a node that always runs.
+        """
+        return tuple((made, places) for made in self.system.switches if (places := made.places(name)))
+
+    @property
+    def results(self) -> tuple[str, ...]:
+        """The nodes whose values are the outputs: of a switch the last ones of its branches, in topological order."""
+        found: set[str] = set()
+        waiting = list(self.system.outputs)
+        while waiting:
+            made = self.switch(name := waiting.pop())
+            if made is None:
+                found.add(name)
+            else:
+                waiting += [case.end for case in made.cases]
+        return tuple(name for name in self.order if name in found)
 
     def is_plate(self, name: str) -> bool:
         """Whether the node runs once for every element of a list."""
@@ -75,14 +104,16 @@ class Plan:
         self._known(objective)
         if objective == "direct":
             return ()
-        outputs = self.system.outputs
-        needed = frozenset().union(*(self.ancestors(output) for output in outputs))
-        return tuple(name for name in self.random_nodes if name in needed and name not in outputs)
+        needed = frozenset().union(*(self.ancestors(output) for output in self.system.outputs))
+        return tuple(name for name in self.random_nodes if name in needed and name not in self.results)
 
     def observed(self, objective: Objective) -> tuple[str, ...]:
-        """Random nodes whose values the preference data must hold: all for Direct, the outputs for Sampling."""
+        """Random nodes whose values the preference data must hold: all for Direct, the outputs for Sampling.
+
+        Of a switch the nodes whose value is its own; in one run those of the branch that it takes.
+        """
         self._known(objective)
-        return tuple(name for name in self.random_nodes if objective == "direct" or name in self.system.outputs)
+        return tuple(name for name in self.random_nodes if objective == "direct" or name in self.results)
 
     def varying(self, objective: Objective) -> frozenset[str]:
         """Names of the nodes whose values differ between the candidates of one run.
@@ -97,7 +128,7 @@ class Plan:
             if self.system[name].is_random:
                 varies = name in latents and (self.system[name].likelihood != "none" or self._below(name, found))
             else:
-                varies = self._below(name, found)
+                varies = self._below(name, found) and not (name in self.system.outputs and self.switch(name))
             if varies:
                 found.add(name)
         return frozenset(found)
@@ -126,12 +157,18 @@ class Plan:
             raise PlanError("No node of the system has a likelihood; there is nothing to align.")
         if objective == "direct":
             return
-        for name in self.system.outputs:
+        for name in self.results:
             if not self.system[name].is_random:
+                branch = "" if name in self.system.outputs else "as a branch's last node, "
                 raise PlanError(
                     f"objective='sampling' scores the outputs, but {name!r} is deterministic and has no likelihood. "
-                    "Name the random node it is computed from: System(..., outputs=[...])."
+                    + (
+                        f"It is one {branch}use objective='direct'."
+                        if branch
+                        else "Name the random node it is computed from: System(..., outputs=[...])."
+                    )
                 )
+        self._check_results()
         latents, varying = self.latents(objective), self.varying(objective)
         for name in (*latents, *self.observed(objective)):
             self._check_factor(name, name in latents, self._below(name, varying))
@@ -141,9 +178,23 @@ class Plan:
                 f"none above its outputs {list(self.system.outputs)}; use objective='direct'."
             )
 
+    def _check_results(self) -> None:
+        """Refuses the last node of a branch that another branch, or the router, has for an unobserved value."""
+        for made in self.system.switches:
+            ends = {case.end for case in made.cases} & {*self.results}
+            for name in sorted(ends, key=natural_key):
+                runs = made.places(name) or frozenset(range(len(made.cases)))
+                if runs != {place for place, case in enumerate(made.cases) if case.end == name}:
+                    raise PlanError(
+                        f"Node {name!r} is the value of one branch of the switch {made.name!r}, and runs where another is "
+                        "taken, so with objective='sampling' it would be observed in some candidates and drawn in "
+                        "others. Give the branches nodes of their own (they may share a component), or use "
+                        "objective='direct'."
+                    )
+
     def _check_factor(self, name: str, latent: bool, below: bool) -> None:
         kind, component = self.system[name].likelihood, self.system[name].component
-        above = sorted(self.ancestors(name) & set(self.system.outputs), key=natural_key)
+        above = sorted(self.ancestors(name) & {*self.system.outputs, *self.results}, key=natural_key)
         if latent and above:
             raise PlanError(
                 f"Node {name!r} is not observed and depends on the output {above[0]!r}, whose value differs between "

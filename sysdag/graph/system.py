@@ -12,8 +12,9 @@ from typing import Any
 
 from sysdag.errors import GraphError
 from sysdag.graph.build import build, check
-from sysdag.graph.loops import Loop
+from sysdag.graph.blocks import Loop
 from sysdag.graph.plan import Plan, compile_system
+from sysdag.graph.switches import Branching
 from sysdag.graph.variables import Edge, Edges, Input, Node
 
 
@@ -22,23 +23,27 @@ class System:
     """A compound system: inputs, nodes and the arrows between them, checked when built, immutable after.
 
     Args:
-        parts: arrows (`a >> b`), loops (`loop(...)`), and nodes that have no parents.
+        parts: arrows (`a >> b`), loops (`loop(...)`), switches (`switch(...)`), and nodes that have no parents. A switch
+            that an arrow leaves need not be named again.
         outputs: names (or nodes) whose values are the system's result; by default the nodes that no other reads.
             A name inside a loop means its last visit.
 
     Attributes:
         inputs, nodes, edges: sorted by name, so that the order of declaration does not matter.
         outputs: names of the output nodes.
+        switches: what decides which nodes run, sorted likewise.
 
     Raises:
         GraphError: on a cycle, an unknown or missing parent, a parameter that is no parent, a duplicate name, an
-            output that nothing produces, an unused input, or a plate over a value that is no list.
+            output that nothing produces, an unused input, a plate over a value that is no list, or a value that is read where its branch may
+            not be taken.
     """
 
     inputs: tuple[Input, ...]
     nodes: tuple[Node, ...]
     edges: tuple[Edge, ...]
     outputs: tuple[str, ...]
+    switches: tuple[Branching, ...]
 
     def __init__(
         self, *parts: Edges | Loop | Node | Input, outputs: Iterable[str | Node] | str | Node | None = None
@@ -49,11 +54,16 @@ class System:
 
     @classmethod
     def from_parts(
-        cls, inputs: Iterable[Input], nodes: Iterable[Node], edges: Iterable[Edge], outputs: Iterable[str]
+        cls,
+        inputs: Iterable[Input],
+        nodes: Iterable[Node],
+        edges: Iterable[Edge],
+        outputs: Iterable[str],
+        switches: Iterable[Branching] = (),
     ) -> System:
         """A system from its parts as attributes hold them (loops already unrolled), checked like any other."""
         system = object.__new__(cls)
-        for field, value in check(inputs, nodes, edges, outputs).items():
+        for field, value in check(inputs, nodes, edges, outputs, switches).items():
             object.__setattr__(system, field, value)
         _share_bases(system.nodes)
         return system
@@ -69,7 +79,7 @@ class System:
         for name in components:
             self[name]
         nodes = [dataclasses.replace(n, component=components.get(n.name, n.component)) for n in self.nodes]
-        return System.from_parts(self.inputs, nodes, self.edges, self.outputs)
+        return System.from_parts(self.inputs, nodes, self.edges, self.outputs, self.switches)
 
     def compile(self) -> Plan:
         """The plan of this system: order, branches, lifetimes and what each objective observes (`Plan`)."""

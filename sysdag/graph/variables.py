@@ -89,6 +89,8 @@ class Node(_Source):
     base_name: str
     visit: int | None = None
 
+    not_a_child: ClassVar[str | None] = None
+
     @property
     def name(self) -> str:
         return self.base_name if self.visit is None else f"{self.base_name}[{self.visit}]"
@@ -166,7 +168,8 @@ class Edge:
 
     Attributes:
         parent, child: names of an input or node, and of a node.
-        parameter: the parameter of the child's function that receives the parent's value.
+        parameter: the parameter of the child's function that receives the parent's value; "" for an arrow of a switch,
+            which decides whether the child runs, or what a switch's value is.
         each: whether the child runs once for every element of the parent's value.
     """
 
@@ -271,7 +274,7 @@ def _connect(
     if not heads:
         raise GraphError("`>>` must point to a node or a list of nodes, got an empty list.")
     for child in heads:
-        if not isinstance(child, Node):
+        if not isinstance(child, Node) or child.not_a_child:
             hint = getattr(child, "not_a_child", "Decorate the function with @node.")
             raise GraphError(f"`>>` must point to a node or a list of nodes, got {child!r}. {hint}")
         for source in sources:
