@@ -137,9 +137,7 @@ def _visits(name: str, loop_of: Mapping[str, Loop]) -> list[int | None]:
     return [*range(loop_of[name].times)] if name in loop_of else [None]
 
 
-def _branchings(
-    switches: Sequence[Switch], edges: Sequence[Edge], loop_of: Mapping[str, Loop]
-) -> list[Branching]:
+def _branchings(switches: Sequence[Switch], edges: Sequence[Edge], loop_of: Mapping[str, Loop]) -> list[Branching]:
     """The switches by names, one for each visit of a loop that they are in."""
 
     def named(base: str, made: Switch, visit: int | None) -> list[str]:

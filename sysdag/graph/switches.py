@@ -11,6 +11,7 @@ from sysdag.errors import GraphError, shown
 from sysdag.graph.blocks import Loop, Part, Switch, end_of
 from sysdag.graph.variables import Edge, Edges, Input, Node
 
+
 def taken() -> Any:
     """Stands for the function of a switch's node, whose value is that of the branch which a run has taken."""
     raise GraphError("A switch has no function to be called: its value is that of the branch which a run has taken.")
@@ -72,9 +73,7 @@ class Branching:
 
     def title(self, places: Iterable[int]) -> str:
         """Some of the branches, as a picture names them."""
-        return ", ".join(
-            " or ".join(map(str, self.cases[place].values)) or "otherwise" for place in sorted(places)
-        )
+        return ", ".join(" or ".join(map(str, self.cases[place].values)) or "otherwise" for place in sorted(places))
 
 
 def _same(value: Any, own: Hashable) -> bool:
@@ -111,7 +110,9 @@ def switch(
     own = router.name if isinstance(router, Input) else router.base_name
     name = f"{own}_switch" if name is None else name
     if not isinstance(name, str) or not name.isidentifier():
-        raise GraphError(f"switch(name=...) must be a Python identifier (it is a parameter of functions), got {name!r}.")
+        raise GraphError(
+            f"switch(name=...) must be a Python identifier (it is a parameter of functions), got {name!r}."
+        )
     if not isinstance(branches, Mapping) or not branches:
         raise GraphError(
             f"switch({own}, ...) takes a dict from the router's values to branches, as {{'math': solve, 'code': write}}, "
@@ -124,7 +125,9 @@ def switch(
     values = [value for keys, _ in found for value in keys]
     for place, value in enumerate(values):
         if value in values[:place]:
-            raise GraphError(f"switch({own}, ...): two branches are for {value!r}; white space around it does not count.")
+            raise GraphError(
+                f"switch({own}, ...): two branches are for {value!r}; white space around it does not count."
+            )
     if default is not None:
         found.append(((), _parts(default, "default", own)))
     if len(found) < 2:
@@ -137,7 +140,9 @@ def _parts(given: Any, which: str, router: str) -> tuple[Part, ...]:
     where = f"switch({router}, ...): branch {which}"
     for part in parts:
         if not isinstance(part, (Node, Edges, Loop)):
-            raise GraphError(f"{where} must be a node, arrows, a loop, a switch, or a list of these, got {shown(part)}.")
+            raise GraphError(
+                f"{where} must be a node, arrows, a loop, a switch, or a list of these, got {shown(part)}."
+            )
     if not parts:
         raise GraphError(f"{where} is empty; a node that returns its parent does nothing.")
     end_of(parts, where)
@@ -213,7 +218,9 @@ def check_switches(
             )
         for case in made.cases:
             if missing := sorted({*case.nodes, case.end} - known):
-                raise GraphError(f"Switch {made.name!r}: no node is named {missing[0]!r}; the nodes are {sorted(known)}.")
+                raise GraphError(
+                    f"Switch {made.name!r}: no node is named {missing[0]!r}; the nodes are {sorted(known)}."
+                )
         if made.name in made.nodes or made.router in made.nodes:
             raise GraphError(f"Switch {made.name!r}: it and its router cannot be in a branch of it.")
     for edge in edges:
