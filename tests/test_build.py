@@ -303,7 +303,7 @@ def test_join_with_what_has_no_value():
 
 
 def test_parts_that_are_no_parts():
-    with refused("System(...) takes arrows (a >> b), loops and nodes, got 'a'."):
+    with refused("System(...) takes arrows (a >> b), loops, switches and nodes, got 'a'."):
         System("a")
     with refused("A join or a plate needs a child: (a & b) >> c, a.each() >> c."):
         System(x & y)
@@ -320,7 +320,7 @@ def test_loop_times(times):
 
 def test_loop_in_a_loop():
     inner = loop(x >> a, carry={"x": a}, times=2)
-    with refused("loop(...) takes arrows made with `>>`, got Loop; loops do not nest."):
+    with refused("loop(...) takes arrows made with `>>` and switches, got Loop; loops do not nest."):
         loop(inner, carry={"x": a}, times=2)
     with refused("loop(...) takes arrows made with `>>`, got Node; loops do not nest."):
         loop(a, carry={"x": a}, times=2)

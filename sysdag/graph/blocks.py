@@ -114,7 +114,7 @@ def end_of(parts: Sequence[Part], where: str = "A branch") -> Node:
         ends = [each for each in last.nodes if each.base_name not in read]
     if len(ends) != 1:
         raise GraphError(
-            f"{where} ends in {sorted(each.base_name for each in ends)}, and its value is that of one node. Name it last: "
-            "[..., node]."
+            f"{where} ends in {sorted(each.base_name for each in ends)}, and its value is that of one node. Name it "
+            "last: [..., node]."
         )
     return ends[0]

@@ -28,7 +28,8 @@ def build(parts: Iterable[Any], outputs: Iterable[str | Node] | str | Node | Non
     for member in members:
         if isinstance(member, Node):
             plain = Node(taken, None, member.base_name) if isinstance(member, Switch) else member
-            nodes += [dataclasses.replace(plain, visit=t) for t in _visits(plain.base_name, loop_of)]
+            visits = _visits(plain.base_name, loop_of)
+            nodes += [plain if t is None else dataclasses.replace(plain, visit=t) for t in visits]
     edges = [edge for link in everything for edge in _unroll(link, loop_of)]
     edges += _feedback(loops, everything)
     switches = _branchings([member for member in members if isinstance(member, Switch)], edges, loop_of)
@@ -109,8 +110,8 @@ def _gather(parts: Iterable[Any]) -> tuple[list[Link], list[Loop], list[Input | 
                 alone.append(part)
             case _:
                 raise GraphError(
-                    f"System(...) takes arrows (a >> b), loops, switches and nodes, got {part!r}. A join or a plate needs "
-                    "a child: (a & b) >> c, a.each() >> c."
+                    f"System(...) takes arrows (a >> b), loops, switches and nodes, got {part!r}. A join or a plate "
+                    "needs a child: (a & b) >> c, a.each() >> c."
                 )
     return links, loops, alone
 

@@ -46,9 +46,9 @@ def to_dict(plan: Plan) -> dict[str, Any]:
     """The plan as JSON-ready data.
 
     Returns:
-        `inputs` and `outputs`, names; `nodes` in topological order, each with `name`, `level`, `parents`, `runs_if` (the
-        branches of switches that it is in), `component` (its repr, None for a deterministic node), `model` (an index of
-        `models`), `likelihood`, `output` and `lives` (the levels that produce and last read its value); `branches` and
+        `inputs` and `outputs`, names; `nodes` in topological order, each with `name`, `level`, `parents`, `runs_if`
+        (the branches of switches that it is in), `component` (its repr, None for a deterministic node), `model` (an
+        index of `models`), `likelihood`, `output` and `lives` (the levels that produce and last read its value); `branches` and
         `models`, lists of node names; `switches`, each with its `router` and `cases`; `objectives`, for each `serves`,
         `reason` (why not), `latents`, `observed` and `factors` (what it scores).
     """

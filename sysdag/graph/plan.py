@@ -186,8 +186,8 @@ class Plan:
                 runs = made.places(name) or frozenset(range(len(made.cases)))
                 if runs != {place for place, case in enumerate(made.cases) if case.end == name}:
                     raise PlanError(
-                        f"Node {name!r} is the value of one branch of the switch {made.name!r}, and runs where another is "
-                        "taken, so with objective='sampling' it would be observed in some candidates and drawn in "
+                        f"Node {name!r} is the value of one branch of the switch {made.name!r}, and runs where another "
+                        "is taken, so with objective='sampling' it would be observed in some candidates and drawn in "
                         "others. Give the branches nodes of their own (they may share a component), or use "
                         "objective='direct'."
                     )

@@ -115,8 +115,8 @@ def switch(
         )
     if not isinstance(branches, Mapping) or not branches:
         raise GraphError(
-            f"switch({own}, ...) takes a dict from the router's values to branches, as {{'math': solve, 'code': write}}, "
-            f"got {shown(branches)}."
+            f"switch({own}, ...) takes a dict from the router's values to branches, as {{'math': solve, 'code': write}}"
+            f", got {shown(branches)}."
         )
     found: list[tuple[tuple[Hashable, ...], tuple[Part, ...]]] = [
         ((value.strip() if isinstance(value, str) else value,), _parts(given, repr(value), own))
@@ -213,8 +213,8 @@ def check_switches(
     for made in branchings:
         if made.router in plated:
             raise GraphError(
-                f"The router {made.router!r} of switch {made.name!r} runs once for every element of a list, and its value "
-                "is a list. A switch takes one branch a run: put what chooses into a node of its own."
+                f"The router {made.router!r} of switch {made.name!r} runs once for every element of a list, and its "
+                "value is a list. A switch takes one branch a run: put what chooses into a node of its own."
             )
         for case in made.cases:
             if missing := sorted({*case.nodes, case.end} - known):
@@ -240,7 +240,7 @@ def check_switches(
         for made in branchings:
             if made.places(output):
                 raise GraphError(
-                    f"Output {output!r} runs only in branch {made.title(made.places(output))} of the switch {made.name!r}. "
-                    f"Name {made.name!r} as the output, the value of the branch that is taken; or let something in the "
+                    f"Output {output!r} runs only in branch {made.title(made.places(output))} of the switch "
+                    f"{made.name!r}. Name {made.name!r} as the output, the value of the branch that is taken; or let something in the "
                     f"branch read {output!r}."
                 )

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from sysdag.errors import GraphError
-from sysdag.graph.build import build, check
 from sysdag.graph.blocks import Loop
+from sysdag.graph.build import build, check
 from sysdag.graph.plan import Plan, compile_system
 from sysdag.graph.switches import Branching
 from sysdag.graph.variables import Edge, Edges, Input, Node
@@ -23,8 +23,8 @@ class System:
     """A compound system: inputs, nodes and the arrows between them, checked when built, immutable after.
 
     Args:
-        parts: arrows (`a >> b`), loops (`loop(...)`), switches (`switch(...)`), and nodes that have no parents. A switch
-            that an arrow leaves need not be named again.
+        parts: arrows (`a >> b`), loops (`loop(...)`), switches (`switch(...)`), and nodes that have no parents. A
+            switch that an arrow leaves need not be named again.
         outputs: names (or nodes) whose values are the system's result; by default the nodes that no other reads.
             A name inside a loop means its last visit.
 
@@ -35,8 +35,8 @@ class System:
 
     Raises:
         GraphError: on a cycle, an unknown or missing parent, a parameter that is no parent, a duplicate name, an
-            output that nothing produces, an unused input, a plate over a value that is no list, or a value that is read where its branch may
-            not be taken.
+            output that nothing produces, an unused input, a plate over a value that is no list, or a value that is read
+            where its branch may not be taken.
     """
 
     inputs: tuple[Input, ...]
