@@ -11,7 +11,7 @@ import copy
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,12 +20,14 @@ from torch import Tensor
 
 from sysdag.components.discrete.values import Discrete
 from sysdag.errors import PlanError
+from sysdag.execution.branching import skipped_rows
 from sysdag.execution.execute import fill
 from sysdag.execution.likelihood import log_probs
 from sysdag.graph.plan import Objective, Plan
 from sysdag.graph.system import System
 from sysdag.objectives.candidate_sums import candidate_log_sum
 from sysdag.objectives.candidates import Candidates, CandidateStrategy
+from sysdag.traces.cells import ABSENT, Cell
 from sysdag.traces.trace import Trace
 
 Reward = Callable[[Mapping[str, Any], Mapping[str, Any]], float]
@@ -65,15 +67,22 @@ def enumerate_outcomes(plan: Plan, inputs: Mapping[str, Any], nodes: Sequence[st
         PlanError: if a node's component has no finite set of values, or the node is a plate.
     """
     rows = Trace({name: [value] for name, value in inputs.items()}, {})
-    for name in plan.random_nodes if nodes is None else nodes:
+    return _enumerated(plan, rows, plan.random_nodes if nodes is None else nodes)
+
+
+def _enumerated(plan: Plan, rows: Trace, nodes: Sequence[str]) -> Trace:
+    """Each row with every combination of the nodes' values, those of branches that it does not take left out."""
+    for name in nodes:
         component = plan.system[name].component
         if not isinstance(component, Discrete) or plan.is_plate(name):
             raise PlanError(
                 f"Node {name!r} ({component!r}) cannot be enumerated; it needs finitely many values, and no plate."
             )
         draws = component.observe(list(component.values))
-        repeated = rows.select([row for row in range(len(rows)) for _ in draws])
-        rows = repeated.updated({name: draws * len(rows)})
+        skipped = skipped_rows(plan, fill(plan, rows), name) if plan.switches_over(name) else frozenset()
+        cells: list[Sequence[Cell]] = [[ABSENT] if row in skipped else draws for row in range(len(rows))]
+        repeated = rows.select([row for row, own in enumerate(cells) for _ in own])
+        rows = repeated.updated({name: [cell for own in cells for cell in own]})
     return fill(plan, rows)
 
 
@@ -147,12 +156,10 @@ class _Population:
             self.trace = enumerate_outcomes(reference, row)
             self.log_weight = torch.zeros(len(self.trace), dtype=torch.float64)
         else:
-            ends = enumerate_outcomes(reference, row, outputs).only(outputs)
-            paths = [p for p in range(len(drawn.prompt)) for _ in range(len(ends))]
-            column = ends.select([e for _ in drawn.prompt for e in range(len(ends))]).cells
-            self.trace = fill(reference, drawn.trace.select(paths).updated(column))
             weight = drawn.log_weight or (0.0,) * len(drawn.prompt)
-            self.log_weight = torch.tensor([weight[p] for p in paths], dtype=torch.float64)
+            weighed = replace(drawn.trace, columns={"log_weight": weight})
+            self.trace = _enumerated(reference, weighed, reference.results)
+            self.log_weight = torch.tensor(self.trace.columns["log_weight"], dtype=torch.float64)
         names = reference.random_nodes if objective == "direct" else outputs
         keys = list(zip(*(map(repr, self.trace[name]) for name in names), strict=True))
         first = {key: number for number, key in reversed(list(enumerate(keys)))}

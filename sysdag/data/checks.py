@@ -127,7 +127,7 @@ class _Check:
         component = self.plan.system[name].component
         assert component is not None  # random nodes alone are observed
         draws = flat_draws(trace.cells[name])
-        is_chosen = side == "chosen" and name in self.plan.system.outputs
+        is_chosen = side == "chosen" and name in self.plan.results
         if is_chosen and self.empty == "drop" and any(map(component.is_empty, draws)):
             self._add("empty", name, side, "the completion is empty.")
         inputs: list[Any] = [None] * len(draws)

@@ -3,14 +3,50 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from sysdag.components.component import Component
+from sysdag.data.branches import Run
 from sysdag.data.row_paths import whole_path
 from sysdag.errors import DataError
 from sysdag.graph.plan import Plan
-from sysdag.traces.cells import Cell, Draw
+from sysdag.traces.cells import ABSENT, Cell, Draw, value_of
+
+
+def given_cells(
+    plan: Plan, inputs: Mapping[str, Any], given: Mapping[str, Any], where: str, folder: Path | None
+) -> dict[str, Cell]:
+    """What a run's nodes hold of which values were given, and which did not run as another branch was taken.
+
+    Args:
+        inputs: of the run.
+        given: by node; the value of a switch is that of the branch it took, too.
+        where, folder: see `given_cell`.
+
+    Raises:
+        DataError: naming the row, and the node or router.
+    """
+    if not plan.system.switches:
+        return {name: given_cell(plan, name, given[name], where, folder) for name in plan.order if name in given}
+    known = {name: value for name, value in given.items() if value is not None and name in plan.order}
+    try:
+        run = Run(plan, inputs, known)
+    except DataError as error:
+        raise DataError(f"{where}: {str(error).replace(', row 0:', ':')}") from error
+    if both := sorted(known.keys() & run.skipped):
+        raise DataError(f"{where}: node {both[0]!r} has a value, but another branch was taken.")
+    cells: dict[str, Cell] = {}
+    for name in plan.order:
+        end = run.end_of(name) if plan.switch(name) else None
+        if name in run.skipped:
+            cells[name] = ABSENT
+        elif end in cells:
+            cells[name] = Draw(value_of(cells[end]))
+        elif name in run.given:
+            cells[name] = given_cell(plan, name, run.given[name], where, folder)
+    return cells
 
 
 def given_cell(plan: Plan, name: str, value: Any, where: str, folder: Path | None) -> Cell:
@@ -24,6 +60,13 @@ def given_cell(plan: Plan, name: str, value: Any, where: str, folder: Path | Non
         DataError: naming the row and the node.
     """
     component = plan.system[name].component
+    if made := plan.switch(name):  # of which the router is not known
+        readers = [end for end in plan.ends_of(name) if getattr(plan.system[end].component, "reads_files", False)]
+        if readers and isinstance(value, (str, Path, bytes)):
+            raise DataError(
+                f"{where}: whether the value of {name!r} is an image of node {readers[0]!r} cannot be told, as its router "
+                f"{made.router!r} is not known; give that in the row's intermediates."
+            )
     if not plan.is_plate(name):
         return _draw(component, value, name, where, folder)
     if not isinstance(value, (list, tuple)):

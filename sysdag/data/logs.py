@@ -6,12 +6,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from sysdag.data.branches import Run
 from sysdag.data.columns import input_column, is_unicode, read_inputs
 from sysdag.data.given_runs import given_cell
 from sysdag.errors import DataError, PlanError, shown
 from sysdag.execution.execute import flat_draws, row_options
 from sysdag.graph.plan import Plan
-from sysdag.traces.cells import Cell
+from sysdag.traces.cells import ABSENT, Cell
 from sysdag.traces.trace import Trace
 
 OUTPUT_COLUMNS = ("output", "completion")
@@ -60,7 +61,7 @@ def logged_runs(
     read = [
         _Reading(plan, number, row, place(number) if place else _place(number, row)) for number, row in enumerate(rows)
     ]
-    known = {name for each in read if not each.problems for name in each.cells}
+    known = {name for each in read if not each.problems for name, cell in each.cells.items() if cell is not ABSENT}
     bad: dict[int, str] = {}
     for each in read:
         lacking = [name for name in plan.order if name in known and name not in each.cells]
@@ -112,10 +113,23 @@ class _Reading:
         self.inputs, problems = read_inputs(plan, row)
         self.problems += [text for _, text in problems]
         taken = {input_column(plan, row, given.name) for given in plan.system.inputs} | set(row_options(plan))
-        values = self._values()
+        values = self._by_branch(self._values())
         self.cells = {name: cell for name, value in values.items() if (cell := self._cell(name, value)) is not None}
         own = {*taken, *plan.order, "intermediates", *(OUTPUT_COLUMNS if self._has_output_column else ())}
         self.others = {name: value for name, value in row.items() if name not in own}
+
+    def _by_branch(self, values: dict[str, Any]) -> dict[str, Any]:
+        """The values with those of the branches that switches took; what did not run has a None."""
+        if not self.plan.system.switches or self.problems:
+            return values
+        try:
+            run = Run(self.plan, self.inputs, values)
+        except DataError as error:
+            self.problems.append(str(error).replace(", row 0:", ":"))
+            return values
+        if both := sorted(values.keys() & run.skipped):
+            self.problems.append(f"node {both[0]!r} has a value, but another branch was taken.")
+        return {**dict.fromkeys(run.skipped), **run.given}
 
     @property
     def _has_output_column(self) -> bool:
@@ -170,6 +184,8 @@ class _Reading:
     def _cell(self, name: str, value: Any) -> Cell | None:
         """The node's cell, as far as it can be checked without weights."""
         component = self.plan.system[name].component
+        if value is None:
+            return ABSENT
         if not is_unicode(value):
             self.problems.append(f"node {name!r} holds half of a surrogate pair, which is no text.")
             return None

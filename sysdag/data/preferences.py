@@ -10,13 +10,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sysdag.data.branches import Run, failed_node, same_value
 from sysdag.data.columns import is_unicode, read_inputs, read_pair_columns
 from sysdag.data.row_paths import whole_path
 from sysdag.data.trl_prompts import explicit_prompt
 from sysdag.errors import DataError, shown
 from sysdag.files.encoding import encode_value
 from sysdag.graph.plan import Objective, Plan
-from sysdag.traces.cells import Cell, Draw
+from sysdag.traces.cells import ABSENT, Cell, Draw, draws_of
 from sysdag.traces.trace import Trace
 
 if TYPE_CHECKING:
@@ -73,7 +74,9 @@ class PreferencePair:
         content: dict[str, Any] = {"inputs": {name: encode_value(v, name) for name, v in self.inputs.items()}}
         for side in _SIDES:
             content[side] = {
-                name: [[encode_value(d.value, name), encode_value(dict(d.record), name)] for d in _draws(cell)]
+                name: None
+                if cell is ABSENT
+                else [[encode_value(d.value, name), encode_value(dict(d.record), name)] for d in draws_of(cell)]
                 for name, cell in getattr(self, side).items()
             }
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
@@ -81,10 +84,6 @@ class PreferencePair:
 
 def _with_line(row: int, source: str) -> str:
     return f"{row} ({source})" if source not in ("", f"row {row}") else str(row)
-
-
-def _draws(cell: Cell) -> tuple[Draw, ...]:
-    return cell if isinstance(cell, tuple) else (cell,)
 
 
 def collate(pairs: Sequence[PreferencePair]) -> tuple[Trace, Trace]:
@@ -104,9 +103,9 @@ class Problem:
 
     Attributes:
         row: its number, from 0; None for a part of a file that is no row.
-        kind: `missing`, `wrong type`, `unknown node`, `invalid value`; `malformed`, for what is no row; those of
-            `sysdag.data.checks.DROPPED`, of rows that teach nothing, or something else than they say; and those of
-            `sysdag.data.checks.NOTED`, of rows that are used all the same.
+        kind: `missing`, `wrong type`, `unknown node`, `not taken`, `invalid value`; `malformed`, for what is no row;
+            those of `sysdag.data.checks.DROPPED`, of rows that teach nothing, or something else than they say; and
+            those of `sysdag.data.checks.NOTED`, of rows that are used all the same.
         node: the node's name, or "".
         side: `chosen`, `rejected`, or "".
         text: what is wrong with it.
@@ -171,7 +170,7 @@ class _Reading:
         beside, problems = read_pair_columns(self.plan, row)
         for kind, text in problems:
             self._problem(kind, text)
-        sides = {side: self._side(row, side) for side in _SIDES}
+        sides = {side: self._side(row, side, inputs) for side in _SIDES}
         if self.problems:
             return None, self.problems
         cells = sides["chosen"], sides["rejected"]
@@ -186,16 +185,53 @@ class _Reading:
             self._problem(kind, text)
         return found
 
-    def _side(self, row: Mapping[str, Any], side: str) -> dict[str, Cell]:
+    def _side(self, row: Mapping[str, Any], side: str, inputs: Mapping[str, Any]) -> dict[str, Cell]:
         given = self._outputs(row, side)
-        if self.objective == "direct":
+        skipped: frozenset[str] = frozenset()
+        if self.plan.system.switches:
+            given, skipped = self._by_branch(row, side, inputs, given)
+        elif self.objective == "direct":
             given |= self._intermediates(row, side)
         for name in self.plan.observed(self.objective):
-            if name not in given and side in row:
+            if name not in given and side in row and name not in skipped:
                 hint = f" Give it in {side}_intermediates." if name not in self.plan.system.outputs else ""
                 self._problem("missing", f"{side} has no value of node {name!r}, which {self.objective} needs.{hint}")
-        cells = {name: self._cell(name, value, side) for name, value in given.items()}
+        cells: dict[str, Cell | None] = {name: self._cell(name, value, side) for name, value in given.items()}
+        cells |= {name: ABSENT for name in self.plan.observed(self.objective) if name in skipped and name not in given}
         return {name: cell for name, cell in cells.items() if cell is not None}
+
+    def _by_branch(
+        self, row: Mapping[str, Any], side: str, inputs: Mapping[str, Any], outputs: dict[str, Any]
+    ) -> tuple[dict[str, Any], frozenset[str]]:
+        """What a row says of each node of a system with switches, and the nodes that did not run.
+
+        For Sampling, which does not observe routers, an output is the value of whichever branch a candidate takes.
+        """
+        between = self._intermediates(row, side)
+        if self.objective == "sampling":
+            between = {name: value for name, value in between.items() if name in self.plan.results}
+        known = {**between, **outputs}
+        try:
+            run = Run(self.plan, inputs, known)
+        except Exception as error:  # noqa: BLE001 - a router may be computed by functions of the user's
+            name = failed_node(error) or ""
+            what = str(error) if name == "" else f"its function fails on this row: {type(error).__name__}: {error}"
+            self._problem("invalid value", what.replace(", row 0:", ":"), name, side)
+            return {}, frozenset(self.plan.order)
+        given = {name: value for name, value in run.given.items() if self.plan.switch(name) is None}
+        for name in sorted(between.keys() & run.skipped):
+            given.pop(name, None)
+            routers = " and ".join(repr(made.router) for made, _ in self.plan.switches_over(name))
+            text = f"a value is given, but the branch that {routers} took is another; leave it out."
+            self._problem("not taken", text, name, side)
+        for name in [name for name in known if self.plan.switch(name)]:
+            for end in run.possible_ends(name):
+                if end in between and not same_value(between[end], known[name]):
+                    what = side if name in outputs else f"that of the switch {name!r}"
+                    self._problem("invalid value", f"its value differs from {what}, which it is.", end, side)
+                if self.objective == "sampling":
+                    given.setdefault(end, known[name])
+        return given, run.skipped | (run.undecided if self.objective == "direct" else frozenset())
 
     def _outputs(self, row: Mapping[str, Any], side: str) -> dict[str, Any]:
         outputs = self.plan.system.outputs

@@ -24,7 +24,9 @@ def with_whole_paths(plan: Plan, row: Mapping[str, Any]) -> dict[str, Any]:
     folder = None if folder is None else folder.absolute()
 
     def whole(name: str, value: Any) -> Any:
-        component = plan.system[name].component if name in plan.order else None
+        ends = plan.ends_of(name) if name in plan.order else ()
+        readers = [plan.system[end].component for end in ends if getattr(plan.system[end].component, "reads_files", 0)]
+        component = readers[0] if readers and len(readers) == len(ends) else None
         if isinstance(value, list):
             return [whole_path(component, element, folder) for element in value]
         return whole_path(component, value, folder)

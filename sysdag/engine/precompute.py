@@ -184,6 +184,8 @@ def fingerprint(
     """What reference scores depend on, hashed: the pairs, the nodes with their options, the references' weights."""
     saved = system_to_dict(plan.system)
     found = {"the pairs": _hash(sorted({pair.key for pair in pairs})), "the edges": _hash(saved["edges"])}
+    if "switches" in saved:
+        found["the switches"] = _hash(saved["switches"])
     found["the objective"] = options.objective
     if options.ld_alpha is not None:
         found["ld_alpha"] = str(options.ld_alpha)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sysdag.data.given_runs import given_cell
+from sysdag.data.given_runs import given_cells
 from sysdag.data.inputs import columns_beside, inputs_of
 from sysdag.data.trl_prompts import explicit_prompt
 from sysdag.errors import DataError
@@ -139,7 +139,8 @@ def chosen_runs(plan: Plan, given: HeldOut, *, runs: int = 1) -> Trace:
             raise DataError(f"{where}: chosen must be a dict with one value for each of {list(outputs)}.")
         side = {**(row.get("chosen_intermediates") or {}), **side}
         folder = getattr(row, "folder", None)
-        sides.append({name: given_cell(plan, name, side[name], where, folder) for name in plan.order if name in side})
+        inputs = {name: column[number] for name, column in given.inputs.items()}
+        sides.append(given_cells(plan, inputs, side, where, folder))
     cells = {name: [side[name] for side in sides] for name in plan.order if all(name in side for side in sides)}
     trace = Trace(given.inputs, cells, given.extras)
     return trace.select([row for row in range(len(trace)) for _ in range(runs)])

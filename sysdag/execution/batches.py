@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 from sysdag.errors import PlanError, RunError, SysdagError
-from sysdag.execution.execute import Sampler, component_sampler, draw, failed_row, row_names
+from sysdag.execution.execute import Sampler, component_sampler, draw
+from sysdag.execution.rows import failed_row, row_names
 from sysdag.graph.plan import Plan
 from sysdag.traces.trace import Trace
 

@@ -12,9 +12,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from sysdag.errors import DataError, EndpointError, PlanError, failed_element, shown
+from sysdag.execution.branching import skipped_rows, values_taken
 from sysdag.execution.origins import Origins
+from sysdag.execution.rows import at_row, failed_row, row_names
 from sysdag.graph.plan import Plan
-from sysdag.traces.cells import Cell, Draw, value_of
+from sysdag.traces.cells import ABSENT, Cell, Draw, draws_of, value_of
 from sysdag.traces.trace import Trace
 
 if TYPE_CHECKING:
@@ -23,7 +25,6 @@ if TYPE_CHECKING:
     from sysdag.components.component import Component
     from sysdag.graph.variables import Edge
 
-_FAILED_ROW = "_sysdag_failed_row"
 Sampler = Callable[[Sequence[Any], Sequence[int]], list[Draw]]
 """Draws for what a node's function returned, one an element, each with a seed."""
 
@@ -34,50 +35,66 @@ class Elements:
 
     Attributes:
         values: what the node's function returned, one an element.
-        counts: number of elements of each row, for a plate; None for one element a row.
+        rows: the row of each element, ascending.
+        length: number of rows.
+        is_plate: whether a row has a list of elements, and not one.
+        skipped: rows without elements as the node does not run there.
     """
 
     values: list[Any]
-    counts: list[int] | None
+    rows: list[int]
+    length: int
+    is_plate: bool = False
+    skipped: frozenset[int] = frozenset()
 
     @property
-    def rows(self) -> list[int]:
-        """The row of each element."""
-        if self.counts is None:
-            return list(range(len(self.values)))
-        return [row for row, count in enumerate(self.counts) for _ in range(count)]
+    def counts(self) -> list[int]:
+        """Number of elements of each row."""
+        found = [0] * self.length
+        for row in self.rows:
+            found[row] += 1
+        return found
 
     def seeds(self, rows: Sequence[int]) -> list[int]:
         """A seed for each element, of its row's seed and its place there."""
         from sysdag.components.random_streams import seed_of
 
-        counts = [1] * len(rows) if self.counts is None else self.counts
-        return [seed_of(seed, place) for seed, count in zip(rows, counts, strict=True) for place in range(count)]
+        return [seed_of(seed, place) for seed, count in zip(rows, self.counts, strict=True) for place in range(count)]
 
     def cells(self, draws: Sequence[Draw]) -> list[Cell]:
         """Draws, one an element, as one cell a row."""
-        if self.counts is None:
-            return list(draws)
-        ends = itertools.accumulate(self.counts, initial=0)
-        return [tuple(draws[start:end]) for start, end in itertools.pairwise(ends)]
+        found: list[Cell] = []
+        for row, (start, end) in enumerate(itertools.pairwise(itertools.accumulate(self.counts, initial=0))):
+            if row in self.skipped:
+                found.append(ABSENT)
+            else:
+                found.append(tuple(draws[start:end]) if self.is_plate else draws[start])
+        return found
 
 
 def flat_draws(cells: Sequence[Cell]) -> list[Draw]:
     """The draws of a column, one an element."""
-    return [draw for cell in cells for draw in (cell if isinstance(cell, tuple) else (cell,))]
+    return [draw for cell in cells for draw in draws_of(cell)]
 
 
 def node_inputs(plan: Plan, trace: Trace, name: str) -> Elements:
     """Calls the node's function on its parents' values, once a row or once an element of a plate.
+
+    A row in which another branch of a switch is taken has no element. A switch has the value of the branch's last node.
 
     What it returns becomes the component's input as that reads it (see `sysdag.components.input_reader`): values are
     told apart from what the function wrote, and what the rows hold beside the inputs is put to it.
 
     Raises:
         PlanError: if a parent has no value in the trace, or a plate's parent is no list, naming node and row.
-        DataError: for a value or a row's option that the component cannot use, naming node and row.
+        DataError: for a value or a row's option that the component cannot use, or a router's value that names no
+            branch, naming node and row.
     """
-    edges = plan.parents(name)
+    skipped = skipped_rows(plan, trace, name)
+    if made := plan.switch(name):
+        taken = [(row, value_of(cell)) for row, cell in enumerate(values_taken(trace, made)) if row not in skipped]
+        return Elements([value for _, value in taken], [row for row, _ in taken], len(trace), skipped=skipped)
+    edges = plan.arguments(name)
     columns = {}
     for edge in edges:
         if edge.parent in trace.inputs:
@@ -104,18 +121,21 @@ def node_inputs(plan: Plan, trace: Trace, name: str) -> Elements:
             raise DataError(f"Node {name!r}, row {place}: {error}") from error
 
     values: list[Any] = []
-    counts: list[int] = []
+    rows: list[int] = []
     for row, place in enumerate(row_names(trace)):
+        if row in skipped:
+            continue
         arguments = {parameter: column[row] for parameter, column in columns.items()}
         with at_row(row):
             if not plates:
                 values.append(call(arguments, row, place))
+                rows.append(row)
                 continue
-            counts.append(_plate_length(plates, arguments, name, place))
-            for element in range(counts[-1]):
+            for element in range(_plate_length(plates, arguments, name, place)):
                 picked = {edge.parameter: arguments[edge.parameter][element] for edge in plates}
                 values.append(call({**arguments, **picked}, row, place))
-    return Elements(values, counts if plates else None)
+                rows.append(row)
+    return Elements(values, rows, len(trace), bool(plates), skipped)
 
 
 def row_options(plan: Plan) -> list[str]:
@@ -143,35 +163,12 @@ def _plate_length(plates: Sequence[Edge], arguments: Mapping[str, Any], name: st
     return next(iter(lengths.values()))
 
 
-@contextlib.contextmanager
-def at_row(row: int) -> Iterator[None]:
-    """Context in which whatever is raised is the fault of one row of the trace; see `failed_row`."""
-    try:
-        yield
-    except Exception as error:
-        error.__dict__[_FAILED_ROW] = row
-        raise
-
-
-def failed_row(error: BaseException) -> int | None:
-    """The row of the trace that alone is at fault for an error; None where it is not known to be one."""
-    return getattr(error, _FAILED_ROW, None)
-
-
 def _call(function: Any, arguments: Mapping[str, Any], name: str, place: int | str) -> Any:
     try:
         return function(**arguments)
     except Exception as error:
         error.add_note(f"In the function of node {name!r}, row {place}.")
         raise
-
-
-def row_names(trace: Trace) -> Sequence[int | str]:
-    """What an error calls each row: its number in the trace, or those of its input and run where the trace has them."""
-    if {"prompt", "run"} <= trace.columns.keys():
-        pairs = zip(trace.columns["prompt"], trace.columns["run"], strict=True)
-        return [f"{prompt}, run {run}" for prompt, run in pairs]
-    return range(len(trace))
 
 
 def sample(
@@ -238,7 +235,8 @@ def draw(plan: Plan, trace: Trace, name: str, sampler: Sampler | None = None, se
             draws = sampler(elements.values, elements.seeds([seed_of(seed, name, row) for row in names]))
         except Exception as error:
             if (element := failed_element(error)) is not None:
-                error.__dict__[_FAILED_ROW] = elements.rows[element]
+                with at_row(elements.rows[element]):
+                    raise
             raise
     return elements.cells(draws)
 
@@ -281,9 +279,8 @@ def naming(name: str, rows: Sequence[int | str]) -> Iterator[None]:
         if not isinstance(error, DataError):
             error.add_note(f"In node {name!r}, row {rows[element]}.")
             raise
-        named = DataError(f"Node {name!r}, row {rows[element]}: {error}")
-        named.__dict__[_FAILED_ROW] = failed_row(error)
-        raise named from error
+        with at_row(failed_row(error)):
+            raise DataError(f"Node {name!r}, row {rows[element]}: {error}") from error
 
 
 def check_inputs(plan: Plan, inputs: Mapping[str, Sequence[Any]], *, but: Collection[int] = ()) -> dict[str, list[Any]]:

@@ -14,8 +14,11 @@ from torch import Tensor
 
 from sysdag.components.component import Component
 from sysdag.errors import PlanError
-from sysdag.execution.execute import Elements, at_work, flat_draws, naming, node_inputs, row_names
+from sysdag.execution.branching import check_presence
+from sysdag.execution.execute import Elements, at_work, flat_draws, naming, node_inputs
+from sysdag.execution.rows import row_names
 from sysdag.graph.plan import Plan
+from sysdag.traces.cells import ABSENT
 from sysdag.traces.trace import Trace
 
 
@@ -41,17 +44,20 @@ def sum_by_row(parts: Sequence[Tensor], rows: Sequence[int], count: int, device:
 
 
 def aligned(plan: Plan, trace: Trace, name: str) -> tuple[Elements, list]:
-    """The component's inputs and the draws they belong to, with the records that these are scored by.
+    """The component's inputs and the draws they belong to, with the records that these are scored by; none of rows in
+    which the node does not run.
 
     Raises:
-        PlanError: if a plate has another number of draws than its parents have elements, naming node and row.
+        PlanError: if a plate has another number of draws than its parents have elements, or a value is there though
+            another branch is taken, naming node and row.
         DataError: for a value that cannot follow its input, naming node and row.
     """
     elements = node_inputs(plan, trace, name)
     cells = trace.cells[name]
-    if elements.counts is not None:
+    check_presence(trace, name, cells, elements.skipped)
+    if elements.is_plate:
         for row, (count, cell) in enumerate(zip(elements.counts, cells, strict=True)):
-            if not isinstance(cell, tuple) or len(cell) != count:
+            if cell is not ABSENT and (not isinstance(cell, tuple) or len(cell) != count):
                 got = f"{len(cell)} values" if isinstance(cell, tuple) else "one value"
                 raise PlanError(f"Node {name!r}, row {row}: its plate has {count} elements, but the trace holds {got}.")
     names = row_names(trace)

@@ -21,7 +21,7 @@ class Origins:
     def __init__(self, plan: Plan, trace: Trace, name: str) -> None:
         known = trace.inputs.keys() | trace.cells.keys()
         self._of = {}
-        for edge in plan.parents(name):
+        for edge in plan.arguments(name):
             behind = [(_origin(plan, each), trace[each]) for each in _computed_of(plan, edge.parent) if each in known]
             self._of[edge.parameter] = (_origin(plan, edge.parent), behind)
 
@@ -41,16 +41,23 @@ class Origins:
 def _origin(plan: Plan, name: str) -> Literal["input", "drawn", "computed"]:
     if any(given.name == name for given in plan.system.inputs):
         return "input"
+    if made := plan.switch(name):
+        return "drawn" if all(_origin(plan, case.end) == "drawn" for case in made.cases) else "computed"
     return "drawn" if plan.system[name].is_random else "computed"
 
 
 def _computed_of(plan: Plan, name: str) -> list[str]:
-    """The inputs and random nodes that a deterministic node is computed of; none for anything else."""
+    """The inputs and random nodes that a deterministic node is computed of; none for anything else.
+
+    A switch has what its branches end in.
+    """
     found: dict[str, str] = {}
     waiting = [name] if _origin(plan, name) == "computed" else []
     while waiting:
-        for edge in plan.parents(waiting.pop()):
-            if edge.parent not in found:
-                found[edge.parent] = _origin(plan, edge.parent)
-                waiting += [edge.parent] if found[edge.parent] == "computed" else []
+        made = plan.switch(below := waiting.pop())
+        ends = [edge.parent for edge in plan.arguments(below)] if made is None else [case.end for case in made.cases]
+        for source in ends:
+            if source not in found:
+                found[source] = _origin(plan, source)
+                waiting += [source] if found[source] == "computed" else []
     return [source for source, origin in found.items() if origin != "computed"]

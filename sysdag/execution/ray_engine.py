@@ -152,14 +152,15 @@ def _outline(plan: Plan) -> Packed:
             )
         nodes.append((pack(n.function, n.name, "function"), pooled, n.base_name, n.visit))
     system = plan.system
-    return pack((system.inputs, nodes, system.edges, system.outputs), plan.order[0], "system")
+    parts = (system.inputs, nodes, system.edges, system.outputs, system.switches)
+    return pack(parts, plan.order[0], "system")
 
 
 @functools.lru_cache(maxsize=4)
 def _plan(outline: Packed) -> Plan:
-    inputs, nodes, edges, outputs = outline.opened()
+    inputs, nodes, edges, outputs, switches = outline.opened()
     made = [Node(function.opened(), component, base_name, visit) for function, component, base_name, visit in nodes]
-    return System.from_parts(inputs, made, edges, outputs).compile()
+    return System.from_parts(inputs, made, edges, outputs, switches).compile()
 
 
 def _stage(row: dict[str, Any], *, outline: Packed, name: str, seed: int, router: Any) -> dict[str, Any]:

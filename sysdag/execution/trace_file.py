@@ -70,6 +70,7 @@ def identity(plan: Plan, runs: Runs) -> dict[str, Any]:
         "node": {n.name: row for n, row in zip(plan.system.nodes, saved["nodes"], strict=True)},
         "edges": [" ".join(map(str, row.values())) for row in saved["edges"]],
         "outputs": saved["outputs"],
+        **({"switches": saved["switches"]} if "switches" in saved else {}),
     }
 
 

@@ -48,9 +48,9 @@ def to_dict(plan: Plan) -> dict[str, Any]:
     Returns:
         `inputs` and `outputs`, names; `nodes` in topological order, each with `name`, `level`, `parents`, `runs_if`
         (the branches of switches that it is in), `component` (its repr, None for a deterministic node), `model` (an
-        index of `models`), `likelihood`, `output` and `lives` (the levels that produce and last read its value); `branches` and
-        `models`, lists of node names; `switches`, each with its `router` and `cases`; `objectives`, for each `serves`,
-        `reason` (why not), `latents`, `observed` and `factors` (what it scores).
+        index of `models`), `likelihood`, `output` and `lives` (the levels that produce and last read its value);
+        `branches` and `models`, lists of node names; `switches`, each with its `router` and `cases`; `objectives`, for
+        each `serves`, `reason` (why not), `latents`, `observed` and `factors` (what it scores).
     """
     alive = {name: [start, end] for name, start, end in plan.lifetimes}
     model_of = {name: number for number, names in enumerate(plan.models) for name in names}

@@ -73,15 +73,15 @@ class Plan:
     @property
     def results(self) -> tuple[str, ...]:
         """The nodes whose values are the outputs: of a switch the last ones of its branches, in topological order."""
-        found: set[str] = set()
-        waiting = list(self.system.outputs)
-        while waiting:
-            made = self.switch(name := waiting.pop())
-            if made is None:
-                found.add(name)
-            else:
-                waiting += [case.end for case in made.cases]
+        found = {end for output in self.system.outputs for end in self.ends_of(output)}
         return tuple(name for name in self.order if name in found)
+
+    def ends_of(self, name: str) -> tuple[str, ...]:
+        """The nodes whose value a node may have: of a switch the last ones of its branches, else itself."""
+        made = self.switch(name)
+        if made is None:
+            return (name,)
+        return tuple(dict.fromkeys(end for case in made.cases for end in self.ends_of(case.end)))
 
     def is_plate(self, name: str) -> bool:
         """Whether the node runs once for every element of a list."""

@@ -241,6 +241,6 @@ def check_switches(
             if made.places(output):
                 raise GraphError(
                     f"Output {output!r} runs only in branch {made.title(made.places(output))} of the switch "
-                    f"{made.name!r}. Name {made.name!r} as the output, the value of the branch that is taken; or let something in the "
-                    f"branch read {output!r}."
+                    f"{made.name!r}. Name {made.name!r} as the output, the value of the branch that is taken; or let "
+                    f"something in the branch read {output!r}."
                 )

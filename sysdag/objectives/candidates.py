@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,9 +18,10 @@ import torch
 from sysdag.components.decoding import check_truncation
 from sysdag.components.random_streams import RowGenerator, row_seeds, seed_of
 from sysdag.errors import PlanError
+from sysdag.execution.branching import check_presence, skipped_rows
 from sysdag.execution.execute import at_work, fill, flat_draws, naming, node_inputs
 from sysdag.graph.plan import Plan
-from sysdag.traces.cells import Cell
+from sysdag.traces.cells import ABSENT, Cell, Draw
 from sysdag.traces.trace import Trace
 
 _SEED = "seed"  # the column with the seed of each prompt, while its candidates are drawn
@@ -124,11 +125,13 @@ class CandidateStrategy(ABC):
             component = at_work(plan, name)
             seeded = component.generator_for(elements.seeds([seed_of(seed, name) for seed in seeds]))
             with naming(name, elements.rows):
-                draws = component.sample(elements.values, generator=seeded)
+                draws = component.sample(elements.values, generator=seeded) if elements.values else []
             rows = rows.updated({name: elements.cells(draws)})
         drawn = [name for name in latents if name not in shared]
         found = self.paths(plan, rows, drawn, generator)
         self._check(found, len(rows), drawn)
+        for name in drawn:
+            check_presence(found.trace, name, found.trace.cells[name], _skipped(plan, found.trace, name))
         columns = {name: column for name, column in found.trace.columns.items() if name != _SEED}
         return replace(found, trace=replace(found.trace, columns=columns))
 
@@ -145,8 +148,8 @@ class CandidateStrategy(ABC):
             generator: of other randomness; a CPU generator, torch's global one for None.
 
         Returns:
-            A trace of `rows`, each repeated for its candidates, with a cell for every latent; and the prompt of each,
-            ascending from 0.
+            A trace of `rows`, each repeated for its candidates, with a cell for every latent, `ABSENT` where it does
+            not run (`sysdag.execution.skipped_rows`); and the prompt of each, ascending from 0.
         """
 
     def _check(self, found: Any, prompts: int, latents: Sequence[str]) -> None:
@@ -191,11 +194,14 @@ class DiverseBeamSearch(CandidateStrategy):
         for name in latents:
             _refuse_plate(plan, name, self)
             fewest = min((prompt.count(p) for p in set(prompt)), default=1)
-            values = node_inputs(plan, fill(plan, rows), name).values
+            elements = node_inputs(plan, fill(plan, rows), name)
             wanted = math.ceil(self.num_candidates / fewest)
-            with naming(name, prompt):
-                found = at_work(plan, name).search(values, wanted, self.diversity_penalty, self.ngram_size)
-            rows, prompt = _extend(rows, prompt, name, found)
+            found: list[list[Draw]] = []
+            if elements.values:
+                with naming(name, [prompt[row] for row in elements.rows]):
+                    component = at_work(plan, name)
+                    found = component.search(elements.values, wanted, self.diversity_penalty, self.ngram_size)
+            rows, prompt = _extend(rows, prompt, name, elements.skipped, found)
         return _distinct(plan, Candidates(rows, tuple(prompt)), latents, self.num_candidates)
 
 
@@ -237,7 +243,7 @@ class MonteCarlo(CandidateStrategy):
             draw = component.propose if options else component.sample
             seeded = component.generator_for(elements.seeds([seed_of(seed, name) for seed in seeds]))
             with naming(name, [prompt[row] for row in elements.rows]):
-                draws = draw(elements.values, generator=seeded, **options)
+                draws = draw(elements.values, generator=seeded, **options) if elements.values else []
             known = [each.log_prob for each in draws if each.log_prob is not None]
             if log_proposal is None or len(known) < len(draws):  # a server's draws, which nothing here has scored
                 log_proposal = None
@@ -296,7 +302,8 @@ class Exhaustive(CandidateStrategy):
                 raise PlanError(f"Exhaustive needs latents with finitely many values; node {name!r} is {component!r}.")
             _refuse_plate(plan, name, self)
             draws = component.observe(list(values))
-            rows, prompt = _extend(rows, prompt, name, [draws] * len(rows))
+            skipped = _skipped(plan, rows, name)
+            rows, prompt = _extend(rows, prompt, name, skipped, [draws] * (len(rows) - len(skipped)))
             most = max((prompt.count(p) for p in set(prompt)), default=0)
             if most > self.num_candidates:
                 raise PlanError(
@@ -306,6 +313,11 @@ class Exhaustive(CandidateStrategy):
         return Candidates(rows, tuple(prompt))
 
 
+def _skipped(plan: Plan, rows: Trace, name: str) -> frozenset[int]:
+    """The rows in which a latent does not run; a router may be computed of latents before it."""
+    return skipped_rows(plan, fill(plan, rows), name) if plan.switches_over(name) else frozenset()
+
+
 def _refuse_plate(plan: Plan, name: str, strategy: CandidateStrategy) -> None:
     if plan.is_plate(name):
         raise PlanError(
@@ -313,10 +325,19 @@ def _refuse_plate(plan: Plan, name: str, strategy: CandidateStrategy) -> None:
         )
 
 
-def _extend(rows: Trace, prompt: Sequence[int], name: str, found: Sequence[Sequence[Cell]]) -> tuple[Trace, list[int]]:
-    """Rows repeated once for each value found for them, with that value added, and their prompts."""
-    parents = [row for row, cells in enumerate(found) for _ in cells]
-    extended = rows.select(parents).updated({name: [cell for cells in found for cell in cells]})
+def _extend(
+    rows: Trace, prompt: Sequence[int], name: str, skipped: Collection[int], found: Sequence[Sequence[Cell]]
+) -> tuple[Trace, list[int]]:
+    """Rows repeated once for each value found for them, with that value added, and their prompts.
+
+    Args:
+        skipped: rows in which the node does not run, which stay as they are.
+        found: of each other row.
+    """
+    others = iter(found)
+    by_row = [[ABSENT] if row in skipped else next(others) for row in range(len(rows))]
+    parents = [row for row, cells in enumerate(by_row) for _ in cells]
+    extended = rows.select(parents).updated({name: [cell for cells in by_row for cell in cells]})
     return extended, [prompt[parent] for parent in parents]
 
 

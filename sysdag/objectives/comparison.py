@@ -15,6 +15,7 @@ from torch import Tensor
 
 from sysdag.components.component import Component
 from sysdag.data.preferences import PreferencePair, collate
+from sysdag.execution.branching import without_skipped
 from sysdag.execution.execute import fill, flat_draws
 from sysdag.execution.likelihood import in_context
 from sysdag.graph.plan import Plan
@@ -23,7 +24,7 @@ from sysdag.objectives.candidates import Candidates, distinct_ngrams
 from sysdag.objectives.losses import PairScores
 from sysdag.objectives.options import NodeOptions, ObjectiveOptions
 from sysdag.objectives.tail_weight import shared_lengths
-from sysdag.traces.cells import Cell
+from sysdag.traces.cells import ABSENT, Cell, value_of
 from sysdag.traces.trace import Trace
 
 
@@ -154,8 +155,8 @@ class SamplingComparison:
         self.prompt = [*prompt, *(p + count for p in prompt)]
         by_candidate = Trace.concatenate([drawn.trace.updated(side.select(prompt).cells) for side in sides])
         first = drawn.trace.select([prompt.index(p) for p in range(count)])
-        by_pair = fill(plan, Trace.concatenate([first.updated(side.cells) for side in sides]))
-        latent_trace, joint_trace = fill(plan, drawn.trace), fill(plan, by_candidate)
+        by_pair = observed_behind(plan, Trace.concatenate([first.updated(side.cells) for side in sides]))
+        latent_trace, joint_trace = fill(plan, drawn.trace), observed_behind(plan, by_candidate)
         for name in plan.factors("sampling"):
             if name in self.latents:
                 latent_trace = in_context(plan, latent_trace, name)
@@ -201,7 +202,7 @@ class SamplingComparison:
             else:
                 log_p, rewards = log_p + score, rewards + self.options.beta * log_ratio
             metrics |= _node_metrics(name, self.options.beta * log_ratio)
-        lengths = sum(term_lengths(self.plan, self.observed, name, device) for name in self.plan.system.outputs)
+        lengths = sum(term_lengths(self.plan, self.observed, name, device) for name in self.plan.results)
         assert isinstance(lengths, Tensor)
         nll = -count * log_p[:count] / lengths[:count].sum().clamp(min=1)
         return _pair_scores(rewards, policy_part, lengths, nll), metrics
@@ -246,8 +247,8 @@ class SamplingComparison:
         """Distinct-2 of each prompt's candidates."""
         texts: list[list[str]] = [[] for _ in range(self.count)]
         for name in self.latents:
-            for prompt, value in zip(self.drawn.prompt, self.drawn.trace[name], strict=True):
-                texts[prompt].append(str(value))
+            for prompt, cell in zip(self.drawn.prompt, self.drawn.trace.cells[name], strict=True):
+                texts[prompt] += [] if cell is ABSENT else [str(value_of(cell))]
         return [distinct_ngrams(own) for own in texts]
 
     def _is_continuous(self, name: str) -> bool:
@@ -257,6 +258,11 @@ class SamplingComparison:
             return bool(component.is_density)
         term = next(term for term in self.terms if term.name == name)
         return any(_is_real(draw.value) for draw in flat_draws(term.trace.cells[name]))
+
+
+def observed_behind(plan: Plan, trace: Trace) -> Trace:
+    """The trace with deterministic nodes, and an output's value at the branch alone that its candidate takes."""
+    return fill(plan, without_skipped(plan, fill(plan, trace))) if plan.system.switches else fill(plan, trace)
 
 
 def _is_real(value: Any) -> bool:
@@ -306,8 +312,11 @@ def paired_noise(component: Component, cells: Sequence[Cell], generator: Generat
         return None
     count = len(cells) // 2
     columns = [flat_draws([cell]) for cell in cells]
+    if not any(columns):  # no run takes its branch
+        return None
     if isinstance(generator, Sequence):
         parts = [paired_noise(component, [cells[p], cells[p + count]], own) for p, own in enumerate(generator)]
+        parts = [part for part in parts if part is not None]
         joined = [(side, p) for p in range(count) for side in (0, 1) for _ in columns[p + side * count]]
         return parts[0].join(parts).select(sorted(range(len(joined)), key=joined.__getitem__))
     longest = [max(columns[row], columns[row + count], key=len) for row in range(count)]

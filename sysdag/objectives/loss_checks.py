@@ -50,7 +50,7 @@ def check_losses(plan: Plan, options: ObjectiveOptions) -> None:
 
 def _check_tokens(plan: Plan, options: ObjectiveOptions, loss: str) -> None:
     """A run's length is the tokens of the nodes scored; for Sampling, whose likelihood is the outputs', of those."""
-    names = plan.factors("direct") if options.objective == "direct" else plan.system.outputs
+    names = plan.factors("direct") if options.objective == "direct" else plan.results
     for name in names:
         if not _component(plan, name).has_tokens:
             raise PlanError(

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 from sysdag.components.component import Component
 from sysdag.execution.execute import flat_draws
-from sysdag.traces.cells import Cell
+from sysdag.traces.cells import ABSENT, Cell
 
 
 @dataclass(frozen=True)
@@ -31,11 +31,17 @@ class TailWeight:
 
 
 def shared_lengths(component: Component, cells: Sequence[Cell], tail: float) -> TailWeight:
-    """Of winners followed by losers: each draw's length that the other side has too, element by element of a plate."""
+    """Of winners followed by losers: each draw's length that the other side has too, element by element of a plate.
+
+    A draw counts whole where the other side takes another branch.
+    """
     lengths = [component.lengths(flat_draws([cell])) for cell in cells]
     count = len(cells) // 2
     heads = []
     for row, own in enumerate(lengths):
         other = lengths[(row + count) % (2 * count)]
+        if cells[(row + count) % (2 * count)] is ABSENT:
+            heads += own
+            continue
         heads += [min(length, other[place]) if place < len(other) else 0 for place, length in enumerate(own)]
     return TailWeight(tuple(heads), tail)

@@ -23,6 +23,8 @@ FIELDS: dict[str, dict[str, tuple[type, ...]]] = {
     },
     "edges": {"parent": (str,), "child": (str,), "parameter": (str,), "each": (bool,)},
 }
+SWITCH_FIELDS = {"name": (str,), "router": (str,), "cases": (list,)}
+CASE_FIELDS = {"values": (list,), "nodes": (list,), "end": (str,)}
 COMPONENT_FIELDS = {"class": (str,), "folder": (str, type(None)), "options": (dict,)}
 
 
@@ -51,6 +53,10 @@ def check_data(data: Any) -> None:
     for section, fields in FIELDS.items():
         for number, row in enumerate(section_of(data, section, list)):
             check_row(row, fields, f"{section}[{number}]")
+    for number, row in enumerate(section_of(data, "switches", list) if "switches" in data else ()):
+        check_row(row, SWITCH_FIELDS, f"switches[{number}]")
+        for place, case in enumerate(row["cases"]):
+            check_row(case, CASE_FIELDS, f"switches[{number}], case {place},")
     if not all(isinstance(output, str) for output in section_of(data, "outputs", list)):
         raise SerializationError(f"'outputs' must be names, got {shown(data['outputs'])}.")
     if unknown := sorted(data.keys() - {"format_version", "outputs", "components", *FIELDS}):

@@ -16,10 +16,12 @@ from typing import Any
 
 from sysdag.errors import GraphError, SerializationError
 from sysdag.files.atomic import SAVED, current, explaining_disk_errors, replacing
+from sysdag.files.encoding import decode_value, encode_value
 from sysdag.files.hub import local_folder
 from sysdag.files.saved_files import check_component, check_links, reading
 from sysdag.graph.import_path import function_path
 from sysdag.graph.source import import_node_function, source_hash
+from sysdag.graph.switches import Branching, Case, taken
 from sysdag.graph.system import System
 from sysdag.graph.variables import Edge, Input, Node
 from sysdag.saving.component_folder import check_key, class_name, class_row, read_component, write_component
@@ -37,15 +39,15 @@ def system_to_dict(system: System) -> dict[str, Any]:
     """
     key_of = {id(component): key for key, component in component_keys(system).items()}
     name_of_type: dict[type | None, str] = {kind: name for name, kind in VALUE_TYPES.items()}
-    return {
+    found = {
         "format_version": FORMAT_VERSION,
         "inputs": [{"name": i.name, "value_type": name_of_type.get(i.value_type)} for i in system.inputs],
         "nodes": [
             {
                 "base_name": n.base_name,
                 "visit": n.visit,
-                "function": function_path(n.function),
-                "source_sha256": source_hash(n.function),
+                "function": None if n.function is taken else function_path(n.function),
+                "source_sha256": None if n.function is taken else source_hash(n.function),
                 "component": key_of[id(n.component)] if n.is_random else None,
             }
             for n in system.nodes
@@ -55,6 +57,27 @@ def system_to_dict(system: System) -> dict[str, Any]:
         ],
         "outputs": list(system.outputs),
     }
+    return found | {"switches": [_switch_to_dict(made) for made in system.switches]} if system.switches else found
+
+
+def _switch_to_dict(made: Branching) -> dict[str, Any]:
+    cases: list[dict[str, Any]] = []
+    for case in made.cases:
+        values = [encode_value(value, made.name) for value in case.values]
+        cases.append({"values": values, "nodes": list(case.nodes), "end": case.end})
+    return {"name": made.name, "router": made.router, "cases": cases}
+
+
+def _switch_from_dict(row: Mapping[str, Any]) -> Branching:
+    cases = [
+        Case(tuple(_hashable(decode_value(value)) for value in case["values"]), tuple(case["nodes"]), case["end"])
+        for case in row["cases"]
+    ]
+    return Branching(row["name"], row["router"], tuple(cases))
+
+
+def _hashable(value: Any) -> Any:
+    return tuple(map(_hashable, value)) if isinstance(value, list) else value
 
 
 def system_from_dict(
@@ -84,7 +107,8 @@ def _functions(data: Mapping[str, Any], given: Mapping[str, Callable[..., Any]])
     for name in given:
         if name not in first_rows:
             raise SerializationError(f"The saved system has no node {name!r}; its nodes are {sorted(first_rows)}.")
-    return {name: _function(row, given) for name, row in first_rows.items()}
+    switched = {made["name"].partition("[")[0] for made in data.get("switches", ())}
+    return {name: taken if name in switched else _function(row, given) for name, row in first_rows.items()}
 
 
 def _assembled(
@@ -111,6 +135,7 @@ def _assembled(
             ],
             [Edge(**{field: row[field] for field in FIELDS["edges"]}) for row in data["edges"]],
             data["outputs"],
+            [_switch_from_dict(row) for row in data.get("switches", ())],
         )
     except GraphError as error:
         raise SerializationError(f"The saved graph and its node functions form no system. {error}") from error
@@ -263,10 +288,10 @@ def check_same_system(system: System, folder: Path) -> dict[str, tuple[Any, Path
         SerializationError: naming the first difference.
     """
     saved, own = read_json(current(folder, FILE_NAME, FILE_NAME)), system_to_dict(system)
-    for section in ("inputs", "nodes", "edges", "outputs"):
-        if saved.get(section) != own[section]:
+    for section in ("inputs", "nodes", "edges", "outputs", "switches"):
+        if saved.get(section) != own.get(section):
             raise SerializationError(
-                f"{folder} holds another system: its {section} are {saved.get(section)}, expected {own[section]}."
+                f"{folder} holds another system: its {section} are {saved.get(section)}, expected {own.get(section)}."
             )
     rows = section_of(saved, "components", dict)
     weighted: dict[str, tuple[Any, Path]] = {}

@@ -1,4 +1,4 @@
-"""What a node holds in one run: a draw, or for a plate one draw an element.
+"""What a node holds in one run: a draw, or for a plate one draw an element; nothing where its branch was not taken.
 
 Token ids travel with text: a draw keeps the ids that were really sampled, so scoring never tokenises a completion
 again.
@@ -6,6 +6,7 @@ again.
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,16 +31,40 @@ class Draw:
     log_prob: float | None = None
 
 
-Cell = Draw | tuple[Draw, ...]
+class Absent(enum.Enum):
+    """The cell of a node that did not run, as another branch of a switch was taken."""
+
+    ABSENT = "absent"
+
+    def __repr__(self) -> str:
+        return "ABSENT"
+
+
+ABSENT = Absent.ABSENT
+Cell = Draw | tuple[Draw, ...] | Absent
+
+
+def draws_of(cell: Cell) -> tuple[Draw, ...]:
+    """The draws of a cell, one an element; none of an absent one."""
+    if cell is ABSENT:
+        return ()
+    return cell if isinstance(cell, tuple) else (cell,)
 
 
 def value_of(cell: Cell) -> Any:
-    """What a child receives: the draw's value, or for a plate the list of its elements' values."""
+    """What a child receives: the draw's value, or for a plate the list of its elements' values.
+
+    None of an absent cell, which has no child that runs.
+    """
+    if cell is ABSENT:
+        return None
     return [draw.value for draw in cell] if isinstance(cell, tuple) else cell.value
 
 
 def encode_cell(cell: Cell, name: str) -> Any:
-    """A draw, or a plate's, as in a line of `Trace.to_jsonl`; `name` is the node that an error names."""
+    """A draw, a plate's, or None of an absent cell, as in a line of `Trace.to_jsonl`; `name` is for errors."""
+    if cell is ABSENT:
+        return None
     if isinstance(cell, tuple):
         return [encode_cell(draw, name) for draw in cell]
     return {
@@ -51,6 +76,8 @@ def encode_cell(cell: Cell, name: str) -> Any:
 
 def decode_cell(data: Any) -> Cell:
     """What `encode_cell` wrote; anything else raises whatever it meets."""
+    if data is None:
+        return ABSENT
     if isinstance(data, list):
         return tuple(_decode_draw(element) for element in data)
     return _decode_draw(data)

@@ -11,7 +11,7 @@ from sysdag.errors import DataError
 from sysdag.files.arrow import load_pyarrow, write_parquet
 from sysdag.files.atomic import replacing_file
 from sysdag.files.encoding import encode_value
-from sysdag.traces.cells import Cell, Draw
+from sysdag.traces.cells import ABSENT, Cell, Draw
 from sysdag.traces.row_format import encode_row_value, to_arrow
 from sysdag.traces.trace import Trace
 
@@ -73,7 +73,10 @@ def preference_row(trace: Trace, chosen: int, rejected: int, outputs: Sequence[s
 
 
 def values_of_run(trace: Trace, run: int, outputs: Sequence[str]) -> tuple[Any, dict[str, Any]]:
-    """The draws of a run's output (of several outputs a dict by node), and those of all other nodes by name."""
+    """The draws of a run's output (of several outputs a dict by node), and those of all other nodes by name.
+
+    None of a node that did not run.
+    """
     given = {name: _given(cells[run]) for name, cells in trace.cells.items()}
     output = given[outputs[0]] if len(outputs) == 1 else {name: given[name] for name in outputs}
     return output, {name: value for name, value in given.items() if name not in outputs}
@@ -111,7 +114,9 @@ def carried_columns(trace: Trace, runs: Sequence[int]) -> dict[str, Any]:
     return found
 
 
-def _given(cell: Cell) -> Draw | list[Draw]:
+def _given(cell: Cell) -> Draw | list[Draw] | None:
+    if cell is ABSENT:
+        return None
     return list(cell) if isinstance(cell, tuple) else cell
 
 

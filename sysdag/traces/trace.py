@@ -25,8 +25,8 @@ class Trace:
 
     Attributes:
         inputs: for each input, one value a row.
-        cells: for each node that has values, one `Draw` a row, or for a plate one tuple of draws a row; in topological
-            order, so that the last node is an output.
+        cells: for each node that has values, one `Draw` a row, or for a plate one tuple of draws a row, or `ABSENT`
+            where it did not run; in topological order, so that the last node is an output.
         columns: what else is known of each run, by name: a score, the numbers of its prompt and run; one value a row,
             of any kind that `sysdag.files.encoding` knows. They have names of their own, which may be those of inputs.
     """
@@ -48,7 +48,7 @@ class Trace:
         return next((len(column) for part in parts for column in part.values()), 0)
 
     def __getitem__(self, name: str) -> list[Any]:
-        """The values of one input or node, one a row (a list of elements' values for a plate)."""
+        """The values of one input or node, one a row: of a plate a list of its elements', None where it did not run."""
         if name in self.inputs:
             return list(self.inputs[name])
         if name in self.cells:

@@ -8,7 +8,8 @@ that type, a plate of such values is a list of them:
 
 Values of any other kind, or of several, are JSON text as in the lines of `Trace.to_jsonl`. Beside a node's values stand
 its `<node>.log_prob` (natural logarithm), where any is known, and its `<node>.record`, where there is any: JSON text
-again, which has the sampled token ids. The file's metadata say under `sysdag.trace` which column is what, and in which
+again, which has the sampled token ids. A node that did not run everywhere has a column `<node>.absent`, which says
+where; its value is null there. The file's metadata say under `sysdag.trace` which column is what, and in which
 form; a table that another program wrote anew has lost them, and is no trace.
 """
 
@@ -24,10 +25,11 @@ from sysdag.errors import DataError
 from sysdag.files.arrow import is_plain, load_pyarrow, plain_type, read_parquet, text_column, write_parquet
 from sysdag.files.atomic import replacing_file
 from sysdag.files.encoding import decode_json, decode_value, encode_json, encode_value
-from sysdag.traces.cells import Cell, Draw, decode_cell, encode_cell
+from sysdag.traces.cells import ABSENT, Cell, Draw, decode_cell, encode_cell
 
 Made = TypeVar("Made")
 FORMAT_VERSION = 1
+_WITH_ABSENT = 2  # where there are absent cells, which readers of the first version would take for nulls
 _METADATA = b"sysdag.trace"
 
 
@@ -44,8 +46,9 @@ def write(
     """
     load_pyarrow(path)
     writer = _Writer()
+    absent = any(cell is ABSENT for column in cells.values() for cell in column)
     layout = {
-        "format_version": FORMAT_VERSION,
+        "format_version": _WITH_ABSENT if absent else FORMAT_VERSION,
         "inputs": {name: writer.values(name, name, column, encode_value) for name, column in inputs.items()},
         "nodes": {name: writer.node(name, column) for name, column in cells.items()},
         "columns": {
@@ -65,8 +68,8 @@ def read(path: Path, made: Callable[..., Made]) -> Made:
     table = read_parquet(path)
     try:
         layout = json.loads(table.schema.metadata[_METADATA])
-        if layout["format_version"] != FORMAT_VERSION:
-            raise ValueError(f"its format is version {layout['format_version']}, this sysdag reads {FORMAT_VERSION}")
+        if layout["format_version"] not in (FORMAT_VERSION, _WITH_ABSENT):
+            raise ValueError(f"its format is version {layout['format_version']}, this sysdag reads {_WITH_ABSENT}")
         reader = _Reader(table)
         return made(
             {name: reader.values(place, decode_value) for name, place in layout["inputs"].items()},
@@ -113,9 +116,15 @@ class _Writer:
 
     def node(self, name: str, cells: Sequence[Cell]) -> dict[str, Any]:
         """A node's cells: `kind` is `draw` or `plate`, or `cell` where a column holds both."""
+        place: dict[str, Any]
+        absent = [cell is ABSENT for cell in cells]
+        if any(absent):
+            fill: Cell = () if any(isinstance(cell, tuple) for cell in cells) else Draw(None)
+            place = self.node(name, [fill if cell is ABSENT else cell for cell in cells])
+            return {**place, "absent": self.values(f"{name}.absent", name, absent, encode_value)}
         if all(isinstance(cell, Draw) for cell in cells):
             draws = [cell for cell in cells if isinstance(cell, Draw)]
-            place: dict[str, Any] = {"kind": "draw"}
+            place = {"kind": "draw"}
             place["value"] = self.values(name, name, [draw.value for draw in draws], encode_value)
             if any(draw.log_prob is not None for draw in draws):
                 log_probs = [draw.log_prob for draw in draws]
@@ -158,6 +167,10 @@ class _Reader:
         return values
 
     def node(self, place: Mapping[str, Any]) -> list[Cell]:
+        if "absent" in place:
+            there = self.node({key: part for key, part in place.items() if key != "absent"})
+            absent = self.values(place["absent"], decode_value)
+            return [ABSENT if missing else cell for cell, missing in zip(there, absent, strict=True)]
         if place["kind"] == "cell":
             return self.values(place["cell"], decode_cell)
         values = self.values(place["value"], decode_value)

@@ -243,8 +243,10 @@ class SysDPOTrainer(CheckpointTrainer):
         if self._uses_deepspeed:  # its exchange takes the optimizer's step, too
             self._check_gradients()
         distributed = self.accelerator.num_processes > 1 or self._uses_deepspeed
-        if distributed and self._system_model.rounds() is None:
-            self.accelerator.backward(model(None))
+        at_work = {turn.batch.name for turn in output.turns}
+        rests = any(name not in at_work for name in self._system_model.factors)  # a branch that no run took
+        if (distributed or rests) and self._system_model.rounds() is None:
+            self.accelerator.backward(model(None))  # gradients of 0 where there are none
         if not self._uses_deepspeed:
             self._check_gradients()
         loss = loss.detach() * share

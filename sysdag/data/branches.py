@@ -1,0 +1,135 @@
+"""Rows of systems with switches: which branches a run took, and what its output says of their last nodes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from sysdag.errors import DataError
+from sysdag.execution.branching import skipped_rows
+from sysdag.execution.execute import draw
+from sysdag.files.encoding import encode_value
+from sysdag.graph.plan import Plan
+from sysdag.traces.cells import ABSENT, Cell, Draw, value_of
+from sysdag.traces.trace import Trace
+
+
+class Run:
+    """One run of which some nodes' values are known.
+
+    Attributes:
+        given: by node, what is known: for the last node of the branch that a switch took, the switch's value, too.
+        skipped: nodes that did not run.
+        undecided: nodes of which the routers do not say whether they ran.
+
+    Raises:
+        DataError: for a router's value that names no branch.
+        Exception: whatever the function of a node raises that a router is computed by, with the node in `failed_node`.
+    """
+
+    def __init__(self, plan: Plan, inputs: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+        self.plan = plan
+        self.given = dict(given)
+        routers = {made.router for made in plan.system.switches}
+        self._computed = routers.union(*(plan.ancestors(router) for router in routers))
+        self._inputs = {name: [value] for name, value in inputs.items()}
+        while True:
+            trace = self._settled()
+            known = len(self.given)
+            for name in [name for name in self.given if plan.switch(name)]:
+                if (end := self._end_of(trace, name)) is not None:
+                    self.given.setdefault(end, self.given[name])
+            if len(self.given) == known:
+                break
+        self.undecided = frozenset(name for name in plan.order if not self._is_decided(trace, name))
+        self.skipped = frozenset(name for name, (cell,) in trace.cells.items() if cell is ABSENT)
+
+    def end_of(self, output: str) -> str | None:
+        """The node whose value an output has in this run; None where that is not known."""
+        return self._end_of(self._settled(), output)
+
+    def possible_ends(self, output: str) -> list[str]:
+        """The nodes whose value an output may have in this run, as far as routers are known."""
+        trace, found, waiting = self._settled(), [], [output]
+        while waiting:
+            name = waiting.pop(0)
+            made = self.plan.switch(name)
+            if made is None:
+                found += [] if name in found or name in self.skipped else [name]
+            else:
+                case = self._case(trace, name)
+                waiting += [each.end for at, each in enumerate(made.cases) if case in (None, at)]
+        return found
+
+    def _case(self, trace: Trace, name: str) -> int | None:
+        made = self.plan.switch(name)
+        assert made is not None
+        if made.router in trace.inputs:
+            return made.case_of(trace.inputs[made.router][0])
+        if made.router not in trace.cells or trace.cells[made.router][0] is ABSENT:
+            return None
+        return made.case_of(value_of(trace.cells[made.router][0]))
+
+    def _end_of(self, trace: Trace, name: str) -> str | None:
+        while (made := self.plan.switch(name)) is not None:
+            if (case := self._case(trace, name)) is None:
+                return None
+            name = made.cases[case].end
+        return name
+
+    def _is_decided(self, trace: Trace, name: str) -> bool:
+        routers = {made.router for made, _ in self.plan.switches_over(name)}
+        return all(router in trace.inputs or router in trace.cells for router in routers)
+
+    def _settled(self) -> Trace:
+        """What is known of the run: what is given, what it says of branches, and what routers are computed by."""
+        trace = Trace(self._inputs, {})
+        for name in self.plan.order:
+            if not self._is_decided(trace, name):
+                continue
+            if skipped_rows(self.plan, trace, name):
+                trace = trace.updated({name: [ABSENT]})
+            elif self.plan.switch(name) is None and name in self.given:
+                trace = trace.updated({name: [_cell(self.given[name])]})
+            elif name in self._computed and not self.plan.system[name].is_random and self._is_known(trace, name):
+                try:
+                    trace = trace.updated({name: draw(self.plan, trace, name)})
+                except Exception as error:
+                    error.__dict__[_FAILED_NODE] = name
+                    raise
+        return trace
+
+    def _is_known(self, trace: Trace, name: str) -> bool:
+        above = [edge.parent for edge in self.plan.parents(name)]
+        if self.plan.switch(name) is not None:
+            end = self._case(trace, name)
+            above = [] if end is None else [self.plan.switch(name).cases[end].end]  # type: ignore[union-attr]
+            if not above:
+                return False
+        return all(parent in trace.inputs or parent in trace.cells for parent in above)
+
+
+_FAILED_NODE = "_sysdag_failed_node"
+
+
+def failed_node(error: BaseException) -> str | None:
+    """The node whose function raised an error while a `Run` was settled."""
+    return getattr(error, _FAILED_NODE, None)
+
+
+def _cell(value: Any) -> Cell:
+    """A given value as a cell, as it is."""
+    if isinstance(value, Draw):
+        return value
+    if isinstance(value, (list, tuple)) and any(isinstance(element, Draw) for element in value):
+        return tuple(element if isinstance(element, Draw) else Draw(element) for element in value)
+    return Draw(value)
+
+
+def same_value(first: Any, second: Any) -> bool:
+    """Whether two given values of a node are equal, whatever their records."""
+    ours, theirs = (value_of(_cell(value)) for value in (first, second))
+    try:
+        return bool(encode_value(ours, "value") == encode_value(theirs, "value"))
+    except DataError:  # a type that only the component knows
+        return ours is theirs
