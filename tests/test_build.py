@@ -322,7 +322,7 @@ def test_loop_in_a_loop():
     inner = loop(x >> a, carry={"x": a}, times=2)
     with refused("loop(...) takes arrows made with `>>` and switches, got Loop; loops do not nest."):
         loop(inner, carry={"x": a}, times=2)
-    with refused("loop(...) takes arrows made with `>>`, got Node; loops do not nest."):
+    with refused("loop(...) takes arrows made with `>>` and switches, got Node; loops do not nest."):
         loop(a, carry={"x": a}, times=2)
 
 

@@ -64,8 +64,8 @@ def given_cell(plan: Plan, name: str, value: Any, where: str, folder: Path | Non
         readers = [end for end in plan.ends_of(name) if getattr(plan.system[end].component, "reads_files", False)]
         if readers and isinstance(value, (str, Path, bytes)):
             raise DataError(
-                f"{where}: whether the value of {name!r} is an image of node {readers[0]!r} cannot be told, as its router "
-                f"{made.router!r} is not known; give that in the row's intermediates."
+                f"{where}: whether the value of {name!r} is an image of node {readers[0]!r} cannot be told, as its "
+                f"router {made.router!r} is not known; give that in the row's intermediates."
             )
     if not plan.is_plate(name):
         return _draw(component, value, name, where, folder)

@@ -195,8 +195,8 @@ class SystemModel(nn.Module):
             self._rounds, self._knows_rounds = rounds_of(self), True
             if self._rounds is not None and self.plan.system.switches:
                 raise PlanError(
-                    f"The switch {self.plan.system.switches[0].name!r} does not serve sharded models (FSDP2): processes "
-                    "call each model equally often, and branches that are skipped do not. Use DDP or DeepSpeed's ZeRO-2."
+                    f"The switch {self.plan.system.switches[0].name!r} does not serve sharded models (FSDP2): "
+                    "processes call each model equally often, and skipped branches do not. Use DDP or DeepSpeed's ZeRO-2."
                 )
             if self._rounds is not None and self.engine.engine == "one_pass":
                 raise PlanError("engine='one_pass' does not serve sharded models (FSDP2); use 'two_pass'.")

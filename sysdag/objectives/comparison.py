@@ -125,6 +125,8 @@ class DirectComparison:
             lengths.append(term_lengths(self.plan, self.trace, name, score.device))
             nll.append(-node.scale * count * score[:count] / lengths[-1][:count].sum().clamp(min=1))
             metrics |= _node_metrics(name, rewards[-1])
+            if self.plan.switches_over(name):
+                metrics[f"nodes/{name}/taken"] = runs_in(self.trace, name, score).view(2, count).mean(0)
             if self.plan.system[name].likelihood == "exact":
                 log_probs.append(score.detach())
         if log_probs:
@@ -202,10 +204,20 @@ class SamplingComparison:
             else:
                 log_p, rewards = log_p + score, rewards + self.options.beta * log_ratio
             metrics |= _node_metrics(name, self.options.beta * log_ratio)
+            if self.plan.switches_over(name):
+                metrics[f"nodes/{name}/taken"] = self._taken(name, weights, index)
         lengths = sum(term_lengths(self.plan, self.observed, name, device) for name in self.plan.results)
         assert isinstance(lengths, Tensor)
         nll = -count * log_p[:count] / lengths[:count].sum().clamp(min=1)
         return _pair_scores(rewards, policy_part, lengths, nll), metrics
+
+    def _taken(self, name: str, weights: Tensor, index: Tensor) -> Tensor:
+        """How much of each pair's two runs takes a node's branch, by the candidates' responsibilities."""
+        term = next(term for term in self.terms if term.name == name)
+        runs = runs_in(term.trace, name, weights)
+        if self.plan.system[name].likelihood == "exact":  # else it is outside of the sum over candidates
+            runs = torch.zeros(2 * self.count).to(weights).index_add(0, index, weights * self._spread(name, runs))
+        return runs.view(2, self.count).mean(0)
 
     def _spread(self, name: str, values: Tensor) -> Tensor:
         """One value for each side and candidate; a latent's is shared by the sides."""
@@ -293,6 +305,11 @@ def _sides(name: str, values: Tensor) -> dict[str, Tensor]:
 def _node_metrics(name: str, rewards: Tensor) -> dict[str, Tensor]:
     chosen, rejected = rewards.detach().chunk(2)
     return {**_sides(f"nodes/{name}/rewards", rewards), f"nodes/{name}/rewards/margins": chosen - rejected}
+
+
+def runs_in(trace: Trace, name: str, like: Tensor) -> Tensor:
+    """1 for each row in which a node runs, 0 for the others, as the numbers of `like` are."""
+    return torch.tensor([float(cell is not ABSENT) for cell in trace.cells[name]]).to(like)
 
 
 def term_lengths(plan: Plan, trace: Trace, name: str, device: torch.device) -> Tensor:
