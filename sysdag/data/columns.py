@@ -26,7 +26,7 @@ def input_column(plan: Plan, row: Mapping[str, Any], name: str) -> str:
 def read_columns(plan: Plan, row: Mapping[str, Any], objective: Objective) -> set[str]:
     """The keys of a row that are looked at."""
     names = {input_column(plan, row, given.name) for given in plan.system.inputs}
-    if objective == "direct":
+    if objective == "direct" or any(name not in plan.system.outputs for name in plan.results):
         names |= {f"{side}_intermediates" for side in SIDES}
     return names | set(SIDES) | set(row_options(plan)) | set(pair_columns(plan))
 
