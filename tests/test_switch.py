@@ -153,7 +153,9 @@ def test_importance_sampling_is_unbiased_over_branches():
     plan = build().compile()
     x, z = "a", "u"
     exact = math.fsum(p for values, p in outcomes(x) if values["solution"] == z)
-    drawn = [ImportanceSampling(num_candidates=2, temperature=2.0).draw(plan, {"x": [x]}, [seed]) for seed in range(400)]
+    drawn = [
+        ImportanceSampling(num_candidates=2, temperature=2.0).draw(plan, {"x": [x]}, [seed]) for seed in range(400)
+    ]
     estimates = torch.stack([log_p_hat(plan, x, z, each).exp()[0] for each in drawn])
     error = float(estimates.std() / len(drawn) ** 0.5)
     assert abs(float(estimates.mean()) - exact) < 4 * error

@@ -150,7 +150,7 @@ def _parts(given: Any, which: str, router: str) -> tuple[Part, ...]:
 
 
 def without_ancestors(made: Branching, switches: Sequence[Branching], read: Iterable[Edge]) -> Branching:
-    """The switch without those nodes of its branches that its router depends on.
+    """The switch without its router and what that depends on, which have run before a branch is chosen.
 
     Args:
         switches: all of the system.
@@ -160,7 +160,7 @@ def without_ancestors(made: Branching, switches: Sequence[Branching], read: Iter
 
     graph = networkx.DiGraph((edge.parent, edge.child) for edge in read)
     graph.add_edges_from((source, own.name) for own in switches for source in (own.router, *_ends(own)))
-    above = networkx.ancestors(graph, made.router) if made.router in graph else set()
+    above = {made.router} | (networkx.ancestors(graph, made.router) if made.router in graph else set())
     cases = [replace(case, nodes=tuple(name for name in case.nodes if name not in above)) for case in made.cases]
     return replace(made, cases=tuple(cases))
 
