@@ -169,7 +169,10 @@ def test_sampling_weighs_the_branches_by_their_posterior():
                 if weight.requires_grad:
                     weight.copy_(0.2 * torch.randn_like(weight))
     after = [merged(part) for part in parts]
-    rows = [{"question": "2+2?", "chosen": "4", "rejected": "five"}, {"question": "why?", "chosen": "so", "rejected": ""}]
+    rows = [
+        {"question": "2+2?", "chosen": "4", "rejected": "five"},
+        {"question": "why?", "chosen": "so", "rejected": ""},
+    ]
 
     def marginal(models, x, z):
         priors = [math.log(p) for p in ROUTES[x].values()]

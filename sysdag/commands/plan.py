@@ -23,7 +23,7 @@ PICTURES = (".svg", ".png", ".pdf")
 TEXTS = (".mmd", ".dot", ".json", ".txt")
 _OF_THE_ESTIMATE = (
     "objective", "pairs", "candidates", "engine", "micro_batch_tokens", "offload_idle", "gradient_checkpointing",
-    "frozen", "device",
+    "frozen", "share", "device",
 )  # fmt: skip
 
 
@@ -76,6 +76,13 @@ def plan(
     frozen: Annotated[
         list[str] | None, typer.Option(metavar="NODE", help="For --estimate: a node that does not train. Repeatable.")
     ] = None,
+    share: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NODE=PART",
+            help="For --estimate: which part of the runs, from 0 to 1, takes a node's branch; all, where it is not said.",
+        ),
+    ] = None,
     device: Annotated[
         Device | None, typer.Option(help="For --estimate: whose kernels; by default a GPU's where there is one.")
     ] = None,
@@ -99,7 +106,7 @@ def plan(
     if wants_estimate:
         found = compiled.estimate(
             tokens, objective=objective.value, pairs=pairs, num_candidates=candidates, engine=engine.value,
-            micro_batch_tokens=micro_batch_tokens, offload_idle=offload_idle, frozen=frozen or (),
+            micro_batch_tokens=micro_batch_tokens, offload_idle=offload_idle, frozen=frozen or (), shares=dict(map(_share, share or ())),
             gradient_checkpointing=gradient_checkpointing, device=None if device is None else device.value,
         )  # fmt: skip
     table = outline.to_text(compiled)
@@ -133,6 +140,14 @@ def _length(given: str) -> tuple[str, Sequence[int]]:
     if not name or len(tokens) != len(numbers.split(",")) or len(tokens) not in (2, 3):
         raise typer.BadParameter(f"--lengths {given}: expected NODE=PROMPT,COMPLETION[,COMMON].")
     return name, tokens
+
+
+def _share(given: str) -> tuple[str, float]:
+    name, _, part = given.rpartition("=")
+    try:
+        return name, float(part)
+    except ValueError as error:
+        raise typer.BadParameter(f"--share {given}: expected NODE=PART, a number from 0 to 1.") from error
 
 
 def _write(plan: Plan, path: Path, texts: Mapping[str, str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -130,6 +131,7 @@ def estimate(
     micro_batch_tokens: int = 8192,
     offload_idle: bool = False,
     frozen: Collection[str] = (),
+    shares: Mapping[str, float] | None = None,
     gradient_checkpointing: bool = False,
     bf16: bool = False,
     device: Literal["cpu", "cuda"] | None = None,
@@ -144,6 +146,9 @@ def estimate(
         pairs: preference pairs of a step.
         engine, micro_batch_tokens, offload_idle: see `sysdag.objectives.options.EngineOptions`.
         frozen: nodes that do not train.
+        shares: for nodes in branches of a switch, which part of all runs (for Sampling, of all paths) takes them, from
+            0 to 1. A node without one counts as if all runs took it; in one pass, where graphs of several nodes are there
+            at once, each run then takes the branches that need most.
         gradient_checkpointing: whether activations are recomputed in the backward.
         bf16: whether models compute in bfloat16 by autocast, as with `SysDPOConfig(bf16=True)`.
         device: whose kernels are assumed; by default a GPU where torch finds one. A GPU's can be told only there.
@@ -152,12 +157,18 @@ def estimate(
         PlanError: for a GPU where there is none, a node without lengths, a name that is no random node, or a component
             whose memory is not known.
     """
-    for option, names in (("lengths", lengths), ("frozen", frozen)):
+    shares = shares or {}
+    for option, names in (("lengths", lengths), ("frozen", frozen), ("shares", shares)):
         for name in names:
             if name not in plan.random_nodes:
                 raise PlanError(
                     f"estimate: {option} names {name!r}; the system's random nodes are {list(plan.random_nodes)}."
                 )
+    for name, share in shares.items():
+        if not 0 <= share <= 1 or (share < 1 and not plan.switches_over(name)):
+            raise PlanError(
+                f"estimate: shares[{name!r}] must be from 0 to 1, and 1 for a node that always runs, got {share!r}."
+            )
     if device == "cuda" and not torch.cuda.is_available():
         raise PlanError(
             "estimate: device='cuda', but torch finds no GPU here, and which kernels one runs is its own say."
@@ -165,12 +176,14 @@ def estimate(
     if offload_idle and engine == "one_pass":
         raise PlanError("estimate: offload_idle=True needs engine='two_pass'.")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    graph = plan.to_networkx()
+    read = networkx.DiGraph((e.parent, e.child) for e in plan.system.edges if e.parameter or plan.switch(e.child))
+    read.add_nodes_from(plan.order)
     footprints: dict[str, Footprint] = {}
     graphs: dict[str, int] = {}
     decoding: dict[str, int] = {}
     owner: dict[int, str] = {}
-    elements: dict[str, int] = {}  # that are scored alone, by their component's key
+    alone: dict[str, int] = {}  # elements of a node that are scored alone
+    held: dict[str, int] = {}  # what a node's graphs save
     for name in plan.factors(objective):
         component: Component | None = plan.system[name].component
         assert component is not None  # factors are random nodes
@@ -179,7 +192,7 @@ def estimate(
             raise PlanError(
                 f"estimate: lengths has no entry for node {name!r}; give (prompt tokens, completion tokens)."
             )
-        varies = any(ancestor in plan.random_nodes for ancestor in networkx.ancestors(graph, name))
+        varies = any(ancestor in plan.random_nodes for ancestor in networkx.ancestors(read, name))
         is_latent = objective == "sampling" and name in plan.latents("sampling")
         paths = num_candidates if objective == "sampling" and (varies or is_latent) else 1
         completions = paths if is_latent else 2 * paths
@@ -188,8 +201,10 @@ def estimate(
         prompts = (paths if objective == "sampling" else 2) if varies else 0
         own = prompts * (prompt - common) + completions * completion
         whole = pairs * (own + common * math.ceil(own / max(1, micro_batch_tokens - common)))
+        share = shares.get(name, 1.0)
+        whole = max(1, math.ceil(share * whole))
         tokens = max(min(micro_batch_tokens, whole), prompt + completion)
-        labels = max(1, tokens * pairs * completions * completion // whole)
+        labels = max(1, math.ceil(tokens * share * pairs * completions * completion) // whole)
         with torch.autocast(device, dtype=torch.bfloat16, enabled=bf16):
             found = component.footprint(
                 tokens=tokens, labels=labels, trains=name not in frozen, checkpoints=gradient_checkpointing,
@@ -199,14 +214,25 @@ def estimate(
             raise PlanError(f"estimate: the memory of node {name!r} ({component!r}) is not known before it runs.")
         key = owner.setdefault(id(component), name)
         if common + 2 * (prompt - common + completion) > micro_batch_tokens:
-            elements[key] = elements.get(key, 0) + pairs * completions
+            alone[name] = math.ceil(share * pairs * completions)
         if is_latent:
-            drawn = component.decoding_bytes(rows=pairs * paths, tokens=prompt + completion, device=device)
+            rows = max(1, math.ceil(share * pairs * paths))
+            drawn = component.decoding_bytes(rows=rows, tokens=prompt + completion, device=device)
             decoding[key] = max(decoding.get(key, 0), drawn)
-        held = found.graph if engine == "two_pass" else found.graph * whole // tokens
-        graphs[key] = max(graphs.get(key, 0), held) if engine == "two_pass" else graphs.get(key, 0) + held
+        held[name] = found.graph if engine == "two_pass" else found.graph * whole // tokens
         if key not in footprints or found.working > footprints[key].working:
             footprints[key] = found
+    at_once = together(plan, held, shares)
+    for name in held:
+        key = owner[id(plan.system[name].component)]
+        if engine == "two_pass":
+            graphs[key] = max(graphs.get(key, 0), held[name])
+        else:
+            graphs[key] = graphs.get(key, 0) + (held[name] if name in at_once else 0)
+    elements: dict[str, int] = {}
+    for name in together(plan, alone, shares):
+        key = owner[id(plan.system[name].component)]
+        elements[key] = elements.get(key, 0) + alone[name]
     bases = {
         key: next(owner[id(plan.system[name].component)] for name in names if id(plan.system[name].component) in owner)
         for names in plan.models
@@ -222,6 +248,29 @@ def estimate(
     wanted = sum(count * footprints[key].trained for key, count in elements.items())
     room = room_for_gradients(sum(told.weights(key) for key in footprints), trained)
     return replace(told, waiting=max(0, min(wanted, room) - trained))
+
+
+def together(plan: Plan, sizes: Mapping[str, int], stated: Collection[str]) -> set[str]:
+    """The nodes of a step in which every run takes those branches whose nodes' sizes have the largest sum.
+
+    Args:
+        sizes: of each node.
+        stated: nodes whose part of the runs is known; they count whatever the others take.
+    """
+    over = {name: dict.fromkeys(made.name for made, _ in plan.switches_over(name)) for name in sizes}
+    places = {(made.name, name): at for name in sizes for made, at in plan.switches_over(name)}
+    entangled = networkx.Graph()
+    entangled.add_nodes_from(made.name for made in plan.system.switches)
+    entangled.add_edges_from(itertools.chain.from_iterable(itertools.pairwise(switches) for switches in over.values()))
+    found = {name for name in sizes if not over[name] or name in stated}
+    for group in networkx.connected_components(entangled):
+        names = [name for name in sizes if name not in found and group & over[name].keys()]
+        ways = itertools.product(
+            *([(s.name, at) for at in range(len(s.cases))] for s in plan.system.switches if s.name in group)
+        )
+        taken = ([n for n in names if all(at in places[s, n] for s, at in way if s in over[n])] for way in ways)
+        found |= set(max(taken, key=lambda own: sum(sizes[name] for name in own)))
+    return found
 
 
 def _shown(count: int) -> str:

@@ -13,6 +13,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from sysdag.components.component import named_source
+from sysdag.components.footprint import Footprint, bytes_of
+from sysdag.components.precision import optimizer_bytes
 from sysdag.components.discrete.values import Discrete
 from sysdag.components.loading_info import complete
 from sysdag.errors import DataError, DeclarationNeeded, PlanError, SerializationError
@@ -118,6 +120,20 @@ class Categorical(Discrete):
         elif self._tokenizer is None:
             self._tokenizer = self._tokenizer_source
         return self._tokenizer
+
+    def tokens_of_any_draw(self) -> int | None:
+        return 1 if isinstance(self._source, int) else None
+
+    def footprint(self, *, tokens: int, labels: int, trains: bool, checkpoints: bool, device: str) -> Footprint | None:
+        """See `Component`; of a linear classifier over features, of which a token is one input."""
+        if not isinstance(self._source, int):
+            return None
+        numbers = [torch.empty(len(self.values), self._source + 1, device="meta")]  # the weight with the bias
+        weights, saved = sum(map(bytes_of, numbers)), 4 * tokens * (self._source + 2 * len(self.values))
+        return Footprint(
+            weights=weights, trained=weights if trains else 0, optimizer=optimizer_bytes(numbers) if trains else 0,
+            reference=weights if trains else 0, graph=saved if trains else 0, working=saved,
+        )  # fmt: skip
 
     def logits(self, inputs: Sequence[Any]) -> Float[Tensor, "n values"]:
         if self.tokenizer is not None:
