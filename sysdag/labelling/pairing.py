@@ -13,7 +13,7 @@ from typing import Any
 
 from sysdag.errors import DataError
 from sysdag.files.encoding import encode_value
-from sysdag.traces.cells import Draw, value_of
+from sysdag.traces.cells import ABSENT, Draw, value_of
 from sysdag.traces.pairs import runs_by_input
 from sysdag.traces.trace import Trace
 
@@ -127,6 +127,8 @@ def _plain(content: Any) -> Any:
         return tuple(_plain(element) for element in content)
     if isinstance(content, Mapping):
         return {key: _plain(element) for key, element in content.items()}
+    if content is ABSENT:
+        return {"absent": True}
     if isinstance(content, Draw):
         return {"value": _plain(content.value), "record": _plain(content.record), "log_prob": content.log_prob}
     return content

@@ -11,7 +11,7 @@ from typing import Any
 import numpy
 
 from sysdag.labelling.records import Assignment
-from sysdag.traces.cells import value_of
+from sysdag.traces.cells import ABSENT, value_of
 from sysdag.traces.trace import Trace
 
 _MOST_CHARACTERS = 200_000  # of one text; a browser lays out more only slowly
@@ -29,11 +29,12 @@ def comparison(trace: Trace, outputs: Sequence[str], shown: Assignment) -> dict[
 
     Returns:
         `pair`; `inputs`; and `left` and `right`, each with `outputs` and `intermediates`. All are lists of
-        `{"name", "view"}`, in the trace's order; a `view` is as in `view_of`.
+        `{"name", "view"}`, in the trace's order, without what did not run; a `view` is as in `view_of`.
     """
 
     def side(row: int) -> dict[str, Any]:
-        parts = {name: _named(name, value_of(column[row])) for name, column in trace.cells.items()}
+        ran = {name: column[row] for name, column in trace.cells.items() if column[row] is not ABSENT}
+        parts = {name: _named(name, value_of(cell)) for name, cell in ran.items()}
         return {
             "outputs": [parts[name] for name in outputs],
             "intermediates": [part for name, part in parts.items() if name not in outputs],

@@ -40,12 +40,15 @@ class Box:
 
 @dataclass(frozen=True)
 class Arrow:
-    """An arrow as SVG path data; `each` of a plate."""
+    """An arrow as SVG path data; `each` of a plate, `beside` what stands at its head, the place (x, y)."""
 
     parent: str
     child: str
     path: str
     each: bool
+    beside: str = ""
+    x: float = 0.0
+    y: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -80,7 +83,10 @@ def lay_out(topology: Topology) -> Layout:
         Box(n, round(x[n], 1), y[n], round(width[n], 1), BOX_HEIGHT) for names in topology.levels for n in names
     )
     arrows = tuple(
-        Arrow(parent, child, _path([(x[n], y[n]) for n in routes[number]]), each)
+        Arrow(
+            parent, child, _path([(x[n], y[n]) for n in routes[number]]), each,
+            topology.beside.get((parent, child), ""), round(x[child], 1), round(y[child] - BOX_HEIGHT / 2 - 10, 1),
+        )  # fmt: skip
         for number, (parent, child, each) in enumerate(topology.edges)
     )
     height = 2 * MARGIN + len(rows) * BOX_HEIGHT + (len(rows) - 1) * GAP_Y

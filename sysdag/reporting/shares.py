@@ -28,6 +28,8 @@ class NodeShare:
         chosen, rejected: its mean implicit reward on winners and on losers.
         margin: chosen - rejected.
         share: between -1 and 1, see `DEFINITION`; None where no node has a margin.
+        taken: of a node in a branch of a switch, which part of the runs takes it; its rewards are means over all runs,
+            with 0 for those that do not. None for any other node.
     """
 
     name: str
@@ -35,6 +37,7 @@ class NodeShare:
     rejected: float
     margin: float
     share: float | None
+    taken: float | None = None
 
 
 @dataclass(frozen=True)
@@ -93,7 +96,10 @@ def last_shares(history: History, order: Sequence[str] = ()) -> Shares | None:
         rows = [_row(metrics, name, step) for name in names]
         found = [row for row in rows if row is not None]
         parts = shares_of([margin for *_, margin in found])
-        nodes = tuple(NodeShare(*row, share) for row, share in zip(found, parts, strict=True))
+        nodes = tuple(
+            NodeShare(*row, share, metrics.get(f"nodes/{row[0]}/taken", EMPTY).finite.at(step))
+            for row, share in zip(found, parts, strict=True)
+        )
         return Shares(step, split, nodes, metrics.get("rewards/margins", EMPTY).finite.at(step))
     return None
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import networkx
@@ -19,7 +19,8 @@ class Topology:
         inputs: names of the inputs.
         component_of: for each random node the key of its component, for each deterministic node None; in topological
             order.
-        edges: (parent, child, whether it is a plate).
+        edges: (parent, child, whether it is a plate), each once; a switch has none from its router.
+        beside: of edges by parent and child what stands beside them: of a router's, the branches that begin there.
         outputs: names of the outputs.
         levels: names by their distance from the start: level 0 the inputs, then nodes whose parents stand before.
     """
@@ -29,6 +30,7 @@ class Topology:
     edges: tuple[tuple[str, str, bool], ...]
     outputs: tuple[str, ...]
     levels: tuple[tuple[str, ...], ...]
+    beside: Mapping[tuple[str, str], str] = field(default_factory=dict)
 
     @classmethod
     def of(cls, data: Mapping[str, Any]) -> Topology:
@@ -42,7 +44,7 @@ class Topology:
             row["base_name"] if row["visit"] is None else f"{row['base_name']}[{row['visit']}]": row["component"]
             for row in data["nodes"]
         }
-        edges = tuple((row["parent"], row["child"], row["each"]) for row in data["edges"])
+        edges, beside = _edges(data)
         known = {*inputs, *component_of}
         for name in [name for edge in edges for name in edge[:2]] + list(data["outputs"]):
             if name not in known:
@@ -66,8 +68,29 @@ class Topology:
             edges=edges,
             outputs=tuple(data["outputs"]),
             levels=tuple(names for names in levels if names),
+            beside=beside,
         )
 
     def component(self, node: str) -> str | None:
         """The key of a node's component; None for one that is deterministic or unknown."""
         return self.component_of.get(node)
+
+
+def _edges(data: Mapping[str, Any]) -> tuple[tuple[tuple[str, str, bool], ...], dict[tuple[str, str], str]]:
+    """The edges that are drawn, and what stands beside them."""
+    beside: dict[tuple[str, str], str] = {}
+    skipped = set()
+    for made in data.get("switches", ()):
+        if made["router"] not in [case["end"] for case in made["cases"]]:
+            skipped.add((made["router"], made["name"]))
+        for case in made["cases"]:
+            for name in case["nodes"]:
+                key = (made["router"], name)
+                title = " or ".join(map(str, case["values"])) or "otherwise"
+                beside[key] = f"{beside[key]}, {title}" if key in beside else title
+    found: dict[tuple[str, str], bool] = {}
+    for row in data["edges"]:
+        ends = (row["parent"], row["child"])
+        if ends not in skipped:
+            found[ends] = found.get(ends, False) or row["each"]
+    return tuple((*ends, each) for ends, each in found.items()), {key: t for key, t in beside.items() if key in found}

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import numpy
 
 from sysdag.reporting.formats import number
+from sysdag.traces.cells import ABSENT
 from sysdag.traces.trace import Trace
 
 MOST_LETTERS = 6000
@@ -185,7 +186,7 @@ def _has_shape_of_image(value: numpy.ndarray) -> bool:
 
 @dataclass(frozen=True)
 class Step:
-    """One node's value before and after; None where the trace is not there or lacks the node."""
+    """One node's value before and after; None where the trace is not there, lacks the node, or took another branch."""
 
     node: str
     before: Shown | None
@@ -195,7 +196,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Prompt:
-    """One run before and after: its inputs, and its nodes in the order they ran."""
+    """One run before and after: its inputs, and the nodes that ran, in their order."""
 
     inputs: tuple[tuple[str, Shown], ...]
     steps: tuple[Step, ...]
@@ -213,12 +214,18 @@ def side_by_side(traces: Mapping[str, Trace], most: int) -> list[Prompt]:
         paired = after is not None and before is not None and row < len(after) and _same_inputs(before, after, row)
         steps = []
         for name in whole.cells:
+            ran = whole.cells[name][row] is not ABSENT
             value = whole[name][row]
             if paired and after is not None and name in after.cells:
                 other = after[name][row]
+                also = after.cells[name][row] is not ABSENT
+                if not (ran and also):  # its branch was not taken, on one side or on both
+                    sides = shown(value) if ran else None, shown(other) if also else None
+                    steps += [Step(name, *sides, changed=True)] if ran or also else []
+                    continue
                 left, right = shown_pair(value, other)
                 steps.append(Step(name, left, right, not _equal(value, other)))
-            else:
+            elif ran:
                 alone = shown(value)
                 steps.append(Step(name, alone if whole is before else None, None if whole is before else alone, False))
         prompts.append(Prompt(inputs, tuple(steps)))
