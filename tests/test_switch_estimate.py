@@ -1,4 +1,4 @@
-"""What a training of a system with switches needs in memory: the branches that are largest, or those that are stated."""
+"""What a training of a system with switches needs in memory: the largest branches, or the stated ones."""
 
 import pytest
 import torch

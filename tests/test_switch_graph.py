@@ -114,7 +114,7 @@ def test_a_loop_may_be_a_branch():
         (lambda: switch(r, {"p": a, " p\n": b}), "two branches are for 'p'"),
         (lambda: switch(r, {"p": a, "q": "b"}), "branch 'q' must be a node, arrows, a loop, a switch"),
         (lambda: switch(r, {"p": a, "q": []}), "branch 'q' is empty"),
-        (lambda: switch(r, {"p": a, "q": x >> [b, c]}), "branch 'q' ends in ['b', 'c'], and its value is that of one node."),
+        (lambda: switch(r, {"p": a, "q": x >> [b, c]}), "branch 'q' ends in ['b', 'c'], and its value is that of one"),
         (lambda: switch(r, {"p": a, "q": b}, name="a b"), "must be a Python identifier"),
         (lambda: x >> switch(r, {"p": a, "q": b}), "A switch has no arrows into it"),
         (lambda: System(x >> [r, a, b, c], switch(r, {"p": a, "q": b}, name="v"), outputs=["v", "a"]),

@@ -18,8 +18,8 @@ CODE = {"route": "code", "outline": "o"}
 
 
 def row(chosen=MATH, rejected=CODE, **others):
-    return {"x": "a", "chosen": "u", "rejected": "v", "chosen_intermediates": chosen, "rejected_intermediates": rejected,
-            **others}  # fmt: skip
+    between = {"chosen_intermediates": chosen, "rejected_intermediates": rejected}
+    return {"x": "a", "chosen": "u", "rejected": "v", **between, **others}
 
 
 def problems(given, objective="direct", system=None):
@@ -42,9 +42,9 @@ def test_intermediates_of_the_branch_that_was_taken_are_all_that_is_needed():
 @pytest.mark.parametrize(
     ("given", "text"),
     [
-        (row({**MATH, "outline": "o"}), "Row 0, chosen, node 'outline': a value is given, but the branch that 'route' took "
-         "is another; leave it out."),
-        (row({**MATH, "write": "u"}), "Row 0, chosen, node 'write': a value is given, but the branch that 'route' took is"),
+        (row({**MATH, "outline": "o"}), "Row 0, chosen, node 'outline': a value is given, but the branch that 'route' "
+         "took is another; leave it out."),
+        (row({**MATH, "write": "u"}), "Row 0, chosen, node 'write': a value is given, but the branch that"),
         (row({"route": "poetry"}), "Row 0, chosen: Node 'route': 'poetry' names no branch of the switch 'solution'; "
          "expected one of 'math', 'code'."),
         (row({"route": "code"}), "Row 0: chosen has no value of node 'outline', which direct needs"),

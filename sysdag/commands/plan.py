@@ -80,7 +80,7 @@ def plan(
         list[str] | None,
         typer.Option(
             metavar="NODE=PART",
-            help="For --estimate: which part of the runs, from 0 to 1, takes a node's branch; all, where it is not said.",
+            help="For --estimate: the part of the runs, from 0 to 1, that takes a node's branch; by default all.",
         ),
     ] = None,
     device: Annotated[
@@ -106,7 +106,8 @@ def plan(
     if wants_estimate:
         found = compiled.estimate(
             tokens, objective=objective.value, pairs=pairs, num_candidates=candidates, engine=engine.value,
-            micro_batch_tokens=micro_batch_tokens, offload_idle=offload_idle, frozen=frozen or (), shares=dict(map(_share, share or ())),
+            micro_batch_tokens=micro_batch_tokens, offload_idle=offload_idle, frozen=frozen or (),
+            shares=dict(map(_share, share or ())),
             gradient_checkpointing=gradient_checkpointing, device=None if device is None else device.value,
         )  # fmt: skip
     table = outline.to_text(compiled)

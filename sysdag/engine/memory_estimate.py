@@ -147,8 +147,8 @@ def estimate(
         engine, micro_batch_tokens, offload_idle: see `sysdag.objectives.options.EngineOptions`.
         frozen: nodes that do not train.
         shares: for nodes in branches of a switch, which part of all runs (for Sampling, of all paths) takes them, from
-            0 to 1. A node without one counts as if all runs took it; in one pass, where graphs of several nodes are there
-            at once, each run then takes the branches that need most.
+            0 to 1. A node without one counts as if all runs took it; in one pass, where graphs of several nodes are
+            there at once, each run then takes the branches that need most.
         gradient_checkpointing: whether activations are recomputed in the backward.
         bf16: whether models compute in bfloat16 by autocast, as with `SysDPOConfig(bf16=True)`.
         device: whose kernels are assumed; by default a GPU where torch finds one. A GPU's can be told only there.

@@ -196,7 +196,7 @@ class SystemModel(nn.Module):
             if self._rounds is not None and self.plan.system.switches:
                 raise PlanError(
                     f"The switch {self.plan.system.switches[0].name!r} does not serve sharded models (FSDP2): "
-                    "processes call each model equally often, and skipped branches do not. Use DDP or DeepSpeed's ZeRO-2."
+                    "processes call each model equally often, and skipped branches do not. Use DDP or ZeRO-2."
                 )
             if self._rounds is not None and self.engine.engine == "one_pass":
                 raise PlanError("engine='one_pass' does not serve sharded models (FSDP2); use 'two_pass'.")

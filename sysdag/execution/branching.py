@@ -35,8 +35,8 @@ def cases_taken(trace: Trace, made: Branching) -> list[int | None]:
             with at_row(row):
                 raise DataError(
                     f"{kind} {made.router!r}, row {names[row]}: {shown(value, 80)} names no branch of the switch "
-                    f"{made.name!r}; expected one of {made.known}. Give the switch a default=..., or put a node between "
-                    "that turns every value into one of these."
+                    f"{made.name!r}; expected one of {made.known}. Give the switch a default=..., or put a node "
+                    "between that turns every value into one of these."
                 )
     return found
 

@@ -82,13 +82,12 @@ def lay_out(topology: Topology) -> Layout:
     boxes = tuple(
         Box(n, round(x[n], 1), y[n], round(width[n], 1), BOX_HEIGHT) for names in topology.levels for n in names
     )
-    arrows = tuple(
-        Arrow(
-            parent, child, _path([(x[n], y[n]) for n in routes[number]]), each,
-            topology.beside.get((parent, child), ""), round(x[child], 1), round(y[child] - BOX_HEIGHT / 2 - 10, 1),
-        )  # fmt: skip
-        for number, (parent, child, each) in enumerate(topology.edges)
-    )
+
+    def arrow(number: int, parent: str, child: str, each: bool) -> Arrow:
+        path, beside = _path([(x[n], y[n]) for n in routes[number]]), topology.beside.get((parent, child), "")
+        return Arrow(parent, child, path, each, beside, round(x[child], 1), round(y[child] - BOX_HEIGHT / 2 - 10, 1))
+
+    arrows = tuple(arrow(number, *edge) for number, edge in enumerate(topology.edges))
     height = 2 * MARGIN + len(rows) * BOX_HEIGHT + (len(rows) - 1) * GAP_Y
     return Layout(round(whole, 1), height, boxes, arrows)
 

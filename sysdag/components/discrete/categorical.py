@@ -13,10 +13,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from sysdag.components.component import named_source
-from sysdag.components.footprint import Footprint, bytes_of
-from sysdag.components.precision import optimizer_bytes
 from sysdag.components.discrete.values import Discrete
+from sysdag.components.footprint import Footprint, bytes_of
 from sysdag.components.loading_info import complete
+from sysdag.components.precision import optimizer_bytes
 from sysdag.errors import DataError, DeclarationNeeded, PlanError, SerializationError
 from sysdag.files.hub import reaching
 from sysdag.files.saved_files import only, reading, safetensors_shapes
