@@ -296,7 +296,7 @@ def test_pictures_show_the_examples_as_they_are(picture, monkeypatch):
         system = load_system(f"{ROOT / 'examples' / 'systems' / picture.stem}.py:system")
     finally:
         sys.modules.pop(picture.stem, None)
-    found = re.findall(r"<!-- (.+?) -->", picture.read_text(encoding="utf-8"))
+    found = [text.strip() for text in re.findall(r"<!-- (.+?) -->", picture.read_text(encoding="utf-8"))]
     shown = [text for text in found if not text.startswith("on the model of ")]
     drawn = [given.name for given in system.inputs]
     for name in system.compile().order:

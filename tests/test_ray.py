@@ -9,12 +9,13 @@ import threading
 
 import pytest
 import sampled_systems
+import switched_systems
 from test_sample_command import BAD, SYSTEMS, copied, sample
 from tiny import llama
 from tokenizer_families import IM, TOOLS, bytes_with, user
 from trained_systems import two_llms
 
-from sysdag import Input, PlanError, System, node
+from sysdag import Input, PlanError, System, Trace, node
 from sysdag.components import CausalLM, Opaque
 from sysdag.errors import RunError, SysdagError
 from sysdag.execution.batches import LocalEngine
@@ -54,6 +55,16 @@ def test_the_file_is_the_local_engines_resumed_and_with_an_actor_that_dies(clust
     assert cut.read_bytes() == whole.read_bytes()
     assert not ray.data.DataContext.get_current().execution_options.preserve_order
     assert logging.getLogger("ray.data").level != logging.ERROR
+
+
+@pytest.mark.slow
+def test_branches_of_switches_are_taken_as_by_the_local_engine(cluster):
+    plan = switched_systems.build(behind=True).compile()
+    options = {"runs": 6, "seed": 5, "batch_size": 4}
+    local, there = (list(run(plan, {"x": ["a", "b"]}, engine=engine, **options)) for engine in ("local", "ray"))
+    assert [list(trace.rows()) for trace in there] == [list(trace.rows()) for trace in local]
+    whole = Trace.concatenate(there)
+    assert {value is None for value in whole["solve"]} == {True, False}
 
 
 @pytest.mark.slow

@@ -141,7 +141,8 @@ def with_node(plan: Plan, trace: Trace, name: str, sampler: Sampler, seed: int) 
     except Exception as error:  # a node's function is the user's, a component's model anybody's
         failed = failed_row(error)
         prompt = trace.columns["prompt"][failed] if failed is not None and "prompt" in trace.columns else None
-        if isinstance(error, SysdagError) and name in str(error):
+        is_told = isinstance(error, SysdagError) and any(known in str(error) for known in (name, *_routers(plan, name)))
+        if isinstance(error, SysdagError) and is_told:
             error.input_row = prompt
             raise
         rows = row_names(trace)
@@ -151,6 +152,11 @@ def with_node(plan: Plan, trace: Trace, name: str, sampler: Sampler, seed: int) 
         raised = RunError(f"{type(error).__name__}: {error}. {' '.join(notes)}")
         raised.input_row = prompt
         raise raised from error
+
+
+def _routers(plan: Plan, name: str) -> list[str]:
+    """What decides whether the node runs, and may be at fault."""
+    return [made.router for made, _ in plan.switches_over(name)]
 
 
 def check_device(device: str | None) -> None:
