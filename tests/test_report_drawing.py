@@ -9,6 +9,7 @@ import re
 
 import numpy
 import pytest
+import switched_systems
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -22,6 +23,7 @@ from sysdag.reporting.layout import LETTER, lay_out
 from sysdag.reporting.thinning import thin
 from sysdag.reporting.topology import Topology
 from sysdag.reporting.values import MOST_ELEMENTS, MOST_LETTERS, shown, shown_pair, side_by_side
+from sysdag.saving.serialization import system_to_dict
 
 
 def trace(answer, question):
@@ -183,3 +185,34 @@ def test_no_text_is_wider_than_its_box(name):
     assert name.startswith(box.title.removesuffix("…"))
     assert box.squeezes("chosen \u22121.2e\u221210, rejected \u22123.4e\u221210") == (box.width < 200)
     assert not box.squeezes("input")
+
+
+def test_branches_of_switches_are_drawn_from_their_router():
+    plan = switched_systems.build(behind=True).compile()
+    topology = Topology.of(system_to_dict(plan.system))
+    assert ("route", "solution", False) not in topology.edges
+    assert topology.beside == {("route", "solve"): "math", ("route", "outline"): "code"}
+    assert {edge[:2] for edge in topology.edges} == {
+        (edge.parent, edge.child) for edge in plan.system.edges if (edge.parent, edge.child) != ("route", "solution")
+    }
+    drawn = {(arrow.parent, arrow.child): arrow for arrow in lay_out(topology).arrows}
+    box = next(box for box in lay_out(topology).boxes if box.name == "outline")
+    arrow = drawn["route", "outline"]
+    assert (arrow.beside, arrow.x) == ("code", box.x)
+    assert arrow.y < box.y - box.height / 2
+    assert drawn["outline", "write"].beside == ""
+
+
+def test_runs_side_by_side_leave_out_what_did_not_run():
+    plan = switched_systems.build().compile()
+    trace = plan.sample({"x": ["a"] * 12}, seed=0)
+    of_math, of_code = trace["route"].index("math"), trace["route"].index("code")
+    before, after = trace.select([of_math, of_math]), trace.select([of_math, of_code])
+    same, other = side_by_side({"before": before, "after": after}, 2)
+    assert [step.node for step in same.steps] == ["route", "solve", "solution"]
+    found = {step.node: step for step in other.steps}
+    assert (found["solve"].before is None, found["solve"].after is None) == (False, True)
+    assert (found["write"].before is None, found["write"].after is None) == (True, False)
+    assert found["write"].changed
+    (alone, _) = side_by_side({"after": after}, 2)
+    assert [step.node for step in alone.steps] == ["route", "solve", "solution"]

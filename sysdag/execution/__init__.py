@@ -8,6 +8,7 @@ from sysdag import exports
 
 if TYPE_CHECKING:
     from sysdag.execution.batches import LocalEngine, Runs
+    from sysdag.execution.branching import skipped_rows
     from sysdag.execution.execute import fill, sample
     from sysdag.execution.likelihood import log_probs
     from sysdag.execution.ray_engine import RayEngine
@@ -23,11 +24,13 @@ __all__ = [
     "log_probs",
     "run",
     "sample",
+    "skipped_rows",
 ]
 __getattr__ = exports(
     __name__,
     {
         "batches": ["LocalEngine", "Runs"],
+        "branching": ["skipped_rows"],
         "execute": ["fill", "sample"],
         "likelihood": ["log_probs"],
         "ray_engine": ["RayEngine"],

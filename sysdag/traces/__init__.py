@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING
 from sysdag import exports
 
 if TYPE_CHECKING:
-    from sysdag.traces.cells import Draw
+    from sysdag.traces.cells import ABSENT, Draw
     from sysdag.traces.pairs import output_names, preference_row, runs_by_input, write_pairs
     from sysdag.traces.readers import read_all, read_rows
     from sysdag.traces.trace import Trace
     from sysdag.traces.unpaired import unpaired_row
 
 __all__ = [
+    "ABSENT",
     "Draw",
     "Trace",
     "output_names",
@@ -27,7 +28,7 @@ __all__ = [
 __getattr__ = exports(
     __name__,
     {
-        "cells": ["Draw"],
+        "cells": ["ABSENT", "Draw"],
         "pairs": ["output_names", "preference_row", "runs_by_input", "write_pairs"],
         "readers": ["read_all", "read_rows"],
         "trace": ["Trace"],
