@@ -23,6 +23,8 @@ def random(name, parameters="x"):
 
 r, a, b, c, d = (random(name) for name in "rabcd")
 after_b = random("after_b", "b")
+each = random("e", "v")
+texts, words = (node_of(name, "x", Fake(name, value_type=str)) for name in ("texts", "words"))
 
 
 def same(x):
@@ -127,6 +129,8 @@ def test_a_loop_may_be_a_branch():
          "The router 'r' of switch 'v' runs once for every element of a list"),
         (lambda: System(x >> [r, a, b], switch(r, {"p": a, "q": b}, name="a")), "Name 'a' stands for 2 different"),
         (lambda: System(x >> [r, a], switch(r, {"p": a, "q": b}, name="v")), "Node 'b': parameter 'x' of its function"),
+        (lambda: System(x >> [r, texts, words], switch(r, {"p": texts, "q": words}, name="v").each() >> each),
+         "v.each() >> e: a plate needs a list, but 'v' gives str"),
     ],
 )  # fmt: skip
 def test_what_is_no_switch_is_refused(make, text):

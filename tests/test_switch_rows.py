@@ -149,3 +149,13 @@ def test_logs_and_chosen_answers_become_runs_with_absent_values():
     runs = chosen_runs(plan, given)
     assert (runs["solve"], runs["write"], runs["solution"]) == (["u", None], [None, "u"], ["u", "u"])
     assert isinstance(runs.cells["solution"][1], Draw)
+
+
+def test_empty_cells_of_csv_are_no_values_of_branches_that_were_not_taken(tmp_path):
+    columns = "chosen_intermediates.route,chosen_intermediates.outline,rejected_intermediates.route,"
+    lines = [f"x,chosen,rejected,{columns}rejected_intermediates.outline", "a,u,v,math,,code,o", "a,u,v,math,p,code,o"]
+    (tmp_path / "rows.csv").write_text("\n".join(lines) + "\n")
+    rows = read_rows(tmp_path / "rows.csv")
+    assert problems(rows[0]) == []
+    (told,) = problems(rows[1])
+    assert "node 'outline': a value is given, but the branch that 'route' took is another" in told

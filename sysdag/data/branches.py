@@ -44,6 +44,10 @@ class Run:
         self.undecided = frozenset(name for name in plan.order if not self._is_decided(trace, name))
         self.skipped = frozenset(name for name, (cell,) in trace.cells.items() if cell is ABSENT)
 
+    def contradicted(self) -> list[str]:
+        """Nodes that did not run, and of which a value is given; an empty text is none, as CSV has no null."""
+        return sorted(name for name in self.skipped if self.given.get(name) is not None and self.given[name] != "")
+
     def end_of(self, output: str) -> str | None:
         """The node whose value an output has in this run; None where that is not known."""
         return self._end_of(self._settled(), output)

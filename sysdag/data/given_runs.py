@@ -35,7 +35,7 @@ def given_cells(
         run = Run(plan, inputs, known)
     except DataError as error:
         raise DataError(f"{where}: {str(error).replace(', row 0:', ':')}") from error
-    if both := sorted(known.keys() & run.skipped):
+    if both := run.contradicted():
         raise DataError(f"{where}: node {both[0]!r} has a value, but another branch was taken.")
     cells: dict[str, Cell] = {}
     for name in plan.order:

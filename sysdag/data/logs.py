@@ -127,9 +127,9 @@ class _Reading:
         except DataError as error:
             self.problems.append(str(error).replace(", row 0:", ":"))
             return values
-        if both := sorted(values.keys() & run.skipped):
+        if both := run.contradicted():
             self.problems.append(f"node {both[0]!r} has a value, but another branch was taken.")
-        return {**dict.fromkeys(run.skipped), **run.given}
+        return {**run.given, **dict.fromkeys(run.skipped)}
 
     @property
     def _has_output_column(self) -> bool:

@@ -219,8 +219,8 @@ class _Reading:
             self._problem("invalid value", what.replace(", row 0:", ":"), name, side)
             return {}, frozenset(self.plan.order)
         given = {name: value for name, value in run.given.items() if self.plan.switch(name) is None}
-        for name in sorted(between.keys() & run.skipped):
-            given.pop(name, None)
+        given = {name: value for name, value in given.items() if name not in run.skipped}
+        for name in run.contradicted():
             routers = " and ".join(repr(made.router) for made, _ in self.plan.switches_over(name))
             text = f"a value is given, but the branch that {routers} took is another; leave it out."
             self._problem("not taken", text, name, side)

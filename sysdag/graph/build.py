@@ -66,7 +66,7 @@ def check(
     _check_names(inputs, nodes)
     _check_acyclic(edges)
     _check_parents(inputs, nodes, edges)
-    _check_plates(inputs, nodes, edges)
+    _check_plates(inputs, nodes, edges, switches)
     parents = {edge.parent for edge in edges}
     for given in inputs:
         if given.name not in parents:
@@ -276,11 +276,16 @@ def _check_acyclic(edges: Sequence[Edge]) -> None:
     )
 
 
-def _check_plates(inputs: Sequence[Input], nodes: Sequence[Node], edges: Sequence[Edge]) -> None:
+def _check_plates(
+    inputs: Sequence[Input], nodes: Sequence[Node], edges: Sequence[Edge], switches: Sequence[Branching]
+) -> None:
     plated = {edge.child for edge in edges if edge.each}
     value_types: dict[str, Any] = {i.name: i.value_type for i in inputs}
     for n in nodes:
         value_types[n.name] = list if n.name in plated else _value_type(n)
+    for made in switches:
+        ends = [value_types.get(case.end) for case in made.cases]
+        value_types[made.name] = ends[0] if all(map(_is_no_list, ends)) else None
     for edge in edges:
         known = value_types[edge.parent]
         if edge.each and _is_no_list(known):

@@ -77,7 +77,9 @@ class Branching:
 
 
 def _same(value: Any, own: Hashable) -> bool:
-    return isinstance(value, Hashable) and isinstance(value, bool) == isinstance(own, bool) and bool(value == own)
+    if not isinstance(value, Hashable) or isinstance(value, bool) != isinstance(own, bool):
+        return False
+    return getattr(value, "shape", ()) == () and bool(value == own)  # an array, even of one number, is no name
 
 
 def switch(
