@@ -28,7 +28,8 @@ FACADES = {
 LEAVES = {"components.discrete", "components.language", "components.diffusion"}
 TORCH_FREE = [
     "errors", "files.atomic", "files.encoding", "files.arrow", "files.config_file", "graph", "graph.system",
-    "graph.build", "graph.loops", "graph.plan", "graph.render", "graph.outline", "graph.source", "traces",
+    "graph.build", "graph.loops", "graph.switches", "graph.plan", "graph.render", "graph.outline", "graph.source",
+    "traces",
     "traces.trace", "traces.trace_parquet", "traces.row_format", "traces.readers", "traces.pairs",
     "saving.serialization", "execution.execute", "execution.batches", "execution.running", "execution.ray_engine",
     "components", "reporting.read", "reporting.html", "reporting.text",

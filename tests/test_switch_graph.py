@@ -8,7 +8,7 @@ import pytest
 import torch
 from systems import Fake, edges, node_of
 
-from sysdag import GraphError, Input, PlanError, System, loop, node, switch
+from sysdag import DataError, GraphError, Input, PlanError, System, loop, node, switch
 from sysdag.components import Tabular
 from sysdag.execution.likelihood import log_probs
 from sysdag.graph.outline import to_dict, to_text
@@ -231,3 +231,24 @@ def test_a_nested_switch_runs_what_both_choose():
             assert values["v"] == values["inner"] == values[own]
             expected = 0.5 * (0.25 if first else 0.75) * (share if values["v"] == "u" else 1 - share)
         assert joint[row] == pytest.approx(expected)
+
+
+def test_a_switch_that_does_not_run_asks_nothing_of_its_router():
+    """Its router is an input, which has a value everywhere: also one that names no branch."""
+    kind = Input("kind")
+
+    def reads(name):
+        return node(Tabular({"x": {"u": 0.25, "v": 0.75}}), name=name)(lambda x: x)
+
+    one, two, other = reads("one"), reads("two"), reads("other")
+    route = node(name="route")(lambda x, kind: "q" if kind == "none" else "p")
+    inner = switch(kind, {1: one, 2: two}, name="inner")
+    system = System((x & kind) >> route, x >> [one, two, other], switch(route, {"p": inner, "q": other}, name="v"))
+    trace = system.compile().sample({"x": ["x"] * 3, "kind": [1, "none", 2]})
+    assert [trace[name][1] for name in ("one", "two", "inner")] == [None] * 3
+    assert [value is None for value in trace["other"]] == [True, False, True]
+    assert trace["v"] == [trace["one"][0], trace["other"][1], trace["two"][2]]
+    scores = torch.stack(list(log_probs(system.compile(), trace).values())).sum(0).exp()
+    assert scores.tolist() == pytest.approx([{"u": 0.25, "v": 0.75}[value] for value in trace["v"]])
+    with pytest.raises(DataError, match="Input 'kind', row 1: 3 names no branch of the switch 'inner'"):
+        system.compile().sample({"x": ["x"] * 2, "kind": [1, 3]})

@@ -12,26 +12,25 @@ from sysdag.traces.cells import ABSENT, Cell, value_of
 from sysdag.traces.trace import Trace
 
 
-def cases_taken(trace: Trace, made: Branching) -> list[int | None]:
-    """The place of the case that each row takes; None where the router itself did not run.
+def cases_taken(plan: Plan, trace: Trace, made: Branching) -> list[int | None]:
+    """The place of the case that each row takes; None where the switch is in a branch that was not taken.
 
     Raises:
         PlanError: if the trace has no values of the router.
         DataError: for a value that names no branch, naming router and row.
     """
     names = row_names(trace)
+    skipped = skipped_rows(plan, trace, made.name)
     if made.router in trace.inputs:
         kind, values = "Input", list(trace.inputs[made.router])
-        runs = [True] * len(values)
     elif made.router in trace.cells:
-        kind, cells = "Node", trace.cells[made.router]
-        values, runs = [value_of(cell) for cell in cells], [cell is not ABSENT for cell in cells]
+        kind, values = "Node", [value_of(cell) for cell in trace.cells[made.router]]
     else:
         raise PlanError(f"The switch {made.name!r} asks its router {made.router!r}, of which the trace has no values.")
     found: list[int | None] = []
-    for row, (value, ran) in enumerate(zip(values, runs, strict=True)):
-        found.append(made.case_of(value) if ran else None)
-        if ran and found[-1] is None:
+    for row, value in enumerate(values):
+        found.append(None if row in skipped else made.case_of(value))
+        if row not in skipped and found[-1] is None:
             with at_row(row):
                 raise DataError(
                     f"{kind} {made.router!r}, row {names[row]}: {shown(value, 80)} names no branch of the switch "
@@ -50,7 +49,7 @@ def skipped_rows(plan: Plan, trace: Trace, name: str) -> frozenset[int]:
     return frozenset(
         row
         for made, places in plan.switches_over(name)
-        for row, case in enumerate(cases_taken(trace, made))
+        for row, case in enumerate(cases_taken(plan, trace, made))
         if case not in places
     )
 
@@ -64,14 +63,14 @@ def without_skipped(plan: Plan, trace: Trace) -> Trace:
     return trace
 
 
-def values_taken(trace: Trace, made: Branching) -> list[Cell]:
+def values_taken(plan: Plan, trace: Trace, made: Branching) -> list[Cell]:
     """The cell of the last node of the branch that each row takes; absent where it takes none.
 
     Raises:
         PlanError: if the trace has no values of that node, naming it and the row.
     """
     found: list[Cell] = []
-    for row, case in enumerate(cases_taken(trace, made)):
+    for row, case in enumerate(cases_taken(plan, trace, made)):
         end = None if case is None else made.cases[case].end
         if end is not None and end not in trace.cells:
             raise PlanError(f"The switch {made.name!r} takes the value of {end!r}, of which the trace has none.")

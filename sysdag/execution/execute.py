@@ -92,7 +92,9 @@ def node_inputs(plan: Plan, trace: Trace, name: str) -> Elements:
     """
     skipped = skipped_rows(plan, trace, name)
     if made := plan.switch(name):
-        taken = [(row, value_of(cell)) for row, cell in enumerate(values_taken(trace, made)) if row not in skipped]
+        taken = [
+            (row, value_of(cell)) for row, cell in enumerate(values_taken(plan, trace, made)) if row not in skipped
+        ]
         return Elements([value for _, value in taken], [row for row, _ in taken], len(trace), skipped=skipped)
     edges = plan.arguments(name)
     columns = {}
