@@ -12,6 +12,7 @@ from unittest import mock
 
 import judged_answers
 import networkx  # noqa: F401 - a plan needs it, so each process would import it
+import switched_systems
 import torch
 from accelerate import DistributedType
 from accelerate.commands.launch import launch_command, launch_command_parser
@@ -96,6 +97,28 @@ def evaluate(folder, *, batch):
     return trainer.evaluate(), {}, []
 
 
+def branches(folder, *, batch, engine="two_pass"):
+    """Trains a system with a switch; a process of two may see no run of one branch in a step."""
+    if "RANK" in os.environ:
+        torch._C._get_accelerator = lambda: torch.device("cuda")
+    torch.set_num_threads(1)
+    between = [{"route": "math"}, {"route": "code", "outline": "o"}]
+    data = [
+        {"x": "ab"[i % 2], "chosen": "u", "rejected": "v", "chosen_intermediates": between[i % 5 == 0],
+         "rejected_intermediates": between[i % 3 == 0]}
+        for i in range(16)
+    ]  # fmt: skip
+    args = SysDPOConfig(
+        output_dir=folder, beta=0.3, learning_rate=0.5, max_steps=4, lr_scheduler_type="constant", seed=3,
+        per_device_train_batch_size=batch, logging_steps=1, optim="adamw_torch", report_to=[], use_cpu=True,
+        engine=engine, save_strategy="no", disable_tqdm=True,
+    )  # fmt: skip
+    trainer = SysDPOTrainer(switched_systems.build(), args, train_dataset=data)
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return losses, weights_of(trainer.accelerator.unwrap_model(trainer.model)), []
+
+
 def force_fsdp():
     """Has accelerate and torch shard on a CPU, where they would on an accelerator; all else is their own."""
     initialise = AcceleratorState.__init__
@@ -169,7 +192,9 @@ def one_of_two(rank, port, how, folder, options):
         print_to(f"{folder}/printed-{rank}", stream)
     faulthandler.enable()  # a library that aborts says where
     gc.freeze()  # what was imported stays: neither looked through at each training nor copied for that
-    losses, weights, seen = {"train": train, "shard": shard, "evaluate": evaluate}[how](folder, **options)
+    losses, weights, seen = {"train": train, "shard": shard, "evaluate": evaluate, "branches": branches}[how](
+        folder, **options
+    )
     every = [None] * 2
     torch.distributed.all_gather_object(every, seen)
     if rank == 0:

@@ -147,6 +147,13 @@ def test_a_node_whose_gradient_is_0():
     assert "node_learns_nothing" not in kinds(some)
 
 
+def test_a_node_whose_branch_no_run_takes():
+    found = kinds(updated(log(), {"nodes/draft/taken": lambda step: 0.0}))["node_learns_nothing"]
+    assert found.title == "Node draft learns nothing"
+    assert "No run takes its branch from step 1 to step 60" in found.evidence
+    assert "node_learns_nothing" not in kinds(updated(log(), {"nodes/draft/taken": lambda step: float(step == 9)}))
+
+
 def test_visits_of_a_loop_have_the_gradient_of_their_shared_component():
     nodes = {"critic[0]": (0.5, -0.5), "critic[1]": (0.4, -0.4)}
     lines = [preference_line(s, nodes) | {"nodes/critic/grad_norm": 0.0} for s in range(1, 31)]

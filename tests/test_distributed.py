@@ -136,6 +136,18 @@ def test_two_processes_give_the_run_of_one(processes, tmp_path, how, options):
     assert len(set(everything)) == len(everything)
 
 
+@pytest.mark.parametrize("engine", ["two_pass", "one_pass"])
+def test_processes_that_take_different_branches_give_the_run_of_one(processes, tmp_path, engine):
+    """AdamW moves a weight by momentum also where its gradient is 0, so a branch that rests must have one."""
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    losses, weights, _ = distributed_worker.branches(str(tmp_path / "one"), batch=4, engine=engine)
+    two = run_two(processes, tmp_path / "two", "branches", {"batch": 2, "engine": engine})
+    torch.testing.assert_close(torch.tensor(two["losses"]), torch.tensor(losses), rtol=1e-4, atol=1e-5)
+    for name, tensor in weights.items():
+        torch.testing.assert_close(two["weights"][name], tensor, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("batch", [1, 2])
 def test_two_processes_evaluate_as_means_over_pairs(processes, tmp_path, batch):
     """Of 5 pairs one process has fewer than the other, and gets pairs twice to keep up."""

@@ -110,6 +110,7 @@ def test_json_says_all_that_the_plan_holds(systems):
         "name": "tool",
         "level": 6,
         "parents": [{"name": "words", "parameter": "words", "each": True}],
+        "runs_if": [],
         "component": "Opaque(str.upper)",
         "model": 2,
         "likelihood": "none",

@@ -99,14 +99,23 @@ def one_node_carries_everything(history: History, facts: Facts) -> Diagnosis | N
 
 
 def nodes_that_learn_nothing(history: History, facts: Facts) -> list[Diagnosis]:
-    """Nodes that should train, and whose rewards stay 0 or whose gradient is 0.
+    """Nodes that should train, and whose rewards stay 0 or whose gradient is 0, or whose branch no run takes.
 
-    Fires for a node whose gradient norm was 0 at each of at least `LEAST` logs, or whose largest absolute reward over
-    the second half of the log is less than `NOTHING` of that of the node with the largest, where that one reaches
-    `LEAST_MARGIN`. A frozen node is none.
+    Fires for a node whose `nodes/<name>/taken` was 0 at each of at least `LEAST` logs; whose gradient norm was; or
+    whose largest absolute reward over the second half of the log is less than `NOTHING` of that of the node with the
+    largest, where that one reaches `LEAST_MARGIN`. A frozen node is none.
     """
     found = []
     for name in (name for name in history.nodes if facts.trains(history, name)):
+        taken = history.train.get(f"nodes/{name}/taken", EMPTY).finite
+        if len(taken) >= LEAST and max(taken.values) == 0:
+            evidence = f"No run takes its branch from step {taken.steps[0]} to step {taken.steps[-1]}."
+            advice = (
+                "See what its router says in the preference data, or what candidates it gets in Sampling; a router "
+                "that never chooses a branch learns nothing about it either."
+            )
+            found.append(_nothing(name, evidence, advice, taken.steps[0], taken.steps[-1]))
+            continue
         norms = facts.gradient_norm(history, name).finite
         if len(norms) >= LEAST and max(norms.values) == 0:
             evidence = f"Its gradient norm is 0 from step {norms.steps[0]} to step {norms.steps[-1]}."
