@@ -138,6 +138,18 @@ def test_what_is_no_switch_is_refused(make, text):
         make()
 
 
+def test_what_a_router_of_finitely_many_values_says_is_compared_with_the_branches():
+    def routed(values, **options):
+        router = node(Tabular({"x": dict.fromkeys(values, 1 / len(values))}), name="r")(same)
+        return System(x >> [router, a, b], switch(router, {"p": a, "q": b}, name="v", **options))
+
+    assert routed(["p", " q"]).switches
+    with refused("The router 'r' may say 's', which names no branch of the switch 'v'; its branches are 'p', 'q'."):
+        routed(["p", "q", "s"])
+    with refused("Switch 'v': branch q is never taken, as its router 'r' is one of ['p', 'Q']."):
+        routed(["p", "Q"], default=b)
+
+
 def test_a_switch_has_no_function_and_can_be_pickled():
     value = switch(x, {"p": a, "q": b}, name="v")
     with refused("A switch has no function to be called"):

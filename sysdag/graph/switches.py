@@ -92,12 +92,11 @@ def switch(
     """Branches of which a run takes one, the router's: the others do not run and are not scored.
 
     `switch(router, {"math": solve, "code": outline >> write}, name="solution") >> report` gives `report` the value of
-    `solve` where the router's is "math", and that of `write` where it is "code". Arrows into the nodes of a branch are
-    drawn as everywhere. What nothing in the graph above decides is decided by the value: equal to a branch's key, white
-    space around a text left out.
+    `solve` where the router's is "math", and that of `write` where it is "code". The branches' nodes have arrows into
+    them like any other.
 
     Args:
-        router: an input or a node; its value names the branch.
+        router: an input or a node; its value is the key of a branch, but for white space around a text.
         branches: by the router's value a node, arrows, a loop, another switch, or a list of these. All nodes that stand
             in them belong to the branch, apart from those that the router depends on, which have run when it chooses.
             The branch's value is that of its last node.
@@ -225,6 +224,7 @@ def check_switches(
                 )
         if made.name in made.nodes or made.router in made.nodes:
             raise GraphError(f"Switch {made.name!r}: it and its router cannot be in a branch of it.")
+        _check_values(made, next((each.component for each in nodes if each.name == made.router), None))
     for edge in edges:
         for made in branchings:
             places = made.places(edge.parent)
@@ -246,3 +246,23 @@ def check_switches(
                     f"{made.name!r}. Name {made.name!r} as the output, the value of the branch that is taken; or let "
                     f"something in the branch read {output!r}."
                 )
+
+
+def _check_values(made: Branching, component: Any) -> None:
+    """Refuses branches that a router with finitely many values never takes, and values of it without a branch."""
+    values = getattr(component, "values", None)
+    if not isinstance(values, tuple):
+        return
+    for value in values:
+        if made.case_of(value) is None:
+            raise GraphError(
+                f"The router {made.router!r} may say {value!r}, which names no branch of the switch {made.name!r}; its "
+                f"branches are {made.known}. Add that branch, or a default=..."
+            )
+    chosen = {made.case_of(value) for value in values}
+    for place, case in enumerate(made.cases):
+        if case.values and place not in chosen:
+            raise GraphError(
+                f"Switch {made.name!r}: branch {made.title([place])} is never taken, as its router {made.router!r} is "
+                f"one of {list(values)}."
+            )
