@@ -22,6 +22,7 @@ from sysdag.objectives.candidates import Candidates, CandidateStrategy
 from sysdag.objectives.options import EngineOptions, NodeOptions, ObjectiveOptions
 from sysdag.objectives.tail_weight import shared_lengths
 from sysdag.traces.cells import ABSENT, Draw
+from sysdag.training.scales import beyond_scale
 
 # --- bounds ---
 
@@ -209,3 +210,17 @@ def test_rows_that_name_no_branch_can_be_skipped(tmp_path):
     lines = [json.loads(line) for line in (tmp_path / "kept.jsonl").read_text().splitlines()]
     assert [line["nodes"]["answer"]["value"] for line in lines] == ["u", "v"]
     assert [line["nodes"]["other"] is None for line in lines] == [True, False]
+
+
+def test_a_bound_in_a_branch_that_no_run_takes_says_nothing_of_its_beta():
+    """Beside a beta that is far from the usual ones, which is told where there are images."""
+    plan = painter_or_writer().compile()
+    nodes = {name: NodeOptions() for name in plan.random_nodes}
+    between = {f"{side}_intermediates": {"route": "write"} for side in ("chosen", "rejected")}
+    texts = encode_pairs(plan, [{"prompt": "a square", "chosen": "four", "rejected": "no", **between}], "direct")
+    assert beyond_scale(plan, texts, objective="direct", beta=0.1, nodes=nodes) == []
+    between = {f"{side}_intermediates": {"route": "draw"} for side in ("chosen", "rejected")}
+    first, second = images(2)
+    pictures = encode_pairs(plan, [{"prompt": "a square", "chosen": first, "rejected": second, **between}], "direct")
+    (told,) = beyond_scale(plan, pictures, objective="direct", beta=0.1, nodes=nodes)
+    assert "Node 'paint': its beta is 0.1" in told

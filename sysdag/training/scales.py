@@ -45,7 +45,8 @@ def beyond_scale(
         assert component is not None  # factors are random nodes
         if component.likelihood != "bound" or not node.trainable:
             continue
-        usual = component.usual_beta(_draws(pairs, name))
+        draws = _draws(pairs, name)
+        usual = component.usual_beta(draws) if draws else None  # without any where no run takes its branch
         own = _beta(beta, node)
         if usual is None or usual[0] / _FAR <= own <= usual[1] * _FAR:
             continue
