@@ -41,6 +41,7 @@ class Absent(enum.Enum):
 
 
 ABSENT = Absent.ABSENT
+"""The cell of a node that did not run, as another branch of a switch was taken: no draw, and a score of 0."""
 Cell = Draw | tuple[Draw, ...] | Absent
 
 
