@@ -1,7 +1,9 @@
 """Systems with switches, run and scored: against enumerations by hand that share no code with sysdag."""
 
 import collections
+import json
 import math
+import re
 
 import numpy
 import pytest
@@ -9,7 +11,7 @@ import torch
 from scipy.stats import chisquare
 from switched_systems import SOLUTIONS, build, outcomes, reported_outcomes
 
-from sysdag import DataError, Input, PlanError, System, Trace, node, switch
+from sysdag import DataError, Input, PlanError, SerializationError, System, Trace, node, switch
 from sysdag.components import Tabular
 from sysdag.execution.execute import fill
 from sysdag.execution.likelihood import log_probs
@@ -213,6 +215,27 @@ def test_a_saved_system_is_the_same(tmp_path):
     trace = system.compile().sample({"x": ["a", "b"]}, seed=1)
     ours, theirs = log_probs(system.compile(), trace), log_probs(loaded.compile(), trace)
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.mark.parametrize(
+    ("damage", "text"),
+    [
+        (lambda made: made.pop("router"), "switches[0] must have 'router', of type str"),
+        (lambda made: made["cases"][0].update(nodes=[1]), "switches[0], case 0, must have names as 'nodes'"),
+        (lambda made: made["cases"][1].update(values=[{"a": 1}]), "Switch 'solution': "),
+        (lambda made: made["cases"][1].update(end="nobody"), "nobody"),
+        (lambda made: made["cases"].pop(), "'code'"),
+        (lambda made: made.update(name="nobody"), "nobody"),
+    ],
+)
+def test_damaged_switches_are_refused(tmp_path, damage, text):
+    build().save_pretrained(tmp_path / "saved")
+    file = tmp_path / "saved" / "system.json"
+    data = json.loads(file.read_text())
+    damage(data["switches"][0])
+    file.write_text(json.dumps(data))
+    with pytest.raises(SerializationError, match=re.escape(text)):
+        build().load(tmp_path / "saved")
 
 
 def test_log_probs_have_gradients_of_the_branch_that_is_taken_alone():

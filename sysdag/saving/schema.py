@@ -56,10 +56,13 @@ def check_data(data: Any) -> None:
     for number, row in enumerate(section_of(data, "switches", list) if "switches" in data else ()):
         check_row(row, SWITCH_FIELDS, f"switches[{number}]")
         for place, case in enumerate(row["cases"]):
-            check_row(case, CASE_FIELDS, f"switches[{number}], case {place},")
+            where = f"switches[{number}], case {place},"
+            check_row(case, CASE_FIELDS, where)
+            if not all(isinstance(name, str) for name in case["nodes"]):
+                raise SerializationError(f"{where} must have names as 'nodes', got {shown(case['nodes'])}.")
     if not all(isinstance(output, str) for output in section_of(data, "outputs", list)):
         raise SerializationError(f"'outputs' must be names, got {shown(data['outputs'])}.")
-    if unknown := sorted(data.keys() - {"format_version", "outputs", "components", *FIELDS}):
+    if unknown := sorted(data.keys() - {"format_version", "outputs", "components", "switches", *FIELDS}):
         raise SerializationError(f"{shown(unknown[0])} is no part of a saved system.")
 
 

@@ -9,12 +9,12 @@ from __future__ import annotations
 import json
 import shutil
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from sysdag.errors import GraphError, SerializationError
+from sysdag.errors import GraphError, SerializationError, shown
 from sysdag.files.atomic import SAVED, current, explaining_disk_errors, replacing
 from sysdag.files.encoding import decode_value, encode_value
 from sysdag.files.hub import local_folder
@@ -69,15 +69,22 @@ def _switch_to_dict(made: Branching) -> dict[str, Any]:
 
 
 def _switch_from_dict(row: Mapping[str, Any]) -> Branching:
-    cases = [
-        Case(tuple(_hashable(decode_value(value)) for value in case["values"]), tuple(case["nodes"]), case["end"])
-        for case in row["cases"]
-    ]
+    cases = [Case(_keys(case["values"], row["name"]), tuple(case["nodes"]), case["end"]) for case in row["cases"]]
     return Branching(row["name"], row["router"], tuple(cases))
 
 
-def _hashable(value: Any) -> Any:
-    return tuple(map(_hashable, value)) if isinstance(value, list) else value
+def _keys(values: Sequence[Any], name: str) -> tuple[Hashable, ...]:
+    """A router's values; a list that was written was a tuple, as no list can be a key."""
+
+    def key(value: Any) -> Hashable:
+        made = tuple(map(key, value)) if isinstance(value, list) else value
+        hash(made)
+        return made
+
+    try:
+        return tuple(key(decode_value(value)) for value in values)
+    except Exception as error:  # whatever damaged values raise, the switch has to be named
+        raise SerializationError(f"Switch {name!r}: {shown(values)} are no values of a router ({error}).") from error
 
 
 def system_from_dict(
