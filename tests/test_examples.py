@@ -22,6 +22,7 @@ TRAINED = {
     "picture_critic": ["caption", "image", "critique"],
     "rag_router": ["route", "document", "answer"],
     "critic_loop": ["draft", "critic", "rewrite"],
+    "summarise_rewrite": ["summary", "answer"],
 }
 
 

@@ -267,22 +267,29 @@ class ModelDescription:
         size = getattr(self.config.get_text_config(decoder=True), "vocab_size", None)
         return None if size is None else max(size, self._brought_rows)
 
+    @property
+    def num_target_embeddings(self) -> int | None:
+        """As `num_embeddings`, of what is written, whose vocabulary may be another one than that of what is read."""
+        return self.num_embeddings
+
     @cached_property
     def _brought_rows(self) -> int:
         """Of the embeddings that its saved adapter brings of a vocabulary which was extended."""
         found = {} if self._adapter_folder is None else adapter_files.saved_embeddings(self._adapter_folder)
         return max((shape[0] for shape in found.values()), default=0)
 
-    def check_ids(self, ids: Collection[int], what: str, element: int) -> None:
+    def check_ids(self, ids: Collection[int], what: str, element: int, *, is_target: bool = False) -> None:
         """Refuses a token that the model has no embedding for.
 
         Args:
             what: that the tokens are of.
+            is_target: whether the model writes them.
 
         Raises:
             DataError: naming the token and the model's size.
         """
-        size, largest = self.num_embeddings, max(ids, default=-1)
+        size = self.num_target_embeddings if is_target else self.num_embeddings
+        largest = max(ids, default=-1)
         if size is not None and largest >= size:
             token = self.tokenizer.convert_ids_to_tokens(largest) if largest < len(self.tokenizer) else None
             raise DataError(
