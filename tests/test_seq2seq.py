@@ -402,6 +402,14 @@ def test_a_decoder_that_looks_ahead_is_refused_by_what_a_probe_finds():
             use()
 
 
+@pytest.mark.parametrize("name", ["t5", "bart", "marian", "nllb", "pegasus", "t5gemma"])
+def test_the_usual_models_decode_padded_sources_with_a_cache_and_score_through_their_head(name, caplog):
+    made = Seq2Seq(*FAMILIES[name](), max_new_tokens=8)
+    with caplog.at_level(logging.WARNING, "sysdag"):
+        made.log_prob(SOURCES, made.sample(SOURCES, generator=[1, 2, 3]))
+    assert not [record.getMessage() for record in caplog.records]
+
+
 class CountsRows(torch.nn.Module):
     """Shifts hidden states by a share of what is padding: padded rows are read otherwise than bare ones."""
 
