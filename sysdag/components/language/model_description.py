@@ -278,17 +278,22 @@ class ModelDescription:
         found = {} if self._adapter_folder is None else adapter_files.saved_embeddings(self._adapter_folder)
         return max((shape[0] for shape in found.values()), default=0)
 
-    def check_ids(self, ids: Collection[int], what: str, element: int, *, is_target: bool = False) -> None:
+    def check_ids(self, ids: Collection[int], what: str, element: int) -> None:
         """Refuses a token that the model has no embedding for.
 
         Args:
             what: that the tokens are of.
-            is_target: whether the model writes them.
 
         Raises:
             DataError: naming the token and the model's size.
         """
-        size = self.num_target_embeddings if is_target else self.num_embeddings
+        self._check_below(self.num_embeddings, ids, what, element)
+
+    def check_target_ids(self, ids: Collection[int], element: int) -> None:
+        """As `check_ids`, of a completion."""
+        self.check_ids(ids, "a completion", element)
+
+    def _check_below(self, size: int | None, ids: Collection[int], what: str, element: int) -> None:
         largest = max(ids, default=-1)
         if size is not None and largest >= size:
             token = self.tokenizer.convert_ids_to_tokens(largest) if largest < len(self.tokenizer) else None

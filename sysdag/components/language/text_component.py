@@ -217,7 +217,7 @@ class TextComponent(Component):
         """Prompts and completions, whose tokens are known, as far as there is room for both."""
         prompts = self.prompt_ids(inputs)
         for element, draw in enumerate(draws):
-            self.lm.check_ids(draw.record["token_ids"], "a completion", element, is_target=True)
+            self.lm.check_target_ids(draw.record["token_ids"], element)
         return [self._fit(prompt, draw) for prompt, draw in zip(prompts, draws, strict=True)]
 
     def _fit(self, prompt: list[int], draw: Draw) -> tuple[list[int], list[int]]:

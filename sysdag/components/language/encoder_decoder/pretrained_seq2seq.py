@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -206,6 +206,9 @@ class PretrainedSeq2Seq(PretrainedLM):
         plain = {tokenizer.bos_token_id, tokenizer.eos_token_id}
         before = [token for token in ids[:end] if token not in plain]
         return (before[0] if before else None), (ids[end + 1] if end + 1 < len(ids) else None)
+
+    def check_target_ids(self, ids: Collection[int], element: int) -> None:
+        self._check_below(self.num_target_embeddings, ids, "a completion", element)
 
     @property
     def num_target_embeddings(self) -> int | None:
