@@ -15,7 +15,9 @@ from sysdag.saving import load_system
 
 FOLDER = Path(__file__).with_name("pictures")
 SYSTEMS = Path(__file__).parents[1] / "examples" / "systems"
-NAMES = ("draft_refine", "llm_diffusion", "picture_critic", "rag_router", "critic_loop", "specialists")
+NAMES = (
+    "draft_refine", "llm_diffusion", "picture_critic", "rag_router", "critic_loop", "summarise_rewrite", "specialists",
+)  # fmt: skip
 
 if __name__ == "__main__":
     FOLDER.mkdir(exist_ok=True)

@@ -24,6 +24,7 @@ TRAINED = {
     "rag_router": ["route", "document", "answer"],
     "critic_loop": ["draft", "critic", "rewrite"],
     "specialists": ["route", "steps", "compute", "tell"],
+    "summarise_rewrite": ["summary", "answer"],
 }
 
 

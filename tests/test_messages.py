@@ -144,7 +144,8 @@ def test_what_of_a_config_is_still_random(tmp_path):
         return question
 
     data = [{"question": "abc", "chosen": "yes we", "rejected": "no no"}]
-    trainer = trainer_of(tmp_path, System(question >> answer), data=data, max_steps=1)
+    system = System(question >> answer)
+    trainer = trainer_of(tmp_path, system, data=data, max_steps=1, disable_dropout=False)
     with pytest.raises(TrainingError, match=r"'answer'.*random in training: set \{'attention_dropout': 0.5\} to 0"):
         trainer.train()
 

@@ -228,7 +228,7 @@ def test_models_that_are_no_causal_ones_are_refused(tmp_path, as_object):
     )
     decoder = BartForCausalLM(BartConfig(**SMALL, decoder_attention_heads=2))
     for model, message in (
-        (t5, r"t5 is an encoder-decoder \(Seq2Seq\), for which"),
+        (t5, r"t5 is an encoder-decoder; use Seq2Seq\("),
         (bert, "bert is an encoder, whose"),
     ):
         model.save_pretrained(tmp_path / type(model).__name__)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import (
     BertConfig,
     BertModel,
@@ -29,6 +29,8 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
 )
 
 CHARACTERS = "abcdefghijklmnopqrstuvwxyz0123456789 .,:;?!'-\n"
@@ -65,6 +67,20 @@ def language_model(folder: Path, seed: int) -> None:
         initializer_range=0.2,
     )  # fmt: skip
     Qwen2ForCausalLM(config).save_pretrained(folder)
+    words.save_pretrained(folder)
+
+
+def encoder_decoder(folder: Path, seed: int) -> None:
+    torch.manual_seed(seed)
+    words = tokenizer(512)
+    words.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A <eos>", special_tokens=[("<eos>", words.eos_token_id)]
+    )
+    config = T5Config(
+        vocab_size=len(words), d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, pad_token_id=0, eos_token_id=1,
+        decoder_start_token_id=0, initializer_factor=4.0,
+    )  # fmt: skip
+    T5ForConditionalGeneration(config).save_pretrained(folder)
     words.save_pretrained(folder)
 
 
@@ -141,6 +157,7 @@ KINDS: dict[str, Callable[[Path, int], None]] = {
     "sentence-transformers/all-MiniLM-L6-v2": text_encoder,
     "stable-diffusion-v1-5/stable-diffusion-v1-5": text_to_image,
     "llava-hf/llava-interleave-qwen-0.5b-hf": vision_language_model,
+    "google/flan-t5-small": encoder_decoder,
 }
 
 

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from sysdag.components.discrete.opaque import Opaque
     from sysdag.components.discrete.tabular import Tabular
     from sysdag.components.language.causal_lm import CausalLM
+    from sysdag.components.language.encoder_decoder.seq2seq import Seq2Seq
     from sysdag.components.language.engines.choice import Server
     from sysdag.components.language.messages import ChatPrompt
     from sysdag.components.language.vision.image_text_to_text import ImageTextToText
@@ -23,6 +24,7 @@ __all__ = [
     "Diffusion",
     "ImageTextToText",
     "Opaque",
+    "Seq2Seq",
     "Server",
     "Tabular",
 ]
@@ -34,6 +36,7 @@ __getattr__ = exports(
         "discrete.opaque": ["Opaque"],
         "discrete.tabular": ["Tabular"],
         "language.causal_lm": ["CausalLM"],
+        "language.encoder_decoder.seq2seq": ["Seq2Seq"],
         "language.engines.choice": ["Server"],
         "language.messages": ["ChatPrompt"],
         "language.vision.image_text_to_text": ["ImageTextToText"],

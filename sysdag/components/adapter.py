@@ -31,6 +31,7 @@ _NAME, _REFERENCE = "sysdag", "reference"
 _SHELL = "_sysdag_peft_model"  # where a model keeps the PeftModel around it, whose state its adapter's layers share
 _NO_MATTER = ("base_model_name_or_path", "inference_mode", "peft_version")  # of a config, to the scores
 _WRAPPED = ("base_layer", "original_module", "token_adapter")  # inside a layer of peft, what leads to the base's own
+_PROBABILITIES = ("dropout", "layerdrop", "dropout_p", "dropout_prob", "drop_prob", "pdrop")  # attributes of modules
 _ROUNDING, _UNITS = 1e-4, 4  # by which a new adapter may change a layer's output: relative, and in machine precisions
 _adopted: weakref.WeakKeyDictionary[Any, set[str]] = weakref.WeakKeyDictionary()  # what PeftModels brought, by model
 
@@ -227,11 +228,15 @@ def _drop(model: Any, name: str) -> None:
 def disable_dropout(model: nn.Module) -> None:
     """Sets the probability of every dropout in the model to 0, those of peft's layers included.
 
-    Beside torch's modules these are OFT's and BOFT's own, and what LoHa and LoKr draw by options of their layers.
+    Beside torch's modules these are what modules of transformers keep as numbers (`attention_dropout`, `layerdrop`),
+    OFT's and BOFT's own, and what LoHa and LoKr draw by options of their layers.
     """
     for module in model.modules():
         if "Dropout" in type(module).__name__ and hasattr(module, "p"):
             module.p = 0.0  # type: ignore[assignment]
+        for name, value in list(vars(module).items()):
+            if isinstance(value, float) and name.endswith(_PROBABILITIES):
+                setattr(module, name, 0.0)
     for layer in _layers(model):
         for options in (getattr(layer, "rank_dropout", None), getattr(layer, "module_dropout", None)):
             if isinstance(options, dict):

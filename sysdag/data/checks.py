@@ -162,7 +162,8 @@ class _Check:
                 self._add("invalid value", name, side, str(error))
                 continue
             if lost:
-                found[name] = f"the prompt loses {lost} tokens, for which there is no room (max_length)."
+                limit = getattr(component, "limits_prompts", "max_length")
+                found[name] = f"the prompt loses {lost} tokens, for which there is no room ({limit})."
         return found
 
     def _check_lengths(

@@ -34,6 +34,7 @@ _WHOLE = "what made it"
 _SUM = re.compile(r"\d+ [0-9a-f]{64}")
 
 _LIMITS = ("_max_new_tokens", "_max_length")  # as given; asking a language model for them would load it
+_NESTED = ("stop", "generation_config")  # options of language models that are no single values
 
 
 def row_hashes(runs: Runs) -> list[str]:
@@ -77,6 +78,7 @@ def identity(plan: Plan, runs: Runs) -> dict[str, Any]:
 def _options(component: Any) -> dict[str, Any]:
     plain = {name: value for name, value in vars(component).items() if not name.startswith("_") or name in _LIMITS}
     options = {name.lstrip("_"): value for name, value in plain.items() if isinstance(value, (str, int, float))}
+    options |= {name: plain[name] for name in _NESTED if plain.get(name)}
     return {"repr": re.sub(r" at 0x[0-9a-f]+", "", repr(component)), **options}
 
 

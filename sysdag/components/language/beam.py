@@ -109,6 +109,7 @@ def search_side_by_side(
     max_batch_tokens: int | None,
     max_batch_rows: int | None,
     inputs: PromptInputs | None = None,
+    decoder: Decoder | None = None,
 ) -> None:
     """Searches prompts by the first rules, and again by the next ones where that is asked for, all side by side.
 
@@ -119,8 +120,10 @@ def search_side_by_side(
         finished: called with a prompt's number, its sequences (`EMPTY` behind their ends) and scores when it has been
             searched; returns whether it shall be searched by the next rules, if there are any.
         inputs: what prompts hold beside text.
+        decoder: what extends rows; by default the one that serves the model.
     """
-    decoder, parameter = decoder_of(model, inputs), next(model.parameters(), None)
+    decoder = decoder_of(model, inputs) if decoder is None else decoder
+    parameter = next(model.parameters(), None)
     device = torch.device("cpu") if parameter is None else parameter.device
     if max_batch_tokens is None:
         max_batch_tokens = sum(each.N for each in rules) * len(prompts) * (max(map(len, prompts)) + rules[0].T)

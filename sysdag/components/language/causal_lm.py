@@ -3,55 +3,43 @@
 from __future__ import annotations
 
 import copy
-import inspect
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from sysdag.components.adapter_support import needs_numbers
-from sysdag.components.component import Component, check_max_tokens
-from sysdag.components.decoding import check_truncation
+from sysdag.components.component import check_max_tokens
 from sysdag.components.language import footprint
-from sysdag.components.language.chat_template import RESERVED, schemas
 from sysdag.components.language.completer import Completer
 from sysdag.components.language.decoder import PromptInputs
 from sysdag.components.language.engines.choice import LOCAL, Decoder, Server, chosen_decoder, kind_of
 from sysdag.components.language.engines.continuous import sample_continuously
 from sysdag.components.language.engines.server_decoder import ServerDecoder
+from sysdag.components.language.language_model import LanguageModel
 from sysdag.components.language.non_finite import first_non_finite
 from sysdag.components.language.prefix_scorer import PrefixScorer
 from sysdag.components.language.pretrained import PretrainedLM
 from sysdag.components.language.router_loss import RouterLoss
 from sysdag.components.language.sampling import MAX_BATCH_TOKENS
-from sysdag.components.language.stop_strings import StopStrings, stop_strings
-from sysdag.components.language.text_component import TextComponent
-from sysdag.components.random_streams import RowGenerator, row_seeds
-from sysdag.errors import PlanError, SerializationError
-from sysdag.files.saved_files import only
+from sysdag.errors import PlanError
 from sysdag.traces.cells import Draw
 
 if TYPE_CHECKING:
     from peft import PeftConfig
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-_NUMBER, _MAYBE_INT = (int, float), (int, type(None))
-_SAVED: Mapping[str, tuple[type, ...]] = {
-    "max_new_tokens": _MAYBE_INT, "max_length": _MAYBE_INT, "temperature": _NUMBER, "top_p": _NUMBER,
-    "top_k": _MAYBE_INT, "stop": (list,), "max_batch_tokens": (int,), "batch_size": _MAYBE_INT,
-    "pack_prefixes": (bool,), "sanitize_control_tokens": (bool,), "tools": (list, type(None)),
-    "chat_template_kwargs": (dict,), "base": (str, type(None)), "base_of": (str,), "model_kwargs": (dict,),
+_TEXT_OPTIONS: Mapping[str, tuple[type, ...]] = {
+    "max_length": (int, type(None)), "pack_prefixes": (bool,), "tools": (list, type(None)),
+    "chat_template_kwargs": (dict,),
 }  # fmt: skip
-_OPTIONS = (
-    "temperature", "top_p", "top_k", "stop", "max_batch_tokens", "batch_size", "pack_prefixes",
-    "sanitize_control_tokens",
-)  # fmt: skip
 
 
-class CausalLM(TextComponent):
+class CausalLM(LanguageModel):
     """Any transformers causal language model.
 
     The node's function returns the prompt: a string, tokenised as it stands but for control tokens that the function's
@@ -104,10 +92,8 @@ class CausalLM(TextComponent):
         PlanError: for options out of range, or a folder of something else than a causal language model.
     """
 
-    likelihood = "exact"
-    is_density = False
-    takes_row_seeds = True
-    pretrained: ClassVar[type[PretrainedLM]] = PretrainedLM
+    saved_options = (*LanguageModel.saved_options, "pack_prefixes")
+    saved_types: ClassVar[Mapping[str, tuple[type, ...]]] = {**LanguageModel.saved_types, **_TEXT_OPTIONS}
 
     def __init__(
         self,
@@ -137,10 +123,6 @@ class CausalLM(TextComponent):
                 "CausalLM needs max_new_tokens >= 1 and max_length > max_new_tokens, got "
                 f"max_new_tokens={max_new_tokens}, max_length={max_length}."
             )
-        for option, value in {"max_batch_tokens": max_batch_tokens, "batch_size": batch_size}.items():
-            if not (isinstance(value, int) and value >= 1) and (value is not None or option != "batch_size"):
-                raise PlanError(f"CausalLM: {option} must be an integer of 1 or more, got {value!r}.")
-        check_truncation("CausalLM", temperature, top_p, top_k)
         if tools is not None and not all(isinstance(tool, Mapping) or callable(tool) for tool in tools):
             raise PlanError("CausalLM: tools must be JSON schemas or functions.")
         if not isinstance(chat_template_kwargs or {}, Mapping):
@@ -148,54 +130,20 @@ class CausalLM(TextComponent):
         if not isinstance(model, PretrainedLM):
             model = PretrainedLM(model, tokenizer, peft_config=peft_config, model_kwargs=model_kwargs)
         super().__init__(
-            model, max_new_tokens=max_new_tokens, max_length=max_length, stop=stop, tools=tools,
+            model, temperature=temperature, top_p=top_p, top_k=top_k, max_batch_tokens=max_batch_tokens,
+            batch_size=batch_size, max_new_tokens=max_new_tokens, max_length=max_length, stop=stop, tools=tools,
             chat_template_kwargs=chat_template_kwargs, sanitize_control_tokens=sanitize_control_tokens,
         )  # fmt: skip
-        self._scorer: PrefixScorer | None = None
         self._router_loss: RouterLoss | None = None
-        self.temperature = temperature
-        self.top_p = top_p
-        self.top_k = top_k
-        self.max_batch_tokens, self.batch_size = max_batch_tokens, batch_size
         self.pack_prefixes = pack_prefixes
         self._decoder = chosen_decoder(decoder)  # which no score depends on
         self._server_decoder: ServerDecoder | None = None
 
-    def __repr__(self) -> str:
-        return repr(self.lm)
-
-    @property
-    def base_model(self) -> str | None:
-        return self.lm.base_model
-
-    @property
-    def module(self) -> Any:
-        return self.lm.module
-
-    def sample(self, inputs: Sequence[Any], *, generator: RowGenerator = None) -> list[Draw]:
-        return self.propose(inputs, generator=generator)
-
-    def propose(
-        self,
-        inputs: Sequence[Any],
-        *,
-        temperature: float | None = None,
-        top_p: float | None = None,
-        top_k: int | None = None,
-        stop: str | Sequence[str] | None = None,
-        generator: RowGenerator = None,
+    def _sampled(
+        self, completer: Completer, prompts: Sequence[Sequence[int]], options: Mapping[str, Any]
     ) -> list[Draw]:
-        """See `Component`; `stop` as for the component, whose own are left by None and put off by an empty list."""
-        check_truncation(repr(self), temperature, top_p, top_k)
-        completer, prompts = self._completer(stop), self.prompt_ids(inputs)
-        options: dict[str, Any] = {
-            "temperature": self.temperature if temperature is None else temperature,
-            "top_p": self.top_p if top_p is None else top_p,
-            "top_k": self.top_k if top_k is None else top_k,
-            "seeds": row_seeds(generator, len(prompts)),
-        }
         if self.decoder == LOCAL:
-            return completer.sample(prompts, **options)
+            return super()._sampled(completer, prompts, options)
         if isinstance(self.decoder, Server):
             return self._at_server(self.decoder).sample(completer, prompts, **options)
         return sample_continuously(repr(self), completer, prompts, **options)
@@ -222,12 +170,7 @@ class CausalLM(TextComponent):
         return isinstance(self.decoder, Server) and not self.decoder.needs_weights and not self.lm.has_adapter
 
     def _completer(self, stop: str | Sequence[str] | None = None) -> Completer:
-        strings = self.stop if stop is None else stop_strings(stop)
-        stops = StopStrings(strings, self.tokenizer) if strings else None
-        return Completer(
-            lm=self.lm, max_new_tokens=self.max_new_tokens, max_batch_tokens=self.max_batch_tokens,
-            batch_size=self.batch_size, stops=stops, inputs=self.prompt_inputs,
-        )  # fmt: skip
+        return replace(super()._completer(stop), inputs=self.prompt_inputs)
 
     @property
     def prompt_inputs(self) -> PromptInputs | None:
@@ -237,10 +180,7 @@ class CausalLM(TextComponent):
     def search(
         self, inputs: Sequence[Any], num_candidates: int, diversity_penalty: float, ngram_size: int = 1
     ) -> list[list[Draw]]:
-        """Diverse beam search with one beam a group (Vijayakumar et al. 2016, arXiv 1610.02424).
-
-        Groups may end in the same text, since an end of sequence is not penalised. A prompt that is left with fewer
-        than `num_candidates` distinct ones is searched again with 2, then 4 beams a group, and topped up from those.
+        """See `LanguageModel`.
 
         Raises:
             PlanError: where another `decoder` than `local` is to draw, which cannot search.
@@ -250,32 +190,26 @@ class CausalLM(TextComponent):
                 f"{self!r}: decoder={kind_of(self.decoder)!r} draws, and cannot search. Use MonteCarlo candidates, or "
                 "decoder='local'."
             )
-        return self._completer().search(self.prompt_ids(inputs), num_candidates, diversity_penalty, ngram_size)
-
-    def log_prob(self, inputs: Sequence[Any], draws: Sequence[Draw]) -> Float[Tensor, " n"]:
-        """Sum of the log-probabilities of the completion's tokens, its end of sequence included where it has one."""
-        return self._scored(inputs, draws)
-
-    def weighted_score(
-        self, inputs: Sequence[Any], draws: Sequence[Draw], heads: Sequence[int], tail: float
-    ) -> Float[Tensor, " n"]:
-        return self._scored(inputs, draws, (heads, tail))
+        return super().search(inputs, num_candidates, diversity_penalty, ngram_size)
 
     def _scored(
-        self, inputs: Sequence[Any], draws: Sequence[Draw], weights: tuple[Sequence[int], float] | None = None
+        self,
+        inputs: Sequence[Any],
+        draws: Sequence[Draw],
+        *,
+        weights: tuple[Sequence[int], float] | None = None,
+        typicality: bool = False,
     ) -> Float[Tensor, " n"]:
         sequences, masks = self._scored_sequences(inputs, draws)
+        balances = not typicality and not self.lm.is_reference
         with self.lm.at_work() as model:
             scorer = self._scorer_of(model)
-            found = scorer(sequences, self.lm.pad_token_id, masks, balances=not self.lm.is_reference, weights=weights)
-            self._router_loss = None if self.lm.is_reference else scorer.router_loss
+            found = scorer(
+                sequences, self.lm.pad_token_id, masks, balances=balances, weights=weights, typicality=typicality
+            )
+            if not typicality:
+                self._router_loss = scorer.router_loss if balances else None
             return found
-
-    @torch.no_grad()
-    def typicality(self, inputs: Sequence[Any], draws: Sequence[Draw]) -> Float[Tensor, " n"]:
-        sequences, masks = self._scored_sequences(inputs, draws)
-        with self.lm.at_work() as model:
-            return self._scorer_of(model)(sequences, self.lm.pad_token_id, masks, typicality=True)
 
     def _scored_sequences(
         self, inputs: Sequence[Any], draws: Sequence[Draw]
@@ -315,8 +249,7 @@ class CausalLM(TextComponent):
 
     def decoding_bytes(self, *, rows: int, tokens: int, device: str) -> int:
         """See `Component`; of the rows that `max_batch_tokens` and `batch_size` let be decoded side by side."""
-        most = max(1, self.max_batch_tokens // tokens)
-        rows = min(rows, most if self.batch_size is None else min(most, self.batch_size))
+        rows = self._rows_at_once(rows, tokens)
         return footprint.of_decoding(
             self.lm.auto_class(), self.config, self.lm.dtype(False), rows=rows, longest=tokens, device=device
         )
@@ -331,88 +264,18 @@ class CausalLM(TextComponent):
         """The first token whose log-probability is not finite given what precedes it alone."""
         [(prompt, completion)] = self._sequences([input], [draw])
         with self.lm.at_work() as model:
-            place = first_non_finite(model, prompt, completion, self.device)
+
+            def last(before: Sequence[int]) -> Tensor:
+                ids = torch.tensor([[*prompt, *before]], device=self.device)
+                return model(input_ids=ids).logits[0, -1]
+
+            place = first_non_finite(last, completion)
         if place is None:
             return ""
         text = self.tokenizer.decode([completion[place]])
         return f"token {place + 1} of {len(completion)}, {text!r} (id {completion[place]})"
 
-    def own_parameters(self) -> dict[str, nn.Parameter]:
-        """Those of its adapter, where it has one; none where that is switched off."""
-        return self.lm.own_parameters()
-
-    def reference(self) -> CausalLM:
-        """The adapter switched off while it changes nothing yet, else a frozen copy of it, on the same model.
-
-        Without an adapter the whole model is copied.
-
-        Raises:
-            PlanError: if the model's own weights cannot train: quantised, or under adapters of other components.
-        """
-        view = copy.copy(self)
-        view.lm, view._server_decoder = self.lm.reference(), None
+    def _on(self, lm: PretrainedLM) -> Self:
+        view = super()._on(lm)
+        view._server_decoder = None
         return view
-
-    def moving_reference(self) -> CausalLM:
-        """As `reference`, with a frozen copy of a new adapter on the same model."""
-        view = copy.copy(self)
-        view.lm, view._server_decoder = self.lm.reference(moves=True), None
-        return view
-
-    def fresh(self) -> Component:
-        if not self.lm.is_named:
-            return super().fresh()
-        made = copy.copy(self)
-        made.lm, made._scorer, made._server_decoder = self.lm.fresh(), None, None
-        return made
-
-    def save_pretrained(self, folder: Path) -> Mapping[str, Any]:
-        """Writes tokenizer and model; or the adapter in peft's layout and beside it, in `base/`, a base without a name.
-
-        Components that share their base and are saved into one parent folder write it once.
-        """
-        options = {name: getattr(self, name) for name in _OPTIONS}
-        limits = {"max_new_tokens": self._max_new_tokens, "max_length": self._max_length}
-        chat = {"tools": schemas(self.tools), "chat_template_kwargs": self.chat_template_kwargs}
-        return {**limits, **options, **chat, **self.lm.save(folder)}
-
-    @classmethod
-    def from_pretrained(cls, folder: Path, options: Mapping[str, Any]) -> Self:
-        own = inspect.signature(cls).parameters.keys() - inspect.signature(CausalLM).parameters.keys()
-        options = only(options, {**_SAVED, **dict.fromkeys(own, (object,))}, cls.__name__)  # own: of a subclass
-        if reserved := RESERVED & (options.get("chat_template_kwargs") or {}).keys():
-            raise SerializationError(f"{cls.__name__}: chat_template_kwargs cannot set {sorted(reserved)}.")
-        saved: dict[str, Any] = {n: options[n] for n in ("base", "base_of", "model_kwargs") if n in options}
-        return cls(cls.pretrained.load(folder, saved), **{k: v for k, v in options.items() if k not in saved})
-
-    @property
-    def trusts_remote_code(self) -> bool:
-        return self.lm.model_kwargs.get("trust_remote_code") is True
-
-    def read_from(self, folder: Path, *, trust_remote_code: bool) -> None:
-        super().read_from(folder, trust_remote_code=trust_remote_code)
-        self.lm.read_from(folder, trust_remote_code=trust_remote_code)
-
-    def prepare_training(self) -> None:
-        """Has weights that train by themselves be fp32, unless another dtype was asked for (see `model_kwargs`)."""
-        self.lm.prepare_training()
-
-    @property
-    def base_key(self) -> Hashable:
-        return self.lm.base_key
-
-    def share_base(self, others: Iterable[Component]) -> None:
-        """Puts its adapter on the model of one of the others that names the same one, loaded alike."""
-        for other in others:
-            if isinstance(other, CausalLM) and self.lm.may_share_with(other.lm):
-                self.lm.share_base(other.lm)
-                return
-
-    def connect(self, components: Mapping[str, Component]) -> None:
-        """Shares the loaded base of the component that it was saved with."""
-        owner = components.get(self.lm.base_component or "")
-        if owner is not self and isinstance(owner, CausalLM):
-            self.lm.share_base(owner.lm)
-
-    def load_weights(self, folder: Path) -> None:
-        self.lm.load_weights(folder)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 
 from sysdag.components.language.beam import search_side_by_side
 from sysdag.components.language.beam_state import BeamRules
-from sysdag.components.language.decoder import PromptInputs
+from sysdag.components.language.decoder import Decoder, PromptInputs
 from sysdag.components.language.pretrained import PretrainedLM
 from sysdag.components.language.sampling import sample_tokens
 from sysdag.components.language.stop_strings import StopStrings
@@ -28,6 +28,7 @@ class Completer:
         max_batch_tokens, batch_size: most tokens, and sequences, decoded side by side; see `CausalLM`.
         stops: the texts that end a completion beside the end tokens.
         inputs: what prompts hold beside text.
+        decoder_of: what extends rows of the model's tokens, in place of the one that serves the model.
     """
 
     lm: PretrainedLM
@@ -36,6 +37,7 @@ class Completer:
     batch_size: int | None = None
     stops: StopStrings | None = None
     inputs: PromptInputs | None = None
+    decoder_of: Callable[[Any], Decoder] | None = None
 
     @property
     def stop_texts(self) -> tuple[str, ...]:
@@ -57,7 +59,7 @@ class Completer:
                 model, prompts, seeds, max_new_tokens=self.max_new_tokens, eos_token_ids=self.lm.eos_token_ids,
                 temperature=temperature, top_p=top_p, top_k=top_k,
                 ends_text=None if self.stops is None else self.stops.ends, max_batch_tokens=self.max_batch_tokens,
-                max_batch_rows=self.batch_size, inputs=self.inputs,
+                max_batch_rows=self.batch_size, inputs=self.inputs, decoder=self._decoder(model),
             )  # fmt: skip
         return [
             self.draw(ids, log_prob)
@@ -70,8 +72,8 @@ class Completer:
         """Up to `num_candidates` distinct completions of each prompt, best first; see `CausalLM.search`."""
         found: list[dict[tuple[int, ...], Draw]] = [{} for _ in prompts]
 
-        def has_too_few(place: int, sequences: torch.Tensor, _: torch.Tensor) -> bool:
-            for row in sequences.tolist():
+        def has_too_few(place: int, sequences: torch.Tensor, scores: torch.Tensor) -> bool:
+            for row in sequences[scores.isfinite()].tolist():  # others are of tokens that may not stand there
                 draw = self.draw(self._ended(row), None)
                 found[place].setdefault(tuple(draw.record["token_ids"]), draw)
             return len(found[place]) < num_candidates
@@ -84,8 +86,14 @@ class Completer:
             for beams in (1, 2, 4)
         ]  # fmt: skip
         with self.decoding() as model:
-            search_side_by_side(model, prompts, rules, has_too_few, self.max_batch_tokens, self.batch_size, self.inputs)
+            search_side_by_side(
+                model, prompts, rules, has_too_few, self.max_batch_tokens, self.batch_size, self.inputs,
+                self._decoder(model),
+            )  # fmt: skip
         return [list(kept.values())[:num_candidates] for kept in found]
+
+    def _decoder(self, model: Any) -> Decoder | None:
+        return None if self.decoder_of is None else self.decoder_of(model)
 
     def draw(self, token_ids: list[int], log_prob: float | None) -> Draw:
         """The draw of a completion that ended, or was cut, at its last token."""

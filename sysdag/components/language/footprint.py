@@ -7,6 +7,7 @@ autograd then says what its graph would save, kernel by kernel as the device wou
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -48,6 +49,39 @@ def of_language_model(
         checkpoints: whether it recomputes its activations (gradient checkpointing).
         device: `cpu` or `cuda`, whose kernels are assumed.
     """
+
+    def score(model: Any) -> None:
+        inputs = {
+            "input_ids": torch.zeros(1, tokens, dtype=torch.int64),
+            "attention_mask": torch.zeros(1, 1, tokens, tokens, dtype=dtype),
+            "position_ids": torch.zeros(1, tokens, dtype=torch.int64),
+        }
+        rows = torch.zeros(labels, dtype=torch.int64)
+        TokenScorer(model, is_checked=True)(inputs, rows, rows)
+
+    return of_model(
+        auto_class, config, dtype, peft_config, score, trains=trains, checkpoints=checkpoints, device=device
+    )
+
+
+def of_model(
+    auto_class: Any,
+    config: Any,
+    dtype: torch.dtype,
+    peft_config: PeftConfig | None,
+    score: Callable[[Any], None],
+    *,
+    trains: bool,
+    checkpoints: bool,
+    device: str,
+) -> Footprint:
+    """A language model's whose micro-batch is what `score` does.
+
+    Args:
+        auto_class: of transformers, which builds the model of its config.
+        score: scores one micro-batch with the model, whose tensors are fake.
+        trains, checkpoints, device: see `of_language_model`.
+    """
     with torch.device("meta"):
         model = auto_class.from_config(config, dtype=dtype)
         base = sum(bytes_of(parameter) for parameter in model.parameters())
@@ -60,15 +94,9 @@ def of_language_model(
         acceleration.enable_checkpointing(model, {"use_reentrant": False})
     with FakeTensorMode(), torch.device(device):
         make_fake(model)
-        inputs = {
-            "input_ids": torch.zeros(1, tokens, dtype=torch.int64),
-            "attention_mask": torch.zeros(1, 1, tokens, tokens, dtype=dtype),
-            "position_ids": torch.zeros(1, tokens, dtype=torch.int64),
-        }
-        rows = torch.zeros(labels, dtype=torch.int64)
         saved = SavedBytes()
         with saved if trains else contextlib.nullcontext(), torch.set_grad_enabled(trains):
-            TokenScorer(model, is_checked=True)(inputs, rows, rows)
+            score(model)
         head = model.get_output_embeddings().weight
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         weights = sum(bytes_of(parameter) for parameter in model.parameters())

@@ -26,15 +26,23 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class LinearHead:
-    """softcap(scale * linear(decoder's last hidden state)) are the logits."""
+    """softcap(scale * linear(decoder's last hidden state) + offset) are the logits."""
 
     decoder: nn.Module
     linear: nn.Linear
     scale: float
     softcap: float | None
+    offset: Tensor | None = None
+
+    @property
+    def bias(self) -> Tensor | None:
+        """What is added to the scaled product."""
+        own = None if self.linear.bias is None else self.linear.bias * self.scale
+        return own if self.offset is None else self.offset if own is None else own + self.offset
 
     def logits(self, hidden: Tensor) -> Tensor:
         logits = self.linear(hidden).float() * self.scale
+        logits = logits if self.offset is None else logits + self.offset
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
 
@@ -48,13 +56,17 @@ class TokenScorer:
 
     def __init__(self, model: Any, *, is_checked: bool = False) -> None:
         self.model = model
-        self._candidates = _candidates(model)
-        self._embedding = _output_embedding(model)
+        self._candidates = self._heads()
+        self._embedding = output_embedding(model)
         self._checked = is_checked
+
+    def _heads(self) -> list[LinearHead]:
+        """What the head may be, likeliest first; empty where only the model's own logits will do."""
+        return _candidates(self.model)
 
     def fits(self, model: Any) -> bool:
         """Whether this was made for the model, and for its output embedding as it is now."""
-        return self.model is model and self._embedding is _output_embedding(model)
+        return self.model is model and self._embedding is output_embedding(model)
 
     def __call__(
         self, inputs: Mapping[str, Any], rows: Int[Tensor, " M"], labels: Int[Tensor, " M"]
@@ -68,14 +80,14 @@ class TokenScorer:
         """
         output = self._hidden(inputs) if self._candidates else None
         if output is None or output.hidden is None:
-            logits = self.model(**inputs, use_cache=False).logits.flatten(0, 1)[rows].float()
+            logits = self._forward(inputs).logits.flatten(0, 1)[rows].float()
             return logits.log_softmax(-1).gather(1, labels[:, None])[:, 0]
         head = self._candidates[0]
-        weight, bias = head.linear.weight, head.linear.bias
+        weight = head.linear.weight
         with torch.autocast(labels.device.type, dtype=output.autocast, enabled=output.autocast is not None):
             return linear_logprob(
                 output.hidden.flatten(0, 1).to(weight.dtype), weight, rows, labels,
-                bias=None if bias is None else bias * head.scale, softcap=head.softcap, logit_scale=head.scale,
+                bias=head.bias, softcap=head.softcap, logit_scale=head.scale,
             )  # fmt: skip
 
     @torch.no_grad()
@@ -85,16 +97,19 @@ class TokenScorer:
         """log p of each label where it is predicted, less log sum_v p(v)^2 there; logits of some rows at a time."""
         output = self._hidden(inputs) if self._candidates else None
         if output is None or output.hidden is None:
-            whole = self.model(**inputs, use_cache=False).logits.flatten(0, 1)
-            return torch.cat([_typical(whole[some].float(), of) for some, of in _chunks(rows, labels, whole.shape[-1])])
+            whole = self._forward(inputs).logits.flatten(0, 1)
+            return torch.cat([typical(whole[some].float(), of) for some, of in _chunks(rows, labels, whole.shape[-1])])
         head, hidden = self._candidates[0], output.hidden.flatten(0, 1)
         with torch.autocast(labels.device.type, dtype=output.autocast, enabled=output.autocast is not None):
             return torch.cat(
                 [
-                    _typical(head.logits(hidden[some].to(head.linear.weight.dtype)), of)
+                    typical(head.logits(hidden[some].to(head.linear.weight.dtype)), of)
                     for some, of in _chunks(rows, labels, head.linear.out_features)
                 ]
             )
+
+    def _forward(self, inputs: Mapping[str, Any]) -> Any:
+        return self.model(**inputs, use_cache=False)
 
     def _hidden(self, inputs: Mapping[str, Any]) -> _Output | None:
         """What the decoder returns, or None if the model turns out to make its logits in another way."""
@@ -108,17 +123,22 @@ class TokenScorer:
             if not last.isfinite().all():  # this tells nothing of the head
                 return None
             fits = hidden is not None and hidden.shape[:2] == ids.shape and last.shape[:2] == (len(ids), 1)
-            self._candidates = [head for head in self._candidates if fits and _agrees(head, output, last)]
-            self._checked = True
-            if not self._candidates:
-                _say(
-                    self.model,
-                    "its logits are not its output embedding applied to the last hidden state"
-                    if fits
-                    else "its decoder does not return the hidden states of all tokens",
-                )
+            if not self._settled(output, last, fits=fits):
                 return None
         return output
+
+    def _settled(self, output: _Output, last: Tensor, *, fits: bool) -> bool:
+        """Keeps the heads that give the model's logits at the last position; whether there are any."""
+        self._candidates = [head for head in self._candidates if fits and _agrees(head, output, last)]
+        self._checked = True
+        if not self._candidates:
+            say_full_logits(
+                self.model,
+                "its logits are not its output embedding applied to the last hidden state"
+                if fits
+                else "its decoder does not return the hidden states of all tokens",
+            )
+        return bool(self._candidates)
 
 
 _CHUNK = 2**24  # logits that are held at once
@@ -129,7 +149,7 @@ def _chunks(rows: Tensor, labels: Tensor, vocabulary: int) -> Iterator[tuple[Ten
     yield from zip(rows.split(size), labels.split(size), strict=True)
 
 
-def _typical(logits: Float[Tensor, "M V"], labels: Int[Tensor, " M"]) -> Float[Tensor, " M"]:
+def typical(logits: Float[Tensor, "M V"], labels: Int[Tensor, " M"]) -> Float[Tensor, " M"]:
     """log p_y - log sum p^2 = l_y + logsumexp(l) - logsumexp(2 l)."""
     logits = logits.float()
     return logits.gather(1, labels[:, None])[:, 0] + logits.logsumexp(-1) - (2 * logits).logsumexp(-1)
@@ -140,6 +160,11 @@ class _Output:
     hidden: Tensor | None = None
     autocast: torch.dtype | None = None  # in which the decoder ran
 
+    def take(self, hidden: Tensor | None) -> None:
+        self.hidden = hidden
+        if hidden is not None and torch.is_autocast_enabled(hidden.device.type):
+            self.autocast = torch.get_autocast_dtype(hidden.device.type)
+
 
 @contextlib.contextmanager
 def _captured(decoder: nn.Module) -> Iterator[_Output]:
@@ -147,11 +172,25 @@ def _captured(decoder: nn.Module) -> Iterator[_Output]:
     output = _Output()
 
     def take(module: nn.Module, arguments: Any, returned: Any) -> None:
-        output.hidden = returned[0] if isinstance(returned, tuple) else getattr(returned, "last_hidden_state", None)
-        if output.hidden is not None and torch.is_autocast_enabled(output.hidden.device.type):
-            output.autocast = torch.get_autocast_dtype(output.hidden.device.type)
+        output.take(returned[0] if isinstance(returned, tuple) else getattr(returned, "last_hidden_state", None))
 
     handle = decoder.register_forward_hook(take)
+    try:
+        yield output
+    finally:
+        handle.remove()
+
+
+@contextlib.contextmanager
+def captured_before(linear: nn.Module) -> Iterator[_Output]:
+    """What enters the output embedding while the context lasts; it computes the last position alone."""
+    output = _Output()
+
+    def take(module: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        output.take(arguments[0])
+        return (arguments[0][:, -1:],)
+
+    handle = linear.register_forward_pre_hook(take)
     try:
         yield output
     finally:
@@ -174,7 +213,7 @@ def _agrees(head: LinearHead, output: _Output, last: Tensor) -> bool:
 
 def _candidates(model: Any) -> list[LinearHead]:
     """The heads that the structure and the config allow, likeliest first; they differ in what a scale means."""
-    inner, linear = inner_model(model), _output_embedding(model)
+    inner, linear = inner_model(model), output_embedding(model)
     decoder = getattr(inner, "base_model", None)
     if type(linear) is not nn.Linear:
         reason = f"its output embedding is a {type(linear).__name__}, not a plain nn.Linear"
@@ -186,7 +225,7 @@ def _candidates(model: Any) -> list[LinearHead]:
         config = inner.config.get_text_config()
         softcap = getattr(config, "final_logit_softcapping", None)
         return [LinearHead(decoder, linear, scale, softcap) for scale in _scales(config)]
-    _say(model, reason)
+    say_full_logits(model, reason)
     return []
 
 
@@ -204,7 +243,7 @@ def argument_names(model: Any) -> set[str]:
     return names if "input_ids" in names or inner is None else argument_names(inner)
 
 
-def _output_embedding(model: Any) -> Any:
+def output_embedding(model: Any) -> Any:
     inner = inner_model(model)
     return inner.get_output_embeddings() if hasattr(inner, "get_output_embeddings") else None
 
@@ -219,5 +258,6 @@ def _scales(config: Any) -> list[float]:
     return found
 
 
-def _say(model: Any, reason: str) -> None:
+def say_full_logits(model: Any, reason: str) -> None:
+    """Warns of a model whose head cannot be applied to some rows alone."""
     logger.warning("%s is scored through its full logits, which takes more memory: %s.", type(model).__name__, reason)

@@ -267,6 +267,11 @@ class ModelDescription:
         size = getattr(self.config.get_text_config(decoder=True), "vocab_size", None)
         return None if size is None else max(size, self._brought_rows)
 
+    @property
+    def num_target_embeddings(self) -> int | None:
+        """As `num_embeddings`, of what is written, whose vocabulary may be another one than that of what is read."""
+        return self.num_embeddings
+
     @cached_property
     def _brought_rows(self) -> int:
         """Of the embeddings that its saved adapter brings of a vocabulary which was extended."""
@@ -282,7 +287,14 @@ class ModelDescription:
         Raises:
             DataError: naming the token and the model's size.
         """
-        size, largest = self.num_embeddings, max(ids, default=-1)
+        self._check_below(self.num_embeddings, ids, what, element)
+
+    def check_target_ids(self, ids: Collection[int], element: int) -> None:
+        """As `check_ids`, of a completion."""
+        self.check_ids(ids, "a completion", element)
+
+    def _check_below(self, size: int | None, ids: Collection[int], what: str, element: int) -> None:
+        largest = max(ids, default=-1)
         if size is not None and largest >= size:
             token = self.tokenizer.convert_ids_to_tokens(largest) if largest < len(self.tokenizer) else None
             raise DataError(

@@ -205,10 +205,7 @@ def check_architecture(config: Mapping[str, Any], name: str) -> None:
     """
     kind = config.get("model_type") or "?"
     if config.get("is_encoder_decoder"):
-        raise PlanError(
-            f"CausalLM({name!r}): {kind} is an encoder-decoder (Seq2Seq), for which sysdag has no component yet. Use a "
-            "decoder-only model, or a component of your own (a subclass of sysdag.Component)."
-        )
+        raise PlanError(f"CausalLM({name!r}): {kind} is an encoder-decoder; use Seq2Seq({name!r}).")
     if _is_of_images(kind):
         raise PlanError(
             f"CausalLM({name!r}): {kind} is a vision-language model; use ImageTextToText({name!r}), whose prompts may "

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import torch
+from torch import Tensor
 
 
 @torch.no_grad()
-def first_non_finite(model: Any, prompt: Sequence[int], completion: Sequence[int], device: torch.device) -> int | None:
+def first_non_finite(logits_after: Callable[[Sequence[int]], Tensor], completion: Sequence[int]) -> int | None:
     """The place of the first token of a completion whose log-probability is not finite; None without one.
 
     Attention multiplies what it masks by 0, so one nan reaches the tokens before it, too: each is asked without those
     behind it, by bisection, since from its source on a nan stays.
+
+    Args:
+        logits_after: the logits (V,) of the token that follows the first ones of a completion.
     """
 
     def is_finite(place: int) -> bool:
-        ids = torch.tensor([[*prompt, *completion[:place]]], device=device)
-        log_probs = model(input_ids=ids).logits[0, -1].float().log_softmax(-1)
+        log_probs = logits_after(completion[:place]).float().log_softmax(-1)
         return bool(log_probs[completion[place]].isfinite())
 
     low, high = 0, len(completion)

@@ -62,10 +62,14 @@ class PromptEncoder:
         tokenizer: of transformers.
         template: of conversations.
         remembered: how many prompts are kept; by default `REMEMBERED`.
+        closes: whether a string is whole, and no beginning: what the tokenizer puts behind a text stays, and one that
+            is too long loses tokens at its end, as the source of an encoder-decoder does.
     """
 
-    def __init__(self, owner: str, tokenizer: Any, template: ChatTemplate, *, remembered: int | None = None) -> None:
-        self.owner, self.tokenizer, self.template = owner, tokenizer, template
+    def __init__(
+        self, owner: str, tokenizer: Any, template: ChatTemplate, *, remembered: int | None = None, closes: bool = False
+    ) -> None:
+        self.owner, self.tokenizer, self.template, self.closes = owner, tokenizer, template, closes
         self._kept: dict[tuple[Any, ...], tuple[array[int], ChatPrompt | None, int, Any]] = {}
         self._most = REMEMBERED if remembered is None else remembered
         self._beside: list[Any] = []  # of the prompts of the last call
@@ -136,7 +140,12 @@ class PromptEncoder:
         ids = self.text_ids(text, spelled_in(text))
         self._check_any(ids, text)
         lost = 0 if room is None else max(len(ids) - room, 0)
-        return Prompt(ids[lost:], text, lost)
+        if room is None or not self.closes or not lost:
+            return Prompt(ids[lost:], text, lost)
+        after = self._put_around[1]
+        if room <= len(after):
+            raise DataError(f"{self.owner}: there is room for {room} tokens of a source; its end takes {len(after)}.")
+        return Prompt([*ids[: room - len(after)], *after], text, lost)
 
     def _check_any(self, ids: Sequence[int], prompt: Any) -> None:
         if not ids:
@@ -145,12 +154,16 @@ class PromptEncoder:
     def text_ids(self, text: str, spelled: Sequence[tuple[int, int]] = ()) -> list[int]:
         """Tokens of a text with what the tokenizer puts in front of one, once, and without what it puts behind.
 
+        Where texts are whole, as the tokenizer has them.
+
         Args:
             spelled: where it only spells a control token, ascending.
         """
-        if self._around is None:
-            self._around = self._surroundings()
-        before, after = self._around
+        if self.closes and not spelled:
+            return list(self.tokenizer(text)["input_ids"])
+        before, after = self._put_around
+        if self.closes:
+            return [*before, *self.template.text_ids(text, spelled), *after]
         if after:
             self._say(
                 f"the tokenizer ends every text with {self._spelled(after)}; prompts go without, so that they go on"
@@ -162,6 +175,13 @@ class PromptEncoder:
             )
             return ids
         return [*before, *ids]
+
+    @property
+    def _put_around(self) -> tuple[list[int], list[int]]:
+        """What the tokenizer puts in front of a text and behind it, asked once."""
+        if self._around is None:
+            self._around = self._surroundings()
+        return self._around
 
     def _surroundings(self) -> tuple[list[int], list[int]]:
         """What the tokenizer puts in front of a text and behind it."""

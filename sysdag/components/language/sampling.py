@@ -60,6 +60,7 @@ def sample_tokens(
     max_batch_tokens: int = MAX_BATCH_TOKENS,
     max_batch_rows: int | None = None,
     inputs: PromptInputs | None = None,
+    decoder: Decoder | None = None,
 ) -> SampledTokens:
     """Ancestral sampling of `num_samples` completions of each prompt, as `decoder` finds out that the model can.
 
@@ -81,13 +82,14 @@ def sample_tokens(
             may draw; what keys and values take is this many times what a token's do. A single row may take more.
         max_batch_rows: most rows side by side; None leaves that to the tokens.
         inputs: what prompts hold beside text.
+        decoder: what extends rows; by default the one that serves the model.
 
     Raises:
         PlanError: for a model whose logits depend on the tokens behind them.
         DataError: for logits that are not finite; `DataError.element` is the row.
     """
     options = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
-    decoder = decoder_of(model, inputs)
+    decoder = decoder_of(model, inputs) if decoder is None else decoder
     batch = _Batch(seeds, next(model.parameters()).device, options, frozenset(eos_token_ids), max_new_tokens, ends_text)
     waiting = WaitingPrompts(max_new_tokens, max_batch_tokens, max_batch_rows)
     for number, prompt in enumerate(prompts):

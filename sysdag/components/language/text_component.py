@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from sysdag.components.component import Component, Takes
 from sysdag.components.input_reader import Argument
@@ -33,6 +33,9 @@ class TextComponent(Component):
         lm: the model, of which the tokenizer and the config are read, and not the weights.
         max_new_tokens, max_length, stop, tools, chat_template_kwargs, sanitize_control_tokens: see `CausalLM`.
 
+    Class attributes:
+        limits_prompts: the option that a prompt which is cut is too long for.
+
     Raises:
         PlanError: for options out of range.
     """
@@ -40,6 +43,7 @@ class TextComponent(Component):
     value_type = str
     has_tokens = True
     row_options = ROW_OPTIONS
+    limits_prompts: ClassVar[str] = "max_length"
 
     def __init__(
         self,
@@ -125,8 +129,11 @@ class TextComponent(Component):
             self.lm.check_ids(prompt.ids, "a prompt", element)
             if prompt.lost:
                 left = len(prompt.ids)
-                how = f"cut to its last {left}" if isinstance(prompt.given, str) else f"left {left} without older turns"
-                self._warn_once("prompt", f"a prompt of {left + prompt.lost} tokens was {how} (max_length)")
+                kept = "first" if self._encoder().closes else "last"
+                how = (
+                    f"cut to its {kept} {left}" if isinstance(prompt.given, str) else f"left {left} without older turns"
+                )
+                self._warn_once("prompt", f"a prompt of {left + prompt.lost} tokens was {how} ({self.limits_prompts})")
         return found
 
     def _encoder(self) -> PromptEncoder:
@@ -192,7 +199,7 @@ class TextComponent(Component):
         return self._reader
 
     def check_draws(self, draws: Sequence[Draw]) -> None:
-        check_token_draws(repr(self), draws, self.lm.num_embeddings)
+        check_token_draws(repr(self), draws, self.lm.num_target_embeddings)
 
     def is_empty(self, draw: Draw) -> bool:
         return is_blank(draw.value)
@@ -210,7 +217,7 @@ class TextComponent(Component):
         """Prompts and completions, whose tokens are known, as far as there is room for both."""
         prompts = self.prompt_ids(inputs)
         for element, draw in enumerate(draws):
-            self.lm.check_ids(draw.record["token_ids"], "a completion", element)
+            self.lm.check_target_ids(draw.record["token_ids"], element)
         return [self._fit(prompt, draw) for prompt, draw in zip(prompts, draws, strict=True)]
 
     def _fit(self, prompt: list[int], draw: Draw) -> tuple[list[int], list[int]]:

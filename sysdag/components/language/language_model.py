@@ -1,0 +1,251 @@
+"""What every language model is as a component, whatever its architecture: draws, an adapter, a reference, saving."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from abc import abstractmethod
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from sysdag.components.component import Component
+from sysdag.components.decoding import check_truncation
+from sysdag.components.language.chat_template import RESERVED, schemas
+from sysdag.components.language.completer import Completer
+from sysdag.components.language.pretrained import PretrainedLM
+from sysdag.components.language.stop_strings import StopStrings, stop_strings
+from sysdag.components.language.text_component import TextComponent
+from sysdag.components.random_streams import RowGenerator, row_seeds
+from sysdag.errors import PlanError, SerializationError
+from sysdag.files.saved_files import only
+from sysdag.traces.cells import Draw
+
+_NUMBER, _MAYBE_INT = (int, float), (int, type(None))
+
+
+class LanguageModel(TextComponent):
+    """A text component that draws and scores with the weights of a pretrained model.
+
+    Args:
+        lm: the model.
+        temperature, top_p, top_k, max_batch_tokens, batch_size: see `CausalLM`.
+        texts: see `TextComponent`.
+
+    Class attributes:
+        pretrained: what reads its models.
+        saved_options: the constructor's options that `save_pretrained` keeps, by the attributes of those names.
+        saved_types: the types, of JSON, of what it keeps.
+    """
+
+    likelihood = "exact"
+    is_density = False
+    takes_row_seeds = True
+    pretrained: ClassVar[type[PretrainedLM]] = PretrainedLM
+    saved_options: ClassVar[tuple[str, ...]] = (
+        "temperature", "top_p", "top_k", "stop", "max_batch_tokens", "batch_size", "sanitize_control_tokens",
+    )  # fmt: skip
+    saved_types: ClassVar[Mapping[str, tuple[type, ...]]] = {
+        "max_new_tokens": _MAYBE_INT, "temperature": _NUMBER, "top_p": _NUMBER, "top_k": _MAYBE_INT, "stop": (list,),
+        "max_batch_tokens": (int,), "batch_size": _MAYBE_INT, "sanitize_control_tokens": (bool,),
+        "base": (str, type(None)), "base_of": (str,), "model_kwargs": (dict,),
+    }  # fmt: skip
+
+    def __init__(
+        self,
+        lm: PretrainedLM,
+        *,
+        temperature: float,
+        top_p: float,
+        top_k: int | None,
+        max_batch_tokens: int,
+        batch_size: int | None,
+        **texts: Any,
+    ) -> None:
+        kind = type(self).__name__
+        for option, value in {"max_batch_tokens": max_batch_tokens, "batch_size": batch_size}.items():
+            if not (isinstance(value, int) and value >= 1) and (value is not None or option != "batch_size"):
+                raise PlanError(f"{kind}: {option} must be an integer of 1 or more, got {value!r}.")
+        check_truncation(kind, temperature, top_p, top_k)
+        super().__init__(lm, **texts)
+        self.temperature, self.top_p, self.top_k = temperature, top_p, top_k
+        self.max_batch_tokens, self.batch_size = max_batch_tokens, batch_size
+        self._scorer: Any = None
+
+    def __repr__(self) -> str:
+        return repr(self.lm)
+
+    @property
+    def base_model(self) -> str | None:
+        return self.lm.base_model
+
+    @property
+    def module(self) -> Any:
+        return self.lm.module
+
+    def sample(self, inputs: Sequence[Any], *, generator: RowGenerator = None) -> list[Draw]:
+        return self.propose(inputs, generator=generator)
+
+    def propose(
+        self,
+        inputs: Sequence[Any],
+        *,
+        temperature: float | None = None,
+        top_p: float | None = None,
+        top_k: int | None = None,
+        stop: str | Sequence[str] | None = None,
+        generator: RowGenerator = None,
+    ) -> list[Draw]:
+        """See `Component`; `stop` as for the component, whose own are left by None and put off by an empty list."""
+        check_truncation(repr(self), temperature, top_p, top_k)
+        prompts = self.prompt_ids(inputs)
+        options: dict[str, Any] = {
+            "temperature": self.temperature if temperature is None else temperature,
+            "top_p": self.top_p if top_p is None else top_p,
+            "top_k": self.top_k if top_k is None else top_k,
+            "seeds": row_seeds(generator, len(prompts)),
+        }
+        return self._sampled(self._completer(stop), prompts, options)
+
+    def _sampled(
+        self, completer: Completer, prompts: Sequence[Sequence[int]], options: Mapping[str, Any]
+    ) -> list[Draw]:
+        return completer.sample(prompts, **options)
+
+    def _completer(self, stop: str | Sequence[str] | None = None) -> Completer:
+        strings = self.stop if stop is None else stop_strings(stop)
+        stops = StopStrings(strings, self.tokenizer) if strings else None
+        return Completer(
+            lm=self.lm, max_new_tokens=self.max_new_tokens, max_batch_tokens=self.max_batch_tokens,
+            batch_size=self.batch_size, stops=stops,
+        )  # fmt: skip
+
+    def search(
+        self, inputs: Sequence[Any], num_candidates: int, diversity_penalty: float, ngram_size: int = 1
+    ) -> list[list[Draw]]:
+        """Diverse beam search with one beam a group (Vijayakumar et al. 2016, arXiv 1610.02424).
+
+        Groups may end in the same text, since an end of sequence is not penalised. A prompt that is left with fewer
+        than `num_candidates` distinct ones is searched again with 2, then 4 beams a group, and topped up from those.
+        """
+        return self._completer().search(self.prompt_ids(inputs), num_candidates, diversity_penalty, ngram_size)
+
+    def log_prob(self, inputs: Sequence[Any], draws: Sequence[Draw]) -> Float[Tensor, " n"]:
+        """Sum of the log-probabilities of the completion's tokens, its end of sequence included where it has one."""
+        return self._scored(inputs, draws)
+
+    def weighted_score(
+        self, inputs: Sequence[Any], draws: Sequence[Draw], heads: Sequence[int], tail: float
+    ) -> Float[Tensor, " n"]:
+        return self._scored(inputs, draws, weights=(heads, tail))
+
+    @torch.no_grad()
+    def typicality(self, inputs: Sequence[Any], draws: Sequence[Draw]) -> Float[Tensor, " n"]:
+        return self._scored(inputs, draws, typicality=True)
+
+    @abstractmethod
+    def _scored(
+        self,
+        inputs: Sequence[Any],
+        draws: Sequence[Draw],
+        *,
+        weights: tuple[Sequence[int], float] | None = None,
+        typicality: bool = False,
+    ) -> Float[Tensor, " n"]:
+        """Sums over each completion's tokens: of log p, those behind its first ones weighted; or see `typicality`."""
+
+    def _rows_at_once(self, rows: int, tokens: int) -> int:
+        """How many of the rows that are asked for are decoded side by side, each of so many tokens."""
+        most = max(1, self.max_batch_tokens // tokens)
+        return min(rows, most if self.batch_size is None else min(most, self.batch_size))
+
+    def own_parameters(self) -> dict[str, nn.Parameter]:
+        """Those of its adapter, where it has one; none where that is switched off."""
+        return self.lm.own_parameters()
+
+    def reference(self) -> Component:
+        """The adapter switched off while it changes nothing yet, else a frozen copy of it, on the same model.
+
+        Without an adapter the whole model is copied.
+
+        Raises:
+            PlanError: if the model's own weights cannot train: quantised, or under adapters of other components.
+        """
+        return self._on(self.lm.reference())
+
+    def moving_reference(self) -> Component:
+        """As `reference`, with a frozen copy of a new adapter on the same model."""
+        return self._on(self.lm.reference(moves=True))
+
+    def fresh(self) -> Component:
+        if not self.lm.is_named:
+            return super().fresh()
+        made = self._on(self.lm.fresh())
+        made._scorer = None
+        return made
+
+    def _on(self, lm: PretrainedLM) -> Self:
+        """This component on another view of its model."""
+        view = copy.copy(self)
+        view.lm = lm
+        return view
+
+    def save_pretrained(self, folder: Path) -> Mapping[str, Any]:
+        """Writes tokenizer and model; or the adapter in peft's layout and beside it, in `base/`, a base without a name.
+
+        Components that share their base and are saved into one parent folder write it once.
+        """
+        options = {name: getattr(self, name) for name in self.saved_options}
+        return {**self._saved_limits(), **options, **self._saved_chat(), **self.lm.save(folder)}
+
+    def _saved_limits(self) -> dict[str, Any]:
+        return {"max_new_tokens": self._max_new_tokens, "max_length": self._max_length}
+
+    def _saved_chat(self) -> dict[str, Any]:
+        return {"tools": schemas(self.tools), "chat_template_kwargs": self.chat_template_kwargs}
+
+    @classmethod
+    def from_pretrained(cls, folder: Path, options: Mapping[str, Any]) -> Self:
+        typed = next(each for each in cls.__mro__ if "saved_types" in vars(each))
+        own = inspect.signature(cls).parameters.keys() - inspect.signature(typed).parameters.keys()  # of a subclass
+        options = only(options, {**cls.saved_types, **dict.fromkeys(own, (object,))}, cls.__name__)
+        if reserved := RESERVED & (options.get("chat_template_kwargs") or {}).keys():
+            raise SerializationError(f"{cls.__name__}: chat_template_kwargs cannot set {sorted(reserved)}.")
+        saved: dict[str, Any] = {n: options[n] for n in ("base", "base_of", "model_kwargs") if n in options}
+        return cls(cls.pretrained.load(folder, saved), **{k: v for k, v in options.items() if k not in saved})
+
+    @property
+    def trusts_remote_code(self) -> bool:
+        return self.lm.model_kwargs.get("trust_remote_code") is True
+
+    def read_from(self, folder: Path, *, trust_remote_code: bool) -> None:
+        super().read_from(folder, trust_remote_code=trust_remote_code)
+        self.lm.read_from(folder, trust_remote_code=trust_remote_code)
+
+    def prepare_training(self) -> None:
+        """Has weights that train by themselves be fp32, unless another dtype was asked for (see `model_kwargs`)."""
+        self.lm.prepare_training()
+
+    @property
+    def base_key(self) -> Hashable:
+        return self.lm.base_key
+
+    def share_base(self, others: Iterable[Component]) -> None:
+        """Puts its adapter on the model of one of the others that names the same one, loaded alike."""
+        for other in others:
+            if isinstance(other, LanguageModel) and self.lm.may_share_with(other.lm):
+                self.lm.share_base(other.lm)
+                return
+
+    def connect(self, components: Mapping[str, Component]) -> None:
+        """Shares the loaded base of the component that it was saved with."""
+        owner = components.get(self.lm.base_component or "")
+        if owner is not self and isinstance(owner, LanguageModel):
+            self.lm.share_base(owner.lm)
+
+    def load_weights(self, folder: Path) -> None:
+        self.lm.load_weights(folder)
