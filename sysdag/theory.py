@@ -18,10 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sysdag.components.discrete.values import Discrete
 from sysdag.errors import PlanError
 from sysdag.execution.branching import skipped_rows
-from sysdag.execution.execute import fill
+from sysdag.execution.execute import fill, node_inputs
 from sysdag.execution.likelihood import log_probs
 from sysdag.graph.plan import Objective, Plan
 from sysdag.graph.system import System
@@ -73,14 +72,19 @@ def enumerate_outcomes(plan: Plan, inputs: Mapping[str, Any], nodes: Sequence[st
 def _enumerated(plan: Plan, rows: Trace, nodes: Sequence[str]) -> Trace:
     """Each row with every combination of the nodes' values, those of branches that it does not take left out."""
     for name in nodes:
-        component = plan.system[name].component
-        if not isinstance(component, Discrete) or plan.is_plate(name):
+        component: Any = plan.system[name].component
+        filled = fill(plan, rows)
+        skipped = skipped_rows(plan, filled, name) if plan.switches_over(name) else frozenset()
+        known = {*filled.inputs, *filled.cells}.issuperset(edge.parent for edge in plan.parents(name))
+        reached: list[Any] = [None] * (len(rows) - len(skipped))  # of outputs without latents
+        if known:
+            reached = node_inputs(plan, filled, name).values
+        if plan.is_plate(name) or component.outcome_counts(reached) is None:
             raise PlanError(
                 f"Node {name!r} ({component!r}) cannot be enumerated; it needs finitely many values, and no plate."
             )
-        draws = component.observe(list(component.values))
-        skipped = skipped_rows(plan, fill(plan, rows), name) if plan.switches_over(name) else frozenset()
-        cells: list[Sequence[Cell]] = [[ABSENT] if row in skipped else draws for row in range(len(rows))]
+        found = iter(component.outcomes(reached))
+        cells: list[Sequence[Cell]] = [[ABSENT] if row in skipped else next(found) for row in range(len(rows))]
         repeated = rows.select([row for row, own in enumerate(cells) for _ in own])
         rows = repeated.updated({name: [cell for own in cells for cell in own]})
     return fill(plan, rows)
@@ -239,7 +243,7 @@ def _missing_edges(
         log_q = torch.stack(list(log_probs(plan, trace).values())).sum(0).detach()
         for number in range(len(trace)):
             values = {name: trace[name][number] for name in plan.order}
-            key = (*(row[name] for name in names), *(trace[name][number] for name in order))
+            key = (*(_hashable(row[name]) for name in names), *(_hashable(trace[name][number]) for name in order))
             table[key] = math.exp(float(log_q[number]) + float(reward(row, values)) / beta)
     missing = []
     for depth, child in enumerate(order):
@@ -250,6 +254,10 @@ def _missing_edges(
             if earlier not in parents and _depends(conditional, place):
                 missing.append((earlier, child))
     return tuple(missing)
+
+
+def _hashable(value: Any) -> Any:
+    return tuple(map(_hashable, value)) if isinstance(value, (list, tuple)) else value
 
 
 def _random_sources(plan: Plan, child: str) -> Iterator[str]:

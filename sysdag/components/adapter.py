@@ -369,10 +369,14 @@ def fingerprint(model: Any, own: Iterable[Tensor]) -> dict[str, Any]:
     """
     held = {id(parameter) for parameter in own}
     found: dict[str, Any] = {}
-    for name in _all_names(model):
-        if any(id(parameter) in held for parameter in parameters(model, name).values()):
-            options = {k: v for k, v in model.peft_config[name].to_dict().items() if k not in _NO_MATTER}
-            found |= {"config": json.dumps(options, sort_keys=True, default=_sorted), **buffers(model, name)}
+    adapted = [("", model)] if _all_names(model) else [each for each in model.named_modules() if _all_names(each[1])]
+    for prefix, part in adapted:
+        for name in _all_names(part):
+            if any(id(parameter) in held for parameter in parameters(part, name).values()):
+                options = {k: v for k, v in part.peft_config[name].to_dict().items() if k not in _NO_MATTER}
+                config = json.dumps(options, sort_keys=True, default=_sorted)
+                found |= {f"{prefix}{key}": buffer for key, buffer in buffers(part, name).items()}
+                found["config"] = found.get("config", "") + config
     return found
 
 

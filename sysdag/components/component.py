@@ -50,6 +50,8 @@ class Component(InputReader, ABC):
         row_options: see `InputReader`.
         takes_row_seeds: whether `sample` and `propose` are given a seed for each input, which what is drawn for it
             depends on, whatever is drawn beside it. Else they get one generator for all.
+        observes_in_context: whether an observed value may stand for another, which its input tells (the number of an
+            option): `in_context` finds it, before anything else reads the value.
         winner_safeguard: of a bound, how much of the winner's gradient is to stay (see `sysdag.engine.safeguard`); None
             where that is not looked after.
 
@@ -59,11 +61,12 @@ class Component(InputReader, ABC):
     """
 
     likelihood: ClassVar[LikelihoodKind]
-    value_type: ClassVar[type | None] = None
+    value_type: type | None = None
     reads_files: ClassVar[bool] = False
     is_density: ClassVar[bool | None] = None
     has_tokens: ClassVar[bool] = False
     takes_row_seeds: ClassVar[bool] = False
+    observes_in_context: ClassVar[bool] = False
     residence: Residence | None = None
     winner_safeguard: float | None = None
     saved_folder: Path | None = None
@@ -366,6 +369,21 @@ class Component(InputReader, ABC):
         """Up to `num_candidates` distinct values of high probability for each input, best first; the penalty and the
         size of the n-grams it counts are those of a diverse beam search."""
         raise PlanError(f"{self!r} cannot be searched; use MonteCarlo candidates.")
+
+    def outcome_counts(self, inputs: Sequence[Any]) -> list[int] | None:
+        """How many different draws each input has; None where that is not known, or infinite. Loads no weights.
+
+        By default as many as there are in `values`, for a class that has them: the same for every input.
+        """
+        values = getattr(self, "values", None)
+        return None if values is None else [len(values)] * len(inputs)
+
+    def outcomes(self, inputs: Sequence[Any]) -> list[list[Draw]]:
+        """Every different draw of each input, as many as `outcome_counts` says; loads no weights."""
+        values = getattr(self, "values", None)
+        if values is None:
+            raise PlanError(f"{self!r} does not draw from finitely many values.")
+        return [self.observe(list(values))] * len(inputs)
 
     def reference(self) -> Component:
         """A frozen component that scores as this one does now and keeps doing so while this one trains.

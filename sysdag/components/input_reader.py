@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 
 @dataclass(frozen=True)
@@ -25,12 +25,12 @@ class Argument:
 class InputReader:
     """What becomes of a function's value before the component gets it; it needs no weights, and can be pickled.
 
-    Class attributes:
+    Attributes:
         row_options: columns of a row that inputs take up beside what the node's function returns (see
             `with_row_options`).
     """
 
-    row_options: ClassVar[tuple[str, ...]] = ()
+    row_options: tuple[str, ...] = ()
 
     def with_row_options(self, input: Any, options: Mapping[str, Any]) -> Any:
         """An input with what its row holds under the names in `row_options`.

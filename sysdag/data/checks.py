@@ -29,7 +29,7 @@ from sysdag.components.component import Component
 from sysdag.data.columns import read_columns
 from sysdag.data.preferences import PreferencePair, Problem, encode_row
 from sysdag.errors import DataError, PlanError
-from sysdag.execution.execute import flat_draws, node_inputs
+from sysdag.execution.execute import flat_draws, node_inputs, resolved
 from sysdag.files.encoding import encode_value
 from sysdag.graph.plan import Objective, Plan
 from sysdag.traces.cells import Cell, Draw
@@ -101,8 +101,16 @@ class _Check:
         """The row's values of one side, with the deterministic nodes that they determine."""
         cells: dict[str, Sequence[Cell]] = {name: [cell] for name, cell in getattr(pair, side).items()}
         trace = Trace({name: [value] for name, value in pair.inputs.items()}, cells)
+        unknown: set[str] = set()  # observed, and not what they stand for, which is told where they are checked
         for name in self.plan.order:
+            if unknown.intersection(edge.parent for edge in self.plan.parents(name)):
+                unknown |= set() if name in trace.cells else {name}
+                continue
             if name in trace.cells or self.plan.system[name].is_random or not self._has_parents(trace, name):
+                try:
+                    trace = resolved(self.plan, trace, name)
+                except Exception:  # noqa: BLE001 - of a user's function, too
+                    unknown.add(name)
                 continue
             elements = self._elements(trace, name, side)
             if elements is not None:

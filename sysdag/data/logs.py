@@ -10,7 +10,7 @@ from sysdag.data.branches import Run
 from sysdag.data.columns import input_column, is_unicode, read_inputs
 from sysdag.data.given_runs import given_cell
 from sysdag.errors import DataError, PlanError, shown
-from sysdag.execution.execute import flat_draws, row_options
+from sysdag.execution.execute import flat_draws, resolved, row_options
 from sysdag.graph.plan import Plan
 from sysdag.traces.cells import ABSENT, Cell
 from sysdag.traces.trace import Trace
@@ -115,6 +115,7 @@ class _Reading:
         taken = {input_column(plan, row, given.name) for given in plan.system.inputs} | set(row_options(plan))
         values = self._by_branch(self._values())
         self.cells = {name: cell for name, value in values.items() if (cell := self._cell(name, value)) is not None}
+        self._resolve()
         own = {*taken, *plan.order, "intermediates", *(OUTPUT_COLUMNS if self._has_output_column else ())}
         self.others = {name: value for name, value in row.items() if name not in own}
 
@@ -130,6 +131,19 @@ class _Reading:
         if both := run.contradicted():
             self.problems.append(f"node {both[0]!r} has a value, but another branch was taken.")
         return {**run.given, **dict.fromkeys(run.skipped)}
+
+    def _resolve(self) -> None:
+        """Has values that stand for others, as the number of an option does, be these, where its inputs are logged."""
+        if self.problems:
+            return
+        trace = Trace({name: [v] for name, v in self.inputs.items()}, {name: [c] for name, c in self.cells.items()})
+        for name in self.plan.order:
+            try:
+                trace = resolved(self.plan, trace, name)
+            except DataError as error:
+                self.problems.append(f"node {name!r}: {str(error).partition(', row 0: ')[2] or error}")
+                return
+        self.cells = {name: column[0] for name, column in trace.cells.items()}
 
     @property
     def _has_output_column(self) -> bool:

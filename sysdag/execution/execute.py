@@ -201,19 +201,46 @@ def sample(
         seed = int(torch.randint(2**62, (1,), generator=generator))
     trace = Trace(check_inputs(plan, inputs), {} if given is None else given.cells)
     for name in plan.order:
-        if name not in trace.cells:
+        if name in trace.cells:
+            trace = resolved(plan, trace, name)
+        else:
             trace = trace.updated({name: draw(plan, trace, name, component_sampler(plan, name), seed)})
     return trace
 
 
 def fill(plan: Plan, trace: Trace) -> Trace:
-    """Adds the values of the deterministic nodes whose parents all have values."""
+    """Adds the values of the deterministic nodes whose parents all have values.
+
+    Observed values that stand for others (see `Component.observes_in_context`) become these before.
+    """
     for name in plan.order:
         if name in trace.cells or plan.system[name].is_random:
+            trace = resolved(plan, trace, name)
             continue
         if all(edge.parent in trace.inputs or edge.parent in trace.cells for edge in plan.parents(name)):
             trace = trace.updated({name: draw(plan, trace, name)})
     return trace
+
+
+def resolved(plan: Plan, trace: Trace, name: str) -> Trace:
+    """The trace with the values of one node that its observed ones stand for, where its parents' are known.
+
+    Raises:
+        DataError: for a value that stands for none, naming node and row.
+    """
+    component = plan.system[name].component
+    if not getattr(component, "observes_in_context", False) or name not in trace.cells:
+        return trace
+    draws = flat_draws(trace.cells[name])
+    known = {*trace.inputs, *trace.cells}.issuperset(edge.parent for edge in plan.parents(name))
+    if not known or all(each.record for each in draws):
+        return trace
+    elements = node_inputs(plan, trace, name)
+    if len(elements.values) != len(draws):
+        return trace  # a plate with too few values or too many, which whatever scores it refuses
+    names = row_names(trace)
+    with naming(name, [names[row] for row in elements.rows]):
+        return trace.updated({name: elements.cells(component.in_context(elements.values, draws))})
 
 
 def draw(plan: Plan, trace: Trace, name: str, sampler: Sampler | None = None, seed: int = 0) -> list[Cell]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -285,10 +286,12 @@ class ImportanceSampling(MonteCarlo):
 
 @dataclass(frozen=True, kw_only=True)
 class Exhaustive(CandidateStrategy):
-    """Every value of every latent node, where all of them draw from finitely many (`Categorical`, `Tabular`): exact.
+    """Every value of every latent node, where all of them draw from finitely many: exact.
+
+    `Categorical` and `Tabular` do; so does `Choice`, from the options that a row has.
 
     Args:
-        num_candidates: most paths of one prompt; more are refused rather than left out.
+        num_candidates: most paths of one prompt; more are refused, before they are made, rather than left out.
     """
 
     num_candidates: int = 4096
@@ -296,21 +299,31 @@ class Exhaustive(CandidateStrategy):
     def paths(self, plan: Plan, rows: Trace, latents: Sequence[str], generator: torch.Generator | None) -> Candidates:
         prompt = list(range(len(rows)))
         for name in latents:
-            component = plan.system[name].component
-            values = getattr(component, "values", None)
-            if values is None:
-                raise PlanError(f"Exhaustive needs latents with finitely many values; node {name!r} is {component!r}.")
             _refuse_plate(plan, name, self)
-            draws = component.observe(list(values))
+            component: Any = plan.system[name].component
             skipped = _skipped(plan, rows, name)
-            rows, prompt = _extend(rows, prompt, name, skipped, [draws] * (len(rows) - len(skipped)))
-            most = max((prompt.count(p) for p in set(prompt)), default=0)
-            if most > self.num_candidates:
-                raise PlanError(
-                    f"Exhaustive: node {name!r} makes {most} paths a prompt, more than num_candidates="
-                    f"{self.num_candidates}. Raise it, or use another strategy."
-                )
+            elements = node_inputs(plan, fill(plan, rows), name)
+            with naming(name, [prompt[row] for row in elements.rows]):
+                counts = component.outcome_counts(elements.values)
+                if counts is None:
+                    raise PlanError(
+                        f"Exhaustive needs latents with finitely many values; node {name!r} is {component!r}. Use "
+                        "another strategy."
+                    )
+                paths = Counter(prompt[row] for row in skipped)
+                for row, count in zip(elements.rows, counts, strict=True):
+                    paths[prompt[row]] += count
+                self._check_number(name, paths)
+                rows, prompt = _extend(rows, prompt, name, skipped, component.outcomes(elements.values))
         return Candidates(rows, tuple(prompt))
+
+    def _check_number(self, name: str, paths: Mapping[int, int]) -> None:
+        row, most = max(paths.items(), key=lambda item: item[1], default=(0, 0))
+        if most > self.num_candidates:
+            raise PlanError(
+                f"Exhaustive: node {name!r} makes {most} paths a prompt, more than num_candidates="
+                f"{self.num_candidates}, in row {row}. Raise it, or use another strategy."
+            )
 
 
 def _skipped(plan: Plan, rows: Trace, name: str) -> frozenset[int]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -17,6 +16,7 @@ from sysdag.components.discrete.values import Discrete
 from sysdag.components.footprint import Footprint, bytes_of
 from sysdag.components.loading_info import complete
 from sysdag.components.precision import optimizer_bytes
+from sysdag.components.text_batches import by_text
 from sysdag.errors import DataError, DeclarationNeeded, PlanError, SerializationError
 from sysdag.files.hub import reaching
 from sysdag.files.saved_files import only, reading, safetensors_shapes
@@ -153,9 +153,7 @@ class Categorical(Discrete):
     def _read(self, texts: list[str]) -> Tensor:
         """The classifier's logits of each text, as it gives them for that text alone.
 
-        Rows are padded on the right, so that positions do not count padding, with the token that the model's config
-        calls padding: decoders classify at the last token that is another. A model without one, or whose forward takes
-        no mask, reads each text, or those of one length, without padding.
+        Decoders classify at the last token that is not their config's padding, so without one each text is read alone.
         """
         assert self.tokenizer is not None
         config = getattr(self.module, "config", None)
@@ -165,25 +163,7 @@ class Categorical(Discrete):
             return _logits(self.module(**batch.to(self.device)))
         rows = [self.tokenizer(text, **truncation) for text in texts]
         pad = getattr(config.get_text_config(), "pad_token_id", None)
-        lengths = [len(row["input_ids"]) for row in rows]
-        groups = [list(range(len(rows)))]
-        if pad is None:
-            groups = [[row] for row in range(len(rows))]
-        elif "attention_mask" not in inspect.signature(self.module.forward).parameters:
-            groups = [[row for row, length in enumerate(lengths) if length == each] for each in sorted(set(lengths))]
-        found: list[Tensor] = [torch.empty(0)] * len(rows)
-        for group in groups:
-            width = max(lengths[row] for row in group)
-            batch = {
-                name: torch.tensor(
-                    [rows[row][name] + [pad if name == "input_ids" else 0] * (width - lengths[row]) for row in group],
-                    device=self.device,
-                )
-                for name in rows[group[0]]
-            }
-            for row, logits in zip(group, _logits(self.module(**batch)), strict=True):
-                found[row] = logits
-        return torch.stack(found)
+        return by_text(self.module, rows, lambda batch: _logits(self.module(**batch)), device=self.device, pad=pad)
 
     def _features(self, inputs: Sequence[Any]) -> Float[Tensor, "n features"]:
         parameter = next(self.module.parameters())

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # Of the options that a repository is found by, those of one of its files; and the files of an adapter there.
-_OF_A_FILE = ("revision", "subfolder", "token", "cache_dir", "force_download", "local_files_only")
+OF_A_FILE = ("revision", "subfolder", "token", "cache_dir", "force_download", "local_files_only")
 _ADAPTER_FILES = ["adapter_*", "*token*", "*processor*", "*.jinja", "vocab*", "merges.txt", "special_*"]
 
 
@@ -131,7 +131,7 @@ class ModelDescription:
         model_source.check_name(self._source, self.kind)
         from transformers.utils.peft_utils import find_adapter_config_file
 
-        options = {k: v for k, v in model_source.finding(self.model_kwargs).items() if k in _OF_A_FILE}
+        options = {k: v for k, v in model_source.finding(self.model_kwargs).items() if k in OF_A_FILE}
         with reaching(self._source):
             if find_adapter_config_file(str(self._source), **options) is None:
                 return None
@@ -168,10 +168,13 @@ class ModelDescription:
                         raise OSError(f"{self!r}: its tokenizer cannot be loaded. {error}") from error
             else:
                 self._tokenizer = self._tokenizer_source
-            if self._tokenizer.eos_token_id is None:
-                with reading(self.saved_folder):
-                    raise PlanError(f"{self!r}: the tokenizer has no end-of-sequence token; set tokenizer.eos_token.")
+            with reading(self.saved_folder):
+                self._check_tokenizer(self._tokenizer)
         return self._tokenizer
+
+    def _check_tokenizer(self, tokenizer: Any) -> None:
+        if tokenizer.eos_token_id is None:
+            raise PlanError(f"{self!r}: the tokenizer has no end-of-sequence token; set tokenizer.eos_token.")
 
     @property
     def config(self) -> Any:
