@@ -37,6 +37,7 @@ ROOMS = {
     "components.discrete": "one of finitely many values, and what has no likelihood",
     "components.language": "language models: prompts, decoding, packed scoring",
     "components.diffusion": "diffusion and flow matching: conditioning, noise, images, pipelines",
+    "components.selection": "choices among options that come with the input: scorers, one option or an ordered few",
     "saving": "a system as a folder that its models' own libraries read",
     "execution": "running a plan, here or on Ray; its likelihood",
     "data": "preference rows, checked, as pairs",

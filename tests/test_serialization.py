@@ -472,7 +472,11 @@ CHANGES = {
     ),
     "class of sysdag": (
         lambda data: data["components"]["plan"].update({"class": "CausalML"}),
-        "Component 'plan': sysdag has no class 'CausalML'; it has ['Categorical', 'CausalLM',",
+        "Component 'plan': sysdag has no class 'CausalML'; it has ['BiEncoder', 'Categorical', 'CausalLM',",
+    ),
+    "no component of sysdag": (
+        lambda data: data["components"]["plan"].update({"class": "BiEncoder"}),
+        "Component 'plan': BiEncoder is no subclass of sysdag.Component.",
     ),
     "class nowhere": (
         lambda data: data["components"]["plan"].update({"class": "test_serialization:Missing"}),

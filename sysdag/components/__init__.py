@@ -16,14 +16,26 @@ if TYPE_CHECKING:
     from sysdag.components.language.engines.choice import Server
     from sysdag.components.language.messages import ChatPrompt
     from sysdag.components.language.vision.image_text_to_text import ImageTextToText
+    from sysdag.components.selection.bi_encoder import BiEncoder
+    from sysdag.components.selection.choice import Choice
+    from sysdag.components.selection.cross_encoder import CrossEncoder
+    from sysdag.components.selection.feature_scorer import FeatureScorer
+    from sysdag.components.selection.option_likelihood import OptionLikelihood
+    from sysdag.components.selection.prompt import ChoicePrompt
 
 __all__ = [
+    "BiEncoder",
     "Categorical",
     "CausalLM",
     "ChatPrompt",
+    "Choice",
+    "ChoicePrompt",
+    "CrossEncoder",
     "Diffusion",
+    "FeatureScorer",
     "ImageTextToText",
     "Opaque",
+    "OptionLikelihood",
     "Seq2Seq",
     "Server",
     "Tabular",
@@ -40,5 +52,11 @@ __getattr__ = exports(
         "language.engines.choice": ["Server"],
         "language.messages": ["ChatPrompt"],
         "language.vision.image_text_to_text": ["ImageTextToText"],
+        "selection.bi_encoder": ["BiEncoder"],
+        "selection.choice": ["Choice"],
+        "selection.cross_encoder": ["CrossEncoder"],
+        "selection.feature_scorer": ["FeatureScorer"],
+        "selection.option_likelihood": ["OptionLikelihood"],
+        "selection.prompt": ["ChoicePrompt"],
     },
 )

@@ -49,17 +49,18 @@ def _find_class(name: str, key: str, saved_hash: str | None) -> type[Component]:
     if ":" not in name:
         if name not in components.__all__:
             raise SerializationError(f"Component {key!r}: sysdag has no class {name!r}; it has {components.__all__}.")
-        return getattr(components, name)
-    if (problem := problem_of_import(name, saved_hash)) is not None:
-        raise SerializationError(
-            f"Component {key!r}: its class {problem}. Import that module first, if it is the one you mean."
-        )
-    try:
-        found = import_object(name)
-    except Exception as error:  # importing a module runs it, so it may raise anything
-        raise SerializationError(
-            f"Component {key!r}: its class {name} cannot be imported ({type(error).__name__}: {error})."
-        ) from error
+        found: Any = getattr(components, name)
+    else:
+        if (problem := problem_of_import(name, saved_hash)) is not None:
+            raise SerializationError(
+                f"Component {key!r}: its class {problem}. Import that module first, if it is the one you mean."
+            )
+        try:
+            found = import_object(name)
+        except Exception as error:  # importing a module runs it, so it may raise anything
+            raise SerializationError(
+                f"Component {key!r}: its class {name} cannot be imported ({type(error).__name__}: {error})."
+            ) from error
     if not isinstance(found, type) or not issubclass(found, Component):
         raise SerializationError(f"Component {key!r}: {name} is no subclass of sysdag.Component.")
     return found

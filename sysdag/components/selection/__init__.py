@@ -1,0 +1,1 @@
+"""Choices among options that come with the input: one of them, or an ordered few."""

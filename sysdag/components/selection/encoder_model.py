@@ -1,0 +1,116 @@
+"""Pretrained encoders and classifiers of texts: loaded, adapted and saved as language models are."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sysdag.components.language.model_description import OF_A_FILE
+from sysdag.components.language.model_source import finding
+from sysdag.components.language.pretrained import PretrainedLM
+from sysdag.errors import PlanError
+from sysdag.files.hub import reaching
+
+_HEADS = ("classifier", "score")  # what peft trains whole beside an adapter of a sequence classifier
+
+
+class _Pretrained(PretrainedLM):
+    def _check_tokenizer(self, tokenizer: Any) -> None:
+        return
+
+
+class EncoderModel(_Pretrained):
+    """A model that gives each token of a text a vector."""
+
+    kind = "BiEncoder"
+
+    @property
+    def is_folder(self) -> bool:
+        """Whether it was named by a folder that is here."""
+        return self.is_named and Path(self._source).is_dir()
+
+    def file(self, name: str) -> Path | None:
+        """The local path of a file beside the model; None where there is none."""
+        self._resolve()
+        source = self._source if self._adapter_folder is None else self._adapter_folder
+        if Path(source).is_dir():
+            path = Path(source) / name
+            return path if path.is_file() else None
+        from transformers.utils import cached_file
+
+        options = {option: value for option, value in finding(self.model_kwargs).items() if option in OF_A_FILE}
+        with reaching(source):
+            found = cached_file(str(source), name, _raise_exceptions_for_missing_entries=False, **options)
+        return None if found is None else Path(found)
+
+    def _check_architecture(self, config: Mapping[str, Any]) -> None:
+        if config.get("is_encoder_decoder") and not self._has_encoder(config):
+            raise PlanError(
+                f"{self.kind}({self._given!r}): {config.get('model_type')} is an encoder-decoder, of which "
+                "transformers gives no encoder by itself. Use an encoder, as a model of sentence-transformers is."
+            )
+
+    def _has_encoder(self, config: Mapping[str, Any]) -> bool:
+        from transformers.models.auto.modeling_auto import MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES
+
+        return self.is_named and config.get("model_type") in MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES
+
+    def loader(self) -> Any:
+        """What of transformers loads it: of an encoder-decoder, the encoder."""
+        from transformers import AutoModel, AutoModelForTextEncoding
+
+        return AutoModelForTextEncoding if getattr(self.config, "is_encoder_decoder", False) else AutoModel
+
+    def _load_base(self) -> Any:
+        options = self.model_kwargs | ({"dtype": torch.float32} if self._trains_in_fp32 else {})
+        loader = self.loader()
+        with reaching(self._source):
+            return loader.from_pretrained(self._source, **options)
+
+
+class PairClassifier(_Pretrained):
+    """A sequence classifier with one logit; one that has no head yet gets a new one."""
+
+    kind = "CrossEncoder"
+
+    def _check_architecture(self, config: Mapping[str, Any]) -> None:
+        labels = len(config.get("id2label") or "01")  # two where the config says nothing
+        if not self._wants_head(config) and labels != 1:
+            raise PlanError(
+                f"{self.kind}({self._given!r}): its head has {labels} logits, and a score is one. Give a model that "
+                "was made with num_labels=1, as rerankers are."
+            )
+
+    def _wants_head(self, config: Mapping[str, Any]) -> bool:
+        """Whether the checkpoint is of a model without a head for classifying."""
+        made_for = config.get("architectures") or []
+        return self.is_named and not any(name.endswith("ForSequenceClassification") for name in made_for)
+
+    @classmethod
+    def auto_class(cls) -> Any:
+        from transformers import AutoModelForSequenceClassification
+
+        return AutoModelForSequenceClassification
+
+    @property
+    def adapter_config(self) -> Any:
+        """See `PretrainedLM`; a new head trains beside the adapter, as in peft's own sequence classifiers."""
+        found = super().adapter_config
+        if found is None or self._adapter_folder is not None or not self._wants_head(self.config.to_dict()):
+            return found
+        found = copy.deepcopy(found)
+        if hasattr(found, "modules_to_save"):
+            found.modules_to_save = sorted({*(found.modules_to_save or ()), *_HEADS})
+        return found
+
+    def _load_base(self) -> Any:
+        config = copy.deepcopy(self.config)
+        if self._wants_head(config.to_dict()):
+            config.num_labels = 1
+        options = self.model_kwargs | ({"dtype": torch.float32} if self._trains_in_fp32 else {})
+        with reaching(self._source):
+            return self.auto_class().from_pretrained(self._source, config=config, **options)
