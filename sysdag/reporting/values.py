@@ -9,13 +9,13 @@ import json
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy
 
 from sysdag.reporting.formats import number
-from sysdag.traces.cells import ABSENT
+from sysdag.traces.cells import ABSENT, Cell, Draw
 from sysdag.traces.trace import Trace
 
 MOST_LETTERS = 6000
@@ -80,6 +80,23 @@ def shown_pair(before: Any, after: Any) -> tuple[Shown, Shown]:
         left, right = _differences(old[:MOST_LETTERS], new[:MOST_LETTERS])
         return Shown("text", left, note=_cut(old)), Shown("text", right, note=_cut(new))
     return shown(before), shown(after)
+
+
+def shown_choice(cell: Cell) -> Shown | None:
+    """The options that a draw was chosen of, with a note at those that were; None for a cell that is no choice."""
+    if not isinstance(cell, Draw) or not isinstance(cell.record.get("options"), (list, tuple)):
+        return None
+    options, order = cell.record["options"], cell.record.get("indices", [cell.record.get("index")])
+    alone = "indices" not in cell.record
+    chosen = {index: "chosen" if alone else f"chosen {place}" for place, index in enumerate(order, start=1)}
+    kept = [place for place in range(len(options)) if place < MOST_ELEMENTS or place in chosen]
+    elements = []
+    for place in kept:
+        one = shown(options[place])
+        notes = [note for note in (chosen.get(place), one.note) if note]
+        elements.append(replace(one, note=", ".join(notes)))
+    more = len(options) - len(kept)
+    return Shown("list", elements=tuple(elements), note=f"and {more} more options" if more > 0 else "")
 
 
 def _show(value: Any, sort: Sort) -> Shown:
@@ -215,18 +232,18 @@ def side_by_side(traces: Mapping[str, Trace], most: int) -> list[Prompt]:
         steps = []
         for name in whole.cells:
             ran = whole.cells[name][row] is not ABSENT
-            value = whole[name][row]
+            value, chosen = whole[name][row], shown_choice(whole.cells[name][row])
             if paired and after is not None and name in after.cells:
-                other = after[name][row]
+                other, chosen_after = after[name][row], shown_choice(after.cells[name][row])
                 also = after.cells[name][row] is not ABSENT
                 if not (ran and also):  # its branch was not taken, on one side or on both
-                    sides = shown(value) if ran else None, shown(other) if also else None
+                    sides = chosen or shown(value) if ran else None, chosen_after or shown(other) if also else None
                     steps += [Step(name, *sides, changed=True)] if ran or also else []
                     continue
                 left, right = shown_pair(value, other)
-                steps.append(Step(name, left, right, not _equal(value, other)))
+                steps.append(Step(name, chosen or left, chosen_after or right, not _equal(value, other)))
             elif ran:
-                alone = shown(value)
+                alone = chosen or shown(value)
                 steps.append(Step(name, alone if whole is before else None, None if whole is before else alone, False))
         prompts.append(Prompt(inputs, tuple(steps)))
     return prompts
