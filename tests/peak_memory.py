@@ -12,6 +12,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import choice_memory
 import diffusion_memory
 import networkx  # noqa: F401 - a plan needs it, so each process would import it
 import torch
@@ -34,6 +35,10 @@ def of_llms(case: step_systems.Case, by_the_benchmark: bool) -> dict[str, float]
         return {shown(case, name): step.peak_mib(case, name) * 2**20 for name in NAMES}
     made = step_systems.Step(case)
     return {shown(case, name): step.peak_of(made, name, "cpu") * 2**20 for name in NAMES}
+
+
+def of_choice(case: str) -> dict[str, float]:
+    return {f"choice, {case}": choice_memory.measured(case)}
 
 
 def of_diffusion(case: str) -> dict[str, float]:
@@ -72,6 +77,7 @@ if __name__ == "__main__":
     processes: list[Callable[[], dict[str, float]]] = [
         *(partial(of_llms, case, "--by-the-benchmark" in sys.argv) for case in SYSTEMS),
         *(partial(of_diffusion, case) for case in diffusion_memory.CASES),
+        *(partial(of_choice, case) for case in choice_memory.CASES),
     ]
     gc.freeze()  # what was imported is not looked through, and so not copied, by the processes
     peaks: dict[str, float] = {}

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import choice_memory
 import diffusion_memory
 import peak_memory
 import pytest
@@ -17,9 +18,10 @@ from test_residence import is_present
 from test_two_pass import gradients_of, make
 from tiny import char_tokenizer, llama
 from tiny_diffusion import clip, from_text, pooled, scheduler_of, sd3, text_unet, word_tokenizer
+from tiny_sentences import bert
 
 from sysdag import Input, PlanError, System, node
-from sysdag.components import CausalLM, Diffusion, Tabular
+from sysdag.components import BiEncoder, CausalLM, Choice, Diffusion, Tabular
 from sysdag.components.component import Component
 from sysdag.components.memory import PeakBytes
 from sysdag.engine import kept_work
@@ -86,6 +88,31 @@ def test_the_estimate_of_a_gpus_step_is_within_15_percent_of_the_measured_peak(l
             micro_batch_tokens=size.micro_batch, device="cuda",
         )  # fmt: skip
         assert found.step == pytest.approx(measured, rel=0.15), f"{name}: {found}"
+
+
+@measures
+@pytest.mark.parametrize("case", choice_memory.CASES)
+def test_a_choices_estimate_is_within_15_percent_of_the_measured_peak(measured, case):
+    assert choice_memory.estimated(case).step == pytest.approx(measured[f"choice, {case}"], rel=0.15)
+
+
+def test_the_weights_of_a_choice_are_counted_from_its_config():
+    plan = choice_memory.build(kind="bi", adapter=True)
+    found = plan.estimate({"found": (100, 1)}, device="cpu").footprints["found"]
+    model = plan.system["found"].component.module
+    every = sum(p.numel() * p.element_size() for p in model.parameters())
+    trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    assert (found.weights, found.trained, found.base) == (every, trained, every - trained)
+
+
+def test_two_towers_that_both_train_are_not_told():
+    tokenizer = char_tokenizer()
+    scorer = BiEncoder(bert(), tokenizer, document_model=bert(), document_tokenizer=tokenizer)
+    question, passages = Input("question", str), Input("passages", list)
+    found = node(Choice(scorer), name="found")(lambda question, passages: (question, passages))
+    plan = System((question & passages) >> found).compile()
+    with pytest.raises(PlanError, match="the memory of node 'found' .* is not known before it runs"):
+        plan.estimate({"found": (100, 1)}, device="cpu")
 
 
 @pytest.mark.parametrize("adapter", [False, True])

@@ -142,6 +142,8 @@ def estimate(
         lengths: for each language model's node, tokens of a prompt and of a completion, and optionally how many of the
             prompt's are the same whatever the intermediates are (0 if left out). A diffusion model's node may be left
             out where it draws one image a run; for n images (`.each()`) it is (0, n times the positions of one).
+            Of a choice, (tokens of the query and all options, 1), and those of the options as the common ones where
+            intermediates change the query alone; a cross-encoder reads the query with each option.
         objective: `direct`, or `sampling` over `num_candidates` paths.
         pairs: preference pairs of a step.
         engine, micro_batch_tokens, offload_idle: see `sysdag.objectives.options.EngineOptions`.
