@@ -16,7 +16,8 @@ from sysdag.saving import load_system
 FOLDER = Path(__file__).with_name("pictures")
 SYSTEMS = Path(__file__).parents[1] / "examples" / "systems"
 NAMES = (
-    "draft_refine", "llm_diffusion", "picture_critic", "rag_router", "critic_loop", "summarise_rewrite", "specialists",
+    "draft_refine", "llm_diffusion", "picture_critic", "rag_router", "rag_passages", "critic_loop", "summarise_rewrite",
+    "specialists",
 )  # fmt: skip
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ TRAINED = {
     "llm_diffusion": ["caption", "image"],
     "picture_critic": ["caption", "image", "critique"],
     "rag_router": ["route", "document", "answer"],
+    "rag_passages": ["query", "found", "answer"],
     "critic_loop": ["draft", "critic", "rewrite"],
     "specialists": ["route", "steps", "compute", "tell"],
     "summarise_rewrite": ["summary", "answer"],
@@ -51,8 +52,10 @@ def test_pairs_prefer_the_higher_score(example):
         inputs = {name: pair[name] for name in module.INPUTS}
         chosen, rejected = (module.score(inputs | {output: pair[side].value}) for side in ("chosen", "rejected"))
         assert chosen > rejected
-        (name,) = inputs
-        of_same_input = [row for row, value in enumerate(outcome.trace.inputs[name]) if value == inputs[name]]
+        columns = outcome.trace.inputs
+        of_same_input = [
+            row for row in range(len(outcome.trace)) if all(columns[name][row] == inputs[name] for name in inputs)
+        ]
         scores = [module.score(inputs | {output: outcome.trace[output][row]}) for row in of_same_input]
         assert (chosen, rejected) == (max(scores), min(scores))
 
