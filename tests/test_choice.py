@@ -321,7 +321,10 @@ def test_a_scorer_of_ones_own_is_found_again(tmp_path):
     component = Choice(Shortest())
     options = component.save_pretrained(tmp_path)
     assert options["scorer"] == "test_choice:Shortest"
-    loaded = Choice.from_pretrained(tmp_path, json.loads(json.dumps(options)))
+    options = json.loads(json.dumps(options))
+    with pytest.raises(SerializationError, match="test_choice:Shortest is a class of your own"):
+        Choice.from_pretrained(tmp_path, options)
+    loaded = Choice(Shortest()).refilled(tmp_path, options)
     rows = [("q", ["long one", "short"])]
     draws = loaded.in_context(rows, loaded.observe([1]))
     torch.testing.assert_close(loaded.log_prob(rows, draws), component.log_prob(rows, draws))

@@ -83,6 +83,10 @@ class PretrainedLM(ModelDescription):
 
         return AutoModelForCausalLM
 
+    def _loader(self) -> tuple[Any, dict[str, Any]]:
+        """What of transformers loads this one, and further options for that."""
+        return self.auto_class(), {}
+
     def _save_reader(self, folder: Path) -> None:
         self.tokenizer.save_pretrained(folder)
 
@@ -93,7 +97,8 @@ class PretrainedLM(ModelDescription):
         if self._is_saved_here:
             options |= {"use_safetensors": True, "output_loading_info": True}
         with reaching(self._source):
-            model = self.auto_class().from_pretrained(self._source, **options)
+            loader, given = self._loader()
+            model = loader.from_pretrained(self._source, **options, **given)
         if self._is_saved_here:
             model = complete(model, self._source)
         if "gguf_file" in self.model_kwargs:

@@ -16,9 +16,9 @@ from sysdag.components.language.completions import tokenizer_hash
 from sysdag.components.selection import encoder_footprint
 from sysdag.components.selection.encoder_model import EncoderModel
 from sysdag.components.selection.prompt import ChoicePrompt
-from sysdag.components.selection.scorer import Scorer, as_text
+from sysdag.components.selection.scorer import Scorer, as_text, saved_options
 from sysdag.components.selection.text_encoder import TextEncoder, saved_tower
-from sysdag.errors import DataError, PlanError
+from sysdag.errors import DataError, PlanError, SerializationError
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     from sysdag.components.footprint import Footprint
 
 MAX_BATCH_TOKENS, CACHE_SIZE = 16384, 65536
+_SAVED: Mapping[str, tuple[type, ...]] = {
+    "towers": (dict,), "train_documents": (bool,), "cache_size": (int,), "max_batch_tokens": (int,),
+}  # fmt: skip
 
 
 class BiEncoder(Scorer):
@@ -255,13 +258,27 @@ class BiEncoder(Scorer):
 
     @classmethod
     def load(cls, folder: Path, options: Mapping[str, Any]) -> Self:
+        options = saved_options(options, _SAVED, cls.__name__)
         limits = {name: options[name] for name in ("cache_size", "max_batch_tokens")}
         saved = options["towers"]
+        if "query" not in saved or not set(saved) <= {"query", "document"}:
+            raise SerializationError(
+                f"{cls.__name__}: towers must be a query's and perhaps a document's, got {set(saved)}."
+            )
         query = saved_tower(_below(folder, "query", len(saved)), saved["query"], **limits)
         if "document" not in saved:
             return cls._of(query, query)
         trains = options["train_documents"]
         return cls._of(query, saved_tower(folder / "document", saved["document"], trains=trains, **limits))
+
+    @property
+    def trusts_remote_code(self) -> bool:
+        return any(tower.lm.model_kwargs.get("trust_remote_code") is True for tower in self._towers.values())
+
+    def read_from(self, folder: Path, *, trust_remote_code: bool) -> None:
+        for name, tower in self._towers.items():
+            place = _below(folder, name, len(self._towers))
+            tower.lm.read_from(place, trust_remote_code=trust_remote_code)
 
     def refilled(self, folder: Path, options: Mapping[str, Any]) -> Self:
         made = copy.deepcopy(self)

@@ -19,13 +19,18 @@ from sysdag.components.random_streams import RowGenerator, row_seeds
 from sysdag.components.selection import plackett_luce
 from sysdag.components.selection.prompt import ChoicePrompt, ChoiceReader, read_prompt
 from sysdag.components.selection.record import Chosen
-from sysdag.components.selection.scorer import Scorer
+from sysdag.components.selection.scorer import Scorer, saved_options
 from sysdag.components.selection.scorers import scorer_class, scorer_name
 from sysdag.errors import DataError, PlanError, SerializationError, shown
 from sysdag.traces.cells import Draw
 
 if TYPE_CHECKING:
     from sysdag.components.footprint import Footprint
+
+
+_SAVED: Mapping[str, tuple[type, ...]] = {
+    "k": (int, type(None)), "temperature": (float,), "scorer": (str,), "of_scorer": (dict,),
+}  # fmt: skip
 
 
 class Choice(Component):
@@ -323,8 +328,17 @@ class Choice(Component):
 
     @classmethod
     def from_pretrained(cls, folder: Path, options: Mapping[str, Any]) -> Self:
+        options = saved_options(options, _SAVED, cls.__name__)
         scorer = scorer_class(options["scorer"]).load(folder, options["of_scorer"])
         return cls(scorer, k=options["k"], temperature=options["temperature"])
+
+    @property
+    def trusts_remote_code(self) -> bool:
+        return self.scorer.trusts_remote_code
+
+    def read_from(self, folder: Path, *, trust_remote_code: bool) -> None:
+        super().read_from(folder, trust_remote_code=trust_remote_code)
+        self.scorer.read_from(folder, trust_remote_code=trust_remote_code)
 
     def refilled(self, folder: Path, options: Mapping[str, Any]) -> Self:
         if scorer_name(self.scorer) != options["scorer"] or self.k != options["k"]:

@@ -16,7 +16,7 @@ from sysdag.components.selection import encoder_footprint
 from sysdag.components.selection.bi_encoder import MAX_BATCH_TOKENS
 from sysdag.components.selection.encoder_model import PairClassifier
 from sysdag.components.selection.prompt import ChoicePrompt
-from sysdag.components.selection.scorer import Scorer, as_text, widened
+from sysdag.components.selection.scorer import Scorer, as_text, saved_options, widened
 from sysdag.components.text_batches import by_text
 from sysdag.errors import DataError, PlanError
 
@@ -26,6 +26,11 @@ if TYPE_CHECKING:
 
     from sysdag.components.component import Component
     from sysdag.components.footprint import Footprint
+
+
+_SAVED: Mapping[str, tuple[type, ...]] = {
+    "max_length": (int, type(None)), "max_batch_tokens": (int,), "model": (dict,),
+}  # fmt: skip
 
 
 class CrossEncoder(Scorer):
@@ -178,8 +183,16 @@ class CrossEncoder(Scorer):
 
     @classmethod
     def load(cls, folder: Path, options: Mapping[str, Any]) -> Self:
+        options = saved_options(options, _SAVED, cls.__name__)
         lm = PairClassifier.load(folder, options["model"])
         return cls(lm, max_length=options["max_length"], max_batch_tokens=options["max_batch_tokens"])
+
+    @property
+    def trusts_remote_code(self) -> bool:
+        return self.lm.model_kwargs.get("trust_remote_code") is True
+
+    def read_from(self, folder: Path, *, trust_remote_code: bool) -> None:
+        self.lm.read_from(folder, trust_remote_code=trust_remote_code)
 
     def refilled(self, folder: Path, options: Mapping[str, Any]) -> Self:
         made = copy.deepcopy(self)

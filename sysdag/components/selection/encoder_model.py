@@ -7,8 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from sysdag.components.language.model_description import OF_A_FILE
 from sysdag.components.language.model_source import finding
 from sysdag.components.language.pretrained import PretrainedLM
@@ -62,14 +60,15 @@ class EncoderModel(_Pretrained):
     def loader(self) -> Any:
         """What of transformers loads it: of an encoder-decoder, the encoder."""
         from transformers import AutoModel, AutoModelForTextEncoding
+        from transformers.models.auto.modeling_auto import MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES
 
-        return AutoModelForTextEncoding if getattr(self.config, "is_encoder_decoder", False) else AutoModel
+        config = self.config
+        alone = MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES.get(config.model_type) in (config.architectures or [])
+        is_part = getattr(config, "is_encoder_decoder", False) or alone
+        return AutoModelForTextEncoding if is_part else AutoModel
 
-    def _load_base(self) -> Any:
-        options = self.model_kwargs | ({"dtype": torch.float32} if self._trains_in_fp32 else {})
-        loader = self.loader()
-        with reaching(self._source):
-            return loader.from_pretrained(self._source, **options)
+    def _loader(self) -> tuple[Any, dict[str, Any]]:
+        return self.loader(), {}
 
 
 class PairClassifier(_Pretrained):
@@ -107,10 +106,8 @@ class PairClassifier(_Pretrained):
             found.modules_to_save = sorted({*(found.modules_to_save or ()), *_HEADS})
         return found
 
-    def _load_base(self) -> Any:
+    def _loader(self) -> tuple[Any, dict[str, Any]]:
         config = copy.deepcopy(self.config)
         if self._wants_head(config.to_dict()):
             config.num_labels = 1
-        options = self.model_kwargs | ({"dtype": torch.float32} if self._trains_in_fp32 else {})
-        with reaching(self._source):
-            return self.auto_class().from_pretrained(self._source, config=config, **options)
+        return self.auto_class(), {"config": config}

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from sysdag.components.input_reader import InputReader
 from sysdag.components.language.causal_lm import CausalLM
 from sysdag.components.selection.prompt import ChoicePrompt
-from sysdag.components.selection.scorer import Scorer, as_text
+from sysdag.components.selection.scorer import Scorer, as_text, saved_options
 from sysdag.errors import DataError, PlanError
 from sysdag.traces.cells import Draw
 
@@ -143,7 +143,15 @@ class OptionLikelihood(Scorer):
 
     @classmethod
     def load(cls, folder: Path, options: Mapping[str, Any]) -> Self:
+        options = saved_options(options, {"per_token": (bool,), "model": (dict,)}, cls.__name__)
         return cls(CausalLM.from_pretrained(folder, options["model"]), per_token=options["per_token"])
+
+    @property
+    def trusts_remote_code(self) -> bool:
+        return self.model.trusts_remote_code
+
+    def read_from(self, folder: Path, *, trust_remote_code: bool) -> None:
+        self.model.read_from(folder, trust_remote_code=trust_remote_code)
 
     def refilled(self, folder: Path, options: Mapping[str, Any]) -> Self:
         return self._with(self.model.refilled(folder, options["model"]))

@@ -170,7 +170,7 @@ def _modes(options: Mapping[str, Any]) -> tuple[str, ...]:
 def _dense(owner: str, options: Mapping[str, Any], path: str, weights: Path | None) -> Dense:
     activation = str(options.get("activation_function", "torch.nn.modules.activation.Tanh")).rpartition(".")
     names = {options.get(name) or "sentence_embedding" for name in ("module_input_name", "module_output_name")}
-    is_plain = activation[0].startswith("torch.nn.") and hasattr(nn, activation[2])
+    is_plain = activation[0].startswith("torch.nn.") and activation[2] in (*nn.modules.activation.__all__, "Identity")
     if not is_plain or options.get("use_residual") or names != {"sentence_embedding"} or weights is None:
         raise PlanError(
             f"{owner}: its Dense layer in {path!r} is not served: it needs model.safetensors, an activation of "

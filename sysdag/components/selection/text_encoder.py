@@ -22,6 +22,7 @@ from sysdag.components.selection.encoder_model import EncoderModel
 from sysdag.components.selection.sentence_folder import Recipe
 from sysdag.components.text_batches import Batch, by_text
 from sysdag.errors import DataError, PlanError
+from sysdag.files.saved_files import only
 
 logger = logging.getLogger(__name__)
 
@@ -250,6 +251,7 @@ def _in(folder: Path) -> Callable[[str], Path | None]:
 
 def saved_tower(folder: Path, options: Mapping[str, Any], **others: Any) -> TextEncoder:
     """A tower from what `TextEncoder.save` wrote and returned."""
-    lm = EncoderModel.load(folder, options)
+    kinds: dict[str, tuple[type, ...]] = {"base": (str, type(None)), "base_of": (str,), "model_kwargs": (dict,)}
+    lm = EncoderModel.load(folder, only(options, kinds, EncoderModel.kind))
     recipe = sentence_folder.read(repr(lm), _in(folder))
     return TextEncoder(lm, {}, recipe=recipe, **others)
