@@ -20,7 +20,7 @@ from transformers import (
     T5Model,
 )
 
-from sysdag import DataError, Input, PlanError, System, Trace, node
+from sysdag import DataError, Input, PlanError, SerializationError, System, Trace, node
 from sysdag.components import BiEncoder, CausalLM, Choice, ChoicePrompt, CrossEncoder, OptionLikelihood
 from sysdag.components.language.text_prompts import spelled_in
 from sysdag.engine.precompute import weights_hash
@@ -122,6 +122,11 @@ def test_t5_is_read_by_its_encoder(tmp_path):
         ]
     torch.testing.assert_close(found[1], torch.stack(vectors[1:]) @ vectors[0], rtol=1e-5, atol=1e-5)
     assert isinstance(BiEncoder(tmp_path).module, T5EncoderModel)
+    (tmp_path / "saved").mkdir()
+    saved = Choice(BiEncoder(tmp_path, similarity="dot")).save_pretrained(tmp_path / "saved")
+    loaded = Choice.from_pretrained(tmp_path / "saved", json.loads(json.dumps(saved)))
+    loaded.read_from(tmp_path / "saved", trust_remote_code=False)
+    torch.testing.assert_close(scored(loaded.scorer)[1], found[1], rtol=1e-6, atol=1e-6)
     with pytest.raises(PlanError, match=r"BiEncoder\('T5Model'\): t5 is an encoder-decoder"):
         BiEncoder(whole, tokenizer)
 
@@ -494,3 +499,20 @@ def test_what_a_value_spells_in_a_query_is_text_as_for_a_language_model():
     assert (spelled_in(first.query), spelled_in(second.query)) == (((3, 8),), ())
     ids = component.scorer.model.prompt_ids([first.query])[0]
     assert component.scorer.model.tokenizer.eos_token_id not in ids
+
+
+@pytest.mark.parametrize("kind", ["bi", "cross", "likelihood"])
+def test_saved_options_are_those_that_are_written(kind, tmp_path):
+    options = json.loads(json.dumps(Choice(adapted()[kind]).save_pretrained(tmp_path)))
+    with pytest.raises(SerializationError, match="Choice: k must be of type int or null, got 'two'"):
+        Choice.from_pretrained(tmp_path, {**options, "k": "two"})
+    with pytest.raises(SerializationError, match="has the option 'trust_remote_code'"):
+        Choice.from_pretrained(tmp_path, {**options, "of_scorer": {**options["of_scorer"], "trust_remote_code": True}})
+    name = next(iter(options["of_scorer"]))
+    left = {key: value for key, value in options["of_scorer"].items() if key != name}
+    with pytest.raises(SerializationError, match=f"the saved options have no '{name}'"):
+        Choice.from_pretrained(tmp_path, {**options, "of_scorer": left})
+    loaded = Choice.from_pretrained(tmp_path, options)
+    assert not loaded.trusts_remote_code
+    loaded.read_from(tmp_path, trust_remote_code=True)
+    assert loaded.trusts_remote_code
