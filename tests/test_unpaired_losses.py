@@ -5,6 +5,7 @@ import itertools
 import math
 
 import pytest
+import switched_systems
 import torch
 from test_mixed_system import captioner_and_painter
 from test_system_losses import BETA, BETAS, DRAFTS, Given, token_log_probs, two_llms
@@ -562,3 +563,23 @@ def test_a_plain_sum_teaches_latents_that_the_output_does_not_depend_on():
 
 def test_a_function_of_the_losses_is_its_name(tmp_path):
     assert SysDPOConfig(output_dir=str(tmp_path), loss_type=kto_loss, report_to=[]).loss_type == ["kto"]
+
+
+def test_kto_refuses_switches_and_the_others_score_the_branch_that_a_run_took():
+    plan = switched_systems.build().compile()
+    with pytest.raises(PlanError, match="this system has switches: other inputs may take branches"):
+        SystemModel(plan, ObjectiveOptions(loss_type=("kto",)))
+    model = SystemModel(plan, ObjectiveOptions(beta=0.5, loss_type=("apo_zero_unpaired",)), engine=ONE_PASS)
+    (x, row), *_ = switched_systems.ROUTES.items()
+    solved = next(iter(switched_systems.SOLUTIONS[x]))
+    run = {"x": x, "output": solved, "label": True, "intermediates": {"route": "math"}}
+    runs = encode_rows(plan, [run], "direct")
+    with torch.no_grad():
+        for name in ("route", "solve"):
+            plan.system[name].component.module["logits"].mul_(2.0)
+    tables = row, switched_systems.SOLUTIONS[x]
+    expected = sum(
+        math.log(table[value] ** 2 / sum(p**2 for p in table.values()) / table[value])
+        for table, value in zip(tables, ("math", solved), strict=True)
+    )
+    assert float(model(runs).losses[0]) == pytest.approx(1 / (1 + math.exp(0.5 * expected)), rel=1e-6)
