@@ -23,7 +23,8 @@ from torch.distributed.fsdp import fully_shard
 from trained_systems import rows, two_llms
 
 from sysdag import DiverseBeamSearch, SysDPOConfig, SysDPOTrainer
-from sysdag.data.encoding import encode_pairs
+from sysdag.data.encoding import encode_pairs, encode_rows
+from sysdag.data.preferences import mismatched
 from sysdag.engine.replay import accumulate_gradients
 from sysdag.engine.step import SystemModel
 from sysdag.objectives.options import EngineOptions, ObjectiveOptions
@@ -38,7 +39,7 @@ def build(folder, lora):
 
 def train(
     folder, *, batch, objective="direct", lora=False, engine="two_pass", tokens=8192, accumulation=1, fsdp=None,
-    deepspeed=False, resume=False, optim="sgd", grouped=False, **others,
+    deepspeed=False, resume=False, optim="sgd", grouped=False, unpaired=False, **others,
 ):  # fmt: skip
     """Trains two tiny LLMs by the trainer, with DDP where there are several processes, or what is asked for there."""
     system = build(folder, lora)
@@ -69,7 +70,12 @@ def train(
     data = rows(16 * accumulation)
     if grouped:
         data = [row | {"group": "ab"[i % 3 == 0], "weight": 1 + i % 2} for i, row in enumerate(data)]
-    trainer = SysDPOTrainer(system, args, candidates=candidates, train_dataset=data)
+    if unpaired:
+        data = mismatched(
+            encode_rows(system.compile(), [single(row, i % 2 == 0) for i, row in enumerate(data)], objective)
+        )
+    evaluated = data[:5] if unpaired else None
+    trainer = SysDPOTrainer(system, args, candidates=candidates, train_dataset=data, eval_dataset=evaluated)
     seen = []
     compare = SystemModel.compare
 
@@ -83,7 +89,20 @@ def train(
         trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model(f"{folder}/aligned")
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    return losses, weights_of(trainer.accelerator.unwrap_model(trainer.model)), seen
+    found = weights_of(trainer.accelerator.unwrap_model(trainer.model))
+    if unpaired:
+        loss = torch.tensor(trainer.evaluate()["eval_loss"])
+        assert torch.isfinite(loss)
+        if args.loss_type != ["kto"]:  # whose KL term is of the batches, in which two processes have rows twice
+            found["the evaluation's loss"] = loss
+    return losses, found, seen
+
+
+def single(row, label):
+    """One side of a pair as an unpaired row."""
+    side = "chosen" if label else "rejected"
+    return {"question": row["question"], "output": row[side], "label": label,
+            "intermediates": row[f"{side}_intermediates"]}  # fmt: skip
 
 
 def evaluate(folder, *, batch):

@@ -34,6 +34,10 @@ CASES = {
     "direct, an adapter and a full model, auto, accumulation": {
         "engine": "auto", "lora": True, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 2,
     },
+    "single runs, a KL term and a running shift, accumulation": {
+        "engine": "two_pass", "loss_type": ["kto", "bco"], "gradient_accumulation_steps": 2,
+        "per_device_train_batch_size": 2,
+    },
     "direct, full models, two passes": {"engine": "two_pass"},
 }  # fmt: skip
 
@@ -77,6 +81,16 @@ def die_at_call(owner, name, number):
     setattr(owner, name, dying)
 
 
+def rows_of(args):
+    if not args.objective_options().is_unpaired:
+        return rows(12)
+    return [
+        {"question": row["question"], "output": row[side], "label": side == "chosen",
+         "intermediates": row[f"{side}_intermediates"]}
+        for row in rows(6) for side in ("chosen", "rejected")
+    ]  # fmt: skip
+
+
 def trainer_of(folder, case, *, system=None, data=None, eval_data=None, ambient=0, **changes):
     options = dict(CASES[case]) | changes
     lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], lora_alpha=16) if options.pop("lora", False) else None
@@ -91,7 +105,7 @@ def trainer_of(folder, case, *, system=None, data=None, eval_data=None, ambient=
         system or two_llms(lora, Path(folder).parent / "base"),
         args,
         candidates=DiverseBeamSearch(num_candidates=2) if args.objective == "sampling" else None,
-        train_dataset=rows(12) if data is None else data,
+        train_dataset=(rows_of(args) if data is None else data),
         eval_dataset=eval_data,
     )
 

@@ -27,6 +27,7 @@ from sysdag.objectives.options import EngineOptions, ObjectiveOptions
 from sysdag.saving.serialization import load_weights
 
 WORKER = Path(distributed_worker.__file__)
+SEQUENTIAL = {"train_sampling_strategy": "sequential"}
 SAMPLING = command.BASIC | {"objective": "sampling", "report_to": "none"}
 
 
@@ -91,6 +92,9 @@ zero = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason=
         ("train", {"engine": "auto", "gradient_checkpointing": True}),
         ("train", {"precompute_ref_log_probs": True}),
         ("train", {"grouped": True, "group_dro": True, "group_dro_step_size": 0.5, "accumulation": 2}),
+        ("train", {"unpaired": True, "loss_type": "bco", "objective": "sampling"}),
+        ("train", {"unpaired": True, "loss_type": "kto", "precompute_ref_log_probs": True, **SEQUENTIAL}),
+        ("train", {"unpaired": True, "loss_type": "kto", "fsdp": "FULL_STATE_DICT", "tokens": 40}),
         ("train", {"fsdp": "FULL_STATE_DICT", "use_weighting": True, "ld_alpha": 0.5, "tokens": 40}),
         ("train", {"fsdp": "FULL_STATE_DICT", "loss_type": "simpo", "tokens": 40}),
         ("train", {"fsdp": "FULL_STATE_DICT", "sync_ref_model": True, "ref_model_sync_steps": 2, "tokens": 40}),
@@ -106,6 +110,9 @@ zero = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason=
         "ddp-auto-checkpointing",
         "ddp-precomputed",
         "ddp-worst-group",
+        "ddp-bco-sampling",
+        "ddp-kto-precomputed",
+        "fsdp2-kto",
         "fsdp2-weighted",
         "fsdp2-without-a-reference",
         "fsdp2-synced",

@@ -62,7 +62,7 @@ def error_of(processes, tmp_path, function, *args, **kwargs):
 def content(checkpoint):
     """All that decides how a training goes on, each part in a form that compares bit for bit."""
     state = json.loads((checkpoint / "sysdag_state.json").read_text())
-    found = {"engine": state["engine"], "ages": state["candidates"], "means": state["means"]}
+    found = {"engine": state["engine"], "ages": state["candidates"], "means": state["means"], "shift": state["shift"]}
     for file in sorted(checkpoint.rglob("*")):
         name = str(file.relative_to(checkpoint))
         if file.suffix == ".safetensors":

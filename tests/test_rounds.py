@@ -420,6 +420,46 @@ def test_rounds_in_which_no_preference_is_left_end(place):
     assert len(result.scores) == 2
 
 
+@pytest.mark.parametrize("loss", ["kto", "bco"])
+def test_rounds_on_single_runs_label_them_by_a_threshold(place, loss):
+    """Each run of a round is one row; what a loss of pairs would drop as ties is used."""
+    options = {"judge": {"threshold": 2, "pairs_per_prompt": None}, "train": TRAIN | {"loss_type": loss}}
+    told = rounds("--dry-run", **options)
+    assert "2 rounds of 8 inputs, 4 runs each" in told
+    rounds(**options)
+    rows = read_rows("out/round-1/pairs.jsonl")
+    assert len(rows) == 32
+    for row in rows:
+        good = row["output"].value == "solved" and row["intermediates"]["team"].value == "bank"
+        assert row["label"] is good
+    assert facts()["rounds"][-1]["train"]["earlier"] == 11  # a quarter
+    start, end = tables("out/round-1"), tables("out/round-2")
+    assert any(not torch.equal(start[name], end[name]) for name in start)
+    assert "threshold" in rounds(code=2, **options | {"judge": {"threshold": 1, "pairs_per_prompt": None}})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"train": {"loss_type": "kto"}, "judge": {"pairs_per_prompt": None}}, "give the score from which on a run is"),
+        ({"train": {"loss_type": "kto"}, "judge": {"threshold": 1}}, "pairs_per_prompt is about pairs, and ['kto']"),
+        ({"judge": {"threshold": 1}}, "judge: threshold labels single runs, and ['sigmoid'] is trained on pairs"),
+    ],
+)
+def test_rounds_name_what_single_runs_and_pairs_have_no_use_for(place, changes, message):
+    told = rounds(code=2, **changes)
+    assert message in told, told
+
+
+def test_people_judge_pairs_in_rounds_and_label_thumbs_elsewhere(place):
+    content = {**FILE, "judge": {"by": "people"}, "train": TRAIN | {"loss_type": "bco"},
+               "eval": {"by": f"{MODULE}.py:good"}}  # fmt: skip
+    Path("rounds.yaml").write_text(json.dumps(content))
+    assert "people judge pairs here. Collect thumbs by `sysdag label --collect" in command(
+        "rounds", "rounds.yaml", code=2
+    )
+
+
 def test_what_is_judged_may_be_another_node_than_what_is_trained_on(place):
     rounds(judge={"node": "team"}, rounds=1)
     rows = read_rows("out/round-1/pairs.jsonl")

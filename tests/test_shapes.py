@@ -319,5 +319,4 @@ def test_renaming_is_named_where_it_is_enough():
     assert "Or --rename question=prompt, whose prompt is the question as a text" in advice(
         ["question", "chosen", "rejected"]
     )
-    assert "unpaired preferences" in advice(["prompt", "completion", "label"])
     assert advice(["query", "good"]).startswith("--rename OLD=NEW gives a column the name")

@@ -48,21 +48,21 @@ def lora():
     return LoraConfig(r=4, target_modules=["q_proj", "v_proj"], lora_alpha=16)
 
 
-def ours_beside(theirs, peft_config, folder):
-    """Our trainer on the same pairs, and their trained parameters with ours, all moved away from the start."""
+def ours_beside(theirs, peft_config, folder, rows=PAIRS, **options):
+    """Our trainer on the same rows, and their trained parameters with ours, all moved away from the start."""
 
     @node(CausalLM(llama(), char_tokenizer(), peft_config=peft_config))
     def answer(question):
         return question
 
-    return moved_beside(theirs, System(Input("question") >> answer), PAIRS, folder)
+    return moved_beside(theirs, System(Input("question") >> answer), rows, folder, **options)
 
 
-def moved_beside(theirs, system, pairs, folder):
+def moved_beside(theirs, system, pairs, folder, **options):
     """As `ours_beside`, for a system of one node `answer`."""
     args = SysDPOConfig(
         output_dir=str(folder), report_to=[], use_cpu=True, beta=COMMON["beta"], check_reference=False,
-        disable_tqdm=True,
+        disable_tqdm=True, **options,
     )  # fmt: skip
     ours = SysDPOTrainer(system, args, train_dataset=pairs)
     own = dict(ours.model.named_parameters())

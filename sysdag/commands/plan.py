@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 PICTURES = (".svg", ".png", ".pdf")
 TEXTS = (".mmd", ".dot", ".json", ".txt")
 _OF_THE_ESTIMATE = (
-    "objective", "pairs", "candidates", "engine", "micro_batch_tokens", "offload_idle", "gradient_checkpointing",
-    "frozen", "share", "device",
+    "objective", "pairs", "unpaired", "candidates", "engine", "micro_batch_tokens", "offload_idle",
+    "gradient_checkpointing", "frozen", "share", "device",
 )  # fmt: skip
 
 
@@ -62,6 +62,9 @@ def plan(
     ] = None,
     objective: Annotated[Objective, typer.Option(help="For --estimate.")] = Objective.direct,
     pairs: Annotated[int, typer.Option(min=1, help="For --estimate: preference pairs of a step.")] = 1,
+    unpaired: Annotated[
+        bool, typer.Option("--unpaired", help="For --estimate: --pairs counts single runs with a label (as for KTO).")
+    ] = False,
     candidates: Annotated[int, typer.Option(min=2, help="For --estimate with sampling: candidates of a latent.")] = 4,
     engine: Annotated[Engine, typer.Option(help="For --estimate: what keeps graphs.")] = Engine.two_pass,
     micro_batch_tokens: Annotated[
@@ -105,8 +108,8 @@ def plan(
     found = None
     if wants_estimate:
         found = compiled.estimate(
-            tokens, objective=objective.value, pairs=pairs, num_candidates=candidates, engine=engine.value,
-            micro_batch_tokens=micro_batch_tokens, offload_idle=offload_idle, frozen=frozen or (),
+            tokens, objective=objective.value, pairs=pairs, unpaired=unpaired, num_candidates=candidates,
+            engine=engine.value, micro_batch_tokens=micro_batch_tokens, offload_idle=offload_idle, frozen=frozen or (),
             shares=dict(map(_share, share or ())),
             gradient_checkpointing=gradient_checkpointing, device=None if device is None else device.value,
         )  # fmt: skip

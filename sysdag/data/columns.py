@@ -14,8 +14,10 @@ from sysdag.graph.plan import Objective, Plan
 from sysdag.traces.reshaping import advice
 
 SIDES = ("chosen", "rejected")
+UNPAIRED = ("output", "completion", "label")
+"""Columns of a row that is one run with a label, as in TRL's format for KTO."""
 PAIR_COLUMNS = ("weight", "margin", "group")
-"""Columns about a pair itself, where they are no inputs; see `read_pair_columns`."""
+"""Columns about a pair or an unpaired run itself, where they are no inputs; see `read_pair_columns`."""
 
 
 def input_column(plan: Plan, row: Mapping[str, Any], name: str) -> str:
@@ -23,12 +25,50 @@ def input_column(plan: Plan, row: Mapping[str, Any], name: str) -> str:
     return "prompt" if len(plan.system.inputs) == 1 and name not in row and "prompt" in row else name
 
 
+def is_unpaired(plan: Plan, row: Mapping[str, Any]) -> bool:
+    """Whether a row is one run with a label, and not a pair of runs."""
+    taken = {given.name for given in plan.system.inputs}
+    return not any(side in row for side in SIDES) and any(name in row and name not in taken for name in UNPAIRED)
+
+
+def output_column(plan: Plan, row: Mapping[str, Any]) -> str | None:
+    """The key of an unpaired row under which its output stands, `output` or TRL's `completion`; None if both do."""
+    taken = {given.name for given in plan.system.inputs}
+    found = [name for name in ("output", "completion") if name in row and name not in taken]
+    return None if len(found) == 2 else (found or ["output"])[0]
+
+
+def read_label(row: Mapping[str, Any]) -> tuple[dict[str, Any], list[tuple[str, str]]]:
+    """The label of an unpaired row, as `read_pair_columns` returns what it reads.
+
+    True or false, or 1 or 0; of CSV these as text.
+    """
+    if row.get("label") is None:
+        keys = ", ".join(sorted(map(shown, row)))
+        text = f"'label' is missing, which says whether the run is desirable (true or false); the row has [{keys}]."
+        return {}, [("missing", text)]
+    value = row["label"]
+    value = value.item() if hasattr(value, "item") and getattr(value, "ndim", 1) == 0 else value
+    written = _LABELS.get(value.strip().lower()) if isinstance(value, str) else None
+    if written is None and isinstance(value, (bool, int, float)) and value in (0, 1):
+        written = bool(value)
+    if written is not None:
+        return {"label": written}, []
+    text = f"label must be true or false, whether the run is desirable, got {shown(value)}."
+    return {}, [("wrong type", f"{text} Scores and thumbs become labels by `sysdag judge --rows unpaired`.")]
+
+
+_LABELS = {"true": True, "1": True, "false": False, "0": False}
+
+
 def read_columns(plan: Plan, row: Mapping[str, Any], objective: Objective) -> set[str]:
     """The keys of a row that are looked at."""
     names = {input_column(plan, row, given.name) for given in plan.system.inputs}
+    unpaired = is_unpaired(plan, row)
     if objective == "direct" or any(name not in plan.system.outputs for name in plan.results):
-        names |= {f"{side}_intermediates" for side in SIDES}
-    return names | set(SIDES) | set(row_options(plan)) | set(pair_columns(plan))
+        names |= {"intermediates"} if unpaired else {f"{side}_intermediates" for side in SIDES}
+    names |= set(UNPAIRED) if unpaired else set(SIDES)
+    return names | set(row_options(plan)) | set(pair_columns(plan))
 
 
 def read_inputs(plan: Plan, row: Mapping[str, Any]) -> tuple[dict[str, Any], list[tuple[str, str]]]:
@@ -67,8 +107,8 @@ def pair_columns(plan: Plan) -> list[str]:
 
 
 def read_pair_columns(plan: Plan, row: Mapping[str, Any]) -> tuple[dict[str, Any], list[tuple[str, str]]]:
-    """What a row says of its pair: `weight`, how often it counts (1 where nothing is said); `margin`, by how much the
-    winner's reward should exceed the loser's (0); `group`, a name or number.
+    """What a row says of its pair or run: `weight`, how often it counts (1 where nothing is said); `margin`, by how
+    much the winner's reward should exceed the loser's (0); `group`, a name or number.
 
     Returns:
         What can be used; and of the rest the kind of its problem and what is wrong.
@@ -123,9 +163,11 @@ def advice_on(plan: Plan, rows: Iterable[Any], needed: Iterable[str] = SIDES) ->
     """What to do where a column that every row needs is in none of them; or "".
 
     Args:
-        needed: the columns besides the inputs.
+        needed: the columns besides the inputs; of unpaired rows, which are told by theirs, an output and a label.
     """
     columns = {str(key) for row in rows if isinstance(row, Mapping) for key in row}
+    if is_unpaired(plan, dict.fromkeys(columns)):
+        needed = {output_column(plan, dict.fromkeys(columns)) or "output", "label"} if needed else ()
     needed = {*needed, *(given.name for given in plan.system.inputs)}
     if len(plan.system.inputs) == 1 and "prompt" in columns:
         needed -= {plan.system.inputs[0].name}

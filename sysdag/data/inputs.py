@@ -65,9 +65,12 @@ def columns_beside(plan: Plan, rows: Sequence[Mapping[str, Any]]) -> dict[str, l
     """The rows' columns that are known of a run of them whatever it says, as a reference answer; None where a row has
     none.
 
-    Left out are the inputs, what has the name of a node or of `OF_FEEDBACK`, and `prompt` and `run`, which number runs.
+    Left out are the inputs, what has the name of a node or of `OF_FEEDBACK`, `prompt` and `run`, which number runs, and
+    the label of unpaired rows.
     """
     taken = {given.name for given in plan.system.inputs} | {*plan.order, *row_options(plan), "prompt", "run"}
+    if any("output" in row or "completion" in row for row in rows):
+        taken.add("label")
     names = dict.fromkeys(name for row in rows for name in row if name not in taken | OF_FEEDBACK)
     return {name: [row.get(name) for row in rows] for name in names}
 

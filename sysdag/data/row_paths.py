@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sysdag.data.columns import SIDES, is_unpaired, output_column
 from sysdag.graph.plan import Plan
 
 if TYPE_CHECKING:
@@ -33,10 +34,13 @@ def with_whole_paths(plan: Plan, row: Mapping[str, Any]) -> dict[str, Any]:
 
     found = dict(row)
     outputs = plan.system.outputs
-    for side in ("chosen", "rejected"):
+    sides = [(side, f"{side}_intermediates") for side in SIDES]
+    if is_unpaired(plan, row):
+        sides = [(output_column(plan, row) or "output", "intermediates")]
+    for side, beside in sides:
         if side in row and len(outputs) == 1:
             found[side] = whole(outputs[0], row[side])
-        for column in (side, f"{side}_intermediates")[len(outputs) == 1 :]:
+        for column in (side, beside)[len(outputs) == 1 :]:
             if isinstance(row.get(column), Mapping):
                 found[column] = {name: whole(name, value) for name, value in row[column].items()}
     return found

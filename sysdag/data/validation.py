@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sysdag.data.checks import DROPPED, NOTED, check_row
+from sysdag.data.checks import DROPPED, NOTED, Wanted, check_row
 from sysdag.data.columns import advice_on, told_unread, unread_columns
 from sysdag.data.preferences import Problem
 from sysdag.data.screening import AT_ONCE, Screen
@@ -102,8 +102,9 @@ def validate_rows(
     strict: bool = False,
     empty: str = "drop",
     damaged: Sequence[tuple[str, str]] = (),
+    wanted: Wanted | None = None,
 ) -> ValidationReport:
-    """Looks at every row and loads no weights.
+    """Looks at every row and loads no weights. Rows are pairs, or unpaired rows; all of them are of one kind.
 
     Args:
         plan: of the system that is to be aligned.
@@ -111,8 +112,9 @@ def validate_rows(
         objective: what the rows are for.
         limit: how many problems of each kind are told; all are counted.
         strict: makes errors of the problems that rows are otherwise dropped for.
-        empty: `keep` uses rows whose chosen output is empty, which are dropped otherwise.
+        empty: `keep` uses rows whose chosen or desirable output is empty, which are dropped otherwise.
         damaged: of the rows' file, each part that is no row: its place and what is wrong with it.
+        wanted: of which kind they have to be (see `ObjectiveOptions.wanted`); that of the first by default.
     """
     lost, found = _Findings(limit), _Findings(limit)
     for place, text in damaged:
@@ -123,13 +125,15 @@ def validate_rows(
     given = iter(rows if isinstance(rows, Iterator) else rows_of(rows))
     number = 0
     while part := list(itertools.islice(given, AT_ONCE)):
+        wanted = wanted or Wanted.of(plan, part, number)
         for row, passes in zip(part, screen.passing(part), strict=True):
             if damage := getattr(row, "damage", ""):
                 lost.add([Problem(None, "malformed", "", "", damage, row.place)])
                 continue
             if isinstance(row, Mapping):
                 keys[tuple(row)] = None
-            problems = [] if passes else check_row(plan, row, number, objective, empty)
+            is_pair = wanted is None or not wanted.unpaired  # what passes is one
+            problems = [] if passes and is_pair else check_row(plan, row, number, objective, empty, wanted)
             if all(problem.kind in NOTED for problem in problems):
                 kept.append(number)
             found.add(problems)

@@ -41,6 +41,15 @@ def rounds_of(model: nn.Module) -> Callable[[int], int] | None:
     return largest
 
 
+def added_up(tensor: Tensor) -> Tensor:
+    """The sum over all processes, to be called by each of them; of one alone the tensor itself."""
+    if not torch.distributed.is_initialized():
+        return tensor
+    total = tensor.clone()
+    torch.distributed.all_reduce(total)
+    return total
+
+
 def wait_for_everyone(accelerator: Accelerator) -> None:
     """As its method, for processes on a CPU too.
 

@@ -126,6 +126,7 @@ def estimate(
     *,
     objective: Objective = "direct",
     pairs: int = 1,
+    unpaired: bool = False,
     num_candidates: int = 4,
     engine: Literal["one_pass", "two_pass"] = "two_pass",
     micro_batch_tokens: int = 8192,
@@ -145,7 +146,9 @@ def estimate(
             Of a choice, (tokens of the query and all options, 1), and those of the options as the common ones where
             intermediates change the query alone; a cross-encoder reads the query with each option.
         objective: `direct`, or `sampling` over `num_candidates` paths.
-        pairs: preference pairs of a step.
+        pairs: preference pairs of a step, or unpaired runs.
+        unpaired: whether they are single runs, as losses like `kto` take. What `kto` mismatches is scored in
+            micro-batches without graphs, before the step's own, and takes no more than these.
         engine, micro_batch_tokens, offload_idle: see `sysdag.objectives.options.EngineOptions`.
         frozen: nodes that do not train.
         shares: for nodes in branches of a switch, which part of all runs (for Sampling, of all paths) takes them, from
@@ -197,10 +200,11 @@ def estimate(
         varies = any(ancestor in plan.random_nodes for ancestor in networkx.ancestors(read, name))
         is_latent = objective == "sampling" and name in plan.latents("sampling")
         paths = num_candidates if objective == "sampling" and (varies or is_latent) else 1
-        completions = paths if is_latent else 2 * paths
+        sides = 1 if unpaired else 2
+        completions = paths if is_latent else sides * paths
         common = (rest[0] if rest else 0) if varies else prompt
         # Of one pair: `common` tokens are computed once in each micro-batch, `own` tokens once.
-        prompts = (paths if objective == "sampling" else 2) if varies else 0
+        prompts = (paths if objective == "sampling" else sides) if varies else 0
         own = prompts * (prompt - common) + completions * completion
         whole = pairs * (own + common * math.ceil(own / max(1, micro_batch_tokens - common)))
         share = shares.get(name, 1.0)

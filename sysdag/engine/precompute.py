@@ -23,7 +23,7 @@ from torch import Tensor
 
 from sysdag.components import adapter
 from sysdag.components.component import Component
-from sysdag.data.preferences import PreferencePair
+from sysdag.data.preferences import Feedback
 from sysdag.engine.scoring import Budget, score
 from sysdag.errors import PlanError, SerializationError
 from sysdag.files.atomic import replacing_file
@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 FILE_NAME = "reference_scores.safetensors"
 _LIMITS = ("max_length", "max_new_tokens")  # of a language model: where a prompt or completion is cut
 
-Compare = Callable[[Sequence[PreferencePair], Sequence[torch.Generator]], Comparison]
+Compare = Callable[[Sequence[Feedback], Sequence[torch.Generator]], Comparison]
 
 
 def check(options: ObjectiveOptions, strategy: CandidateStrategy | None) -> None:
@@ -64,7 +64,7 @@ class ReferenceScores:
     seeds: Mapping[str, int]
     scores: Mapping[str, Mapping[str, Tensor]]
 
-    def generators(self, pairs: Sequence[PreferencePair]) -> list[torch.Generator]:
+    def generators(self, pairs: Sequence[Feedback]) -> list[torch.Generator]:
         """One generator for each pair's noise, as it was seeded when the reference scored it.
 
         Raises:
@@ -79,7 +79,7 @@ class ReferenceScores:
             )
         return [torch.Generator().manual_seed(self.seeds[pair.key]) for pair in pairs]
 
-    def of(self, term: Term, pairs: Sequence[PreferencePair]) -> Tensor:
+    def of(self, term: Term, pairs: Sequence[Feedback]) -> Tensor:
         """The reference's score of each row of a term's trace."""
         rows: dict[int, int] = {}
         found = []
@@ -143,7 +143,7 @@ class ReferenceScores:
 def compute(
     plan: Plan,
     compare: Compare,
-    pairs: Sequence[PreferencePair],
+    pairs: Sequence[Feedback],
     fingerprint: Mapping[str, str],
     budget: Budget,
     batch_size: int = 16,
@@ -179,7 +179,7 @@ def compute(
 
 
 def fingerprint(
-    plan: Plan, pairs: Iterable[PreferencePair], references: Mapping[str, Component], options: ObjectiveOptions
+    plan: Plan, pairs: Iterable[Feedback], references: Mapping[str, Component], options: ObjectiveOptions
 ) -> dict[str, str]:
     """What reference scores depend on, hashed: the pairs, the nodes with their options, the references' weights."""
     saved = system_to_dict(plan.system)

@@ -19,28 +19,23 @@ from sysdag.components.component import Component
 from sysdag.components.memory import SavedBytes
 from sysdag.components.random_streams import RowGenerator, seed_of
 from sysdag.components.residence import Residence
-from sysdag.data.preferences import PreferencePair, collate
+from sysdag.data.preferences import Feedback, UnpairedRun, collate
+from sysdag.engine.batch_losses import batch_losses
 from sysdag.engine.distributed import rounds_of, whole_weights
 from sysdag.engine.kept_work import Room
 from sysdag.engine.precompute import ReferenceScores
 from sysdag.engine.safeguard import loser_scales
-from sysdag.engine.scoring import Budget, Stored, Turn, component_of, part_of_loss, score, turns, zero_of
+from sysdag.engine.scoring import Budget, Scored, Stored, Turn, component_of, part_of_loss, score, turns, zero_of
+from sysdag.engine.zero_points import kl_term
 from sysdag.errors import PlanError
 from sysdag.graph.plan import Plan
 from sysdag.objectives.candidate_cache import CandidateCache, key_of
 from sysdag.objectives.candidates import CandidateStrategy
-from sysdag.objectives.comparison import Comparison, DirectComparison, Generators, SamplingComparison
+from sysdag.objectives.comparison import Comparison, DirectComparison, Generators, SamplingComparison, Term
 from sysdag.objectives.group_weights import GroupWeights
-from sysdag.objectives.loss_checks import (
-    check_losses,
-    check_pairs,
-    own_weights,
-    shown_rewards,
-    typical_weights,
-    with_targets,
-)
-from sysdag.objectives.losses import pair_losses
+from sysdag.objectives.loss_checks import check_losses, check_pairs, warn_of_plain_sums
 from sysdag.objectives.options import EngineOptions, NodeOptions, ObjectiveOptions
+from sysdag.objectives.reward_shift import RewardShift
 from sysdag.saving.serialization import component_keys
 
 logger = logging.getLogger(__name__)
@@ -52,8 +47,9 @@ class StepOutput:
 
     Attributes:
         loss: () differentiable where the step keeps its graphs (one pass); in two passes a number.
-        losses: (P,) the loss of each pair, a number.
-        metrics: (P,) one value a pair, on the CPU, by the names that their means are logged under.
+        losses: (P,) the loss of each pair or unpaired run, a number.
+        metrics: (P,) one value a pair or unpaired run, nan where it has none, on the CPU, by the names that their means
+            are logged under.
         log_ratios: for each scored node, policy minus reference of every run (all candidates for Sampling), detached.
         scores: the policy's part of the same, for judging how small a difference is.
         turns: the parts of the loss, micro-batch by micro-batch; see `sysdag.engine.replay.accumulate_gradients`.
@@ -96,6 +92,7 @@ class SystemModel(nn.Module):
             raise PlanError("objective='sampling' needs candidates=DiverseBeamSearch(...) or another strategy.")
         if options.objective == "direct" and candidates is not None:
             raise PlanError("objective='direct' observes the intermediates and has no use for candidates; drop them.")
+        warn_of_plain_sums(options, candidates)
         self.plan, self.options = plan, options
         self.factors = plan.factors(options.objective)
         self.nodes = self._node_options(dict(nodes or {}))
@@ -135,6 +132,7 @@ class SystemModel(nn.Module):
         self._graph_bytes: SavedBytes | None = SavedBytes() if measures else None
         self.residence: Residence | None = None
         self.groups: GroupWeights | None = None
+        self.shift = RewardShift()
         self.proposal = plan if options.candidates_from == "policy" else self.reference_plan()
 
     def reference_plan(self) -> Plan:
@@ -228,23 +226,23 @@ class SystemModel(nn.Module):
 
     def forward(
         self,
-        work: Sequence[PreferencePair] | Turn | None,
+        work: Sequence[Feedback] | Turn | None,
         generator: Generators = None,
         step: int | None = None,
     ) -> Any:
         """Whatever runs the models goes through here, so that wrappers of the module (DDP, FSDP, autocast) see it.
 
         Args:
-            work: a batch of preference pairs, as `sysdag.data.encode_pairs` gives them, to be scored; or a `Turn` of
-                the output of one, to be differentiated; or None.
+            work: a batch of pairs or unpaired runs, as `sysdag.data.encode_rows` gives them, to be scored; or a `Turn`
+                of the output of one, to be differentiated; or None.
             generator: a CPU generator for noise and candidates, torch's global one by default; or one for each pair, so
                 that a pair's noise is the same in any batch.
             step: number of optimizer steps so far, for candidates that are kept; None draws anew and keeps nothing.
                 With it and no generator a prompt's candidates depend on torch's seed, the step and the prompt alone.
 
         Returns:
-            A `StepOutput` for pairs; for a turn its part of the loss, (); for None a zero that depends on every trained
-            parameter, whose backward lets data-parallel wrappers exchange what the turns have accumulated.
+            A `StepOutput` for a batch; for a turn its part of the loss, (); for None a zero that depends on every
+            trained parameter, whose backward lets data-parallel wrappers exchange what the turns have accumulated.
 
         Raises:
             TrainingError: if a score is not finite, naming the node and the pair.
@@ -257,7 +255,7 @@ class SystemModel(nn.Module):
         with self._graph_bytes or contextlib.nullcontext():
             return part_of_loss(work, component)
 
-    def _step(self, pairs: Sequence[PreferencePair], generator: Generators, step: int | None) -> StepOutput:
+    def _step(self, pairs: Sequence[Feedback], generator: Generators, step: int | None) -> StepOutput:
         check_pairs(self.options, pairs)
         stored = self.stored
         rounds = self.rounds()
@@ -271,42 +269,22 @@ class SystemModel(nn.Module):
         if self.budget.keeps_graphs and self._would_recompute_another_adapter():
             self.budget.keeps_graphs = False
         budget = self.budget if trains else replace(self.budget, keeps_graphs=False)
+        kl = kl_term(self, _runs(pairs), comparison, generator) if self.options.needs_kl else None
         # A first step that measures graphs builds each in the second pass.
         room = Room.of(self) if trains and rounds is None and self._graph_bytes is None else None
         weighs = self.options.use_weighting
-        scored = score(self.plan, comparison.terms, self._reference_of, budget, rounds, room, weighs=weighs)
-        for term in comparison.terms:
-            if stored is not None and self._reference_of(component_of(self.plan, term.name)):
-                scored.reference[term.name] = stored.of(term, pairs).to(scored.policy[term.name].device)
-        if not self.options.needs_reference:
-            scored.reference = {name: torch.zeros_like(values).detach() for name, values in scored.policy.items()}
+        scored = score(self.plan, comparison.terms, self.reference_of, budget, rounds, room, weighs=weighs)
+        self.take_stored(scored, comparison.terms, pairs)
         leaves = {name: values.detach().requires_grad_(trains) for name, values in scored.policy.items()}
         scores, metrics = comparison.combine(leaves, scored.reference)
-        scores = with_targets(scores, pairs)
-        losses = pair_losses(
-            scores, self.options.loss_type, self.options.weights,
-            beta=self.options.beta, label_smoothing=self.options.label_smoothing, constants=self.options.constants,
-        )  # fmt: skip
-        if weighs:
-            losses = losses * typical_weights(scores, scored.typicality.values())
-        if (own := own_weights(scores, pairs)) is not None:
-            losses = losses * own
-        if self.groups is not None and trains:
-            self.groups.observe(pairs, losses.detach())
-            losses = losses * self.groups.of(pairs, losses)
+        losses, shown = batch_losses(self, pairs, scores, scored, kl, trains=trains)
+        metrics |= shown
         loss = losses.mean()
         balance = sum(
             (factor * value for factor, value in scored.auxiliary.values()), torch.zeros((), device=loss.device)
         )
         metrics |= {
             f"nodes/{name}/aux_loss": value.detach().expand(len(pairs)) for name, (_, value) in scored.auxiliary.items()
-        }
-        chosen, rejected = shown_rewards(scores, self.options)
-        metrics |= {
-            "rewards/chosen": chosen,
-            "rewards/rejected": rejected,
-            "rewards/margins": chosen - rejected,
-            "rewards/accuracies": (chosen > rejected).float(),
         }
         output = StepOutput(
             loss=loss.detach() + balance.detach().to(loss),
@@ -327,13 +305,21 @@ class SystemModel(nn.Module):
                     )
                     coefficients[name] = coefficients[name] * torch.cat([torch.ones_like(scales), scales])
                     output.metrics[f"nodes/{name}/loser_scale"] = scales.float().cpu()
-            trained = [batch for batch in scored.batches if self._reference_of(component_of(self.plan, batch.name))]
+            trained = [batch for batch in scored.batches if self.reference_of(component_of(self.plan, batch.name))]
             output.turns = tuple(turns(trained, coefficients, rounds, scored.auxiliary))
             if budget.keeps_graphs:
                 linear = [(coefficients[name] * values).sum() for name, values in scored.policy.items()]
                 total = torch.stack(linear).sum() + balance.to(loss)
                 output.loss = output.loss + (total - total.detach())
         return output
+
+    def take_stored(self, scored: Scored, terms: Sequence[Term], pairs: Sequence[Feedback]) -> None:
+        """Puts what is known of the reference without running it in its place among scores: those on file, or 0."""
+        for term in terms:
+            if self.stored is not None and self.reference_of(component_of(self.plan, term.name)):
+                scored.reference[term.name] = self.stored.of(term, pairs).to(scored.policy[term.name].device)
+        if not self.options.needs_reference:
+            scored.reference = {name: torch.zeros_like(values).detach() for name, values in scored.policy.items()}
 
     def _settle(self) -> None:
         """At the first step, when wrappers and devices are settled: lets idle models go to the host, if asked to."""
@@ -377,7 +363,8 @@ class SystemModel(nn.Module):
             self._graph_bytes.total = state["graph_bytes"]["total"]
             self._graph_bytes.devices = set(map(torch.device, state["graph_bytes"]["devices"]))
 
-    def _reference_of(self, component: Component) -> Component | Stored | None:
+    def reference_of(self, component: Component) -> Component | Stored | None:
+        """What scores in a trained component's place as its reference; None for one that does not train."""
         key = next((key for key, own in self.components.items() if own is component), None)
         found = None if key is None else self.references.get(key)
         return found if found is None or self.stored is None else Stored()
@@ -390,7 +377,7 @@ class SystemModel(nn.Module):
             getattr(part, "gradient_checkpointing", False) for module in modules for part in module.modules()
         )
 
-    def compare(self, pairs: Sequence[PreferencePair], generator: Generators, step: int | None) -> Comparison:
+    def compare(self, pairs: Sequence[Feedback], generator: Generators, step: int | None) -> Comparison:
         """What a batch asks to be scored, its candidates drawn."""
         if self.candidates is None:
             return DirectComparison(self.plan, self.options, self.nodes, pairs, generator)
@@ -406,6 +393,10 @@ class SystemModel(nn.Module):
         drawn = self.candidates.draw(self.proposal, inputs, of_candidates, step)
         is_lower_bound = self.candidates.strategy.is_lower_bound
         return SamplingComparison(self.plan, self.options, pairs, drawn, is_lower_bound, generator)
+
+
+def _runs(batch: Sequence[Feedback]) -> list[UnpairedRun]:
+    return [run for run in batch if isinstance(run, UnpairedRun)]
 
 
 def moved_pairs(policy: Component, reference: Component) -> dict[str, tuple[nn.Parameter, nn.Parameter]] | None:

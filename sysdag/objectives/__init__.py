@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     )
     from sysdag.objectives.options import EngineOptions, NodeOptions, ObjectiveOptions, ReferenceOptions
     from sysdag.objectives.own_losses import register_loss
+    from sysdag.objectives.unpaired_losses import RunScores, apo_zero_unpaired_loss, bco_loss, kto_loss, run_losses
 
 __all__ = [
     "CandidateStrategy",
@@ -59,10 +60,13 @@ __all__ = [
     "ObjectiveOptions",
     "PairScores",
     "ReferenceOptions",
+    "RunScores",
     "aot_loss",
     "aot_unpaired_loss",
     "apo_down_loss",
     "apo_zero_loss",
+    "apo_zero_unpaired_loss",
+    "bco_loss",
     "bco_pair_loss",
     "candidate_log_sum",
     "certificate",
@@ -73,12 +77,14 @@ __all__ = [
     "exo_pair_loss",
     "hinge_loss",
     "ipo_loss",
+    "kto_loss",
     "nca_pair_loss",
     "pair_losses",
     "preference_loss",
     "register_loss",
     "responsibilities",
     "robust_loss",
+    "run_losses",
     "sft_loss",
     "sigmoid_loss",
     "sigmoid_norm_loss",
@@ -127,5 +133,6 @@ __getattr__ = exports(
         ],
         "options": ["EngineOptions", "NodeOptions", "ObjectiveOptions", "ReferenceOptions"],
         "own_losses": ["register_loss"],
+        "unpaired_losses": ["RunScores", "apo_zero_unpaired_loss", "bco_loss", "kto_loss", "run_losses"],
     },
 )

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sysdag.components.component import Component
-from sysdag.data.preferences import PreferencePair, collate
+from sysdag.data.preferences import Feedback, UnpairedRun, collate
 from sysdag.execution.branching import without_skipped
 from sysdag.execution.execute import fill, flat_draws
 from sysdag.execution.likelihood import in_context
@@ -24,6 +24,7 @@ from sysdag.objectives.candidates import Candidates, distinct_ngrams
 from sysdag.objectives.losses import PairScores
 from sysdag.objectives.options import NodeOptions, ObjectiveOptions
 from sysdag.objectives.tail_weight import shared_lengths
+from sysdag.objectives.unpaired_losses import RunScores, split_sides
 from sysdag.traces.cells import ABSENT, Cell, value_of
 from sysdag.traces.trace import Trace
 
@@ -44,7 +45,7 @@ class Term:
     trace: Trace
     pair_of: Sequence[int]
     noise: Any = None
-    pairs: Sequence[PreferencePair] = ()
+    pairs: Sequence[Feedback] = ()
 
     def called(self, row: int) -> str:
         """What an error calls the pair of a row."""
@@ -75,16 +76,58 @@ class Comparison(Protocol):
         """Each is scored once by the policy and once by the reference."""
         ...
 
-    def combine(self, policy: Scores, reference: Scores) -> tuple[PairScores, dict[str, Tensor]]:
-        """What the losses see, and the metrics to log, each (P,): one value a pair."""
+    def combine(self, policy: Scores, reference: Scores) -> tuple[PairScores | RunScores, dict[str, Tensor]]:
+        """What the losses see, and the metrics to log, each (P,): one value a pair or unpaired run, nan for none."""
         ...
+
+    def beside(self, batch: Sequence[Feedback], generator: Generators) -> Comparison:
+        """The same of other runs of the same inputs, by the same candidates."""
+        ...
+
+
+class _Sides:
+    """How the rows of a comparison, winners followed by losers or single runs, become what losses and logs see."""
+
+    def __init__(self, batch: Sequence[Feedback]) -> None:
+        self.count, self.number = len(batch), len(batch[0].sides)
+        single = [each.label for each in batch if isinstance(each, UnpairedRun)]
+        self.desirable = torch.tensor(single) if single else None
+
+    @property
+    def rows(self) -> list[int]:
+        """The pair or run that each row belongs to."""
+        return [*range(self.count)] * self.number
+
+    def metrics(self, name: str, values: Tensor) -> dict[str, Tensor]:
+        if self.desirable is not None:
+            return split_sides(name, values, self.desirable.to(values.device))
+        chosen, rejected = values.detach().chunk(2)
+        return {f"{name}/chosen": chosen, f"{name}/rejected": rejected}
+
+    def of_node(self, name: str, rewards: Tensor) -> dict[str, Tensor]:
+        found = self.metrics(f"nodes/{name}/rewards", rewards)
+        if self.desirable is None:
+            chosen, rejected = found.values()
+            found[f"nodes/{name}/rewards/margins"] = chosen - rejected
+        return found
+
+    def scores(self, rewards: Tensor, policy: Tensor | None, lengths: Tensor, nll: Tensor) -> PairScores | RunScores:
+        if self.desirable is not None:
+            return RunScores(rewards=rewards, desirable=self.desirable.to(rewards.device))
+        (chosen, rejected), (chosen_lengths, rejected_lengths) = rewards.chunk(2), lengths.chunk(2)
+        chosen_policy, rejected_policy = (None, None) if policy is None else policy.chunk(2)
+        return PairScores(
+            chosen_rewards=chosen, rejected_rewards=rejected, chosen_lengths=chosen_lengths,
+            rejected_lengths=rejected_lengths, chosen_nll=nll, chosen_policy=chosen_policy,
+            rejected_policy=rejected_policy,
+        )  # fmt: skip
 
 
 class DirectComparison:
     """SysDPO-Direct: every random node is observed, each side under its own parents' values.
 
     The margin is the sum over nodes of beta_i (log p_i - log q_i), winner minus loser; a bound stands in for log p_i
-    with one (t, eps) for the two sides of a pair.
+    with one (t, eps) for the two sides of a pair. Of an unpaired run that sum is the reward.
     """
 
     def __init__(
@@ -92,29 +135,31 @@ class DirectComparison:
         plan: Plan,
         options: ObjectiveOptions,
         nodes: Mapping[str, NodeOptions],
-        pairs: Sequence[PreferencePair],
+        pairs: Sequence[Feedback],
         generator: Generators,
     ) -> None:
         self.plan, self.options, self.nodes = plan, options, nodes
-        self.count = len(pairs)
+        self.sides = sides = _Sides(pairs)
         trace = fill(plan, Trace.concatenate(collate(pairs)))
         for name in plan.factors("direct"):
             trace = in_context(plan, trace, name)
         self.trace = trace
-        both = [*range(self.count), *range(self.count)]
 
         def beside(name: str) -> Any:
             component, cells = plan.system[name].component, self.trace.cells[name]
             if options.ld_alpha is not None and component.likelihood == "exact":
                 return shared_lengths(component, cells, options.ld_alpha)
-            return paired_noise(component, cells, generator)
+            return shared_noise(component, cells, generator, sides.number)
 
         self.terms: Sequence[Term] = [
-            Term(name, self.trace, both, beside(name), pairs) for name in plan.factors("direct")
+            Term(name, self.trace, sides.rows, beside(name), pairs) for name in plan.factors("direct")
         ]
 
-    def combine(self, policy: Scores, reference: Scores) -> tuple[PairScores, dict[str, Tensor]]:
-        count = self.count
+    def beside(self, batch: Sequence[Feedback], generator: Generators) -> DirectComparison:
+        return DirectComparison(self.plan, self.options, self.nodes, batch, generator)
+
+    def combine(self, policy: Scores, reference: Scores) -> tuple[PairScores | RunScores, dict[str, Tensor]]:
+        count = self.sides.count
         metrics: dict[str, Tensor] = {}
         rewards, policies, lengths, log_probs, nll = [], [], [], [], []
         for name, score in policy.items():
@@ -124,15 +169,15 @@ class DirectComparison:
             policies.append(beta * score)
             lengths.append(term_lengths(self.plan, self.trace, name, score.device))
             nll.append(-node.scale * count * score[:count] / lengths[-1][:count].sum().clamp(min=1))
-            metrics |= _node_metrics(name, rewards[-1])
+            metrics |= self.sides.of_node(name, rewards[-1])
             if self.plan.switches_over(name):
-                metrics[f"nodes/{name}/taken"] = runs_in(self.trace, name, score).view(2, count).mean(0)
+                metrics[f"nodes/{name}/taken"] = runs_in(self.trace, name, score).view(self.sides.number, count).mean(0)
             if self.plan.system[name].likelihood == "exact":
                 log_probs.append(score.detach())
         if log_probs:
-            metrics |= _sides("logps", sum(log_probs[1:], log_probs[0]))
+            metrics |= self.sides.metrics("logps", sum(log_probs[1:], log_probs[0]))
         policy_part = sum(policies[1:], policies[0]) if len(log_probs) == len(policies) else None
-        return _pair_scores(
+        return self.sides.scores(
             sum(rewards[1:], rewards[0]), policy_part, sum(lengths[1:], lengths[0]), sum(nll[1:], nll[0])
         ), metrics
 
@@ -143,41 +188,48 @@ class SamplingComparison:
     log p-hat(z|x) is the log-sum over candidates of their joint with z; an output that no candidate changes is the same
     term in every summand and leaves the sum. The share of a node in the margin is that of its log-ratios, weighted by
     the responsibilities. An output has the length that it has behind the first candidate.
+
+    An unpaired run is one side. Between two sides a candidate's log p(y|x) enters by the difference of its
+    responsibilities; of one side it enters whole.
     """
 
     def __init__(
-        self, plan: Plan, options: ObjectiveOptions, pairs: Sequence[PreferencePair], drawn: Candidates,
+        self, plan: Plan, options: ObjectiveOptions, pairs: Sequence[Feedback], drawn: Candidates,
         is_lower_bound: bool, generator: Generators,
     ) -> None:  # fmt: skip
         self.plan, self.options, self.drawn, self.is_lower_bound = plan, options, drawn, is_lower_bound
-        self.count = count = len(pairs)
-        self.sides = sides = collate(pairs)
+        self.sides = _Sides(pairs)
+        count, number = self.sides.count, self.sides.number
+        given = collate(pairs)
         self.latents = [name for name in plan.latents("sampling") if name in plan.factors("sampling")]
         prompt = list(drawn.prompt)
-        self.prompt = [*prompt, *(p + count for p in prompt)]
-        by_candidate = Trace.concatenate([drawn.trace.updated(side.select(prompt).cells) for side in sides])
+        self.prompt = [p + side * count for side in range(number) for p in prompt]
+        by_candidate = Trace.concatenate([drawn.trace.updated(side.select(prompt).cells) for side in given])
         first = drawn.trace.select([prompt.index(p) for p in range(count)])
-        by_pair = observed_behind(plan, Trace.concatenate([first.updated(side.cells) for side in sides]))
+        by_pair = observed_behind(plan, Trace.concatenate([first.updated(side.cells) for side in given]))
         latent_trace, joint_trace = fill(plan, drawn.trace), observed_behind(plan, by_candidate)
         for name in plan.factors("sampling"):
             if name in self.latents:
                 latent_trace = in_context(plan, latent_trace, name)
             elif plan.system[name].likelihood == "exact":
                 joint_trace = in_context(plan, joint_trace, name)  # an answer's tokens may depend on the candidate
-        self.observed = joint_trace.select([self.prompt.index(side) for side in range(2 * count)])
+        self.observed = joint_trace.select([self.prompt.index(side) for side in range(number * count)])
 
         def term(name: str) -> Term:
             if name in self.latents:
                 return Term(name, latent_trace, prompt, pairs=pairs)
             if plan.system[name].likelihood == "exact":
-                return Term(name, joint_trace, [*prompt, *prompt], pairs=pairs)
-            noise = paired_noise(plan.system[name].component, by_pair.cells[name], generator)
-            return Term(name, by_pair, [*range(count), *range(count)], noise, pairs)
+                return Term(name, joint_trace, prompt * number, pairs=pairs)
+            noise = shared_noise(plan.system[name].component, by_pair.cells[name], generator, number)
+            return Term(name, by_pair, self.sides.rows, noise, pairs)
 
         self.terms: Sequence[Term] = [term(name) for name in plan.factors("sampling")]
 
-    def combine(self, policy: Scores, reference: Scores) -> tuple[PairScores, dict[str, Tensor]]:
-        count = self.count
+    def beside(self, batch: Sequence[Feedback], generator: Generators) -> SamplingComparison:
+        return SamplingComparison(self.plan, self.options, batch, self.drawn, self.is_lower_bound, generator)
+
+    def combine(self, policy: Scores, reference: Scores) -> tuple[PairScores | RunScores, dict[str, Tensor]]:
+        count = self.sides.count
         inside = [term.name for term in self.terms if self.plan.system[term.name].likelihood == "exact"]
         device = policy[inside[0]].device
         index = torch.tensor(self.prompt, device=device)
@@ -194,7 +246,7 @@ class SamplingComparison:
         policy_part = self.options.beta * log_p if len(inside) == len(self.terms) else None
         rewards = self.options.beta * (log_p - log_q)
         metrics = self._candidate_metrics(policy, log_p.detach(), weights, index)
-        metrics |= _sides("logps", log_p)
+        metrics |= self.sides.metrics("logps", log_p)
         for name, score in policy.items():
             log_ratio = score - reference[name]
             if name in inside:
@@ -203,61 +255,65 @@ class SamplingComparison:
                 )
             else:
                 log_p, rewards = log_p + score, rewards + self.options.beta * log_ratio
-            metrics |= _node_metrics(name, self.options.beta * log_ratio)
+            metrics |= self.sides.of_node(name, self.options.beta * log_ratio)
             if self.plan.switches_over(name):
                 metrics[f"nodes/{name}/taken"] = self._taken(name, weights, index)
         lengths = sum(term_lengths(self.plan, self.observed, name, device) for name in self.plan.results)
         assert isinstance(lengths, Tensor)
         nll = -count * log_p[:count] / lengths[:count].sum().clamp(min=1)
-        return _pair_scores(rewards, policy_part, lengths, nll), metrics
+        return self.sides.scores(rewards, policy_part, lengths, nll), metrics
 
     def _taken(self, name: str, weights: Tensor, index: Tensor) -> Tensor:
-        """How much of each pair's two runs takes a node's branch, by the candidates' responsibilities."""
+        """How much of each pair's two runs, or of one, takes a node's branch, by the candidates' responsibilities."""
         term = next(term for term in self.terms if term.name == name)
         runs = runs_in(term.trace, name, weights)
         if self.plan.system[name].likelihood == "exact":  # else it is outside of the sum over candidates
-            runs = torch.zeros(2 * self.count).to(weights).index_add(0, index, weights * self._spread(name, runs))
-        return runs.view(2, self.count).mean(0)
+            total = self.sides.number * self.sides.count
+            runs = torch.zeros(total).to(weights).index_add(0, index, weights * self._spread(name, runs))
+        return runs.view(self.sides.number, self.sides.count).mean(0)
 
     def _spread(self, name: str, values: Tensor) -> Tensor:
         """One value for each side and candidate; a latent's is shared by the sides."""
-        return values.repeat(2) if name in self.latents else values
+        return values.repeat(self.sides.number) if name in self.latents else values
 
     def _log_sum(self, scores: Sequence[Tensor], terms: Any, index: Tensor) -> tuple[Tensor, Tensor]:
         """log p-hat(z|x) of every side, and the candidates' responsibilities (without gradient)."""
-        joint = sum(scores[1:], scores[0])
+        joint, total = sum(scores[1:], scores[0]), self.sides.number * self.sides.count
         if self.drawn.log_weight is not None:
-            joint = joint + torch.tensor(self.drawn.log_weight, dtype=joint.dtype, device=joint.device).repeat(2)
+            joint = joint + joint.new_tensor(self.drawn.log_weight).repeat(self.sides.number)
         if self.options.candidate_length_normalization:
             joint = joint / terms.clamp(min=1)
         temperature = self.options.responsibility_temperature
-        log_sum = temperature * candidate_log_sum(joint / temperature, index, 2 * self.count)
-        return log_sum, responsibilities(joint.detach() / temperature, index, 2 * self.count)
+        log_sum = temperature * candidate_log_sum(joint / temperature, index, total)
+        return log_sum, responsibilities(joint.detach() / temperature, index, total)
 
     def _candidate_metrics(self, policy: Scores, log_p: Tensor, weights: Tensor, index: Tensor) -> dict[str, Tensor]:
-        count, rows = self.count, len(index) // 2
+        count, number = self.sides.count, self.sides.number
+        rows = len(index) // number
         of_pair = index[:rows]
         found = torch.bincount(of_pair, minlength=count).float()
-        gap = torch.zeros_like(log_p[:count]).index_add(0, of_pair, (weights[:rows] - weights[rows:]).abs())
+        sizes = effective_sample_size(weights, index, number * count).view(number, count)
         metrics = {
-            "candidates/effective_sample_size": effective_sample_size(weights, index, 2 * count).view(2, count).mean(0),
+            "candidates/effective_sample_size": sizes.mean(0),
             "candidates/count": found,
-            "candidates/responsibility_gap": gap / found,
             "candidates/distinct_2": torch.tensor(self._distinct_bigrams()),
         }
+        if number == 2:
+            gap = torch.zeros_like(log_p[:count]).index_add(0, of_pair, (weights[:rows] - weights[rows:]).abs())
+            metrics["candidates/responsibility_gap"] = gap / found
         if self.is_lower_bound and not any(self._is_continuous(name) for name in self.latents):
             latent = torch.stack([policy[name].detach() for name in self.latents]).sum(0)
             coverage = latent.new_zeros(count).index_add(0, index[:rows], latent.exp())
             metrics["candidates/coverage"] = coverage
             plain = self.options.responsibility_temperature == 1 and not self.options.candidate_length_normalization
             if plain and not any(self._is_continuous(term.name) for term in self.terms):
-                lower, upper = certificate(log_p, coverage.repeat(2))
+                lower, upper = certificate(log_p, coverage.repeat(number))
                 metrics |= {"candidates/certified_lower": lower[:count], "candidates/certified_upper": upper[:count]}
         return metrics
 
     def _distinct_bigrams(self) -> list[float]:
         """Distinct-2 of each prompt's candidates."""
-        texts: list[list[str]] = [[] for _ in range(self.count)]
+        texts: list[list[str]] = [[] for _ in range(self.sides.count)]
         for name in self.latents:
             for prompt, cell in zip(self.drawn.prompt, self.drawn.trace.cells[name], strict=True):
                 texts[prompt] += [] if cell is ABSENT else [str(value_of(cell))]
@@ -287,26 +343,6 @@ def _is_real(value: Any) -> bool:
     return isinstance(value, (float, complex)) or getattr(kind, "kind", "") in ("f", "c")
 
 
-def _pair_scores(rewards: Tensor, policy: Tensor | None, lengths: Tensor, nll: Tensor) -> PairScores:
-    (chosen, rejected), (chosen_lengths, rejected_lengths) = rewards.chunk(2), lengths.chunk(2)
-    chosen_policy, rejected_policy = (None, None) if policy is None else policy.chunk(2)
-    return PairScores(
-        chosen_rewards=chosen, rejected_rewards=rejected, chosen_lengths=chosen_lengths,
-        rejected_lengths=rejected_lengths, chosen_nll=nll, chosen_policy=chosen_policy,
-        rejected_policy=rejected_policy,
-    )  # fmt: skip
-
-
-def _sides(name: str, values: Tensor) -> dict[str, Tensor]:
-    chosen, rejected = values.detach().chunk(2)
-    return {f"{name}/chosen": chosen, f"{name}/rejected": rejected}
-
-
-def _node_metrics(name: str, rewards: Tensor) -> dict[str, Tensor]:
-    chosen, rejected = rewards.detach().chunk(2)
-    return {**_sides(f"nodes/{name}/rewards", rewards), f"nodes/{name}/rewards/margins": chosen - rejected}
-
-
 def runs_in(trace: Trace, name: str, like: Tensor) -> Tensor:
     """1 for each row in which a node runs, 0 for the others, as the numbers of `like` are."""
     return torch.tensor([float(cell is not ABSENT) for cell in trace.cells[name]]).to(like)
@@ -320,23 +356,26 @@ def term_lengths(plan: Plan, trace: Trace, name: str, device: torch.device) -> T
     )
 
 
-def paired_noise(component: Component, cells: Sequence[Cell], generator: Generators) -> Any:
+def shared_noise(component: Component, cells: Sequence[Cell], generator: Generators, sides: int = 2) -> Any:
     """Noise for winners followed by losers, one draw shared by the two sides of a pair (and of a plate's element).
 
     With one generator for each pair, a pair's noise does not depend on the others in its batch.
+
+    Args:
+        sides: 1 for runs that are no pairs.
     """
     if component.likelihood != "bound":
         return None
-    count = len(cells) // 2
+    count = len(cells) // sides
     columns = [flat_draws([cell]) for cell in cells]
     if not any(columns):  # no run takes its branch
         return None
     if isinstance(generator, Sequence):
-        parts = [paired_noise(component, [cells[p], cells[p + count]], own) for p, own in enumerate(generator)]
+        parts = [shared_noise(component, cells[p::count], own, sides) for p, own in enumerate(generator)]
         parts = [part for part in parts if part is not None]
-        joined = [(side, p) for p in range(count) for side in (0, 1) for _ in columns[p + side * count]]
+        joined = [(side, p) for p in range(count) for side in range(sides) for _ in columns[p + side * count]]
         return parts[0].join(parts).select(sorted(range(len(joined)), key=joined.__getitem__))
-    longest = [max(columns[row], columns[row + count], key=len) for row in range(count)]
+    longest = [max(columns[row::count], key=len) for row in range(count)]
     starts = [0]
     for column in longest:
         starts.append(starts[-1] + len(column))

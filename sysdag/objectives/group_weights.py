@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sysdag.data.preferences import PreferencePair
+from sysdag.data.preferences import Feedback
 from sysdag.errors import DataError, SerializationError
 
 
@@ -38,7 +38,7 @@ class GroupWeights:
         DataError: for a pair without a group, or fewer than two groups.
     """
 
-    def __init__(self, pairs: Sequence[PreferencePair], step_size: float) -> None:
+    def __init__(self, pairs: Sequence[Feedback], step_size: float) -> None:
         counts: Counter[str] = Counter()
         for number, pair in enumerate(pairs):
             if pair.group is None:
@@ -58,7 +58,7 @@ class GroupWeights:
         total = sum(math.exp(value - top) for value in self._log_weights.values())
         return {group: math.exp(value - top) / total for group, value in self._log_weights.items()}
 
-    def of(self, pairs: Sequence[PreferencePair], like: Float[Tensor, " P"]) -> Float[Tensor, " P"]:
+    def of(self, pairs: Sequence[Feedback], like: Float[Tensor, " P"]) -> Float[Tensor, " P"]:
         """How often each pair counts, q_g / s_g.
 
         Raises:
@@ -70,7 +70,7 @@ class GroupWeights:
             dtype=like.dtype, device=like.device,
         )  # fmt: skip
 
-    def observe(self, pairs: Sequence[PreferencePair], losses: Float[Tensor, " P"]) -> None:
+    def observe(self, pairs: Sequence[Feedback], losses: Float[Tensor, " P"]) -> None:
         """Notes the losses of a batch for the next `update`."""
         place = {group: number for number, group in enumerate(self.shares)}
         index = torch.tensor([place[self._known(pair)] for pair in pairs])
@@ -109,7 +109,7 @@ class GroupWeights:
             )
         self._log_weights = {group: float(state[group]) for group in self._log_weights}
 
-    def _known(self, pair: PreferencePair) -> str:
+    def _known(self, pair: Feedback) -> str:
         if pair.group not in self.shares:
             raise DataError(f"group_dro: the group {pair.group!r} is none of the training data's, {list(self.shares)}.")
         return pair.group

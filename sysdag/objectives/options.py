@@ -6,11 +6,14 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from sysdag.data.checks import Wanted
 from sysdag.errors import PlanError
 from sysdag.graph.plan import Objective
-from sysdag.objectives.losses import KINDS, Kind
+from sysdag.objectives.losses import KINDS, LOSSES, Kind
 from sysdag.objectives.own_losses import look_up
+from sysdag.objectives.unpaired_losses import NEEDS_KL, NEEDS_SHIFT, UNPAIRED_LOSSES
 
+_OF_SINGLE_RUNS = Kind()
 _SAMPLING_ONLY = (
     "responsibility_temperature",
     "candidate_length_normalization",
@@ -112,14 +115,17 @@ class ObjectiveOptions:
     Attributes:
         objective: `direct` or `sampling`.
         beta: strength of the regularisation towards the reference.
-        loss_type, loss_weights: names in `sysdag.objectives.losses.LOSSES`, and one weight each (1 by default). A loss
-            of one's own is named once it is registered (`sysdag.objectives.register_loss`), or by where it stands:
+        loss_type, loss_weights: names in `sysdag.objectives.losses.LOSSES`, or for single runs with a label in
+            `sysdag.objectives.unpaired_losses.UNPAIRED_LOSSES`, and one weight each (1 by default). A loss of one's own
+            is named once it is registered (`sysdag.objectives.register_loss`), or by where it stands:
             `FILE.py:function` or `package.module:function`; it is tried out on a few pairs.
         label_smoothing: probability that a preference is flipped, for `sigmoid`, `robust`, `exo_pair` (which needs it),
             `aot`, `aot_unpaired`, `simpo` and `cpo`.
         discopop_tau: temperature of the blend in `discopop`.
         simpo_gamma: margin that `simpo` asks for, in nats times beta a token.
         cpo_alpha: weight of the winners' negative log-likelihood in `cpo`.
+        desirable_weight, undesirable_weight: what the losses of unpaired runs of either label are multiplied with, so
+            that unequal numbers of them can be evened out.
         reference_free: takes log q = 0, a reference that gives all runs one probability: it is neither loaded nor
             scored. `simpo` and `cpo` by themselves, or with `sft`, are so without being told.
         ld_alpha: weight of the tokens behind the length that both sides of a pair have, node by node, in [0, 1]
@@ -150,6 +156,8 @@ class ObjectiveOptions:
     discopop_tau: float = 0.05
     simpo_gamma: float = 0.5
     cpo_alpha: float = 1.0
+    desirable_weight: float = 1.0
+    undesirable_weight: float = 1.0
     reference_free: bool = False
     ld_alpha: float | None = None
     use_weighting: bool = False
@@ -172,6 +180,7 @@ class ObjectiveOptions:
             )
         self._check_losses()
         self._check_weighting()
+        self._check_unpaired()
         if not self.responsibility_temperature > 0:
             raise PlanError(f"responsibility_temperature must be positive, got {self.responsibility_temperature}.")
         if self.candidates_from not in ("policy", "reference"):
@@ -234,23 +243,80 @@ class ObjectiveOptions:
                     f"{option}=True weighs single pairs, and {self.compares_pairs} sorts them over the batch."
                 )
 
+    def _check_unpaired(self) -> None:
+        single = [name for name in self.loss_type if name in UNPAIRED_LOSSES]
+        if single and len(single) < len(self.loss_type):
+            other = next(name for name in self.loss_type if name not in UNPAIRED_LOSSES)
+            raise PlanError(
+                f"loss_type {single[0]!r} takes single runs with a label, and {other!r} pairs of runs; no row is both. "
+                f"Those of single runs are {sorted(UNPAIRED_LOSSES)}."
+            )
+        for option in ("desirable_weight", "undesirable_weight"):
+            weight = getattr(self, option)
+            if weight < 0 or not math.isfinite(weight):
+                raise PlanError(f"{option} must be finite and 0 or more, got {weight}.")
+            if weight != 1 and not single:
+                raise PlanError(
+                    f"{option} has no effect on loss_type {list(self.loss_type)}; it belongs to the losses of single "
+                    f"runs, {sorted(UNPAIRED_LOSSES)}."
+                )
+        if single and not self.desirable_weight and not self.undesirable_weight:
+            raise PlanError("desirable_weight and undesirable_weight are both 0, so nothing is trained.")
+        whys = {
+            "reference_free": "asks on which side of the reference a run is",
+            "ld_alpha": "has one run, and no other length to compare with",
+            "use_weighting": "has one run, and WPO weighs two",
+        }
+        for option, why in whys.items():
+            if single and getattr(self, option) != getattr(ObjectiveOptions, option):
+                raise PlanError(f"{option} does not go with loss_type {single[0]!r}, which {why}.")
+
+    @property
+    def is_unpaired(self) -> bool:
+        """Whether it is trained on single runs with a label, and not on pairs."""
+        return any(name in UNPAIRED_LOSSES for name in self.loss_type)
+
+    @property
+    def needs_kl(self) -> bool:
+        """Whether a loss has a KL term, which is estimated by mismatched runs."""
+        return NEEDS_KL in self.loss_type
+
+    @property
+    def needs_shift(self) -> bool:
+        """Whether a loss has a running shift."""
+        return NEEDS_SHIFT in self.loss_type
+
+    @property
+    def wanted(self) -> Wanted:
+        """Of which kind rows have to be."""
+        single, pairs = sorted(UNPAIRED_LOSSES), sorted(name for name in LOSSES if ":" not in name)
+        if self.is_unpaired:
+            why = f"loss_type {self.loss_type[0]!r} takes single runs; those of pairs are {pairs}."
+        else:
+            why = f"loss_type {self.loss_type[0]!r} compares two runs; those that need no pairs are {single}."
+        return Wanted(self.is_unpaired, why)
+
     @property
     def kinds(self) -> list[Kind]:
         """Of the losses, in their order."""
-        return [KINDS[name] for name in self.loss_type]
+        return [KINDS.get(name, _OF_SINGLE_RUNS) for name in self.loss_type]
+
+    @property
+    def _kinds_by_name(self) -> list[tuple[str, Kind]]:
+        return list(zip(self.loss_type, self.kinds, strict=True))
 
     @property
     def needs_reference(self) -> bool:
         """Whether anything is compared with the reference's scores."""
         without = any(not kind.needs_reference for kind in self.kinds)
         return not self.reference_free and not (
-            without and all(name == "sft" or not KINDS[name].needs_reference for name in self.loss_type)
+            without and all(name == "sft" or not kind.needs_reference for name, kind in self._kinds_by_name)
         )
 
     @property
     def compares_pairs(self) -> str | None:
         """The first loss that depends on which pairs are in a batch together."""
-        return next((name for name in self.loss_type if KINDS[name].compares_pairs), None)
+        return next((name for name, kind in self._kinds_by_name if kind.compares_pairs), None)
 
     @property
     def constants(self) -> dict[str, float]:

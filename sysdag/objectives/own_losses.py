@@ -13,6 +13,7 @@ from torch import Tensor
 from sysdag.errors import PlanError
 from sysdag.graph.import_path import function_path
 from sysdag.objectives.losses import KINDS, LOSSES, Kind, Loss, PairScores
+from sysdag.objectives.unpaired_losses import UNPAIRED_LOSSES
 from sysdag.saving.loading import load_function
 
 _BUILT_IN = frozenset(LOSSES)
@@ -45,6 +46,8 @@ def _register(name: str, loss: Loss) -> None:
             f"register_loss: {name!r} must be a function loss(scores, beta, label_smoothing); {loss!r} cannot be "
             f"called with these three ({error})."
         ) from error
+    if name in UNPAIRED_LOSSES:
+        raise PlanError(f"register_loss: the name {name!r} is taken by {UNPAIRED_LOSSES[name]!r}; choose another.")
     known = LOSSES.get(name)
     if known is not None and known is not loss:
         path = function_path(loss)
@@ -63,7 +66,8 @@ def name_of(loss: Callable[..., Any]) -> str:
     Raises:
         PlanError: as `register_loss`.
     """
-    for name, known in LOSSES.items():
+    known: Callable[..., Any]
+    for name, known in (*LOSSES.items(), *UNPAIRED_LOSSES.items()):
         if known is loss:
             return name
     path = function_path(loss)
@@ -94,14 +98,14 @@ def look_up(names: tuple[str, ...], beta: float) -> None:
     for name in names:
         if name not in LOSSES and ":" in name:
             _register(name, load_function(name))
-    unknown = [name for name in names if name not in LOSSES]
+    unknown = [name for name in names if name not in LOSSES and name not in UNPAIRED_LOSSES]
     if unknown or not names:
         raise PlanError(
-            f"loss_type must name one or more of {sorted(LOSSES)}, or a function of your own as FILE.py:function, "
-            f"got {list(names)}."
+            f"loss_type must name one or more of {sorted({**LOSSES, **UNPAIRED_LOSSES})}, or a function of your own as "
+            f"FILE.py:function, got {list(names)}."
         )
     for name in names:
-        if name not in _BUILT_IN:
+        if name not in _BUILT_IN and name not in UNPAIRED_LOSSES:
             KINDS[name] = _tried(name, LOSSES[name], beta, KINDS.get(name))
 
 

@@ -39,9 +39,24 @@ def sheets(history: History, order: Sequence[str]) -> list[Sheet]:
     keys = sorted(history.components, key=lambda key: (nodes.index(key) if key in nodes else len(nodes), key))
     gradients = [(key, f"nodes/{key}/grad_norm") for key in keys]
     return [
-        Sheet("Loss", "The preference loss, a mean over pairs.", [("loss", "loss")]),
-        Sheet("Margin", "Implicit reward of winners minus that of losers.", [("margin", "rewards/margins")]),
-        Sheet("Accuracy", "Share of pairs with a positive margin.", [("accuracy", "rewards/accuracies")], (0, 1)),
+        Sheet("Loss", "The preference loss, a mean over pairs or single runs.", [("loss", "loss")]),
+        Sheet(
+            "Margin",
+            "Implicit reward of winners (or desirable runs) minus that of losers (or undesirable ones).",
+            [("margin", "rewards/margins")],
+        ),
+        Sheet(
+            "Accuracy",
+            "Share of pairs with a positive margin; of single runs on the side of the zero that their label says.",
+            [("accuracy", "rewards/accuracies")],
+            (0, 1),
+        ),
+        Sheet(
+            "KL",
+            "Of policy and reference in nats, as the loss kto estimates it by mismatched runs.",
+            [("KL", "kl")],
+        ),
+        Sheet("Shift", "The mean reward so far, around which the loss bco classifies.", [("shift", "delta")]),
         Sheet(
             "Rewards",
             "Beta times the log-ratio of policy to reference, of the whole system.",

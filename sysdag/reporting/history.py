@@ -10,7 +10,7 @@ from functools import cached_property
 from typing import Any
 
 _KEY = re.compile(
-    r"(?:(?P<split>\w+?)_)?(?P<metric>loss|learning_rate|grad_norm|(?:rewards|logps|nodes|candidates)/.+)"
+    r"(?:(?P<split>\w+?)_)?(?P<metric>loss|learning_rate|grad_norm|kl|delta|(?:rewards|logps|nodes|candidates)/.+)"
 )
 _NODE = re.compile(r"nodes/(?P<node>.+)/rewards/(?:chosen|rejected|margins)")
 _COMPONENT = re.compile(r"nodes/(?P<component>.+)/grad_norm")

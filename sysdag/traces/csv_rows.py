@@ -22,6 +22,8 @@ _NESTED = (
     "chosen_intermediates",
     "rejected_intermediates",
     "intermediates",
+    "output",
+    "completion",
 )  # as `chosen.node`
 _WRITTEN = re.compile(r"""\s*(?:array\()?\[?\s*\{\s*["'](?:role|content|tool_calls|from|value)["']\s*:""")
 _ROLE = re.compile(r"""["'](?:role|from)["']\s*:""")

@@ -120,9 +120,4 @@ def advice(columns: Iterable[str]) -> str:
             options = " ".join(f"--rename {old}={new}" for old, new in shape.rename.items())
             text += f" Or {options}, {shape.lost}."
         return text
-    if {"completion", "label"} <= given:
-        return (
-            "These rows are unpaired preferences (a completion and a label, as for KTO): put a good and a bad "
-            "completion of each prompt into one row, as chosen and rejected."
-        )
     return "--rename OLD=NEW gives a column the name that is read (in Python: read_rows(..., rename={'OLD': 'NEW'}))."

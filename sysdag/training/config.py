@@ -17,6 +17,7 @@ from sysdag.errors import PlanError
 from sysdag.objectives.losses import KINDS, LOSSES
 from sysdag.objectives.options import EngineOptions, NodeOptions, ObjectiveOptions, ReferenceOptions
 from sysdag.objectives.own_losses import name_of
+from sysdag.objectives.unpaired_losses import UNPAIRED_LOSSES
 
 
 def _option(default: Any, about: str) -> Any:
@@ -31,12 +32,13 @@ class SysDPOConfig(TrainingArguments):
     Args:
         objective: `direct` (intermediates observed) or `sampling` (approximated by candidates).
         beta: strength of the regularisation towards the reference.
-        loss_type: one or more names of `sysdag.objectives.losses.LOSSES`, or losses of one's own: a function, or where
-            it stands (see `sysdag.objectives.options.ObjectiveOptions`). One stands for a list of one; a function
-            becomes its name.
+        loss_type: one or more names of `sysdag.objectives.losses.LOSSES`, or of
+            `sysdag.objectives.unpaired_losses.UNPAIRED_LOSSES`, or losses of one's own: a function, or where it stands
+            (see `sysdag.objectives.options.ObjectiveOptions`). One stands for a list of one; a function becomes its
+            name.
         loss_weights: one weight for each loss; all 1 by default.
         label_smoothing: probability that a preference is flipped, for losses that smooth; in [0, 0.5).
-        discopop_tau, simpo_gamma, cpo_alpha: constants of single losses; see
+        discopop_tau, simpo_gamma, cpo_alpha, desirable_weight, undesirable_weight: constants of single losses; see
             `sysdag.objectives.options.ObjectiveOptions`, as for `reference_free`, `ld_alpha`, `use_weighting`,
             `group_dro` and `group_dro_step_size`.
         empty: `drop` leaves out rows whose chosen output is empty, `keep` trains on them.
@@ -72,7 +74,10 @@ class SysDPOConfig(TrainingArguments):
     beta: float = _option(0.1, "Strength of the regularisation towards the reference.")
     loss_type: list[str] | str = field(
         default_factory=lambda: ["sigmoid"],
-        metadata={"help": f"One or more of {', '.join(LOSSES)}, FILE.py:function."},
+        metadata={
+            "help": f"One or more of {', '.join(LOSSES)}, FILE.py:function; or, on single runs with a label, of "
+            f"{', '.join(UNPAIRED_LOSSES)}."
+        },
     )
     loss_weights: list[float] | None = _option(None, "One weight for each loss; all 1 by default.")  # noqa: RUF009
     label_smoothing: float = _option(
@@ -83,6 +88,8 @@ class SysDPOConfig(TrainingArguments):
     discopop_tau: float = _option(0.05, "Temperature of the blend in discopop.")
     simpo_gamma: float = _option(0.5, "Margin that simpo asks for, in nats times beta a token.")
     cpo_alpha: float = _option(1.0, "Weight of the winners' negative log-likelihood in cpo.")
+    desirable_weight: float = _option(1.0, "Weight of the losses of desirable runs.")
+    undesirable_weight: float = _option(1.0, "Weight of the losses of undesirable runs.")
     reference_free: bool = _option(False, "Neither load nor score a reference; simpo and cpo have none anyway.")
     ld_alpha: float | None = _option(None, "Weight of tokens behind the length that both sides of a pair have, 0 to 1.")
     use_weighting: bool = _option(False, "Weigh pairs by how probable the policy finds them (WPO).")
@@ -172,7 +179,7 @@ class SysDPOConfig(TrainingArguments):
         losses = [self.loss_type] if isinstance(self.loss_type, str) or callable(self.loss_type) else self.loss_type
         if not isinstance(losses, (list, tuple)) or not all(isinstance(n, str) or callable(n) for n in losses):
             raise PlanError(
-                f"loss_type must name one or more of {sorted(LOSSES)}, or be a function "
+                f"loss_type must name one or more of {sorted({**LOSSES, **UNPAIRED_LOSSES})}, or be a function "
                 f"loss(scores, beta, label_smoothing) of your own, got {self.loss_type!r}."
             )
 

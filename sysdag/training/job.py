@@ -25,6 +25,7 @@ from sysdag.training.resume import checkpoint_to_resume, checkpoints_in
 from sysdag.training.scales import beyond_scale
 from sysdag.training.train_options import TrainJob
 from sysdag.training.trainer import SysDPOTrainer
+from sysdag.training.unpaired_batches import check_unpaired
 
 _LOOKED_AT = 4  # rows of a dry run, to tell the sizes of images
 _RESUMED = {"true": True, "last": True, "latest": True, "false": None}  # any other value is a checkpoint's folder
@@ -55,6 +56,7 @@ def train(job: TrainJob, say: Callable[[str], None] = print) -> SysDPOTrainer | 
     plan = system.compile()
     plan.check(args.objective_options().objective)
     check_losses(plan, args.objective_options())
+    check_unpaired(args)
     named = f"System {job.system}\n" if isinstance(job.system, str) else ""
     told(f"{named}{plan}\n")
     train_rows = _rows(job, plan, job.dataset, job.split, told)
@@ -128,7 +130,10 @@ def _rows(job: TrainJob, plan: Plan, source: str, split: str, told: Callable[[st
     """
     found = read_all(source, split=split, rename=job.rename, shape=job.shape)
     objective: Any = job.args.objective
-    report = validate_rows(plan, found.rows, objective, strict=job.strict, empty=job.args.empty, damaged=found.damaged)
+    report = validate_rows(
+        plan, found.rows, objective, strict=job.strict, empty=job.args.empty, damaged=found.damaged,
+        wanted=job.args.objective_options().wanted,
+    )  # fmt: skip
     report.raise_if_unusable(source)
     told(f"{source}: {report}\n")
     return numbered(found.rows, report.kept)
@@ -138,9 +143,10 @@ def _outlined(job: TrainJob) -> str:
     args = job.args
     candidates = "" if job.candidates is None else f", candidates {_options(strategy_options(job.candidates))}"
     rate = "of each model by what trains" if args.learning_rate is None else f"{args.learning_rate:g}"
+    rows = "runs" if args.objective_options().is_unpaired else "pairs"
     return (
         f"Objective {args.objective}, loss {'+'.join(args.loss_type)}, beta {args.beta:g}{candidates}; learning rate "
-        f"{rate}, {args.train_batch_size} pairs a step and process"
+        f"{rate}, {args.train_batch_size} {rows} a step and process"
         f"{f', over {args.gradient_accumulation_steps} such steps' if args.gradient_accumulation_steps > 1 else ''}; "
         f"output to {args.output_dir}"
     )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
-from sysdag.data.preferences import PreferencePair
+from sysdag.data.preferences import Feedback
 from sysdag.engine.step import SystemModel
 from sysdag.objectives.group_weights import GroupWeights
 
@@ -42,7 +42,7 @@ class PairGroups(TrainerCallback):
         groups = self._model.groups
         return {} if groups is None else {f"groups/{name}/weight": q for name, q in groups.weights.items()}
 
-    def column(self, pairs: Sequence[PreferencePair]) -> dict[str, Tensor]:
+    def column(self, pairs: Sequence[Feedback]) -> dict[str, Tensor]:
         """The group of each pair as a number, -1 for none."""
         if not self._names:
             return {}
@@ -58,7 +58,7 @@ class PairGroups(TrainerCallback):
             f"groups/{name}/{what}": columns[what][index == number]
             for number, name in enumerate(self._names)
             for what in _APART
-            if bool((index == number).any())
+            if what in columns and bool((index == number).any())
         }
 
     def worst(self, means: Mapping[str, float]) -> dict[str, float]:
@@ -67,7 +67,7 @@ class PairGroups(TrainerCallback):
         return {"groups/worst_loss": max(losses)} if losses else {}
 
 
-def lists_of_pairs(datasets: Mapping[str, Any]) -> Iterator[Sequence[PreferencePair]]:
+def lists_of_pairs(datasets: Mapping[str, Any]) -> Iterator[Sequence[Feedback]]:
     """The lists of pairs among datasets, of which some may be dicts of others."""
     for part in datasets.values():
         if isinstance(part, Mapping):

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from sysdag.components.component import Component
-from sysdag.data.preferences import PreferencePair
+from sysdag.data.preferences import Feedback, UnpairedRun
 from sysdag.engine.distributed import rounds_of, whole
 from sysdag.engine.precompute import FILE_NAME as SCORES_FILE
 from sysdag.engine.precompute import ReferenceScores, check, compute, fingerprint
@@ -48,12 +48,14 @@ class ReferenceKeeper(TrainerCallback):
         if options.sync_ref_model:
             model.let_references_move()
         self._file = Path(output_dir) / SCORES_FILE
-        self._pairs: list[PreferencePair] = []
+        self._pairs: list[Feedback] = []
         if options.precompute_ref_log_probs:
             check(model.options, None if model.candidates is None else model.candidates.strategy)
             _check_inputs_stay(model)
             for name, part in datasets.items():
                 self._pairs += _all_pairs(name, part)
+            others = [run.mismatched for run in self._pairs if isinstance(run, UnpairedRun)]
+            self._pairs += [run for run in others if run is not None]
         self._moved()
 
     def prepare(self, step: int) -> None:
@@ -129,7 +131,7 @@ class ReferenceKeeper(TrainerCallback):
             reference.copy_(saved[name])
 
 
-def precompute(model: SystemModel, pairs: Sequence[PreferencePair], file: Path, *, may_compute: bool = True) -> None:
+def precompute(model: SystemModel, pairs: Sequence[Feedback], file: Path, *, may_compute: bool = True) -> None:
     """Takes the references' scores of `pairs` from a file, which is written where it does not exist.
 
     `SystemModel.drop_references` then frees them. To be called before policies and references have changed.
@@ -198,7 +200,7 @@ def moved_parameters(model: SystemModel) -> dict[str, tuple[nn.Parameter, nn.Par
     return found
 
 
-def _all_pairs(name: str, part: Any) -> Iterable[PreferencePair]:
+def _all_pairs(name: str, part: Any) -> Iterable[Feedback]:
     if part is None:
         return []
     if isinstance(part, Mapping):

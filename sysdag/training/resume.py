@@ -20,7 +20,7 @@ from torch import nn
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from sysdag.data.preferences import PreferencePair
+from sysdag.data.preferences import Feedback, UnpairedRun
 from sysdag.engine.step import SystemModel
 from sysdag.errors import SerializationError
 from sysdag.files.run_files import read_run
@@ -29,8 +29,8 @@ from sysdag.traces.cells import Draw
 
 _SAMPLED = 64  # numbers of each of a reference's tensors that its hash is made of
 _LATER = (
-    "discopop_tau", "simpo_gamma", "cpo_alpha", "reference_free", "ld_alpha", "use_weighting", "group_dro",
-    "group_dro_step_size",
+    "discopop_tau", "simpo_gamma", "cpo_alpha", "desirable_weight", "undesirable_weight", "reference_free", "ld_alpha",
+    "use_weighting", "group_dro", "group_dro_step_size",
 )  # fmt: skip
 _SHOWN = 4  # differences that an error names
 
@@ -60,17 +60,19 @@ def model_facts(model: SystemModel) -> dict[str, Any]:
     return json.loads(json.dumps(facts))
 
 
-def data_facts(pairs: Sequence[PreferencePair]) -> dict[str, Any]:
+def data_facts(pairs: Sequence[Feedback]) -> dict[str, Any]:
     """The training data's part of the same."""
     return {"number of training pairs": len(pairs), "sha256 of the training pairs": pairs_hash(pairs)}
 
 
-def pairs_hash(pairs: Iterable[PreferencePair]) -> str:
-    """SHA-256 of the content of pairs, in their order: inputs, values, records, and what is said of the pairs
-    themselves. Images count by their pixels."""
+def pairs_hash(pairs: Iterable[Feedback]) -> str:
+    """SHA-256 of the content of pairs or unpaired runs, in their order: inputs, values, records, labels, and what is
+    said of the pairs themselves. Images count by their pixels."""
     digest = hashlib.sha256()
     for pair in pairs:
-        _feed(digest, [dict(pair.inputs), dict(pair.chosen), dict(pair.rejected)])
+        _feed(digest, [dict(pair.inputs), *map(dict, pair.sides.values())])
+        if isinstance(pair, UnpairedRun):
+            _feed(digest, ["label", pair.label])
         beside = (pair.weight, pair.margin, pair.group)
         if beside != (1.0, 0.0, None):
             _feed(digest, list(beside))
@@ -198,6 +200,7 @@ def write_state(
         "candidates": kept,
         "means": dict(means),
         "groups": None if model.groups is None else model.groups.state(),
+        "shift": model.shift.state() if model.options.needs_shift else None,
         "files": {str(path.relative_to(folder).as_posix()): path.stat().st_size for path in listed} if folder else None,
     }
     file.write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
@@ -259,6 +262,8 @@ def restore_state(state: Mapping[str, Any], model: SystemModel, file: Path) -> N
     model.load_engine_state(state["engine"])
     if model.groups is not None:
         model.groups.load(state.get("groups"))
+    if model.options.needs_shift:
+        model.shift.load(state.get("shift"))
     if model.candidates is not None and state["candidates"] is not None:
         model.candidates.load(_candidates_file(file), state["candidates"])
 

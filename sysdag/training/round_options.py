@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,6 +42,8 @@ class RoundOptions:
         runs, batch_size, device: of sampling; see `sysdag sample`. The last two are those of evaluation, too.
         nodes: what a judge sees that does not see whole runs, and what has to differ in a pair; by default the outputs.
         pairs_per_prompt, margin, comparisons: see `sysdag judge`.
+        label_threshold: where the loss takes single runs, from which score on one is desirable; `--threshold` of
+            `sysdag judge --rows unpaired`. Runs that miss it by less than `margin` are left out.
         eval_judge: of the held-out runs; by default `judge`. One that scores gives the mean score, one that compares
             the win rate against the system as it starts.
         eval_runs, threshold, eval_margin, confidence: see `sysdag eval`.
@@ -70,6 +73,7 @@ class RoundOptions:
     pairs_per_prompt: int = 1
     margin: float = 0.0
     comparisons: int = 15
+    label_threshold: float | None = None
     eval_judge: JudgeChoice | Judge | Callable[..., Any] | None = None
     eval_runs: int = 1
     threshold: float | None = None
@@ -108,6 +112,7 @@ class RoundOptions:
             )
         if isinstance(self.judge, People) and self.nodes:
             raise OptionError("nodes: people judge the outputs, about which the pairs are; leave it out.")
+        self._check_rows()
         if isinstance(self.judge, People):
             self.judge.check()
         if self.args.resume_from_checkpoint is not None:
@@ -118,3 +123,24 @@ class RoundOptions:
             )
         if self.args.push_to_hub:
             raise OptionError("push_to_hub would push every round; push the best one: System.push_to_hub.")
+
+    def _check_rows(self) -> None:
+        """Pairs and single runs are made in ways of their own."""
+        loss = self.args.loss_type
+        if not self.args.objective_options().is_unpaired:
+            if self.label_threshold is not None:
+                raise OptionError(f"judge: threshold labels single runs, and {loss} is trained on pairs; leave it out.")
+            return
+        if isinstance(self.judge, People):
+            raise OptionError(
+                f"{loss} is trained on single runs with a label, and people judge pairs here. Collect thumbs by "
+                "`sysdag label --collect thumbs` and train on them by `sysdag train`, or choose a loss of pairs."
+            )
+        if self.label_threshold is None or not math.isfinite(self.label_threshold):
+            raise OptionError(
+                f"{loss} is trained on single runs with a label: give the score from which on a run is desirable, a "
+                f"finite number (judge: threshold), got {self.label_threshold}."
+            )
+        for name in ("pairs_per_prompt", "comparisons"):
+            if getattr(self, name) != getattr(RoundOptions, name):
+                raise OptionError(f"{name} is about pairs, and {loss} is trained on single runs; leave it out.")

@@ -25,7 +25,9 @@ _CHOICE: dict[str, type] = {
     "by": str, "lower_is_better": bool, "model": str, "api_key_env": str, "criteria": str, "template": Path,
     "request": dict, "concurrency": int, "timeout": float, "retries": int, "cache": Path,
 }  # fmt: skip
-_PAIRING: dict[str, type] = {"node": list, "pairs_per_prompt": int, "margin": float, "comparisons": int}
+_PAIRING: dict[str, type] = {
+    "node": list, "pairs_per_prompt": int, "margin": float, "comparisons": int, "threshold": float,
+}  # fmt: skip
 _PEOPLE: dict[str, type] = {"annotator": str, "port": int, "pairs_per_input": int, "browser": bool}
 _EVAL: dict[str, type] = {"runs": int, "threshold": float, "margin": float, "confidence": float}
 _NEEDED = ("system", "inputs", "heldout", "output_dir")
@@ -69,7 +71,7 @@ def rounds_from(
     if chosen and "by" not in chosen:
         raise parts["eval"][0].error(f"eval: {next(iter(chosen))} is of a judge; name it (by).")
     named = {"runs": "eval_runs", "margin": "eval_margin"}
-    nodes = pairing.pop("node", None)
+    nodes, threshold = pairing.pop("node", None), pairing.pop("threshold", None)
     try:
         return Rounds(
             **{name: value for name, value in top.items() if name != "output_dir"},
@@ -77,6 +79,7 @@ def rounds_from(
             **pairing,
             **{named.get(name, name): value for name, value in evaluated.items()},
             nodes=nodes,
+            label_threshold=threshold,
             judge=judge,
             eval_judge=JudgeChoice(**chosen, spelling="eval: {}") if chosen else None,
             args=job.args,

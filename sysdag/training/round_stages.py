@@ -17,8 +17,9 @@ import torch
 from sysdag.errors import DataError, JudgeError, OptionError
 from sysdag.evaluation.evaluation_runs import HeldOut, held_out, sample_runs
 from sysdag.evaluation.judges import Judge, ScoringJudge
+from sysdag.evaluation.labels import label_runs
 from sysdag.evaluation.measures import SEED_OF_THE_OTHER, check_options, evaluate, evaluation_record, match
-from sysdag.evaluation.ranking import choose_pairs, judge_runs
+from sysdag.evaluation.ranking import Judged, choose_pairs, judge_runs
 from sysdag.evaluation.verdicts import consistency
 from sysdag.execution.batches import Runs
 from sysdag.execution.trace_file import identity
@@ -32,6 +33,7 @@ from sysdag.saving.loading import load_system
 from sysdag.traces.pairs import preference_row, write_pairs
 from sysdag.traces.readers import read_rows
 from sysdag.traces.trace import Trace
+from sysdag.traces.unpaired import unpaired_row
 from sysdag.training.job import train
 from sysdag.training.round_judging import judge_facts, judge_of, with_scores
 from sysdag.training.round_options import RoundOptions
@@ -76,7 +78,7 @@ class Stages:
         self.heldout = self._read(plan, rounds.heldout, split, "heldout")
         _refuse_shared(self._inputs, self.heldout)
         if not isinstance(rounds.judge, People):
-            check_options(self.judge(None), margin=rounds.margin)
+            check_options(self.judge(None), threshold=rounds.label_threshold, margin=rounds.margin)
         check_options(self.eval_judge(None), threshold=rounds.threshold, margin=rounds.eval_margin)
 
     def _read(self, plan: Plan, source: Any, split: str, option: str) -> HeldOut:
@@ -122,7 +124,9 @@ class Stages:
             inputs=self._inputs.inputs, runs=rounds.runs, seed=rounds.seed, batch_size=rounds.batch_size
         )  # fmt: skip
         people = isinstance(rounds.judge, People)
+        single = {} if rounds.label_threshold is None else {"label_threshold": rounds.label_threshold}
         return {
+            **single,
             "sampling": identity(self._outline.compile(), wanted),
             **{name: getattr(rounds, name) for name in names},
             "nodes": list(self._judged),
@@ -187,15 +191,24 @@ class Stages:
                 say(str(consistency(judged.verdicts)))
             elif isinstance(judge, ScoringJudge):
                 given["score"] = fmean(score for score in judged.scores if score is not None)
-            found = choose_pairs(
-                trace, judged, self._judged, pairs_per_prompt=rounds.pairs_per_prompt, margin=rounds.margin
-            )
-            rows, told = [preference_row(trace, *pair, self._outputs) for pair in found.pairs], str(found)
+            rows, told = self._rows(trace, judged)
         say(told)
         if not rows:
             raise NoPairs(told)
         write_pairs(place, rows)
         return {"pairs": len(rows), **given}
+
+    def _rows(self, trace: Trace, judged: Judged) -> tuple[list[dict[str, Any]], str]:
+        """Rows for training of judged runs, and what became of these in words."""
+        rounds = self.rounds
+        if rounds.label_threshold is not None:
+            labelled = label_runs(trace, judged, self._judged, threshold=rounds.label_threshold, margin=rounds.margin)
+            runs = zip(labelled.runs, labelled.labels, strict=True)
+            return [unpaired_row(trace, run, label, self._outputs) for run, label in runs], str(labelled)
+        found = choose_pairs(
+            trace, judged, self._judged, pairs_per_prompt=rounds.pairs_per_prompt, margin=rounds.margin
+        )
+        return [preference_row(trace, *pair, self._outputs) for pair in found.pairs], str(found)
 
     def do_train(self, number: int, say: Callable[[str], None]) -> dict[str, Any]:
         """Trains on the round's pairs and, by the share, on earlier ones; the round's folder gets the system."""

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from sysdag.data.preferences import PreferencePair, collate
+from sysdag.data.preferences import Feedback, collate
 from sysdag.execution.execute import flat_draws
 from sysdag.graph.plan import Objective, Plan
 from sysdag.objectives.options import NodeOptions
@@ -24,7 +24,7 @@ _DRIFT = 0.01  # a part of a score
 
 def beyond_scale(
     plan: Plan,
-    pairs: Sequence[PreferencePair],
+    pairs: Sequence[Feedback],
     *,
     objective: Objective,
     beta: float,
@@ -67,7 +67,7 @@ def beyond_scale(
     return told
 
 
-def _draws(pairs: Sequence[PreferencePair], name: str) -> list[Draw]:
+def _draws(pairs: Sequence[Feedback], name: str) -> list[Draw]:
     return [draw for side in collate(pairs) if name in side.cells for draw in flat_draws(side.cells[name])]
 
 

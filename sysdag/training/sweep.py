@@ -22,13 +22,14 @@ from sysdag.files.series_files import SWEEP_FILE, first_difference, read_series,
 from sysdag.graph.system import System
 from sysdag.objectives.losses import LOSSES
 from sysdag.objectives.strategies import STRATEGIES
+from sysdag.objectives.unpaired_losses import UNPAIRED_LOSSES
 from sysdag.saving.loading import load_system
 from sysdag.training.job import Interrupted, train
 from sysdag.training.series import comparable, globals_kept, last_checkpoint
 from sysdag.training.train_options import TrainJob, parse
 
 _KNOWN: dict[str, Sequence[str]] = {
-    "objective": ("direct", "sampling"), "loss_type": tuple(LOSSES), "candidates": tuple(STRATEGIES),
+    "objective": ("direct", "sampling"), "loss_type": (*LOSSES, *UNPAIRED_LOSSES), "candidates": tuple(STRATEGIES),
     "engine": ("auto", "one_pass", "two_pass"), "empty": ("drop", "keep"), "candidates_from": ("policy", "reference"),
 }  # fmt: skip
 

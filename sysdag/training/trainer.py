@@ -17,13 +17,13 @@ from transformers.trainer_callback import TrainerCallback
 
 from sysdag.components import acceleration, adapter
 from sysdag.components.precision import keep_fp32_copies
-from sysdag.data.encoding import encode_pairs
-from sysdag.data.preferences import PreferencePair
+from sysdag.data.encoding import encode_rows
+from sysdag.data.preferences import Feedback, PreferencePair, UnpairedRun
 from sysdag.engine.distributed import gathered
 from sysdag.engine.replay import accumulate_gradients
 from sysdag.engine.step import StepOutput, SystemModel
 from sysdag.errors import PlanError
-from sysdag.graph.plan import Objective, Plan
+from sysdag.graph.plan import Plan
 from sysdag.graph.system import System
 from sysdag.objectives.candidates import CandidateStrategy
 from sysdag.objectives.loss_checks import check_losses, check_pairs
@@ -35,7 +35,7 @@ from sysdag.training.initialisation import initialise, mark_trained, warn_if_tra
 from sysdag.training.learning_rates import learning_rates
 from sysdag.training.log_lines import show_lines
 from sysdag.training.movement import MovementCheck
-from sysdag.training.pair_groups import PairGroups, lists_of_pairs
+from sysdag.training.pair_groups import PairGroups
 from sysdag.training.pair_means import PairMeans
 from sysdag.training.reference_check import check_reference
 from sysdag.training.references import ReferenceKeeper
@@ -43,6 +43,7 @@ from sysdag.training.resume import pairs_hash
 from sysdag.training.run_record import RunRecord
 from sysdag.training.scales import beyond_scale
 from sysdag.training.step_means import StepMeans
+from sysdag.training.unpaired_batches import Batches, check_unpaired, fix_mismatches, warn_if_uneven
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +55,8 @@ class SysDPOTrainer(CheckpointTrainer):
         model: the system; its components are trained in place.
         args: the configuration; `SysDPOConfig()` by default.
         candidates: for `objective="sampling"`, how latent candidates are found.
-        train_dataset, eval_dataset: preference rows (see `sysdag.data.encode_pairs`); `eval_dataset` may be a dict.
+        train_dataset, eval_dataset: rows of pairs, or of single runs with a label where the loss takes them (see
+            `sysdag.data.encode_rows`); `eval_dataset` may be a dict.
         kwargs: what else `transformers.Trainer` takes, as `optimizers`; what would have no effect is refused.
 
     Attributes:
@@ -90,6 +92,7 @@ class SysDPOTrainer(CheckpointTrainer):
             check_dataset(name, rows)
         check_precision(args)
         check_batches(args)
+        check_unpaired(args)
         self.system = model
         plan = model.compile()
         plan.check(args.objective_options().objective)
@@ -109,10 +112,12 @@ class SysDPOTrainer(CheckpointTrainer):
             adapter.disable_dropout(system_model)
         self._steps, self._evaluated = StepMeans(self._added_up), PairMeans()
         self._warned_of_collapse = self._said_scales = False
-        self._encode = functools.partial(_encoded, plan, args.objective_options().objective, args.empty)
-        datasets = {"train_dataset": self._encode(train_dataset), "eval_dataset": self._encode(eval_dataset)}
-        for part in lists_of_pairs(datasets):
-            check_pairs(args.objective_options(), part)
+        self._encode = functools.partial(_encoded, plan, args)
+        datasets = {
+            name: self._encode(name, rows)
+            for name, rows in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset))
+        }
+        warn_if_uneven(args.objective_options(), datasets["train_dataset"] or [])
         self._groups = PairGroups(system_model, datasets, self._added_up)
         output_dir = args.output_dir or "trainer_output"
         self._references = ReferenceKeeper(system_model, args.reference_options(), datasets, output_dir)
@@ -127,7 +132,7 @@ class SysDPOTrainer(CheckpointTrainer):
         super().__init__(
             model=system_model,
             args=args,
-            data_collator=lambda pairs: {"pairs": pairs},
+            data_collator=Batches(args.objective_options(), datasets["train_dataset"]),
             callbacks=[
                 *(callbacks or []),
                 self._references,
@@ -205,11 +210,11 @@ class SysDPOTrainer(CheckpointTrainer):
             output = self._system_model(pairs, [self._generator_of(pair) for pair in pairs])
         return (output.loss, output) if return_outputs else output.loss
 
-    def _generator_of(self, pair: PreferencePair) -> torch.Generator:
+    def _generator_of(self, pair: Feedback) -> torch.Generator:
         """Of a pair's noise in evaluations: the same in any batch and process."""
         return torch.Generator().manual_seed(self.args.seed + int(pairs_hash([pair])[:15], 16))
 
-    def _check_start(self, output: StepOutput, pairs: Sequence[PreferencePair]) -> None:
+    def _check_start(self, output: StepOutput, pairs: Sequence[Feedback]) -> None:
         if self.args.check_reference:
             check_reference(output, self._system_model, self.args.disable_dropout)
         if not self._said_scales:
@@ -222,7 +227,7 @@ class SysDPOTrainer(CheckpointTrainer):
             ):  # fmt: skip
                 logger.warning("%s", said)
         size = output.metrics.get("candidates/effective_sample_size")
-        if size is not None:
+        if size is not None and "candidates/responsibility_gap" in output.metrics:
             self._warn_of_collapse("Before the first step", float(size.mean()))
 
     def training_step(
@@ -297,7 +302,7 @@ class SysDPOTrainer(CheckpointTrainer):
         """
         if not isinstance(eval_dataset, str):  # the name of one of several that the trainer was given
             check_dataset("eval_dataset", eval_dataset)
-            eval_dataset = self._encode(eval_dataset)
+            eval_dataset = self._encode("eval_dataset", eval_dataset)
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
@@ -374,12 +379,17 @@ _COLLAPSED = 1.05  # effective sample size, of at least two candidates
 _NO_GAP = 0.01  # mean |w_w - w_l|
 
 
-def _encoded(plan: Plan, objective: Objective, empty: Any, rows: Any) -> Any:
-    """Rows as pairs, which know their row; what are pairs already, None, and each dataset of a dict likewise."""
+def _encoded(plan: Plan, args: SysDPOConfig, name: str, rows: Any) -> Any:
+    """Rows as pairs or unpaired runs, which know their row; what are these already, None, and each dataset of a dict
+    likewise."""
     if rows is None:
         return rows
-    if isinstance(rows, list) and rows and isinstance(rows[0], PreferencePair):
-        return [pair if pair.row is not None else replace(pair, row=number) for number, pair in enumerate(rows)]
     if isinstance(rows, dict):
-        return {name: _encoded(plan, objective, empty, part) for name, part in rows.items()}
-    return encode_pairs(plan, rows, objective, empty=empty)
+        return {key: _encoded(plan, args, name, part) for key, part in rows.items()}
+    options = args.objective_options()
+    if isinstance(rows, list) and rows and isinstance(rows[0], (PreferencePair, UnpairedRun)):
+        rows = [each if each.row is not None else replace(each, row=number) for number, each in enumerate(rows)]
+    else:
+        rows = encode_rows(plan, rows, options.objective, empty=args.empty, wanted=options.wanted)
+    check_pairs(options, rows)
+    return fix_mismatches(args, name, rows)
