@@ -27,6 +27,7 @@ OPS = {
 }
 COMMANDS = OPS | {
     "step": "one optimisation step of a system against a straightforward implementation, and TRL",
+    "counts": "what such a step asks of its device, counted: launches, synchronisations, tokens, head rows",
     "diffusion": "a Diffusion-DPO step, and sampling, of a pipeline against diffusers' own",
     "decode": "sampling and search with a language model against generate, generate_batch and a former build",
     "beam_search": "diverse beam search against transformers 4.56's group beam search; needs --peer-python",

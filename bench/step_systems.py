@@ -11,7 +11,7 @@ import torch
 from peft import LoraConfig
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from sysdag import Input, System, node
 from sysdag.components import CausalLM
@@ -25,15 +25,18 @@ BETA = 0.1
 
 
 class Size(NamedTuple):
-    """Of models, texts (tokens) and micro-batches (tokens)."""
+    """Of models, texts (tokens; words, for a model in a folder) and micro-batches (tokens); `rank` is the adapters'."""
 
     vocabulary: int
     prompt: int
     completion: int
     micro_batch: int
     shape: dict[str, int]
+    rank: int = 16
+    folder: str = ""
 
 
+NARROW = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1}
 SIZES = {
     "small": Size(32000, 256, 64, 640, {
         "hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 4, "num_attention_heads": 4,
@@ -43,7 +46,14 @@ SIZES = {
         "hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14,
         "num_key_value_heads": 2,
     }),
+    "narrow": Size(2048, 24, 8, 4096, {**NARROW, "num_hidden_layers": 4}, rank=1),
+    "deep": Size(2048, 24, 8, 4096, {**NARROW, "num_hidden_layers": 24}, rank=1),
 }  # fmt: skip
+
+
+def size_of(name: str) -> Size:
+    """One of `SIZES`, or that of a language model in a folder."""
+    return SIZES[name] if name in SIZES else Size(1000, 48, 16, 2**20, {}, folder=name)
 
 
 class Case(NamedTuple):
@@ -61,15 +71,19 @@ class Case(NamedTuple):
         return "LoRA" if self.lora else "full"
 
 
-def tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
-    """Words w0 ... of one token each."""
-    words = {"<pad>": 0, "<eos>": 1} | {f"w{number}": number for number in range(2, vocabulary)}
+def tokenizer(size: Size) -> Any:
+    """Words w0 ... of one token each, or the folder's."""
+    if size.folder:
+        return AutoTokenizer.from_pretrained(size.folder)
+    words = {"<pad>": 0, "<eos>": 1} | {f"w{number}": number for number in range(2, size.vocabulary)}
     made = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
     made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<pad>", eos_token="<eos>")
 
 
-def model(seed: int, size: Size, device: str) -> Qwen2ForCausalLM:
+def model(seed: int, size: Size, device: str) -> Any:
+    if size.folder:
+        return AutoModelForCausalLM.from_pretrained(size.folder, dtype=torch.float32).to(device).eval()
     config = Qwen2Config(
         vocab_size=size.vocabulary, pad_token_id=0, eos_token_id=1, max_position_embeddings=4096,
         tie_word_embeddings=False, **size.shape,
@@ -79,8 +93,8 @@ def model(seed: int, size: Size, device: str) -> Qwen2ForCausalLM:
         return Qwen2ForCausalLM(config).eval()
 
 
-def adapter() -> LoraConfig:
-    return LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM")
+def adapter(size: Size) -> LoraConfig:
+    return LoraConfig(r=size.rank, target_modules="all-linear", task_type="CAUSAL_LM")
 
 
 def text(vocabulary: int, length: int, *seed: int) -> str:
@@ -121,11 +135,11 @@ class GivenPaths(MonteCarlo):
 
 
 def build(case: Case, device: str = "cpu") -> tuple[System, list[dict[str, str]]]:
-    size, question = SIZES[case.size], Input("question")
-    words = tokenizer(size.vocabulary)
+    size, question = size_of(case.size), Input("question")
+    words = tokenizer(size)
     made: list[Any] = []
     for place in range(case.nodes):
-        peft_config = adapter() if case.lora else None
+        peft_config = adapter(size) if case.lora else None
         policy = model(place, size, device)
         component = CausalLM(policy, words, max_new_tokens=size.completion, peft_config=peft_config)
         # A function's parameters are its parents' names. Prompts end where a word does.
@@ -154,7 +168,7 @@ class Step:
     def __init__(self, case: Case, device: str = "cpu", with_trl: bool = False) -> None:
         torch.manual_seed(0)
         system, rows = build(case, device)
-        size = SIZES[case.size]
+        size = size_of(case.size)
         plan = system.compile()
         objective = "sampling" if case.nodes > 1 else "direct"
         self.case = case
@@ -249,7 +263,7 @@ class TrlStep:
         from datasets import Dataset
         from trl import DPOConfig, DPOTrainer
 
-        made = partial(model, 0, SIZES[case.size], policy.device.type)
+        made = partial(model, 0, size_of(case.size), policy.device.type)
         with tempfile.TemporaryDirectory() as folder:
             args = DPOConfig(
                 output_dir=folder, beta=BETA, per_device_train_batch_size=len(rows), max_length=None, report_to=[],
@@ -261,7 +275,7 @@ class TrlStep:
             ]
             self.trainer = DPOTrainer(
                 made(), ref_model=None if case.lora else made(), args=args, train_dataset=Dataset.from_list(data),
-                processing_class=policy.tokenizer, peft_config=adapter() if case.lora else None,
+                processing_class=policy.tokenizer, peft_config=adapter(size_of(case.size)) if case.lora else None,
             )  # fmt: skip
         ours = dict(policy.module.named_parameters())
         self.trained = [(name, p) for name, p in self.trainer.model.named_parameters() if p.requires_grad]
