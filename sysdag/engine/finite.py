@@ -2,38 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from sysdag.components.component import Component
+from sysdag.components.residence import admit
 from sysdag.engine.distributed import whole
+from sysdag.engine.host_copy import to_host
 from sysdag.engine.micro_batch import MicroBatch
 from sysdag.errors import TrainingError
 from sysdag.objectives.comparison import Term
 
 
-def check_finite(
-    term: Term,
-    batch: MicroBatch,
-    component: Component,
-    reference: Component | None,
-    policy_scores: Tensor,
-    reference_scores: Tensor,
-) -> None:
-    """Checks a micro-batch's scores.
+class MicroBatchScores(NamedTuple):
+    """The scores (n,) of a micro-batch, without graphs, and what scored: it says where in the draw it happened."""
 
-    Args:
-        component, reference: what scored; they say where in the draw it happened.
+    term: Term
+    batch: MicroBatch
+    component: Component
+    reference: Component | None
+    policy_scores: Tensor
+    reference_scores: Tensor
+
+
+def check_finite(found: Sequence[MicroBatchScores]) -> None:
+    """Checks the scores of a step's micro-batches; the host waits for them once.
 
     Raises:
         TrainingError: naming node, row of the data and token of the first score that is nan or infinite.
     """
-    sides = (("policy", component, policy_scores), ("reference", reference or component, reference_scores))
-    for side, scorer, values in sides:
-        bad = (~values.isfinite()).nonzero()[:, 0].tolist()
-        if bad:
+    numbers = iter(to_host([scores for each in found for scores in (each.policy_scores, each.reference_scores)]))
+    for term, batch, component, reference, *_ in found:
+        for side, scorer in (("policy", component), ("reference", reference or component)):
+            values = next(numbers)
+            bad = (~values.isfinite()).nonzero()[:, 0].tolist()
+            if not bad:
+                continue
+            admit(component, reference)
             # A nan of one element may have reached others that were packed with it; its source is the one that has a
             # place when it is scored alone.
             places = ((at, scorer.locate_non_finite(batch.inputs[at], batch.draws[at])) for at in bad)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from sysdag.components.component import Component, evaluating
 from sysdag.components.residence import admit
-from sysdag.engine.finite import check_finite
+from sysdag.engine.finite import MicroBatchScores, check_finite
 from sysdag.engine.kept_work import Kept, KeptGradient, KeptGraph, Room
 from sysdag.engine.micro_batch import MicroBatch, RandomState, whole
 from sysdag.errors import TrainingError
@@ -158,6 +158,7 @@ def score(
         TrainingError: if a score is not finite, or memory runs out where a micro-batch cannot be split.
     """
     scored = Scored()
+    unchecked: list[MicroBatchScores] = []
     for term in terms:
         component = component_of(plan, term.name)
         reference = references(component)
@@ -194,7 +195,9 @@ def score(
                     queue.extendleft(batch.select(part) for part in reversed(shrunk))
                 continue
             frozen = None if isinstance(reference, Stored) else reference
-            check_finite(term, batch, component, frozen, found.policy, found.reference)
+            unchecked.append(
+                MicroBatchScores(term, batch, component, frozen, found.policy.detach(), found.reference.detach())
+            )
             is_random = RandomState.now(component.device) != before
             scored.batches.append(replace(batch, random=before, is_random=is_random, kept=found.kept))
             rows += batch.rows
@@ -214,6 +217,7 @@ def score(
             total = torch.stack([count * loss for count, _, loss in losses]).sum()
             mean = total / sum(count for count, _, _ in losses)
             scored.auxiliary[term.name] = losses[0][1], mean
+    check_finite(unchecked)
     return scored
 
 
@@ -297,6 +301,7 @@ def reference_score(batch: MicroBatch, reference: Component) -> Tensor:
 def turns(
     batches: Sequence[MicroBatch],
     coefficients: Mapping[str, Tensor],
+    counts_in: Mapping[str, Sequence[float]],
     rounds: Callable[[int], int] | None = None,
     balanced: Collection[str] = (),
 ) -> list[Turn]:
@@ -306,6 +311,7 @@ def turns(
     coefficients are all 0 one element stays, so that its parameters get gradients of 0 and not none.
 
     Args:
+        counts_in: whether each coefficient is another number than 0, on the host.
         balanced: nodes with an auxiliary loss, of which every element counts.
     """
     counts = {name: sum(len(each.rows) for each in batches if each.name == name) for name in balanced}
@@ -315,15 +321,17 @@ def turns(
         share = len(batch.rows) / counts[batch.name] if batch.name in counts else 0.0
         turn = Turn(batch, of_row[torch.tensor(batch.rows, device=of_row.device)], share)
         found.setdefault(batch.name, []).append(turn)
-    every = [turn for own in found.values() for turn in (_needed(own) if rounds is None else _evened(own, rounds))]
+    every = [
+        turn for own in found.values() for turn in (_needed(own, counts_in) if rounds is None else _evened(own, rounds))
+    ]
     # What waited goes first, the smaller things before the graph: no other graph is built beside it.
     return sorted(every, key=lambda turn: (turn.batch.kept is None, isinstance(turn.batch.kept, KeptGraph)))
 
 
-def _needed(turns: Sequence[Turn]) -> list[Turn]:
+def _needed(turns: Sequence[Turn], counts_in: Mapping[str, Sequence[float]]) -> list[Turn]:
     found = []
     for turn in turns:
-        kept = turn.coefficients.nonzero()[:, 0].tolist()
+        kept = [at for at, row in enumerate(turn.batch.rows) if counts_in[turn.batch.name][row]]
         if turn.auxiliary or (kept and turn.batch.kept is not None):
             found.append(turn)
         elif kept:

@@ -22,6 +22,7 @@ from sysdag.components.residence import Residence
 from sysdag.data.preferences import Feedback, UnpairedRun, collate
 from sysdag.engine.batch_losses import batch_losses
 from sysdag.engine.distributed import rounds_of, whole_weights
+from sysdag.engine.host_copy import to_host
 from sysdag.engine.kept_work import Room
 from sysdag.engine.precompute import ReferenceScores
 from sysdag.engine.safeguard import loser_scales
@@ -289,11 +290,12 @@ class SystemModel(nn.Module):
         output = StepOutput(
             loss=loss.detach() + balance.detach().to(loss),
             losses=losses.detach(),
-            metrics={name: value.detach().float().cpu() for name, value in metrics.items()},
+            metrics={},
             log_ratios={name: values.detach() - scored.reference[name] for name, values in scored.policy.items()},
             scores={name: values.detach() for name, values in scored.policy.items()},
             turns=(),
         )
+        coefficients: dict[str, Tensor] = {}
         if trains:
             found = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True)
             coefficients = dict(zip(leaves, found, strict=True))
@@ -304,9 +306,13 @@ class SystemModel(nn.Module):
                         name, residuals, coefficients[name], mu, lambda place: pairs[place].described(place)
                     )
                     coefficients[name] = coefficients[name] * torch.cat([torch.ones_like(scales), scales])
-                    output.metrics[f"nodes/{name}/loser_scale"] = scales.float().cpu()
+                    metrics[f"nodes/{name}/loser_scale"] = scales
+        numbers = to_host([*(value.float() for value in metrics.values()), *(c != 0 for c in coefficients.values())])
+        output.metrics = dict(zip(metrics, numbers, strict=False))
+        if trains:
+            counts_in = {n: flags.tolist() for n, flags in zip(coefficients, numbers[len(metrics) :], strict=True)}
             trained = [batch for batch in scored.batches if self.reference_of(component_of(self.plan, batch.name))]
-            output.turns = tuple(turns(trained, coefficients, rounds, scored.auxiliary))
+            output.turns = tuple(turns(trained, coefficients, counts_in, rounds, scored.auxiliary))
             if budget.keeps_graphs:
                 linear = [(coefficients[name] * values).sum() for name, values in scored.policy.items()]
                 total = torch.stack(linear).sum() + balance.to(loss)

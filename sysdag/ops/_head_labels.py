@@ -44,13 +44,17 @@ class Layout(NamedTuple):
         rows, offsets, labels, places, first, of_label = self.packed.split(sizes)
         return Grouped(rows[:R], Labels(offsets[: R + 1], labels[:L]), places[:L], first[:L].bool(), of_label[:L])
 
+    def to(self, device: torch.device) -> Layout:
+        """The same with what kernels read on a device."""
+        return Layout(self.packed.to(device), self.counts)
+
     @staticmethod
     def size(capacity: int, num_labels: int) -> int:
         return 2 * capacity + 1 + 4 * num_labels
 
 
 def layout(rows: Tensor, labels: Tensor, ignore_index: int, num_rows: int, vocabulary: int) -> Layout:
-    """Groups labels by row and leaves out those that are ignored. On a GPU the host waits for it once.
+    """Groups labels by row and leaves out those that are ignored, on the labels' device; a GPU is waited for once.
 
     Raises:
         ValueError: for a row or label out of range.

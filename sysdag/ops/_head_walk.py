@@ -186,7 +186,7 @@ def forward(
 ) -> Forward:  # fmt: skip
     """Log-probabilities; with `unit` each row's derivative, with `keep` that many tiles."""
     capacity = min(len(hidden), len(labels))
-    arranged = layout(rows, labels, ignore_index, len(hidden), len(head.weight))
+    arranged = layout(rows, labels, ignore_index, len(hidden), len(head.weight)).to(hidden.device)
     grouped = arranged.grouped(capacity, len(labels))
     walk = _Walk(hidden, head, grouped, capacity)
     steps = folds(backend)

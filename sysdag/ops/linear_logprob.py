@@ -19,6 +19,8 @@ from sysdag.ops import _head_walk as walk
 from sysdag.ops._dispatch import IMPLEMENTATIONS, Backend, forced_backend, resolve, use_backend
 from sysdag.ops._head_labels import Layout
 
+_HOST = torch.device("cpu")
+
 
 def linear_logprob(
     hidden: Float[Tensor, "N H"],
@@ -44,7 +46,8 @@ def linear_logprob(
         weight: (V, H), the output embedding, in hidden's dtype.
         rows: (M,) the row of `hidden` that predicts each label, in [0, N). One row may serve several labels, as the end
             of a shared prefix does; rows that serve none are not computed.
-        labels: (M,) in [0, V), or `ignore_index`: such a result and its gradient are 0.
+        labels: (M,) in [0, V), or `ignore_index`: such a result and its gradient are 0. With rows and labels on the CPU
+            the host need not wait for a GPU.
         bias: (V,).
         softcap: c of c * tanh(logits / c), as in Gemma 2.
         logit_scale: multiplies the product, before the bias.
@@ -98,9 +101,11 @@ def _check(
             raise ValueError(f"linear_logprob needs integer {name}, got {ids.dtype}.")
     if softcap is not None and softcap <= 0:
         raise ValueError(f"linear_logprob needs softcap > 0 or None, got {softcap}.")
-    if not all(other.device == hidden.device for other in (weight, rows, labels)):
-        raise ValueError(f"linear_logprob needs its tensors on one device, got hidden on {hidden.device}, weight on "
-                         f"{weight.device}, rows on {rows.device}, labels on {labels.device}.")  # fmt: skip
+    if weight.device != hidden.device or rows.device != labels.device or rows.device not in (hidden.device, _HOST):
+        raise ValueError(
+            f"linear_logprob needs its tensors on one device, or rows and labels on the CPU, got hidden on "
+            f"{hidden.device}, weight on {weight.device}, rows on {rows.device}, labels on {labels.device}."
+        )
 
 
 def linear_logprob_reference(

@@ -76,15 +76,16 @@ class TokenScorer:
         Args:
             inputs: of the model's forward, `input_ids` (B, L) among them.
             rows: where each label is predicted, as an index into the B * L positions; one may predict several.
-            labels: token ids.
+            labels: token ids. Best on the host, as `rows`: their layout is then known without a wait for the device.
         """
         output = self._hidden(inputs) if self._candidates else None
         if output is None or output.hidden is None:
-            logits = self._forward(inputs).logits.flatten(0, 1)[rows].float()
-            return logits.log_softmax(-1).gather(1, labels[:, None])[:, 0]
+            whole = self._forward(inputs).logits.flatten(0, 1)
+            logits = whole[rows.to(whole.device)].float()
+            return logits.log_softmax(-1).gather(1, labels.to(whole.device)[:, None])[:, 0]
         head = self._candidates[0]
         weight = head.linear.weight
-        with torch.autocast(labels.device.type, dtype=output.autocast, enabled=output.autocast is not None):
+        with torch.autocast(weight.device.type, dtype=output.autocast, enabled=output.autocast is not None):
             return linear_logprob(
                 output.hidden.flatten(0, 1).to(weight.dtype), weight, rows, labels,
                 bias=head.bias, softcap=head.softcap, logit_scale=head.scale,
@@ -95,6 +96,7 @@ class TokenScorer:
         self, inputs: Mapping[str, Any], rows: Int[Tensor, " M"], labels: Int[Tensor, " M"]
     ) -> Float[Tensor, " M"]:
         """log p of each label where it is predicted, less log sum_v p(v)^2 there; logits of some rows at a time."""
+        rows, labels = (each.to(inputs["input_ids"].device) for each in (rows, labels))
         output = self._hidden(inputs) if self._candidates else None
         if output is None or output.hidden is None:
             whole = self._forward(inputs).logits.flatten(0, 1)

@@ -128,7 +128,7 @@ class PrefixScorer:
         records = self.router_loss.recording(trie) if balances and self.router_loss else contextlib.nullcontext()
         with records:
             score = self._tokens.typicality if typicality else self._tokens
-            found = score(inputs, trie.rows.to(device), trie.labels.to(device))
+            found = score(inputs, trie.rows, trie.labels)
         sequence, label = trie.sequence.to(found.device), trie.label.to(found.device)
         values = found[label] if weights is None else found[label] * _tail_weights(trie, *weights).to(found)
         return found.new_zeros(trie.num_sequences).index_add(0, sequence, values)

@@ -15,7 +15,6 @@ import contextlib
 import logging
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -124,10 +123,12 @@ class TargetScorer:
                 labels.append(token)
                 owners.append(number)
                 parts.append(1.0 if seen <= heads[number] else tail)
-        tensor = partial(torch.tensor, device=device, dtype=torch.long)
-        found = self._tokens.under_rules(inputs, tensor(rows), tensor(labels), forbidden, typicality=typicality)
+        on_host = torch.tensor(rows, dtype=torch.long), torch.tensor(labels, dtype=torch.long)
+        found = self._tokens.under_rules(inputs, *on_host, forbidden, typicality=typicality)
         found = found * torch.tensor(parts).to(found)
-        return found.new_zeros(len(pairs)).index_add(0, tensor(owners).to(found.device), found)
+        return found.new_zeros(len(pairs)).index_add(
+            0, torch.tensor(owners, dtype=torch.long, device=found.device), found
+        )
 
     def groups(self, pairs: Sequence[tuple[Ids, Ids]], max_tokens: int) -> list[list[int]]:
         """Groups of pairs for which one call computes at most `max_tokens` positions, padding included.
@@ -247,6 +248,7 @@ class _DecoderTokens(TokenScorer):
         """As `TokenScorer`, where some tokens may not stand: `forbidden` has them by the number of the label."""
         if not forbidden:
             return self.typicality(inputs, rows, labels) if typicality else self(inputs, rows, labels)
+        rows, labels = (each.to(inputs["input_ids"].device) for each in (rows, labels))
         output = self._hidden(inputs) if self._candidates else None
         if output is None or output.hidden is None:
             whole, head, autocast = self._forward(inputs).logits.flatten(0, 1), None, None

@@ -1,0 +1,25 @@
+"""Numbers that the host needs of a device, in one copy: each copy of its own would wait for the device again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def to_host(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The tensors on the CPU, without graphs, in their order and shapes; one copy for each device that has some.
+
+    Tensors of one device come in the dtype that torch promotes theirs to.
+    """
+    by_device: dict[torch.device, list[int]] = {}
+    for place, tensor in enumerate(tensors):
+        by_device.setdefault(tensor.device, []).append(place)
+    found = list(tensors)
+    for places in by_device.values():
+        own = [tensors[place].detach() for place in places]
+        numbers = torch.cat([tensor.reshape(-1) for tensor in own]).cpu()
+        for place, tensor, part in zip(places, own, numbers.split([t.numel() for t in own]), strict=True):
+            found[place] = part.view(tensor.shape)
+    return found
