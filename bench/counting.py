@@ -1,7 +1,8 @@
 """Counts what a piece of work asks of a device, on a CPU that stands in for one.
 
-Tensors are followed from where they reach the device (weights, `.to(device)`, `device=` of a factory; `"cpu"` is the
-host) through every operation on them. What is computed of host tensors alone is the host's, and is not counted.
+Tensors are followed from where they reach the device (weights, `.to(device)`, `device=` of a factory) through every
+operation on them; their device is called cpu:0 meanwhile, and the host cpu. What is computed of host tensors alone is
+the host's, and is not counted.
 
 - A launch is a call of an aten operation, or of one of sysdag's, that runs a kernel. Views, metadata, allocations
   without a fill and reads of a number run none (`NO_KERNEL`). Operations that are made of others count as those.
@@ -38,6 +39,7 @@ READS = {
 }  # fmt: skip
 PRODUCTS = {"addmm", "addmm_", "baddbmm", "bmm", "mm"}
 MADE_OF_OTHERS = {"linear_logprob", "linear_logprob_backward"}  # of sysdag: what they run is counted
+_device_of = Tensor.device.__get__  # type: ignore[attr-defined]
 TO_HOST = {Tensor.cpu, Tensor.tolist, Tensor.numpy, Tensor.__array__}
 
 
@@ -166,12 +168,19 @@ class _Functions(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         options, counter = kwargs or {}, self.counter
+        if func is _device_of:
+            return torch.device("cpu", 0) if counter.has(args[0]) else torch.device("cpu")
         if func in TO_HOST and counter.has(args[0]):
             copied = counter.moved(args[0].detach() if func is not Tensor.cpu else args[0], to_device=False)
             return func(copied, *args[1:], **options)
         if func is Tensor.to and not counter.has(args[0]) and _names_a_device(counter, (*args[1:], *options.values())):
             return func(counter.moved(args[0], to_device=True), *args[1:], **options)
-        if options.get("device") in (None, "cpu") or any(isinstance(each, Tensor) for each in args[:1]):
+        asked = options.get("device")
+        if (
+            not isinstance(asked, torch.device)
+            or asked.index is None
+            or any(isinstance(each, Tensor) for each in args[:1])
+        ):
             return func(*args, **options)
         if func is torch.tensor:
             return counter.moved(func(*args, **options), to_device=True)
