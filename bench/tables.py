@@ -186,6 +186,34 @@ def step_table(folder: Path = measure.RESULTS) -> str:
     return "\n\n".join(parts)
 
 
+def counts_table(folder: Path = measure.RESULTS) -> str:
+    """What a step asks of its device: a line for each system and way, launches with their ratio to straightforward."""
+    file = folder / "counts-cpu.csv"
+    if not file.exists():
+        return "Counts: not measured on a CPU yet."
+    rows = measure.read(file)
+    keys = ("system", "nodes", "k", "trained", "layers")
+    plain = {tuple(row[key] for key in keys): row for row in rows if row["name"] == "straightforward"}
+    header = ["system", "way", "launches", "waits", "tokens", "head rows", "peak memory", "time"]
+    lines = [header, ["---"] * 2 + ["---:"] * 6]
+    for row in rows:
+        ratio = int(row["launches"]) / int(plain[tuple(row[key] for key in keys)]["launches"])
+        many = f" of {row['nodes']}" if row["system"] == "chain" else ""
+        candidates = f", k = {row['k']}" if row["nodes"] != "1" else ""
+        lines.append([
+            f"{row['system']}{many}{candidates}, {row['trained']}, {row['layers']} layers",
+            STEP_WAYS[row["name"]],
+            f"{row['launches']} ({ratio:.2f}x)",
+            row["synchronisations"],
+            f"{row['tokens']} of {row['floor_tokens']}",
+            f"{row['head_rows']} of {row['labels']}",
+            f"{row['peak_kib']} KiB",
+            duration(float(row["host_ms"])),
+        ])  # fmt: skip
+    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return f"{measure.described(rows[0], 'cpu')}; `python -m bench counts --csv`:\n\n{table}"
+
+
 def diffusion_table(folder: Path = measure.RESULTS) -> str:
     """The diffusion step's and sampling's table: times as a ratio to diffusers' own way, and peak memory."""
     file = folder / "diffusion-cpu.csv"
@@ -250,6 +278,7 @@ def replaced(text: str, content: str, what: str = "ops", page: str = PAGE.name) 
 def written(text: str) -> str:
     """The page with all its tables made anew."""
     text = replaced(replaced(text, render()), step_table(), "step")
+    text = replaced(text, counts_table(), "counts")
     return replaced(replaced(text, diffusion_table(), "diffusion"), decode_table(), "decode")
 
 
