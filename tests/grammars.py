@@ -1,4 +1,4 @@
-"""What the tests of grammars share: models with few tokens, and their completions under a set of texts by enumeration."""
+"""What tests of grammars share: models with few tokens, and completions that write given texts, by enumeration."""
 
 import torch
 from tiny import char_tokenizer, llama

@@ -60,8 +60,8 @@ class Automaton:
             index = Index(f"(?:{regex}){_MARK}", bytes_)
         except (ValueError, RuntimeError) as error:
             raise PlanError(
-                f"grammar: {shown(regex, 200)} gives no automaton ({str(error)[:200]}). A completion matches as a whole: "
-                "leave out ^ and $, and write it without look-around, \\b and references to groups."
+                f"grammar: {shown(regex, 200)} gives no automaton ({str(error)[:200]}). A completion matches as a "
+                "whole: leave out ^ and $, and write it without look-around, \\b and references to groups."
             ) from error
         moves = index.get_transitions()
         states = sorted({index.get_initial_state(), *moves, *(s for row in moves.values() for s in row.values())})

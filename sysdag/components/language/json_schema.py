@@ -48,7 +48,9 @@ def check_schema(schema: Mapping[str, Any]) -> list[str]:
     tops = [_resolved(each, schema, "#/anyOf") for each in top.get("anyOf", [top])]
     for each in tops:
         values = each["enum"] if isinstance(each.get("enum"), list) else [each["const"]] if "const" in each else None
-        if not (_kind(each) in ("object", "array") if values is None else all(isinstance(v, (dict, list)) for v in values)):
+        if not (
+            _kind(each) in ("object", "array") if values is None else all(isinstance(v, (dict, list)) for v in values)
+        ):
             raise PlanError(
                 "grammar: the value of a JSON schema's node is an object or an array, so its type must be 'object' or "
                 f"'array', got {shown(each)}. Wrap it in an object, or give a regular expression, whose value is text."
@@ -118,7 +120,7 @@ def _checked(schema: Any, root: Mapping[str, Any], path: str, above: tuple[str, 
     kind = _kind(schema)
     if not isinstance(kind, str) or kind not in _OF_TYPE:
         raise PlanError(
-            f"grammar: {path}: needs one type of {sorted(_OF_TYPE)}, or enum, const, anyOf or $ref, got {shown(schema)}."
+            f"grammar: {path}: needs one type of {sorted(_OF_TYPE)} or enum, const, anyOf or $ref, got {shown(schema)}."
         )
     _only(schema, {"type"} | _OF_TYPE[kind], path)
     if kind == "string":
@@ -177,7 +179,9 @@ def _check_string(schema: Mapping[str, Any], path: str) -> Iterator[str]:
     if len({"pattern", "format"} & schema.keys()) + bool({"minLength", "maxLength"} & schema.keys()) > 1:
         raise PlanError(f"grammar: {path}: a string has lengths, or a pattern, or a format; only one of them is said.")
     if schema.get("format", "date") not in _FORMATS:
-        raise PlanError(f"grammar: {path}: known formats are {list(_FORMATS)}, got {schema['format']!r}. Give a pattern.")
+        raise PlanError(
+            f"grammar: {path}: known formats are {list(_FORMATS)}, got {schema['format']!r}. Give a pattern."
+        )
     if "pattern" in schema:
         if not isinstance(schema["pattern"], str):
             raise PlanError(f"grammar: {path}: a pattern is a text, got {shown(schema['pattern'])}.")
@@ -189,8 +193,8 @@ def _check_object(schema: Mapping[str, Any], root: Mapping[str, Any], path: str,
     others = schema.get("additionalProperties", False)
     if not isinstance(properties, Mapping) or (not properties and not isinstance(others, Mapping)):
         raise PlanError(
-            f"grammar: {path}: an object needs `properties`, or a schema of `additionalProperties`: texts of objects of "
-            "any kind are no regular language."
+            f"grammar: {path}: an object needs `properties`, or a schema of `additionalProperties`: texts of "
+            "objects of any kind are no regular language."
         )
     if properties and others is not False:
         raise PlanError(

@@ -93,7 +93,9 @@ def sample_tokens(
     """
     options = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
     decoder = decoder_of(model, inputs) if decoder is None else decoder
-    batch = _Batch(seeds, next(model.parameters()).device, options, frozenset(eos_token_ids), max_new_tokens, ends_text, grammar)
+    batch = _Batch(
+        seeds, next(model.parameters()).device, options, frozenset(eos_token_ids), max_new_tokens, ends_text, grammar
+    )
     waiting = WaitingPrompts(max_new_tokens, max_batch_tokens, max_batch_rows)
     for number, prompt in enumerate(prompts):
         waiting.add(prompt, range(number * num_samples, (number + 1) * num_samples))

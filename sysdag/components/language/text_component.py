@@ -40,7 +40,7 @@ class TextComponent(Component):
         PlanError: for options out of range.
     """
 
-    value_type = str
+    value_type: type | None = str
     has_tokens = True
     row_options = ROW_OPTIONS
     limits_prompts: ClassVar[str] = "max_length"

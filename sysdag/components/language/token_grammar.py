@@ -171,7 +171,7 @@ class TokenGrammar:
     def _completed_by_tokens(self) -> numpy.ndarray:
         """The states from which some tokens lead to an accepting one."""
         automaton = self.grammar.automaton
-        needed = {int(byte) for byte in automaton.table.any(0).nonzero()[0]}
+        needed = {int(byte) for byte in numpy.flatnonzero(automaton.table.any(0))}
         if needed <= {text[0] for text in self._bytes if len(text) == 1}:
             found = numpy.ones(len(automaton.table), bool)
             found[DEAD] = False
@@ -194,7 +194,7 @@ class TokenGrammar:
 
 def _bytes_of_tokens(owner: str, tokenizer: Any) -> list[bytes]:
     """What each token writes, wherever it stands; b"" for special tokens and ids without one."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
+    backend: Any = getattr(tokenizer, "backend_tokenizer", None)
     decoder = json.loads(backend.to_str())["decoder"] if hasattr(backend, "to_str") else None
     steps = [] if decoder is None else decoder["decoders"] if decoder["type"] == "Sequence" else [decoder]
     kinds = {step["type"] for step in steps}

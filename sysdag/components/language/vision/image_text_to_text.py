@@ -38,8 +38,8 @@ class ImageTextToText(CausalLM):
         model: a name on the Hub, a folder, or a loaded model.
         processor: a name, folder or processor; by default the model's.
         peft_config, max_new_tokens, max_length, temperature, top_p, top_k, stop, max_batch_tokens, batch_size,
-            model_kwargs, tools, chat_template_kwargs, sanitize_control_tokens, grammar: see `CausalLM`. Placeholders of images
-            count as tokens.
+            model_kwargs, tools, chat_template_kwargs, sanitize_control_tokens, grammar: see `CausalLM`. Placeholders
+            of images count as tokens.
         pack_prefixes: as for `CausalLM`; what is shared then is the image, too, which is encoded once. Models that tell
             tokens of images apart in their attention (Gemma 3) are scored in rows of their own.
 
