@@ -85,7 +85,7 @@ def test_a_vision_model_writes_the_grammar(family):
     for draw in draws:
         assert draw.value[:3] in ("red", "cub")
     found = component.log_prob(prompts, draws)
-    torch.testing.assert_close(found.double(), torch.tensor([draw.log_prob for draw in draws]), rtol=0, atol=1e-4)
+    torch.testing.assert_close(found.double(), torch.tensor([d.log_prob for d in draws]).double(), rtol=0, atol=1e-4)
 
 
 TEXTS = ['{"tool": "add", "x": 3}', " leading", "two  spaces", "é ü 漢 \n\t", "don't , stop .", "▁"]

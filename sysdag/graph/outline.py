@@ -51,10 +51,10 @@ def to_dict(plan: Plan) -> dict[str, Any]:
     Returns:
         `inputs` and `outputs`, names; `nodes` in topological order, each with `name`, `level`, `parents`, `runs_if`
         (the branches of switches that it is in), `component` (its repr, None for a deterministic node), `model` (an
-        index of `models`), `likelihood`, `output` and `lives` (the levels that produce and last read its value), and
         index of `models`), `likelihood`, `output`, `lives` (the levels that produce and last read its value) and, where
         its component has one, `grammar`; `branches` and `models`, lists of node names; `switches`, each with its
-        each `serves`, `reason` (why not), `latents`, `observed` and `factors` (what it scores).
+        `router` and `cases`; `objectives`, for each `serves`, `reason` (why not), `latents`, `observed` and `factors`
+        (what it scores).
     """
     alive = {name: [start, end] for name, start, end in plan.lifetimes}
     model_of = {name: number for number, names in enumerate(plan.models) for name in names}
