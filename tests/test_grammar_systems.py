@@ -14,6 +14,7 @@ from sysdag import Input, System, node
 from sysdag.components import ImageTextToText
 from sysdag.components.language.grammar import Grammar
 from sysdag.components.language.token_grammar import TokenGrammar
+from sysdag.data.validation import validate_rows
 from sysdag.errors import PlanError
 from sysdag.graph import outline
 from sysdag.traces.trace import Trace
@@ -71,6 +72,34 @@ def test_a_plan_shows_the_grammar():
     nodes = {each["name"]: each for each in outline.to_dict(plan)["nodes"]}
     assert nodes["call"]["grammar"] == SCHEMA
     assert "grammar" not in nodes["answer"]
+
+
+def test_a_row_outside_the_grammar_is_named_with_its_node_and_place():
+    plan = system().compile()
+    good = {"call": {"x": 3, "tool": "add"}, "result": "added 3"}
+    rows = [
+        {"question": "q", "chosen": "a", "rejected": "b", "chosen_intermediates": good, "rejected_intermediates": other}
+        for other in (good, {"call": {"tool": "mul", "x": 3}, "result": "no"}, {"call": '{"tool": 3}', "result": "no"})
+    ]
+    report = validate_rows(plan, rows, "direct")
+    assert [(problem.row, problem.node, problem.side) for problem in report.problems] == [
+        (1, "call", "rejected"),
+        (2, "call", "rejected"),
+    ]
+    assert ["at character 11: 'm'" in str(report.problems[0]), "at character 10: '3'" in str(report.problems[1])] == [
+        True,
+        True,
+    ]
+
+
+def test_an_estimate_counts_the_logits_of_a_grammar():
+    """Their log-softmax is kept for the backward pass: a number of fp32 for each label and token."""
+    tokens, labels = 64, 40
+    asked = dict(tokens=tokens, labels=labels, trains=True, checkpoints=False, device="cpu")
+    plain, constrained = (lm(g, pieces=JSON_PIECES).footprint(**asked) for g in (None, SCHEMA))
+    vocabulary = len(JSON_PIECES) + 3
+    assert constrained.graph - plain.graph >= 4 * labels * vocabulary
+    assert constrained.weights == plain.weights
 
 
 @pytest.mark.parametrize("family", FAMILIES)
