@@ -289,6 +289,8 @@ def test_an_observed_answer_in_a_chat_is_behind_its_template():
             "refers to itself",
         ),
         ({"type": "array", "items": {"type": "integer", "enum": [1, "a"]}}, "not of its type"),
+        ({"type": "array", "items": {"type": ["integer"], "enum": [1]}}, "needs one type"),
+        ({**SCHEMA, "required": [["x"]]}, "`required` lists names"),
     ],
 )
 def test_grammars_that_say_something_else_are_refused(grammar, message):
@@ -309,6 +311,7 @@ def test_grammars_that_say_something_else_are_refused(grammar, message):
         ({"type": "array", "prefixItems": [{"type": "integer"}, {"type": "boolean"}]}, [1, False]),
         ({"type": "object", "additionalProperties": {"type": "integer"}}, {"é": 1, "z": 2}),
         ({"anyOf": [SCHEMA, {"type": "array", "items": {"type": "null"}}]}, [None, None]),
+        ({"anyOf": [{"type": "array", "items": {"type": "null"}}, SCHEMA]}, {"x": 1, "tool": "add"}),
         (
             {"type": "object", "properties": {"p": {"$ref": "#/$defs/p"}}, "$defs": {"p": {**SCHEMA, "title": "P"}}},
             {"p": {"tool": "sub", "x": -1}},

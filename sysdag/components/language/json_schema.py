@@ -62,6 +62,10 @@ def ordered(value: Any, schema: Mapping[str, Any], root: Mapping[str, Any]) -> A
     """A value with the keys of its objects in the schema's order, the only one that the grammar has."""
     schema = _resolved(schema, root, "#")
     if isinstance(value, dict):
+        branches = [_resolved(each, root, "#") for each in schema.get("anyOf", [])]
+        fitting = [each for each in branches if value.keys() <= each.get("properties", {}).keys()]
+        if fitting:
+            return ordered(value, fitting[0], root)
         known = schema.get("properties", {})
         names = [*(name for name in known if name in value), *(name for name in value if name not in known)]
         return {name: ordered(value[name], known.get(name, {}), root) for name in names}
@@ -159,10 +163,13 @@ def _list(value: Any, path: str) -> Sequence[Any]:
 
 def _check_values(schema: Mapping[str, Any], path: str) -> None:
     values = _list(schema["enum"], f"{path}/enum") if "enum" in schema else [schema["const"]]
-    types = _PYTHON.get(schema.get("type", ""), (object,))
+    kind = schema.get("type")
+    if "type" in schema and (not isinstance(kind, str) or kind not in _PYTHON):
+        raise PlanError(f"grammar: {path}: needs one type of {sorted(_PYTHON)}, got {shown(kind)}.")
+    types = (object,) if kind is None else _PYTHON[kind]
     for value in values:
-        if not isinstance(value, types) or (isinstance(value, bool) and schema.get("type") in ("integer", "number")):
-            raise PlanError(f"grammar: {path}: the value {shown(value)} is not of its type {schema['type']!r}.")
+        if not isinstance(value, types) or (isinstance(value, bool) and kind in ("integer", "number")):
+            raise PlanError(f"grammar: {path}: the value {shown(value)} is not of its type {kind!r}.")
 
 
 def _check_counts(schema: Mapping[str, Any], path: str, least: str, most: str) -> None:
@@ -204,7 +211,7 @@ def _check_object(schema: Mapping[str, Any], root: Mapping[str, Any], path: str,
     for name in properties:
         if json.dumps(name, ensure_ascii=False) != f'"{name}"':
             raise PlanError(f"grammar: {path}: the property {name!r} must be without what JSON escapes.")
-    if not isinstance(required, list) or not all(name in properties for name in required):
+    if not isinstance(required, list) or not all(isinstance(name, str) and name in properties for name in required):
         raise PlanError(f"grammar: {path}: `required` lists names of `properties`, got {shown(required)}.")
     for name, each in properties.items():
         yield from _checked(each, root, f"{path}/properties/{name}", above)
