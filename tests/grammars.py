@@ -29,15 +29,15 @@ def completions(texts, pieces, eos=1):
 
 def by_enumeration(model, prompt_ids, completions, temperature=1.0, top_k=None):
     """Log-probabilities of completions: a softmax over those next tokens that some completion goes on with."""
-    found = []
-    for completion in completions:
-        total = 0.0
-        for place, token in enumerate(completion):
-            before = completion[:place]
-            allowed = sorted({other[place] for other in completions if len(other) > place and other[:place] == before})
-            logits = model(torch.tensor([[*prompt_ids, *before]])).logits[0, -1].float()[allowed] / temperature
-            if top_k is not None and top_k < len(allowed):
-                logits = torch.where(logits < logits.topk(top_k).values[-1], -torch.inf, logits)
-            total = total + logits.log_softmax(-1)[allowed.index(token)]
-        found.append(total)
-    return torch.stack(found)
+    beginnings = {completion[:place] for completion in completions for place in range(len(completion))}
+    next_tokens = {
+        before: sorted({c[len(before)] for c in completions if len(c) > len(before) and c[: len(before)] == before})
+        for before in beginnings
+    }
+    scores = {}
+    for before, allowed in next_tokens.items():
+        logits = model(torch.tensor([[*prompt_ids, *before]])).logits[0, -1].float()[allowed] / temperature
+        if top_k is not None and top_k < len(allowed):
+            logits = torch.where(logits < logits.topk(top_k).values[-1], -torch.inf, logits)
+        scores[before] = dict(zip(allowed, logits.log_softmax(-1), strict=True))
+    return torch.stack([sum(scores[c[:place]][token] for place, token in enumerate(c)) for c in completions])
