@@ -93,12 +93,14 @@ def test_a_row_outside_the_grammar_is_named_with_its_node_and_place():
 
 
 def test_an_estimate_counts_the_logits_of_a_grammar():
-    """Their log-softmax is kept for the backward pass: a number of fp32 for each label and token."""
+    """A log-softmax of each label is kept for the backward pass; the logits of all tokens have a gradient there."""
     tokens, labels = 64, 40
+    pieces = [*JSON_PIECES, *map(chr, range(0x4E00, 0x4E00 + 4000))]
     asked = dict(tokens=tokens, labels=labels, trains=True, checkpoints=False, device="cpu")
-    plain, constrained = (lm(g, pieces=JSON_PIECES).footprint(**asked) for g in (None, SCHEMA))
-    vocabulary = len(JSON_PIECES) + 3
-    assert constrained.graph - plain.graph >= 4 * labels * vocabulary
+    plain, constrained = (lm(g, pieces=pieces).footprint(**asked) for g in (None, SCHEMA))
+    vocabulary = len(pieces) + 3
+    more = constrained.graph + constrained.working - plain.graph - plain.working
+    assert more >= 4 * (labels + tokens) * vocabulary
     assert constrained.weights == plain.weights
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -64,9 +65,15 @@ def of_language_model(
         rows = torch.zeros(labels, dtype=torch.int64)
         TokenScorer(model, is_checked=True)(inputs, rows, rows, constrain if constrained else None)
 
-    return of_model(
+    found = of_model(
         auto_class, config, dtype, peft_config, score, trains=trains, checkpoints=checkpoints, device=device
     )
+    if not constrained:
+        return found
+    # All logits and, backward, their gradient; of the labels' rows a log-softmax in fp32 and its gradient.
+    vocabulary = config.get_text_config(decoder=True).vocab_size
+    logits = vocabulary * (tokens * dtype.itemsize + 2 * labels * torch.float32.itemsize)
+    return replace(found, working=found.working + logits)
 
 
 def of_model(
