@@ -219,8 +219,8 @@ def _bytes_of_tokens(owner: str, tokenizer: Any) -> list[bytes]:
         if number in added:
             found[number] = added[number].content.encode()
         elif byte_of:
-            if all(char in byte_of for char in token):
-                found[number] = bytes(byte_of[char] for char in token)
+            is_spelled = all(char in byte_of for char in token)  # what is not, the decoder leaves as it is
+            found[number] = bytes(byte_of[char] for char in token) if is_spelled else token.encode()
         elif "ByteFallback" in kinds and len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
             found[number] = bytes([int(token[3:5], 16)])
         else:
