@@ -34,7 +34,7 @@ _WHOLE = "what made it"
 _SUM = re.compile(r"\d+ [0-9a-f]{64}")
 
 _LIMITS = ("_max_new_tokens", "_max_length")  # as given; asking a language model for them would load it
-_NESTED = ("stop", "generation_config")  # options of language models that are no single values
+_NESTED = ("stop", "generation_config", "grammar")  # options of language models that are no single values
 
 
 def row_hashes(runs: Runs) -> list[str]:

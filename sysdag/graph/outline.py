@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, get_args
 
-from sysdag.errors import PlanError
+from sysdag.errors import PlanError, shown
 from sysdag.graph.plan import Objective, Plan
 from sysdag.graph.switches import Case
 
@@ -33,6 +33,9 @@ def to_text(plan: Plan) -> str:
     for number, names in enumerate(plan.models):
         if len(names) > 1:
             lines.append(f"model {number} is shared by {', '.join(names)}")
+    for name in plan.order:
+        if (grammar := _grammar(plan, name)) is not None:
+            lines.append(f"{name} writes texts of the grammar {shown(grammar, 200)}")
     for objective, objection in objections(plan).items():
         if objection is not None:
             lines.append(f"{objective}: no. {objection}")
@@ -48,9 +51,10 @@ def to_dict(plan: Plan) -> dict[str, Any]:
     Returns:
         `inputs` and `outputs`, names; `nodes` in topological order, each with `name`, `level`, `parents`, `runs_if`
         (the branches of switches that it is in), `component` (its repr, None for a deterministic node), `model` (an
-        index of `models`), `likelihood`, `output` and `lives` (the levels that produce and last read its value);
-        `branches` and `models`, lists of node names; `switches`, each with its `router` and `cases`; `objectives`, for
-        each `serves`, `reason` (why not), `latents`, `observed` and `factors` (what it scores).
+        index of `models`), `likelihood`, `output`, `lives` (the levels that produce and last read its value) and, where
+        its component has one, `grammar`; `branches` and `models`, lists of node names; `switches`, each with its
+        `router` and `cases`; `objectives`, for each `serves`, `reason` (why not), `latents`, `observed` and `factors`
+        (what it scores).
     """
     alive = {name: [start, end] for name, start, end in plan.lifetimes}
     model_of = {name: number for number, names in enumerate(plan.models) for name in names}
@@ -75,6 +79,7 @@ def to_dict(plan: Plan) -> dict[str, Any]:
                 "likelihood": n.likelihood,
                 "output": name in plan.system.outputs,
                 "lives": alive[name],
+                **({} if (grammar := _grammar(plan, name)) is None else {"grammar": grammar}),
             }
         )
     return {
@@ -96,6 +101,10 @@ def to_dict(plan: Plan) -> dict[str, Any]:
             objective: _objective(plan, objective, objection) for objective, objection in objections(plan).items()
         },
     }
+
+
+def _grammar(plan: Plan, name: str) -> Any:
+    return getattr(plan.system[name].component, "grammar", None)
 
 
 def _case(case: Case) -> dict[str, Any]:

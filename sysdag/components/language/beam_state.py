@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from sysdag.components.language.token_grammar import TokenGrammar
 from sysdag.ops.diverse_beam_step import EMPTY, append, diverse_beam_step, open_candidates, require
 
 
@@ -31,6 +32,7 @@ class BeamRules:
     early_stopping: bool | Literal["never"] = True
     ngram_size: int = 1
     eos_as_written: bool = False
+    grammar: TokenGrammar | None = None
 
     @property
     def N(self) -> int:
@@ -112,6 +114,8 @@ class Beams:
     def advance(self, logits: Float[Tensor, "B N V"], rules: BeamRules) -> None:
         """Each beam takes a token: scores, histories, ended sequences, and which groups are done."""
         G, K, V = rules.G, rules.K, logits.shape[-1]
+        if rules.grammar is not None:
+            logits = rules.grammar.constrained(logits.flatten(0, 1), self._states(rules.grammar)).view_as(logits)
         eos = torch.tensor(rules.eos, device=logits.device) if rules.eos else None
         tokens, parents, totals = diverse_beam_step(
             logits.unflatten(1, (G, K)),
@@ -147,8 +151,21 @@ class Beams:
             still = ~self.done[..., None].expand_as(tokens) & last[:, None, None]
             self._close(self.history, self.scores.double() / float(rules.T) ** rules.length_penalty, still)
             self.done = self.done | last[:, None]
+        if rules.grammar is not None:
+            self.done = self.done | (self.scores == -math.inf).all(-1)
         self.tokens = tokens.flatten(1)
         self.places = self.places.gather(1, torch.arange(G * K) // K * K + parents.flatten(1).cpu())
+
+    def _states(self, grammar: TokenGrammar) -> list[int]:
+        """Of each beam (B*N), the grammar's state before its next token."""
+        found = []
+        for length, beams in zip(self.lengths.tolist(), self.history.flatten(1, 2).tolist(), strict=True):
+            for beam in beams:
+                state = grammar.start
+                for token in beam[len(beam) - length :]:
+                    state = grammar.after(state, token)
+                found.append(state)
+        return found
 
     def _close(self, sequences: Tensor, scores: Tensor, which: Tensor) -> None:
         """Offers the sequences (B,G,K,t) of the mask `which` (B,G,K); a group keeps its K best, on a tie the older."""

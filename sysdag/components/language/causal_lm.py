@@ -16,11 +16,11 @@ from sysdag.components.adapter_support import needs_numbers
 from sysdag.components.component import check_max_tokens
 from sysdag.components.language import footprint
 from sysdag.components.language.completer import Completer
+from sysdag.components.language.constrained_model import ConstrainedModel
 from sysdag.components.language.decoder import PromptInputs
 from sysdag.components.language.engines.choice import LOCAL, Decoder, Server, chosen_decoder, kind_of
 from sysdag.components.language.engines.continuous import sample_continuously
 from sysdag.components.language.engines.server_decoder import ServerDecoder
-from sysdag.components.language.language_model import LanguageModel
 from sysdag.components.language.non_finite import first_non_finite
 from sysdag.components.language.prefix_scorer import PrefixScorer
 from sysdag.components.language.pretrained import PretrainedLM
@@ -35,11 +35,11 @@ if TYPE_CHECKING:
 
 _TEXT_OPTIONS: Mapping[str, tuple[type, ...]] = {
     "max_length": (int, type(None)), "pack_prefixes": (bool,), "tools": (list, type(None)),
-    "chat_template_kwargs": (dict,),
+    "chat_template_kwargs": (dict,), "grammar": (str, dict),
 }  # fmt: skip
 
 
-class CausalLM(LanguageModel):
+class CausalLM(ConstrainedModel):
     """Any transformers causal language model.
 
     The node's function returns the prompt: a string, tokenised as it stands but for control tokens that the function's
@@ -84,6 +84,9 @@ class CausalLM(LanguageModel):
             `chat_template_kwargs` of a row, and what a node's function gives in a `ChatPrompt`, come before these.
         sanitize_control_tokens: what only spells a control token, in a message, in a value that flowed into a string
             prompt, or in an observed completion, is text; False lets it be one, and end a turn.
+        grammar: what a completion may be: a regular expression, or a JSON schema (dict), whose value is then what the
+            text says, for the next node, too. Draws, searches and scores are of the model under the grammar (see
+            docs/language.md). Needs `pip install "sysdag[grammar]"`.
         decoder: what draws: `local`, sysdag's own; `continuous`, transformers' `generate_batch`; or a `Server` or its
             URL, which holds the same model. Scores and searches are always the model's here. Not part of a saved
             system, no more than a device is.
@@ -92,8 +95,8 @@ class CausalLM(LanguageModel):
         PlanError: for options out of range, or a folder of something else than a causal language model.
     """
 
-    saved_options = (*LanguageModel.saved_options, "pack_prefixes")
-    saved_types: ClassVar[Mapping[str, tuple[type, ...]]] = {**LanguageModel.saved_types, **_TEXT_OPTIONS}
+    saved_options = (*ConstrainedModel.saved_options, "pack_prefixes")
+    saved_types: ClassVar[Mapping[str, tuple[type, ...]]] = {**ConstrainedModel.saved_types, **_TEXT_OPTIONS}
 
     def __init__(
         self,
@@ -114,6 +117,7 @@ class CausalLM(LanguageModel):
         tools: Sequence[Any] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
         sanitize_control_tokens: bool = True,
+        grammar: str | Mapping[str, Any] | None = None,
         decoder: Decoder = LOCAL,
     ) -> None:
         if (max_new_tokens is not None and max_new_tokens < 1) or (
@@ -133,10 +137,12 @@ class CausalLM(LanguageModel):
             model, temperature=temperature, top_p=top_p, top_k=top_k, max_batch_tokens=max_batch_tokens,
             batch_size=batch_size, max_new_tokens=max_new_tokens, max_length=max_length, stop=stop, tools=tools,
             chat_template_kwargs=chat_template_kwargs, sanitize_control_tokens=sanitize_control_tokens,
+            grammar=grammar,
         )  # fmt: skip
         self._router_loss: RouterLoss | None = None
         self.pack_prefixes = pack_prefixes
         self._decoder = chosen_decoder(decoder)  # which no score depends on
+        self._check_decoder(self._decoder)
         self._server_decoder: ServerDecoder | None = None
 
     def _sampled(
@@ -150,9 +156,16 @@ class CausalLM(LanguageModel):
 
     def with_decoder(self, decoder: Decoder) -> Self:
         """This component, the model with it, with another `decoder`."""
+        self._check_decoder(chosen_decoder(decoder))
         view = copy.copy(self)
         view._decoder, view._server_decoder = chosen_decoder(decoder), None
         return view
+
+    def _check_decoder(self, decoder: Decoder) -> None:
+        if self.grammar is not None and decoder != LOCAL:
+            raise PlanError(
+                f"{self!r}: with a grammar only decoder='local' draws; decoder={kind_of(decoder)!r} does not know it."
+            )
 
     def _at_server(self, server: Server) -> ServerDecoder:
         if self._server_decoder is None or self._server_decoder.server != server:
@@ -205,8 +218,9 @@ class CausalLM(LanguageModel):
         with self.lm.at_work() as model:
             scorer = self._scorer_of(model)
             found = scorer(
-                sequences, self.lm.pad_token_id, masks, balances=balances, weights=weights, typicality=typicality
-            )
+                sequences, self.lm.pad_token_id, masks, balances=balances, weights=weights, typicality=typicality,
+                grammar=self.token_grammar,
+            )  # fmt: skip
             if not typicality:
                 self._router_loss = scorer.router_loss if balances else None
             return found
@@ -245,6 +259,7 @@ class CausalLM(LanguageModel):
         return footprint.of_language_model(
             self.lm.auto_class(), config, self.lm.dtype(trains), self.lm.adapter_config, tokens=tokens, labels=labels,
             trains=trains, checkpoints=checkpoints, device=device,
+            constrained=self.grammar is not None,
         )  # fmt: skip
 
     def decoding_bytes(self, *, rows: int, tokens: int, device: str) -> int:

@@ -15,6 +15,7 @@ from sysdag.components.language.decoder import Decoder, PromptInputs
 from sysdag.components.language.pretrained import PretrainedLM
 from sysdag.components.language.sampling import sample_tokens
 from sysdag.components.language.stop_strings import StopStrings
+from sysdag.components.language.token_grammar import TokenGrammar
 from sysdag.traces.cells import Draw
 
 
@@ -29,6 +30,7 @@ class Completer:
         stops: the texts that end a completion beside the end tokens.
         inputs: what prompts hold beside text.
         decoder_of: what extends rows of the model's tokens, in place of the one that serves the model.
+        grammar: what completions are texts of; see `CausalLM`.
     """
 
     lm: PretrainedLM
@@ -38,6 +40,7 @@ class Completer:
     stops: StopStrings | None = None
     inputs: PromptInputs | None = None
     decoder_of: Callable[[Any], Decoder] | None = None
+    grammar: TokenGrammar | None = None
 
     @property
     def stop_texts(self) -> tuple[str, ...]:
@@ -60,6 +63,7 @@ class Completer:
                 temperature=temperature, top_p=top_p, top_k=top_k,
                 ends_text=None if self.stops is None else self.stops.ends, max_batch_tokens=self.max_batch_tokens,
                 max_batch_rows=self.batch_size, inputs=self.inputs, decoder=self._decoder(model),
+                grammar=self.grammar,
             )  # fmt: skip
         return [
             self.draw(ids, log_prob)
@@ -81,7 +85,7 @@ class Completer:
         rules = [
             BeamRules(
                 num_candidates, beams, diversity_penalty, self.max_new_tokens, self.lm.eos_token_ids,
-                self.lm.pad_token_id, ngram_size=ngram_size, eos_as_written=True,
+                self.lm.pad_token_id, ngram_size=ngram_size, eos_as_written=True, grammar=self.grammar,
             )
             for beams in (1, 2, 4)
         ]  # fmt: skip
@@ -98,6 +102,8 @@ class Completer:
     def draw(self, token_ids: list[int], log_prob: float | None) -> Draw:
         """The draw of a completion that ended, or was cut, at its last token."""
         finished = token_ids[-1] in self.lm.eos_token_ids
+        if self.grammar is not None:
+            return self._constrained_draw(self.grammar, token_ids, finished, log_prob)
         text = None if self.stops is None else self.stops.text_before(token_ids)
         if text is None:
             ids = token_ids[:-1] if finished else token_ids
@@ -105,6 +111,14 @@ class Completer:
         else:
             finished = True
         return Draw(text, {"token_ids": list(token_ids), "finished": finished}, log_prob)
+
+    @staticmethod
+    def _constrained_draw(grammar: TokenGrammar, token_ids: list[int], finished: bool, log_prob: float | None) -> Draw:
+        text = grammar.text(token_ids)
+        record = {"token_ids": list(token_ids), "finished": finished}
+        if not grammar.grammar.is_json:
+            return Draw(text, record, log_prob)
+        return Draw(grammar.grammar.value(text) if finished else text, {**record, "text": text}, log_prob)
 
     def _ended(self, row: list[int]) -> list[int]:
         ends = set(self.lm.eos_token_ids)

@@ -275,11 +275,12 @@ def scored_tokens(draw: Draw) -> int | None:
     return None if ids is None else sum(draw.record.get("completion_mask") or [1] * len(ids))
 
 
-def check_token_draws(owner: str, draws: Sequence[Draw], vocabulary: int | None) -> None:
+def check_token_draws(owner: str, draws: Sequence[Draw], vocabulary: int | None, *, any_value: bool = False) -> None:
     """Refuses draws with token ids that `owner` cannot have made.
 
     Args:
         vocabulary: how many tokens the model has; None where that is not known.
+        any_value: whether a value may be something else than a text or messages.
 
     Raises:
         DataError: `DataError.element` is the draw's index.
@@ -288,7 +289,7 @@ def check_token_draws(owner: str, draws: Sequence[Draw], vocabulary: int | None)
         ids: Any = draw.record.get("token_ids")
         mask: Any = draw.record.get("completion_mask", [1])
         overlap: Any = draw.record.get("prompt_overlap", 0)
-        if not isinstance(draw.value, (str, list)):
+        if not any_value and not isinstance(draw.value, (str, list)):
             raise DataError(f"{owner}: a draw's value is its text, got {shown(draw.value)}.", element=element)
         is_list = isinstance(ids, (list, tuple)) and bool(ids)
         if not is_list or not all(type(token) is int and token >= 0 for token in ids):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -37,6 +38,7 @@ def of_language_model(
     trains: bool,
     checkpoints: bool,
     device: str,
+    constrained: bool = False,
 ) -> Footprint:
     """A language model's.
 
@@ -48,7 +50,11 @@ def of_language_model(
         trains: False for a model that is frozen.
         checkpoints: whether it recomputes its activations (gradient checkpointing).
         device: `cpu` or `cuda`, whose kernels are assumed.
+        constrained: whether a grammar constrains the logits, for which all of them are made.
     """
+
+    def constrain(logits: torch.Tensor) -> torch.Tensor:
+        return logits.masked_fill(torch.zeros_like(logits, dtype=torch.bool), -torch.inf)
 
     def score(model: Any) -> None:
         inputs = {
@@ -57,11 +63,17 @@ def of_language_model(
             "position_ids": torch.zeros(1, tokens, dtype=torch.int64),
         }
         rows = torch.zeros(labels, dtype=torch.int64)
-        TokenScorer(model, is_checked=True)(inputs, rows, rows)
+        TokenScorer(model, is_checked=True)(inputs, rows, rows, constrain if constrained else None)
 
-    return of_model(
+    found = of_model(
         auto_class, config, dtype, peft_config, score, trains=trains, checkpoints=checkpoints, device=device
     )
+    if not constrained:
+        return found
+    # All logits and, backward, their gradient; of the labels' rows a log-softmax in fp32 and its gradient.
+    vocabulary = config.get_text_config(decoder=True).vocab_size
+    logits = vocabulary * (tokens * dtype.itemsize + 2 * labels * torch.float32.itemsize)
+    return replace(found, working=found.working + logits)
 
 
 def of_model(

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,8 @@ from torch import Tensor, nn
 from sysdag.ops import linear_logprob
 
 logger = logging.getLogger(__name__)
+
+Constrain = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,11 @@ class TokenScorer:
         return self.model is model and self._embedding is output_embedding(model)
 
     def __call__(
-        self, inputs: Mapping[str, Any], rows: Int[Tensor, " M"], labels: Int[Tensor, " M"]
+        self,
+        inputs: Mapping[str, Any],
+        rows: Int[Tensor, " M"],
+        labels: Int[Tensor, " M"],
+        constrain: Constrain | None = None,
     ) -> Float[Tensor, " M"]:
         """Log-probability of each label where it is predicted.
 
@@ -77,11 +83,13 @@ class TokenScorer:
             inputs: of the model's forward, `input_ids` (B, L) among them.
             rows: where each label is predicted, as an index into the B * L positions; one may predict several.
             labels: token ids. Best on the host, as `rows`: their layout is then known without a wait for the device.
+            constrain: of the logits (M, V) those whose softmax counts; all of the model's logits are made for it.
         """
-        output = self._hidden(inputs) if self._candidates else None
+        output = self._hidden(inputs) if self._candidates and constrain is None else None
         if output is None or output.hidden is None:
             whole = self._forward(inputs).logits.flatten(0, 1)
             logits = whole[rows.to(whole.device)].float()
+            logits = logits if constrain is None else constrain(logits)
             return logits.log_softmax(-1).gather(1, labels.to(whole.device)[:, None])[:, 0]
         head = self._candidates[0]
         weight = head.linear.weight
@@ -93,10 +101,16 @@ class TokenScorer:
 
     @torch.no_grad()
     def typicality(
-        self, inputs: Mapping[str, Any], rows: Int[Tensor, " M"], labels: Int[Tensor, " M"]
+        self,
+        inputs: Mapping[str, Any],
+        rows: Int[Tensor, " M"],
+        labels: Int[Tensor, " M"],
+        constrain: Constrain | None = None,
     ) -> Float[Tensor, " M"]:
         """log p of each label where it is predicted, less log sum_v p(v)^2 there; logits of some rows at a time."""
         rows, labels = (each.to(inputs["input_ids"].device) for each in (rows, labels))
+        if constrain is not None:
+            return typical(constrain(self._forward(inputs).logits.flatten(0, 1)[rows].float()), labels)
         output = self._hidden(inputs) if self._candidates else None
         if output is None or output.hidden is None:
             whole = self._forward(inputs).logits.flatten(0, 1)

@@ -30,6 +30,7 @@ from sysdag.components.language import token_trie
 from sysdag.components.language.language_head import TokenScorer, inner_model
 from sysdag.components.language.probe import forwards, probing, token_ids
 from sysdag.components.language.router_loss import RouterLoss
+from sysdag.components.language.token_grammar import TokenGrammar
 from sysdag.components.language.token_trie import Ids, TokenTrie
 from sysdag.errors import PlanError
 
@@ -79,6 +80,7 @@ class PrefixScorer:
         balances: bool = False,
         weights: tuple[Sequence[int], float] | None = None,
         typicality: bool = False,
+        grammar: TokenGrammar | None = None,
     ) -> Float[Tensor, " n"]:
         """Sum of the natural log-probabilities of each completion's tokens, given its prompt.
 
@@ -91,13 +93,14 @@ class PrefixScorer:
             balances: whether `router_loss`, where the model has one, records the loss of these sequences.
             weights: for each completion how many of its scored tokens count whole, and what those behind them weigh.
             typicality: sums log p - log sum p^2 of the tokens instead, without gradient (see `Component.typicality`).
+            grammar: what the completions are texts of, or begin; log-probabilities are over the tokens that it allows.
 
         Raises:
             PlanError: for a model whose logits depend on the tokens behind them.
         """
         hidden_size = self._hidden_size(sequences)
         if self._pads:
-            return self._scored(sequences, hidden_size, pad_token_id, masks, balances, weights, typicality)
+            return self._scored(sequences, hidden_size, pad_token_id, masks, balances, weights, typicality, grammar)
         masks = [None] * len(sequences) if masks is None else masks
         lengths = [len(prompt) + len(completion) for prompt, completion in sequences]
         order: list[int] = []
@@ -107,7 +110,7 @@ class PrefixScorer:
             own = [masks[number] for number in group]
             heads = None if weights is None else ([weights[0][number] for number in group], weights[1])
             some = [sequences[number] for number in group]
-            parts.append(self._scored(some, 0, pad_token_id, own, balances, heads, typicality))
+            parts.append(self._scored(some, 0, pad_token_id, own, balances, heads, typicality, grammar))
             order += group
         back = torch.tensor(order).argsort().to(parts[0].device)
         return torch.cat(parts)[back]
@@ -121,6 +124,7 @@ class PrefixScorer:
         balances: bool,
         weights: tuple[Sequence[int], float] | None,
         typicality: bool,
+        grammar: TokenGrammar | None,
     ) -> Float[Tensor, " n"]:
         trie = token_trie.pack(sequences, hidden_size, pad, masks)
         device = _device(self.model)
@@ -128,9 +132,15 @@ class PrefixScorer:
         records = self.router_loss.recording(trie) if balances and self.router_loss else contextlib.nullcontext()
         with records:
             score = self._tokens.typicality if typicality else self._tokens
-            found = score(inputs, trie.rows, trie.labels)
-        sequence, label = trie.sequence.to(found.device), trie.label.to(found.device)
-        values = found[label] if weights is None else found[label] * _tail_weights(trie, *weights).to(found)
+            if grammar is None:
+                found = score(inputs, trie.rows, trie.labels)
+                found = found[trie.label.to(found.device)]
+            else:  # a label that several sequences share may stand at other places of their completions
+                rows, labels = trie.rows[trie.label], trie.labels[trie.label]
+                states = _states(trie, sequences, masks, grammar)
+                found = score(inputs, rows, labels, lambda logits: grammar.constrained(logits, states))
+        sequence = trie.sequence.to(found.device)
+        values = found if weights is None else found * _tail_weights(trie, *weights).to(found)
         return found.new_zeros(trie.num_sequences).index_add(0, sequence, values)
 
     def groups(self, sequences: Sequence[tuple[Ids, Ids]], max_tokens: int) -> list[list[int]]:
@@ -162,6 +172,20 @@ class PrefixScorer:
             _say_unpacked(self.model, reason or found.tries)
         if not self._pads:
             _say(self.model, logging.WARNING, f"is scored in rows of one length: {found.padding}")
+
+
+def _states(
+    trie: TokenTrie, sequences: Sequence[tuple[Ids, Ids]], masks: Sequence[Ids | None] | None, grammar: TokenGrammar
+) -> list[int]:
+    """The grammar's state before each label of each sequence (P,)."""
+    known = []
+    for number, (_, completion) in enumerate(sequences):
+        mask = masks[number] if masks is not None else None
+        known += [s for place, s in enumerate(grammar.states(completion)) if mask is None or mask[place]]
+    found = [0] * len(known)
+    for place, state in zip(trie.sequence.argsort(stable=True).tolist(), known, strict=True):
+        found[place] = state
+    return found
 
 
 def _tail_weights(trie: TokenTrie, heads: Sequence[int], tail: float) -> Float[Tensor, " P"]:

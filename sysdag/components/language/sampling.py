@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from sysdag.components.decoding import draw_options
 from sysdag.components.language.decoder import Decoder, PromptInputs, arranged, decoder_of
+from sysdag.components.language.token_grammar import TokenGrammar
 from sysdag.components.language.waiting_prompts import WaitingPrompts
 from sysdag.errors import DataError
 
@@ -61,6 +62,7 @@ def sample_tokens(
     max_batch_rows: int | None = None,
     inputs: PromptInputs | None = None,
     decoder: Decoder | None = None,
+    grammar: TokenGrammar | None = None,
 ) -> SampledTokens:
     """Ancestral sampling of `num_samples` completions of each prompt, as `decoder` finds out that the model can.
 
@@ -83,6 +85,7 @@ def sample_tokens(
         max_batch_rows: most rows side by side; None leaves that to the tokens.
         inputs: what prompts hold beside text.
         decoder: what extends rows; by default the one that serves the model.
+        grammar: constrains each token's logits, before all else.
 
     Raises:
         PlanError: for a model whose logits depend on the tokens behind them.
@@ -90,7 +93,9 @@ def sample_tokens(
     """
     options = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
     decoder = decoder_of(model, inputs) if decoder is None else decoder
-    batch = _Batch(seeds, next(model.parameters()).device, options, frozenset(eos_token_ids), max_new_tokens, ends_text)
+    batch = _Batch(
+        seeds, next(model.parameters()).device, options, frozenset(eos_token_ids), max_new_tokens, ends_text, grammar
+    )
     waiting = WaitingPrompts(max_new_tokens, max_batch_tokens, max_batch_rows)
     for number, prompt in enumerate(prompts):
         waiting.add(prompt, range(number * num_samples, (number + 1) * num_samples))
@@ -112,13 +117,15 @@ class _Batch:
 
     def __init__(
         self, seeds: Sequence[int], device: torch.device, options: Mapping[str, Any], eos: frozenset[int],
-        max_new_tokens: int, ends_text: Callable[[list[int]], bool] | None,
+        max_new_tokens: int, ends_text: Callable[[list[int]], bool] | None, grammar: TokenGrammar | None,
     ) -> None:  # fmt: skip
         self.running: list[int] = []
         self.token_ids: list[list[int]] = [[] for _ in seeds]
         self.log_probs, self.finished = [0.0] * len(seeds), [False] * len(seeds)
         self._seeds, self._device, self._options = seeds, device, options
         self._eos, self._max_new_tokens, self._ends_text = eos, max_new_tokens, ends_text
+        self._grammar = grammar
+        self._states = [] if grammar is None else [grammar.start] * len(seeds)
 
     def leave(self, decoder: Decoder) -> None:
         """Has the rows that have ended leave the decoder."""
@@ -141,6 +148,8 @@ class _Batch:
         """Draws a token for each of the last rows from their logits."""
         rows = self.running[len(self.running) - len(logits) :]
         seeds, positions = [self._seeds[row] for row in rows], [len(self.token_ids[row]) for row in rows]
+        if self._grammar is not None:
+            logits = self._grammar.constrained(logits, [self._states[row] for row in rows])
         tensor = partial(torch.tensor, device=logits.device, dtype=torch.long)
         try:
             drawn, log_probs = draw_options(logits, tensor(seeds), tensor(positions), **self._options)
@@ -151,4 +160,6 @@ class _Batch:
             ids = self.token_ids[row]
             ids.append(token)
             self.log_probs[row] += log_prob
+            if self._grammar is not None:
+                self._states[row] = self._grammar.after(self._states[row], token)
             self.finished[row] = token in self._eos or (self._ends_text is not None and self._ends_text(ids))

@@ -40,7 +40,7 @@ class TextComponent(Component):
         PlanError: for options out of range.
     """
 
-    value_type = str
+    value_type: type | None = str
     has_tokens = True
     row_options = ROW_OPTIONS
     limits_prompts: ClassVar[str] = "max_length"
@@ -165,7 +165,7 @@ class TextComponent(Component):
         draws = []
         for element, value in enumerate(values):
             try:
-                draws.append(Draw(completion_value(value)))
+                draws.append(self._observed(value))
             except DataError as error:
                 raise DataError(f"{self!r}: {error}", element=element) from error
         return draws
@@ -177,11 +177,26 @@ class TextComponent(Component):
         for place in places:
             try:
                 [prompt] = self._prompts([inputs[place]])
-                found[place] = Draw(draws[place].value, self._completion_encoder()(prompt, draws[place].value))
+                found[place] = self._behind(prompt, draws[place])
             except DataError as error:
                 error.element = place
                 raise
         return found
+
+    def _observed(self, value: Any) -> Draw:
+        return Draw(completion_value(value))
+
+    def _behind(self, prompt: Prompt, draw: Draw) -> Draw:
+        """An observed completion with its tokens behind a prompt."""
+        return Draw(draw.value, self._completion_encoder()(prompt, draw.value))
+
+    def _written(self, draw: Draw) -> Any:
+        """The text or the messages of an observed completion."""
+        return draw.value
+
+    def _takes_values(self) -> bool:
+        """Whether draws have other values than texts and messages."""
+        return False
 
     def with_row_options(self, input: Any, options: Mapping[str, Any]) -> Any:
         return PromptReader(repr(self)).with_row_options(input, options)
@@ -199,7 +214,7 @@ class TextComponent(Component):
         return self._reader
 
     def check_draws(self, draws: Sequence[Draw]) -> None:
-        check_token_draws(repr(self), draws, self.lm.num_target_embeddings)
+        check_token_draws(repr(self), draws, self.lm.num_target_embeddings, any_value=self._takes_values())
 
     def is_empty(self, draw: Draw) -> bool:
         return is_blank(draw.value)
@@ -232,7 +247,7 @@ class TextComponent(Component):
     def lengths(self, draws: Sequence[Draw]) -> list[int]:
         known = [scored_tokens(draw) for draw in draws]
         return [
-            self._completion_encoder().alone(draw.value) if count is None else count
+            self._completion_encoder().alone(self._written(draw)) if count is None else count
             for draw, count in zip(draws, known, strict=True)
         ]
 

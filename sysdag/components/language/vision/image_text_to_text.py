@@ -38,8 +38,8 @@ class ImageTextToText(CausalLM):
         model: a name on the Hub, a folder, or a loaded model.
         processor: a name, folder or processor; by default the model's.
         peft_config, max_new_tokens, max_length, temperature, top_p, top_k, stop, max_batch_tokens, batch_size,
-            model_kwargs, tools, chat_template_kwargs, sanitize_control_tokens: see `CausalLM`. Placeholders of images
-            count as tokens.
+            model_kwargs, tools, chat_template_kwargs, sanitize_control_tokens, grammar: see `CausalLM`. Placeholders
+            of images count as tokens.
         pack_prefixes: as for `CausalLM`; what is shared then is the image, too, which is encoded once. Models that tell
             tokens of images apart in their attention (Gemma 3) are scored in rows of their own.
 
@@ -69,6 +69,7 @@ class ImageTextToText(CausalLM):
         tools: Sequence[Any] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
         sanitize_control_tokens: bool = True,
+        grammar: str | Mapping[str, Any] | None = None,
     ) -> None:
         if not isinstance(model, PretrainedVLM):
             model = PretrainedVLM(model, processor, peft_config=peft_config, model_kwargs=model_kwargs)
@@ -76,7 +77,7 @@ class ImageTextToText(CausalLM):
             model, max_new_tokens=max_new_tokens, max_length=max_length, temperature=temperature, top_p=top_p,
             top_k=top_k, stop=stop, max_batch_tokens=max_batch_tokens, batch_size=batch_size,
             pack_prefixes=pack_prefixes, tools=tools, chat_template_kwargs=chat_template_kwargs,
-            sanitize_control_tokens=sanitize_control_tokens,
+            sanitize_control_tokens=sanitize_control_tokens, grammar=grammar,
         )  # fmt: skip
         self._opening: tuple[list[int], PromptImages | None] | None = None
 
