@@ -205,13 +205,13 @@ def test_a_node_that_one_training_froze_trains_in_the_next_but_not_what_its_user
         assert still == ({"model.embed_tokens.weight"} if trained == "answer" else set())
 
 
-def test_a_score_that_is_not_finite_names_the_node_and_the_pair():
+def test_a_score_that_is_not_finite_names_the_node_and_the_row():
     system = two_llms()
     plan = system.compile()
     model = SystemModel(plan, ObjectiveOptions())
     with torch.no_grad():
         system["answer"].component.module.lm_head.weight.fill_(math.nan)
-    with pytest.raises(TrainingError, match="'answer'.*pair 0.*nan.*not changed"):
+    with pytest.raises(TrainingError, match="'answer'.*row 0.*nan.*not changed"):
         model(encode_pairs(plan, ROWS, "direct"))
 
 
