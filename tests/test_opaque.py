@@ -469,6 +469,7 @@ INTERRUPTED = """
 import os, signal, sys, threading, time
 from sysdag.components import Opaque
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs are started without
 begun = []
 
 def call(number):
