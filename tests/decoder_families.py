@@ -125,6 +125,16 @@ def plain_log_prob(model: Any, prompt: Sequence[int], completion: Sequence[int])
     return float(log_probs.gather(1, torch.tensor(completion)[:, None]).sum())
 
 
+def left_pad(
+    rows: Sequence[Sequence[int]], pad_token_id: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids (B, P) padded on the left, and their attention mask."""
+    width = max(len(row) for row in rows)
+    ids = [[pad_token_id] * (width - len(row)) + list(row) for row in rows]
+    mask = [[0] * (width - len(row)) + [1] * len(row) for row in rows]
+    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+
+
 def greedy(model: Any, prompt: Sequence[int], count: int, end: int = 1) -> list[int]:
     """The likeliest tokens one after the other, each by a forward of everything before it."""
     ids = list(prompt)
@@ -260,7 +270,7 @@ def report(family: str) -> str:
 
     from sysdag import Draw, SysdagError
     from sysdag.components import CausalLM
-    from sysdag.components.language.beam import diverse_beam_search, left_pad
+    from sysdag.components.language.beam import diverse_beam_search
 
     try:
         with torch.device("meta"):

@@ -9,13 +9,13 @@ from functools import cache
 
 import pytest
 import torch
-from decoder_families import greedy, plain_log_prob, tiny_decoder
+from decoder_families import greedy, left_pad, plain_log_prob, tiny_decoder
 from tiny import char_tokenizer, llama
 from transformers import BertConfig, BertLMHeadModel
 
 from sysdag import Draw, PlanError
 from sysdag.components import CausalLM
-from sysdag.components.language.beam import diverse_beam_search, left_pad
+from sysdag.components.language.beam import diverse_beam_search
 from sysdag.components.language.prefix_scorer import PrefixScorer
 from sysdag.components.language.sampling import sample_tokens
 

@@ -208,14 +208,6 @@ def _extended(decoder: Decoder, searches: Sequence[Beams]) -> tuple[list[Float[T
     return found, len(kept)
 
 
-def left_pad(rows: Sequence[Sequence[int]], pad_token_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Token ids (B, P) padded on the left, and their attention mask."""
-    width = max(len(row) for row in rows)
-    ids = [[pad_token_id] * (width - len(row)) + list(row) for row in rows]
-    mask = [[0] * (width - len(row)) + [1] * len(row) for row in rows]
-    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
-
-
 def _check(ids: Tensor, mask: Tensor, N: int, G: int, penalty: float, T: int, early_stopping: object) -> None:
     require(N >= 1, "num_beams", "at least 1", N)
     require(1 <= G <= N and N % G == 0, "num_beam_groups", f"a divisor of num_beams ({N})", G)

@@ -61,6 +61,7 @@ class Beams:
         done: groups that take no further sequence (B,G).
         tokens: the last token of each open beam (B,N).
         places: the decoder's row that each is behind (B,N), on the CPU.
+        states: the grammar's state before each beam's next token (B,N), on the CPU; 0 without one.
     """
 
     prompts: Tensor
@@ -72,6 +73,7 @@ class Beams:
     done: Tensor
     tokens: Tensor
     places: Tensor
+    states: Tensor
 
     @classmethod
     def start(cls, prompts: Sequence[int], rules: BeamRules, device: torch.device) -> Beams:
@@ -88,6 +90,7 @@ class Beams:
             done=torch.zeros(B, G, dtype=torch.bool, device=device),
             tokens=torch.zeros(B, G * K, dtype=torch.long, device=device),
             places=torch.zeros(B, G * K, dtype=torch.long),
+            states=torch.full((B, G * K), 0 if rules.grammar is None else rules.grammar.start),
         )
 
     def open_beams(self) -> list[int]:
@@ -115,7 +118,7 @@ class Beams:
         """Each beam takes a token: scores, histories, ended sequences, and which groups are done."""
         G, K, V = rules.G, rules.K, logits.shape[-1]
         if rules.grammar is not None:
-            logits = rules.grammar.constrained(logits.flatten(0, 1), self._states(rules.grammar)).view_as(logits)
+            logits = rules.grammar.constrained(logits.flatten(0, 1), self.states.flatten().tolist()).view_as(logits)
         eos = torch.tensor(rules.eos, device=logits.device) if rules.eos else None
         tokens, parents, totals = diverse_beam_step(
             logits.unflatten(1, (G, K)),
@@ -154,18 +157,13 @@ class Beams:
         if rules.grammar is not None:
             self.done = self.done | (self.scores == -math.inf).all(-1)
         self.tokens = tokens.flatten(1)
-        self.places = self.places.gather(1, torch.arange(G * K) // K * K + parents.flatten(1).cpu())
-
-    def _states(self, grammar: TokenGrammar) -> list[int]:
-        """Of each beam (B*N), the grammar's state before its next token."""
-        found = []
-        for length, beams in zip(self.lengths.tolist(), self.history.flatten(1, 2).tolist(), strict=True):
-            for beam in beams:
-                state = grammar.start
-                for token in beam[len(beam) - length :]:
-                    state = grammar.after(state, token)
-                found.append(state)
-        return found
+        parent = torch.arange(G * K) // K * K + parents.flatten(1).cpu()
+        self.places = self.places.gather(1, parent)
+        if rules.grammar is not None:
+            newest = self.history[..., -1].flatten().tolist()
+            before = self.states.gather(1, parent).flatten().tolist()
+            states = [rules.grammar.after(*each) for each in zip(before, newest, strict=True)]
+            self.states = torch.tensor(states, dtype=torch.long).view_as(parent)
 
     def _close(self, sequences: Tensor, scores: Tensor, which: Tensor) -> None:
         """Offers the sequences (B,G,K,t) of the mask `which` (B,G,K); a group keeps its K best, on a tie the older."""
