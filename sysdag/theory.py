@@ -25,8 +25,7 @@ from sysdag.execution.likelihood import log_probs
 from sysdag.graph.plan import Objective, Plan
 from sysdag.graph.system import System
 from sysdag.objectives.candidate_sums import candidate_log_sum
-from sysdag.objectives.candidates import Candidates, CandidateStrategy
-from sysdag.traces.cells import ABSENT, Cell
+from sysdag.objectives.candidates import Candidates, CandidateStrategy, with_values
 from sysdag.traces.trace import Trace
 
 Reward = Callable[[Mapping[str, Any], Mapping[str, Any]], float]
@@ -74,7 +73,7 @@ def _enumerated(plan: Plan, rows: Trace, nodes: Sequence[str]) -> Trace:
     for name in nodes:
         component: Any = plan.system[name].component
         filled = fill(plan, rows)
-        skipped = skipped_rows(plan, filled, name) if plan.switches_over(name) else frozenset()
+        skipped = skipped_rows(plan, filled, name)
         known = {*filled.inputs, *filled.cells}.issuperset(edge.parent for edge in plan.parents(name))
         reached: list[Any] = [None] * (len(rows) - len(skipped))  # of outputs without latents
         if known:
@@ -83,10 +82,7 @@ def _enumerated(plan: Plan, rows: Trace, nodes: Sequence[str]) -> Trace:
             raise PlanError(
                 f"Node {name!r} ({component!r}) cannot be enumerated; it needs finitely many values, and no plate."
             )
-        found = iter(component.outcomes(reached))
-        cells: list[Sequence[Cell]] = [[ABSENT] if row in skipped else next(found) for row in range(len(rows))]
-        repeated = rows.select([row for row, own in enumerate(cells) for _ in own])
-        rows = repeated.updated({name: [cell for own in cells for cell in own]})
+        rows, _ = with_values(rows, name, skipped, component.outcomes(reached))
     return fill(plan, rows)
 
 

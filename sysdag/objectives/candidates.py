@@ -202,7 +202,8 @@ class DiverseBeamSearch(CandidateStrategy):
                 with naming(name, [prompt[row] for row in elements.rows]):
                     component = at_work(plan, name)
                     found = component.search(elements.values, wanted, self.diversity_penalty, self.ngram_size)
-            rows, prompt = _extend(rows, prompt, name, elements.skipped, found)
+            rows, parents = with_values(rows, name, elements.skipped, found)
+            prompt = [prompt[parent] for parent in parents]
         return _distinct(plan, Candidates(rows, tuple(prompt)), latents, self.num_candidates)
 
 
@@ -301,7 +302,6 @@ class Exhaustive(CandidateStrategy):
         for name in latents:
             _refuse_plate(plan, name, self)
             component: Any = plan.system[name].component
-            skipped = _skipped(plan, rows, name)
             elements = node_inputs(plan, fill(plan, rows), name)
             with naming(name, [prompt[row] for row in elements.rows]):
                 counts = component.outcome_counts(elements.values)
@@ -310,11 +310,13 @@ class Exhaustive(CandidateStrategy):
                         f"Exhaustive needs latents with finitely many values; node {name!r} is {component!r}. Use "
                         "another strategy."
                     )
-                paths = Counter(prompt[row] for row in skipped)
+                paths = Counter(prompt[row] for row in elements.skipped)
                 for row, count in zip(elements.rows, counts, strict=True):
                     paths[prompt[row]] += count
                 self._check_number(name, paths)
-                rows, prompt = _extend(rows, prompt, name, skipped, component.outcomes(elements.values))
+                found = component.outcomes(elements.values)
+                rows, parents = with_values(rows, name, elements.skipped, found)
+                prompt = [prompt[parent] for parent in parents]
         return Candidates(rows, tuple(prompt))
 
     def _check_number(self, name: str, paths: Mapping[int, int]) -> None:
@@ -338,10 +340,10 @@ def _refuse_plate(plan: Plan, name: str, strategy: CandidateStrategy) -> None:
         )
 
 
-def _extend(
-    rows: Trace, prompt: Sequence[int], name: str, skipped: Collection[int], found: Sequence[Sequence[Cell]]
+def with_values(
+    rows: Trace, name: str, skipped: Collection[int], found: Sequence[Sequence[Cell]]
 ) -> tuple[Trace, list[int]]:
-    """Rows repeated once for each value found for them, with that value added, and their prompts.
+    """Rows repeated once for each value found for them, with that value added, and the row that each comes from.
 
     Args:
         skipped: rows in which the node does not run, which stay as they are.
@@ -350,8 +352,7 @@ def _extend(
     others = iter(found)
     by_row = [[ABSENT] if row in skipped else next(others) for row in range(len(rows))]
     parents = [row for row, cells in enumerate(by_row) for _ in cells]
-    extended = rows.select(parents).updated({name: [cell for cells in by_row for cell in cells]})
-    return extended, [prompt[parent] for parent in parents]
+    return rows.select(parents).updated({name: [cell for cells in by_row for cell in cells]}), parents
 
 
 def _distinct(plan: Plan, paths: Candidates, latents: Sequence[str], limit: int) -> Candidates:
