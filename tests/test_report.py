@@ -7,9 +7,11 @@ import itertools
 import json
 import math
 import re
+import struct
 import subprocess
 import sys
 import zipfile
+import zlib
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -27,6 +29,7 @@ from sysdag.reporting.judgements import judgements
 from sysdag.reporting.page import page
 from sysdag.reporting.read import read_run
 from sysdag.reporting.settings import differences, split_by_default
+from sysdag.reporting.values import shown
 
 ROOT = Path(__file__).resolve().parents[1]
 ATTACKS = [
@@ -295,6 +298,25 @@ def test_the_bytes_of_an_image_are_shown_as_the_image(tmp_path):
     [image] = parsed.all("img")
     assert Image.open(io.BytesIO(base64.b64decode(image["src"].split(",")[1]))).getpixel((3, 3)) == 200
     assert "and no more" in parsed.text()
+
+
+def test_bytes_that_no_image_can_be_made_of_are_shown_as_they_are():
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    def header(side):
+        return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 0, 0, 0, 0))
+
+    pixels = zlib.compress(bytes(9 * 8))
+    large = header(60000) + chunk(b"IDAT", pixels)
+    broken = header(8) + chunk(b"IDAT", pixels[:4]) + b"\0\0\0\4!!!!" + pixels[4:]
+    for value in (large, broken):
+        assert (shown(value).kind, shown(value).image) == ("text", "")
+
+
+def test_numbers_beyond_a_float_are_shown_as_they_are():
+    listed = shown([10**400, *range(8)])
+    assert listed.elements[0].words == (("same", str(10**400)),)
 
 
 def test_ten_thousand_lines_make_less_than_a_megabyte_and_keep_a_spike(tmp_path):

@@ -127,8 +127,12 @@ def _is_vector(value: Any) -> bool:
     return (
         isinstance(value, (list, tuple))
         and len(value) >= FEATURES
-        and all(isinstance(each, (int, float)) and not isinstance(each, bool) for each in value)
+        and all(isinstance(each, float) or _is_short_integer(each) for each in value)
     )
+
+
+def _is_short_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def _in_short(value: Any) -> str:
@@ -175,12 +179,12 @@ def _image(value: Any) -> Shown | None:
 
         value, module = Image.fromarray(value), Image
     if isinstance(value, bytes) and value.startswith(_BEGINNINGS):
-        from PIL import Image, UnidentifiedImageError
+        from PIL import Image
 
         try:
             value, module = Image.open(io.BytesIO(value)), Image
             value.load()
-        except (UnidentifiedImageError, OSError, ValueError):  # it only begins as an image does
+        except Exception:  # noqa: BLE001 - the decoders of PIL raise a dozen types on what only begins as an image does
             return None
     if module is None or not isinstance(value, module.Image):
         return None
