@@ -51,7 +51,7 @@ def drawn_by(pipe, name):
 def trained(base, name, config):
     """A component whose adapter has moved, and its image."""
     component = Diffusion(base, peft_config=config, num_inference_steps=2, pipeline_kwargs=CALL.get(name, {}))
-    drift(component.pipeline.denoiser, size=1.0)
+    drift(component.pipeline.denoiser, size=0.3)  # more, and rounding alone is seen: by kandinsky3 in 3 levels
     draw = component.sample([PROMPT], generator=torch.Generator().manual_seed(5))[0]
     return component, pixels(draw.value)
 
@@ -189,7 +189,7 @@ def test_a_denoiser_that_was_passed_as_an_object_loads_its_file(part, tmp_path):
         component = Diffusion(sd3(), scheduler=scheduler_of("flow"), condition=pooled, peft_config=lora())
         arguments = pooled([1.0, 2.0])
         sample = torch.randn(2, 2, 4, 4, generator=seed(4))
-    drift(component.pipeline.denoiser, size=1.0)
+    drift(component.pipeline.denoiser, size=0.3)  # more, and rounding alone is seen: by kandinsky3 in 3 levels
     with torch.no_grad():
         expected = component.pipeline.denoiser(sample, timestep=torch.tensor([3, 7]), **arguments).sample
     ways = component.usage(tmp_path / "out", component.save_pretrained(tmp_path / "out"))
@@ -219,7 +219,7 @@ def test_the_models_lines_stand_in_the_card_of_the_system(tmp_path, monkeypatch)
     monkeypatch.chdir(tmp_path)
     base_of("sd15", tmp_path / "base")
     component = Diffusion("base", peft_config=lora(), num_inference_steps=2)
-    drift(component.pipeline.denoiser, size=1.0)
+    drift(component.pipeline.denoiser, size=0.3)  # more, and rounding alone is seen: by kandinsky3 in 3 levels
     image = pixels(component.sample([PROMPT], generator=torch.Generator().manual_seed(5))[0].value)
     system = System(Input("prompt") >> node(component)(picture))
     system.save_pretrained("card")
