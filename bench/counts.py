@@ -27,8 +27,6 @@ from sysdag.components import CausalLM
 from sysdag.execution.likelihood import aligned
 
 HELD = ("launches", "synchronisations", "tokens", "head_rows")
-COUNTED = (*HELD, "uploads", "texts", "peak_kib")
-KEYS = ("system", "nodes", "k", "trained", "layers", "name")
 
 
 def cases(model: str | None = None) -> list[Case]:

@@ -174,16 +174,20 @@ def step_table(folder: Path = measure.RESULTS) -> str:
             by_case.setdefault(tuple(row[key] for key in ("system", "nodes", "k", "trained")), {})[row["name"]] = row
         lines = [["system", "trained", *STEP_WAYS.values()], ["---"] * (2 + len(STEP_WAYS))]
         for (system, nodes, k, trained), ways in by_case.items():
-            named = f"{system}{f' of {nodes}' if system == 'chain' else ''}{f', k = {k}' if nodes != '1' else ''}"
             times = [ways.get(way) for way in STEP_WAYS]
             shown = [
                 f"{duration(float(row['median_ms']))}, {float(row['peak_mib']):.0f} MiB" if row else "" for row in times
             ]
-            lines.append([named, trained, *shown])
+            lines.append([_named(system, nodes, k), trained, *shown])
         option = "" if device == "cpu" else f" --device {device}"
         table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
         parts.append(f"{measure.described(rows[0], device)}; `python -m bench step --csv{option}`:\n\n{table}")
     return "\n\n".join(parts)
+
+
+def _named(system: str, nodes: str, k: str) -> str:
+    """A system of `bench step` in words."""
+    return f"{system}{f' of {nodes}' if system == 'chain' else ''}{f', k = {k}' if nodes != '1' else ''}"
 
 
 def counts_table(folder: Path = measure.RESULTS) -> str:
@@ -198,10 +202,8 @@ def counts_table(folder: Path = measure.RESULTS) -> str:
     lines = [header, ["---"] * 2 + ["---:"] * 6]
     for row in rows:
         ratio = int(row["launches"]) / int(plain[tuple(row[key] for key in keys)]["launches"])
-        many = f" of {row['nodes']}" if row["system"] == "chain" else ""
-        candidates = f", k = {row['k']}" if row["nodes"] != "1" else ""
         lines.append([
-            f"{row['system']}{many}{candidates}, {row['trained']}, {row['layers']} layers",
+            f"{_named(row['system'], row['nodes'], row['k'])}, {row['trained']}, {row['layers']} layers",
             STEP_WAYS[row["name"]],
             f"{row['launches']} ({ratio:.2f}x)",
             row["synchronisations"],

@@ -20,7 +20,7 @@ from accelerate.state import AcceleratorState, PartialState
 from peft import LoraConfig
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from trained_systems import rows, two_llms
+from trained_systems import rows, single_run, two_llms
 
 from sysdag import DiverseBeamSearch, SysDPOConfig, SysDPOTrainer
 from sysdag.data.encoding import encode_pairs, encode_rows
@@ -71,9 +71,8 @@ def train(
     if grouped:
         data = [row | {"group": "ab"[i % 3 == 0], "weight": 1 + i % 2} for i, row in enumerate(data)]
     if unpaired:
-        data = mismatched(
-            encode_rows(system.compile(), [single(row, i % 2 == 0) for i, row in enumerate(data)], objective)
-        )
+        runs = [single_run(row, "rejected" if i % 2 else "chosen") for i, row in enumerate(data)]
+        data = mismatched(encode_rows(system.compile(), runs, objective))
     evaluated = data[:5] if unpaired else None
     trainer = SysDPOTrainer(system, args, candidates=candidates, train_dataset=data, eval_dataset=evaluated)
     seen = []
@@ -96,13 +95,6 @@ def train(
         if args.loss_type != ["kto"]:  # whose KL term is of the batches, in which two processes have rows twice
             found["the evaluation's loss"] = loss
     return losses, found, seen
-
-
-def single(row, label):
-    """One side of a pair as an unpaired row."""
-    side = "chosen" if label else "rejected"
-    return {"question": row["question"], "output": row[side], "label": label,
-            "intermediates": row[f"{side}_intermediates"]}  # fmt: skip
 
 
 def evaluate(folder, *, batch):

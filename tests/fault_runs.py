@@ -11,7 +11,7 @@ import networkx  # noqa: F401 - a plan needs it, so each process would import it
 import torch
 from peft import LoraConfig
 from tiny import char_tokenizer, llama
-from trained_systems import rows, two_llms
+from trained_systems import rows, single_run, two_llms
 from transformers import TrainerCallback
 
 from sysdag import DiverseBeamSearch, Input, SysdagError, SysDPOConfig, SysDPOTrainer, System, node
@@ -84,11 +84,7 @@ def die_at_call(owner, name, number):
 def rows_of(args):
     if not args.objective_options().is_unpaired:
         return rows(12)
-    return [
-        {"question": row["question"], "output": row[side], "label": side == "chosen",
-         "intermediates": row[f"{side}_intermediates"]}
-        for row in rows(6) for side in ("chosen", "rejected")
-    ]  # fmt: skip
+    return [single_run(row, side) for row in rows(6) for side in ("chosen", "rejected")]
 
 
 def trainer_of(folder, case, *, system=None, data=None, eval_data=None, ambient=0, **changes):

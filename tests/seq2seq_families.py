@@ -13,7 +13,6 @@ import torch
 import transformers
 from tiny_tokenizers import WORDS
 
-SIZES = dict(d_model=32, vocab_size=0)
 BART = dict(
     d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4, decoder_attention_heads=4,
     encoder_ffn_dim=64, decoder_ffn_dim=64, max_position_embeddings=64, dropout=0.0, attention_dropout=0.0,

@@ -8,7 +8,7 @@ import pytest
 import torch
 from scipy.optimize import minimize
 from trained_systems import rows as llm_rows
-from trained_systems import two_llms
+from trained_systems import two_llms, weights_of
 
 from sysdag import DataError, Input, SerializationError, SysDPOConfig, SysDPOTrainer, System, node
 from sysdag.components import Tabular
@@ -158,10 +158,6 @@ def run(folder, resume=None, **options):
     trainer = SysDPOTrainer(two_llms(), config(folder, **options), train_dataset=data, eval_dataset=data[:7])
     trainer.train(resume_from_checkpoint=resume)
     return trainer
-
-
-def weights_of(trainer):
-    return torch.cat([p.detach().flatten() for p in trainer.model.trained_parameters()])
 
 
 def test_accumulated_batches_move_weights_as_one_batch_does(tmp_path):

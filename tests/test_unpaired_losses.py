@@ -1,6 +1,5 @@
 """Losses of single runs on systems of two nodes against their formulas: enumerated, and from transformers' logits."""
 
-import copy
 import itertools
 import math
 
@@ -8,7 +7,7 @@ import pytest
 import switched_systems
 import torch
 from test_mixed_system import captioner_and_painter
-from test_system_losses import BETA, BETAS, DRAFTS, Given, token_log_probs, two_llms
+from test_system_losses import BETA, BETAS, DRAFTS, built, token_log_probs
 from tiny_diffusion import drift, from_text, images, seed
 
 from sysdag import (
@@ -244,26 +243,6 @@ def text_rows(objective):
         for row in rows:
             del row["intermediates"]
     return rows
-
-
-def built(objective, engine, **options):
-    """As in test_system_losses: the policies away from the references, all in fp64."""
-    torch.manual_seed(0)
-    system = two_llms()
-    plan = system.compile()
-    starts = {n.name: copy.deepcopy(n.component.module).double() for n in system.nodes}
-    nodes = {name: NodeOptions(beta=beta) for name, beta in BETAS.items()} if objective == "direct" else None
-    candidates = Given(num_candidates=3) if objective == "sampling" else None
-    made = ObjectiveOptions(objective=objective, beta=BETA, **options)
-    model = SystemModel(plan, made, nodes, candidates, EngineOptions(engine=engine, micro_batch_tokens=60))
-    for n in system.nodes:
-        n.component.module.double()
-        with torch.no_grad():
-            for parameter in n.component.module.parameters():
-                parameter.add_(0.1 * torch.randn_like(parameter))
-    for reference in model.references.values():
-        reference.module.double()
-    return model, starts
 
 
 def reward_by_hand(model, starts, objective, row, question, draft, answer):

@@ -7,7 +7,7 @@ import checked_systems
 import pytest
 from datasets import Dataset
 from trained_systems import rows as pair_rows
-from trained_systems import two_llms
+from trained_systems import single_run, two_llms
 from typer.testing import CliRunner
 
 from sysdag import DataError, Input, SysDPOConfig, SysDPOTrainer, System, node
@@ -39,11 +39,7 @@ def changed(**changes):
 
 
 def unpaired(count):
-    return [
-        {"question": r["question"], "completion": r[side], "label": side == "chosen",
-         "intermediates": r[f"{side}_intermediates"]}
-        for r in pair_rows(count) for side in ("chosen", "rejected")
-    ]  # fmt: skip
+    return [single_run(row, side, "completion") for row in pair_rows(count) for side in ("chosen", "rejected")]
 
 
 def test_a_row_becomes_a_run_with_its_label():

@@ -11,7 +11,7 @@ import torch
 from test_unpaired_rows import unpaired
 from tiny import char_tokenizer, llama
 from trained_systems import rows as pair_rows
-from trained_systems import two_llms
+from trained_systems import two_llms, weights_of
 from typer.testing import CliRunner
 
 from sysdag import DataError, DiverseBeamSearch, PlanError, SerializationError, SysDPOConfig, SysDPOTrainer, System
@@ -43,10 +43,6 @@ def trained(folder, data=None, resume=None, candidates=None, **options):
     )  # fmt: skip
     trainer.train(resume_from_checkpoint=resume)
     return trainer
-
-
-def weights_of(trainer):
-    return torch.cat([p.detach().flatten() for p in trainer.model.trained_parameters()])
 
 
 def losses_of(trainer):

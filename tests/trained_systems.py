@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import torch
 from tiny import char_tokenizer, llama
 
 from sysdag import Input, System, node
@@ -33,6 +34,16 @@ def two_llms(peft_config=None, base_folder: Path | None = None) -> System:
             "answer": CausalLM(source, char_tokenizer(), max_new_tokens=4, peft_config=peft_config),
         }
     )
+
+
+def single_run(row, side, column="output"):
+    """One side of a pair as an unpaired row."""
+    return {"question": row["question"], column: row[side], "label": side == "chosen",
+            "intermediates": row[f"{side}_intermediates"]}  # fmt: skip
+
+
+def weights_of(trainer):
+    return torch.cat([p.detach().flatten() for p in trainer.model.trained_parameters()])
 
 
 def rows(count: int) -> list[dict]:

@@ -126,13 +126,14 @@ class LabelStore:
         with self._transaction() as database:
             if not self._is_recorded(request, (annotator, pair, choice, None)):
                 shown = database.execute(
-                    "SELECT left, right FROM assignments WHERE annotator = ? AND pair = ?", (annotator, pair)
+                    "SELECT left, right, choice FROM assignments WHERE annotator = ? AND pair = ?", (annotator, pair)
                 ).fetchone()
                 if shown is None:
                     raise LabelError(f"Pair {pair} was not shown to {annotator}.")
-                if self._holds(annotator, pair):
+                left, right, known = shown
+                if known is not None:
                     raise LabelError("This pair has its label already, from another tab or window.")
-                event = self._append(request, annotator, pair, choice, shown, None)
+                event = self._append(request, annotator, pair, choice, (left, right), None)
                 progress.record(database, annotator, pair, event, choice, self._overlap())
             return self._queue(annotator)
 
@@ -149,7 +150,7 @@ class LabelStore:
         with self._transaction() as database:
             undone = database.execute("SELECT pair, left, right FROM events WHERE id = ?", (label,)).fetchone()
             if undone is None or not self._is_recorded(request, (annotator, undone[0], None, label)):
-                if undone is None or self._last(annotator) != label:
+                if undone is None or progress.last(self._database, annotator) != label:
                     raise LabelError("That label is not your last one; it may have been undone in another tab.")
                 pair, *sides = undone
                 self._append(request, annotator, pair, None, sides, label)
@@ -239,7 +240,7 @@ class LabelStore:
         done = progress.done(self._database, annotator)
         task = self._open(annotator) or self._assigned(annotator)
         total = self._pairs - progress.others_have(self._database, annotator, self._overlap(), _held_since())
-        return Queue(task, done, total, self._last(annotator))
+        return Queue(task, done, total, progress.last(self._database, annotator))
 
     def _open(self, annotator: str) -> Assignment | None:
         """The first pair that the annotator was shown and has not labelled."""
@@ -267,12 +268,6 @@ class LabelStore:
     def _overlap(self) -> int:
         """As it is now; another process may have changed it."""
         return json.loads(self._database.execute("SELECT value FROM settings WHERE name = 'overlap'").fetchone()[0])
-
-    def _holds(self, annotator: str, pair: int) -> bool:
-        return bool(self._one("SELECT count(*) FROM labels WHERE annotator = ? AND pair = ?", annotator, pair))
-
-    def _last(self, annotator: str) -> int | None:
-        return progress.last(self._database, annotator)
 
     def _one(self, query: str, *values: object) -> int:
         return self._database.execute(query, values).fetchone()[0]
