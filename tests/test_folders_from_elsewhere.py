@@ -301,6 +301,20 @@ def test_rows_that_name_another_folder_are_refused(folder):
         System.from_pretrained(folder)
 
 
+def test_weights_in_several_files_are_loaded_and_their_index_names_no_code(folder):
+    model = llama(vocab_size=4096)
+    (folder / "draft/model.safetensors").unlink()
+    model.save_pretrained(folder / "draft", max_shard_size="200KB")
+    assert len(list((folder / "draft").glob("model-*.safetensors"))) > 1
+    index = folder / "draft/model.safetensors.index.json"
+    numbers = sum(each.numel() for each in model.parameters())
+    assert json.loads(index.read_text())["metadata"]["total_size"] > max(numbers, 10**6)  # of bytes
+    found = System.from_pretrained(folder)["draft"].component.module.state_dict()
+    assert all(found[name].equal(value) for name, value in model.state_dict().items())
+    edited(index, auto_map={"AutoModel": "org/code--probe.ProbeModel"})
+    refused(folder, f"{index}: auto_map=")
+
+
 def test_a_vocabulary_may_hold_any_text(folder):
     """Only configs are looked through for what names code."""
     (folder / "draft/vocab.json").write_text('{"auto_map": 1, "trust_remote_code": 2}')

@@ -121,6 +121,8 @@ def check_component(folder: Path, *, trust_remote_code: bool, any_format: bool =
             content = read_strict_json(path)
             if path.name.endswith(("config.json", "index.json")):
                 _check_config(content, path, trust_remote_code=trust_remote_code)
+            if path.name.endswith("config.json"):
+                _check_sizes(content, path)
         elif path.suffix == ".safetensors":
             safetensors_shapes(path)
 
@@ -140,22 +142,32 @@ def safetensors_shapes(file: Path) -> dict[str, tuple[int, ...]]:
 def _check_config(content: Any, file: Path, *, trust_remote_code: bool) -> None:
     if not isinstance(content, dict):
         raise SerializationError(f"{file} must hold an object, got {shown(content)}.")
+    for name, value in _fields(content):
+        if not trust_remote_code:
+            _check_no_code(name, value, file)
+
+
+def _check_sizes(content: Any, file: Path) -> None:
+    """Refuses a model of more layers or of greater widths than the weights beside its config can be of."""
     weights = [safetensors_shapes(path) for path in file.parent.glob("*.safetensors")]
     tensors = sum(map(len, weights))
     numbers = sum(_product(shape) for shapes in weights for shape in shapes.values())
+    for name, value in _fields(content):
+        if weights and isinstance(value, int):
+            most = max(tensors, _FEW_TENSORS) if _COUNTS.search(name) else max(numbers, _FEW_NUMBERS)
+            if value > most and (_COUNTS.search(name) or _WIDTHS.search(name)):
+                raise SerializationError(
+                    f"{file}: {name} is {value}, and the weights beside it are {tensors} tensors of {numbers} numbers."
+                )
+
+
+def _fields(content: Any) -> Iterator[tuple[str, Any]]:
+    """The names and values of a config's objects, of those inside, too."""
     found = [content]
     while found:
         each = found.pop()
         for name, value in each.items():
-            if not trust_remote_code:
-                _check_no_code(name, value, file)
-            if weights and isinstance(value, int):
-                most = max(tensors, _FEW_TENSORS) if _COUNTS.search(name) else max(numbers, _FEW_NUMBERS)
-                if value > most and (_COUNTS.search(name) or _WIDTHS.search(name)):
-                    raise SerializationError(
-                        f"{file}: {name} is {value}, and the weights beside it are {tensors} tensors of {numbers} "
-                        "numbers."
-                    )
+            yield name, value
             found += [inner for inner in [value, *_inside(value)] if isinstance(inner, dict)]
 
 
