@@ -4,6 +4,7 @@ Every probe is harmless: code that would run writes a file.
 """
 
 import contextlib
+import itertools
 import json
 import os
 import re
@@ -18,7 +19,7 @@ from tiny_pipelines import PIPELINES
 
 from sysdag import Input, SerializationError, System, node
 from sysdag.components import CausalLM, Diffusion
-from sysdag.files.saved_files import check_component
+from sysdag.files.saved_files import check_component, safetensors_shapes
 from sysdag.saving.serialization import load_weights, save_system
 
 CODE = """
@@ -313,6 +314,41 @@ def test_weights_in_several_files_are_loaded_and_their_index_names_no_code(folde
     assert all(found[name].equal(value) for name, value in model.state_dict().items())
     edited(index, auto_map={"AutoModel": "org/code--probe.ProbeModel"})
     refused(folder, f"{index}: auto_map=")
+
+
+def test_a_config_is_looked_through_however_deep_once(tmp_path, monkeypatch):
+    config = tmp_path / "config.json"
+    for inside in ([[{"auto_map": "x"}]], {"a": [{"b": [[[{"auto_map": "x"}]]]}]}):
+        config.write_text(json.dumps({"a": inside}))
+        with pytest.raises(SerializationError, match="auto_map='x' asks for code"):
+            check_component(tmp_path, trust_remote_code=False)
+    nested: dict = {}
+    for _ in range(40):
+        nested = {"a": nested}
+    config.write_text(json.dumps(nested))
+    visits = itertools.count(1)
+
+    def visited(*_):
+        assert next(visits) <= 40
+
+    monkeypatch.setattr("sysdag.files.saved_files._check_no_code", visited)
+    check_component(tmp_path, trust_remote_code=False)
+    assert next(visits) == 41
+
+
+def test_the_header_of_a_file_with_weights_is_read_once(folder, monkeypatch):
+    llama().save_pretrained(folder / "draft", max_shard_size="20KB")
+    (folder / "draft/other_config.json").write_text("{}")
+    read = []
+
+    def counted(file):
+        read.append(file.name)
+        return safetensors_shapes(file)
+
+    monkeypatch.setattr("sysdag.files.saved_files.safetensors_shapes", counted)
+    check_component(folder / "draft", trust_remote_code=False)
+    assert sorted(read) == sorted(path.name for path in (folder / "draft").glob("*.safetensors"))
+    assert len(read) > 1
 
 
 def test_a_vocabulary_may_hold_any_text(folder):

@@ -7,10 +7,12 @@ in two ways. What a library raises about the rest is told with the file and the 
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
+import math
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +116,7 @@ def check_component(folder: Path, *, trust_remote_code: bool, any_format: bool =
         SerializationError: naming the file with weights that are pickled or damaged, that is no JSON, that asks for
             code, or that asks for a model which the weights beside it cannot be of.
     """
+    shapes_of = functools.cache(safetensors_shapes)
     for path in _below(folder):
         if path.suffix in _PICKLES and not any_format:
             raise SerializationError(f"{path}: weights are read from safetensors only.")
@@ -122,9 +125,10 @@ def check_component(folder: Path, *, trust_remote_code: bool, any_format: bool =
             if path.name.endswith(("config.json", "index.json")):
                 _check_config(content, path, trust_remote_code=trust_remote_code)
             if path.name.endswith("config.json"):
-                _check_sizes(content, path)
+                weights = [shapes_of(beside) for beside in path.parent.glob("*.safetensors")]
+                _check_sizes(content, path, weights)
         elif path.suffix == ".safetensors":
-            safetensors_shapes(path)
+            shapes_of(path)
 
 
 def safetensors_shapes(file: Path) -> dict[str, tuple[int, ...]]:
@@ -147,11 +151,10 @@ def _check_config(content: Any, file: Path, *, trust_remote_code: bool) -> None:
             _check_no_code(name, value, file)
 
 
-def _check_sizes(content: Any, file: Path) -> None:
+def _check_sizes(content: Any, file: Path, weights: Sequence[Mapping[str, tuple[int, ...]]]) -> None:
     """Refuses a model of more layers or of greater widths than the weights beside its config can be of."""
-    weights = [safetensors_shapes(path) for path in file.parent.glob("*.safetensors")]
     tensors = sum(map(len, weights))
-    numbers = sum(_product(shape) for shapes in weights for shape in shapes.values())
+    numbers = sum(math.prod(shape) for each in weights for shape in each.values())
     for name, value in _fields(content):
         if weights and isinstance(value, int):
             most = max(tensors, _FEW_TENSORS) if _COUNTS.search(name) else max(numbers, _FEW_NUMBERS)
@@ -162,20 +165,13 @@ def _check_sizes(content: Any, file: Path) -> None:
 
 
 def _fields(content: Any) -> Iterator[tuple[str, Any]]:
-    """The names and values of a config's objects, of those inside, too."""
-    found = [content]
-    while found:
-        each = found.pop()
-        for name, value in each.items():
-            yield name, value
-            found += [inner for inner in [value, *_inside(value)] if isinstance(inner, dict)]
-
-
-def _product(shape: tuple[int, ...]) -> int:
-    found = 1
-    for size in shape:
-        found *= size
-    return found
+    """The names and values of every object in a config, however deep in lists and objects it stands."""
+    waiting = [content]
+    while waiting:
+        each = waiting.pop()
+        if isinstance(each, dict):
+            yield from each.items()
+        waiting += _inside(each)
 
 
 def _check_no_code(name: str, value: Any, file: Path) -> None:
