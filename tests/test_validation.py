@@ -441,10 +441,40 @@ def test_lines_are_read_as_they_are_asked_for_as_all_at_once_are(ending, tmp_pat
             list(iterate_rows(path))
 
 
+COMPRESS = {"": bytes, ".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress}
+
+
+@pytest.mark.parametrize("ending", COMPRESS)
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32"])
-def test_lines_of_another_encoding_are_read_as_a_whole(encoding, tmp_path):
-    (tmp_path / "rows.jsonl").write_bytes('{"a": "ü"}\n{"a": "b"}\n'.encode(encoding))
-    assert [row["a"] for row in iterate_rows(tmp_path / "rows.jsonl")] == ["ü", "b"]
+def test_lines_of_another_encoding_are_read_as_a_whole(encoding, ending, tmp_path):
+    path = tmp_path / f"rows.jsonl{ending}"
+    path.write_bytes(COMPRESS[ending]('{"a": "ü"}\n{"a": "b"}\n'.encode(encoding)))
+    rows = list(iterate_rows(path))
+    assert [row.damage for row in rows] == ["", ""]
+    assert [row["a"] for row in rows] == ["ü", "b"]
+
+
+@pytest.mark.parametrize("ending", [ending for ending in COMPRESS if ending])
+def test_lines_of_a_file_that_is_not_whole_are_what_all_at_once_are(ending, tmp_path):
+    path = tmp_path / f"rows.jsonl{ending}"
+    whole = COMPRESS[ending](b'{"a": "b"}\n{"a": "c"}\n')
+    flipped = [whole[:at] + bytes([whole[at] ^ 255]) + whole[at + 1 :] for at in range(len(whole))]
+    utf16 = COMPRESS[ending]('{"a": "b"}'.encode("utf-16-le"))
+    refused = 0
+    for content in [*flipped, *(whole[:at] for at in range(len(whole))), whole + b"behind", whole + b"\0", utf16]:
+        path.write_bytes(content)
+        at_once = told_rows(path, lambda path: read_all(path).in_order())
+        assert told_rows(path, iterate_rows) == at_once
+        refused += isinstance(at_once, str)
+    assert refused > len(whole)
+
+
+def told_rows(path, read):
+    """Each row with what is wrong with it, or the error about the whole file."""
+    try:
+        return [(row, row.damage) for row in read(path)]
+    except DataError as error:
+        return str(error)
 
 
 def test_memory_does_not_grow_with_the_file(tmp_path):

@@ -8,13 +8,13 @@ is not there at all. Every row knows where it came from, so an error about it na
 from __future__ import annotations
 
 import bz2
+import contextlib
 import gzip
 import lzma
 import re
-import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from sysdag.errors import DataError
 from sysdag.files.arrow import read_parquet
@@ -25,7 +25,6 @@ from sysdag.traces.reshaping import renamed, reshaped
 from sysdag.traces.rows import Row, Rows
 
 FORMS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
-_DECOMPRESS = {".gz": gzip.decompress, ".bz2": bz2.decompress, ".xz": lzma.decompress}
 _OPEN: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 _MARKS = {  # what a file of text begins with, and the encoding that it stands for; the longer ones first
     b"\xff\xfe\0\0": "utf-32",
@@ -34,6 +33,7 @@ _MARKS = {  # what a file of text begins with, and the encoding that it stands f
     b"\xfe\xff": "utf-16",
     b"\xef\xbb\xbf": "utf-8-sig",
 }
+_GZIP = b"\x1f\x8b"
 _NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
 
 
@@ -89,24 +89,43 @@ def iterate_rows(
     JSON lines are read as they are asked for; other forms, and rows that are renamed or reshaped, as a whole.
     """
     path = Path(source)
-    if shape is None and not rename and split == "train" and path.is_file() and _form(path) in (".jsonl", ".ndjson"):
-        opened = _OPEN.get(path.suffix.lower(), Path.open)
-        with path.open("rb") as file:
-            start = file.read(4)
-        if opened is not Path.open or not (b"\0" in start[:2] or start.startswith((*_MARKS, b"\x1f\x8b"))):
-            yield from _streamed(path, opened)
+    is_plain = shape is None and not rename and split == "train" and path.is_file()
+    if is_plain and _form(path) in (".jsonl", ".ndjson") and _is_utf8(path):
+        for number, line in enumerate(_lines(path), start=1):
+            yield from read_lines(line, path, number).in_order()
+    else:
+        yield from read_all(source, split=split, rename=rename, shape=shape).in_order()
+
+
+def _is_utf8(path: Path) -> bool:
+    """Whether a file of text begins as `_content` leaves it."""
+    with _opened(path) as file:
+        start = file.read(4)
+    is_unnamed = path.suffix.lower() not in _OPEN and start.startswith(_GZIP)
+    return not (is_unnamed or b"\0" in start[:2] or start.startswith(tuple(_MARKS)))
+
+
+def _lines(path: Path) -> Iterator[bytes]:
+    with _opened(path) as file:
+        yield from file
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[IO[bytes]]:
+    """A file of text, decompressed as its ending says.
+
+    Raises:
+        DataError: where it is read, for a compressed file that is damaged.
+    """
+    with path.open("rb") as file:
+        if (opened := _OPEN.get(path.suffix.lower())) is None:
+            yield file
             return
-    yield from read_all(source, split=split, rename=rename, shape=shape).in_order()
-
-
-def _streamed(path: Path, opened: Callable[..., Any]) -> Iterator[Row]:
-    try:
-        with opened(path, "rb") as file:
-            for number, line in enumerate(file, start=1):
-                found = read_lines(line, path, number)
-                yield from found.in_order()
-    except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
-        raise DataError(f"{path} is no {path.suffix} file, or is damaged: {error}.") from error
+        try:
+            with opened(file) as inner:
+                yield inner
+        except Exception as error:  # of several types: EOFError, zlib.error, OSError, LZMAError
+            raise DataError(f"{path} is no {path.suffix} file, or is damaged: {error}.") from error
 
 
 def _read(source: str | Path, split: str) -> Rows:
@@ -132,7 +151,7 @@ def _read(source: str | Path, split: str) -> Rows:
 def _form(path: Path) -> str:
     """The ending that says what a file holds, compressed or not; "" for Parquet, which compresses itself."""
     endings = [ending.lower() for ending in path.suffixes[-2:]]
-    if endings and endings[-1] in _DECOMPRESS:
+    if endings and endings[-1] in _OPEN:
         return endings[0] if len(endings) == 2 and endings[0] != ".parquet" else ""
     return endings[-1] if endings else ""
 
@@ -170,14 +189,9 @@ def _content(path: Path) -> bytes:
     Raises:
         DataError: for a compressed file that is damaged or has no ending that says so, or another encoding.
     """
-    raw = path.read_bytes()
-    decompress = _DECOMPRESS.get(path.suffix.lower())
-    if decompress is not None:
-        try:
-            raw = decompress(raw)
-        except Exception as error:  # of several types: EOFError, zlib.error, OSError, LZMAError
-            raise DataError(f"{path} is no {path.suffix} file, or is damaged: {error}.") from error
-    elif raw[:2] == b"\x1f\x8b":
+    with _opened(path) as file:
+        raw = file.read()
+    if path.suffix.lower() not in _OPEN and raw.startswith(_GZIP):
         raise DataError(f"{path} is compressed with gzip; name it {path.name}.gz.")
     encoding = next((name for mark, name in _MARKS.items() if raw.startswith(mark)), None)
     if encoding is None:
