@@ -23,6 +23,7 @@ from sysdag import (
 )
 from sysdag.components import BiEncoder, Categorical, Choice, ChoicePrompt, FeatureScorer, Opaque, Tabular
 from sysdag.components.selection.scorer import Scorer
+from sysdag.data.logs import logged_runs
 from sysdag.execution.execute import fill, sample
 from sysdag.theory import enumerate_outcomes
 from sysdag.traces.cells import Draw
@@ -451,3 +452,14 @@ def test_a_component_of_finitely_many_values_tells_all_that_it_draws():
     assert Opaque(len).outcome_counts(["a"]) is None
     with pytest.raises(PlanError, match="does not draw from finitely many values"):
         Opaque(len).outcomes(["a"])
+
+
+def test_a_logged_row_whose_options_cannot_be_told_is_skipped_with_its_reason():
+    @node(choice())
+    def chosen(x):
+        return prompt(x["names"])
+
+    rows = [{"x": {"names": ["north", "east"]}, "output": 1}, {"x": {}, "output": 1}]
+    found = logged_runs(System(Input("x") >> chosen).compile(), rows, skip=True)
+    assert found.trace["chosen"] == ["east"]
+    assert dict(found.bad) == {1: "node 'chosen': its function fails on this row: KeyError: 'names'"}

@@ -97,12 +97,17 @@ def of_text(x):
     return x["text"]
 
 
-def test_routers_that_are_inputs_or_computed_decide_without_being_given():
+def of_two_kinds():
+    """x -> kind, which decides whether one or the other makes the value."""
     x = Input("x")
     tables = {"a": {"u": 0.5, "v": 0.5}}
     one, other = (node(Tabular(tables), name=name)(of_text) for name in ("one", "other"))
     kind = node(name="kind")(of_kind)
-    system = System(x >> [kind, one, other], switch(kind, {"1": one, "2": other}, name="value"))
+    return System(x >> [kind, one, other], switch(kind, {"1": one, "2": other}, name="value"))
+
+
+def test_routers_that_are_inputs_or_computed_decide_without_being_given():
+    system = of_two_kinds()
     given = {"x": {"kind": "2", "text": "a"}, "chosen": "u", "rejected": "v"}
     for objective in ("direct", "sampling"):
         assert problems(given, objective, system) == []
@@ -149,6 +154,19 @@ def test_logs_and_chosen_answers_become_runs_with_absent_values():
     runs = chosen_runs(plan, given)
     assert (runs["solve"], runs["write"], runs["solution"]) == (["u", None], [None, "u"], ["u", "u"])
     assert isinstance(runs.cells["solution"][1], Draw)
+
+
+def test_a_row_that_a_routers_function_fails_on_is_named_and_skipped():
+    plan = of_two_kinds().compile()
+    rows = [{"x": {"text": "a", "kind": "1"}, "output": "u"}, {"x": {"text": "a"}, "output": "v"}]
+    text = "node 'kind': its function fails on this row: KeyError: 'kind'"
+    found = logged_runs(plan, rows, skip=True)
+    assert (found.trace["one"], dict(found.bad)) == (["u"], {1: text})
+    with pytest.raises(DataError, match=f"^Row 1: {text}$"):
+        logged_runs(plan, rows)
+    pairs = [{"x": each["x"], "chosen": "u", "rejected": "v"} for each in rows]
+    with pytest.raises(DataError, match=f"^Row 1, {text}$"):
+        chosen_runs(plan, HeldOut(pairs, {"x": [each["x"] for each in rows]}, {}))
 
 
 def test_empty_cells_of_csv_are_no_values_of_branches_that_were_not_taken(tmp_path):

@@ -121,6 +121,18 @@ def failed_node(error: BaseException) -> str | None:
     return getattr(error, _FAILED_NODE, None)
 
 
+def told_failure(error: Exception) -> tuple[str, str]:
+    """The node at which a `Run` could not be settled, "" where it is none's function, and what there is to say."""
+    name = failed_node(error) or ""
+    text = told_function(error) if name else str(error)
+    return name, text.replace(", row 0:", ":")  # of a trace of one row, whose number says nothing
+
+
+def told_function(error: Exception) -> str:
+    """What is said of a node whose function raised an error on a row."""
+    return f"its function fails on this row: {type(error).__name__}: {error}"
+
+
 def _cell(value: Any) -> Cell:
     """A given value as a cell, as it is."""
     if isinstance(value, Draw):

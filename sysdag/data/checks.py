@@ -26,6 +26,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sysdag.components.component import Component
+from sysdag.data.branches import told_function
 from sysdag.data.columns import is_unpaired, read_columns
 from sysdag.data.preferences import Feedback, PreferencePair, Problem, UnpairedRun, encode_row
 from sysdag.errors import DataError, PlanError
@@ -181,7 +182,7 @@ class _Check:
             what = str(error).partition(", row 0: ")[2]  # of a trace of one row, whose number says nothing
             self._add("invalid value", name, side, what or str(error))
         except Exception as error:  # noqa: BLE001 - a user's function may raise anything
-            self._add("invalid value", name, side, f"its function fails on this row: {type(error).__name__}: {error}")
+            self._add("invalid value", name, side, told_function(error))
         return None
 
     def _check_node(self, trace: Trace, name: str, side: str, *, is_good: bool) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sysdag.components.component import Component
-from sysdag.data.branches import Run
+from sysdag.data.branches import Run, told_failure
 from sysdag.data.row_paths import whole_path
 from sysdag.errors import DataError
 from sysdag.graph.plan import Plan
@@ -33,8 +33,9 @@ def given_cells(
     known = {name: value for name, value in given.items() if value is not None and name in plan.order}
     try:
         run = Run(plan, inputs, known)
-    except DataError as error:
-        raise DataError(f"{where}: {str(error).replace(', row 0:', ':')}") from error
+    except Exception as error:  # a router may be computed by functions of the user's
+        name, text = told_failure(error)
+        raise DataError(f"{where}, node {name!r}: {text}" if name else f"{where}: {text}") from error
     if both := run.contradicted():
         raise DataError(f"{where}: node {both[0]!r} has a value, but another branch was taken.")
     cells: dict[str, Cell] = {}

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sysdag.data.branches import Run
+from sysdag.data.branches import Run, told_failure, told_function
 from sysdag.data.columns import input_column, is_unicode, read_inputs
 from sysdag.data.given_runs import given_cell
 from sysdag.errors import DataError, PlanError, shown
@@ -125,8 +125,9 @@ class _Reading:
             return values
         try:
             run = Run(self.plan, self.inputs, values)
-        except DataError as error:
-            self.problems.append(str(error).replace(", row 0:", ":"))
+        except Exception as error:  # noqa: BLE001 - a router may be computed by functions of the user's
+            name, text = told_failure(error)
+            self.problems.append(f"node {name!r}: {text}" if name else text)
             return values
         if both := run.contradicted():
             self.problems.append(f"node {both[0]!r} has a value, but another branch was taken.")
@@ -142,6 +143,9 @@ class _Reading:
                 trace = resolved(self.plan, trace, name)
             except DataError as error:
                 self.problems.append(f"node {name!r}: {str(error).partition(', row 0: ')[2] or error}")
+                return
+            except Exception as error:  # noqa: BLE001 - a user's function may raise anything
+                self.problems.append(f"node {name!r}: {told_function(error)}")
                 return
         self.cells = {name: column[0] for name, column in trace.cells.items()}
 

@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from sysdag.data.branches import Run, failed_node, same_value
+from sysdag.data.branches import Run, same_value, told_failure
 from sysdag.data.columns import is_unicode, is_unpaired, output_column, read_inputs, read_label, read_pair_columns
 from sysdag.data.row_paths import whole_path
 from sysdag.data.trl_prompts import explicit_prompt
@@ -316,9 +316,8 @@ class _Reading:
         try:
             run = Run(self.plan, inputs, known)
         except Exception as error:  # noqa: BLE001 - a router may be computed by functions of the user's
-            name = failed_node(error) or ""
-            what = str(error) if name == "" else f"its function fails on this row: {type(error).__name__}: {error}"
-            self._problem("invalid value", what.replace(", row 0:", ":"), name, side)
+            name, text = told_failure(error)
+            self._problem("invalid value", text, name, side)
             return {}, frozenset(self.plan.order)
         given = {name: value for name, value in run.given.items() if self.plan.switch(name) is None}
         given = {name: value for name, value in given.items() if name not in run.skipped}
