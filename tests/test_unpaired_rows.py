@@ -17,10 +17,12 @@ from sysdag.data.encoding import encode_pairs, encode_rows
 from sysdag.data.inputs import columns_beside
 from sysdag.data.preferences import UnpairedRun
 from sysdag.data.row_paths import with_whole_paths
+from sysdag.data.screening import AT_ONCE
 from sysdag.data.validation import validate_rows
 from sysdag.traces.cells import Draw
 from sysdag.traces.pairs import write_pairs
 from sysdag.traces.readers import read_rows
+from sysdag.traces.rows import Row
 from sysdag.traces.trace import Trace
 from sysdag.traces.unpaired import unpaired_row
 from sysdag.training.resume import pairs_hash
@@ -106,6 +108,16 @@ def test_one_file_holds_rows_of_one_kind():
     )
     with pytest.raises(DataError, match=r"Row 0: it is an unpaired row .* encode_rows takes rows of both kinds"):
         encode_pairs(QUESTIONS, [GOOD], "direct")
+
+
+@pytest.mark.parametrize("before", [[], [{"question": "q"}], [{"question": "q"}] * AT_ONCE])
+def test_the_row_that_says_the_kind_is_numbered_as_all_are(before):
+    damaged = Row(place="line 1", damage="not JSON.")
+    report = validate_rows(QUESTIONS, iter([damaged, *before, damaged, PAIR, damaged, GOOD]), "direct")
+    assert report.kept == (len(before),)
+    (told,) = [problem for problem in report.problems if problem.kind == "other kind"]
+    assert told.row == len(before) + 1
+    assert f"Row {len(before)} is a pair (chosen and rejected), and a training takes rows of one kind." in told.text
 
 
 def test_several_outputs_plates_and_draws():

@@ -125,7 +125,7 @@ def validate_rows(
     given = iter(rows if isinstance(rows, Iterator) else rows_of(rows))
     number = 0
     while part := list(itertools.islice(given, AT_ONCE)):
-        wanted = wanted or Wanted.of(plan, part, number)
+        wanted = wanted or Wanted.of(plan, [row for row in part if not getattr(row, "damage", "")], number)
         for row, passes in zip(part, screen.passing(part), strict=True):
             if damage := getattr(row, "damage", ""):
                 lost.add([Problem(None, "malformed", "", "", damage, row.place)])
