@@ -5,6 +5,7 @@ from switched_systems import build
 
 from sysdag import DataError, Input, System, node, switch
 from sysdag.components import Tabular
+from sysdag.data.branches import Run
 from sysdag.data.encoding import encode_pairs
 from sysdag.data.logs import logged_runs
 from sysdag.data.validation import validate_rows
@@ -167,6 +168,21 @@ def test_a_row_that_a_routers_function_fails_on_is_named_and_skipped():
     pairs = [{"x": each["x"], "chosen": "u", "rejected": "v"} for each in rows]
     with pytest.raises(DataError, match=f"^Row 1, {text}$"):
         chosen_runs(plan, HeldOut(pairs, {"x": [each["x"] for each in rows]}, {}))
+
+
+def test_what_a_run_is_asked_reruns_no_function(monkeypatch):
+    calls = []
+
+    def counted(x):
+        calls.append(x)
+        return x["kind"]
+
+    monkeypatch.setattr(f"{__name__}.of_kind", counted)
+    run = Run(of_two_kinds().compile(), {"x": {"kind": "2"}}, {"value": "u"})
+    before = len(calls)
+    assert before
+    assert (run.end_of("value"), run.possible_ends("value")) == ("other", ["other"])
+    assert len(calls) == before
 
 
 def test_empty_cells_of_csv_are_no_values_of_branches_that_were_not_taken(tmp_path):

@@ -34,15 +34,15 @@ class Run:
         self._computed = routers.union(*(plan.ancestors(router) for router in routers))
         self._inputs = {name: [value] for name, value in inputs.items()}
         while True:
-            trace = self._settled()
+            self._settle()
             known = len(self.given)
             for name in [name for name in self.given if plan.switch(name)]:
-                if (end := self._end_of(trace, name)) is not None:
+                if (end := self.end_of(name)) is not None:
                     self.given.setdefault(end, self.given[name])
             if len(self.given) == known:
                 break
-        self.undecided = frozenset(name for name in plan.order if not self._is_decided(trace, name))
-        self.skipped = frozenset(name for name, (cell,) in trace.cells.items() if cell is ABSENT)
+        self.undecided = frozenset(name for name in plan.order if not self._is_decided(name))
+        self.skipped = frozenset(name for name, (cell,) in self._trace.cells.items() if cell is ABSENT)
 
     def contradicted(self) -> list[str]:
         """Nodes that did not run, and of which a value is given; an empty text is none, as CSV has no null."""
@@ -50,67 +50,67 @@ class Run:
 
     def end_of(self, output: str) -> str | None:
         """The node whose value an output has in this run; None where that is not known."""
-        return self._end_of(self._settled(), output)
+        name = output
+        while (made := self.plan.switch(name)) is not None:
+            if (case := self._case(name)) is None:
+                return None
+            name = made.cases[case].end
+        return name
 
     def possible_ends(self, output: str) -> list[str]:
         """The nodes whose value an output may have in this run, as far as routers are known."""
-        trace, found, waiting = self._settled(), [], [output]
+        found, waiting = [], [output]
         while waiting:
             name = waiting.pop(0)
             made = self.plan.switch(name)
             if made is None:
                 found += [] if name in found or name in self.skipped else [name]
             else:
-                case = self._case(trace, name)
+                case = self._case(name)
                 waiting += [each.end for at, each in enumerate(made.cases) if case in (None, at)]
         return found
 
-    def _case(self, trace: Trace, name: str) -> int | None:
+    def _case(self, name: str) -> int | None:
         made = self.plan.switch(name)
         assert made is not None
-        if made.router in trace.inputs:
-            return made.case_of(trace.inputs[made.router][0])
-        if made.router not in trace.cells or trace.cells[made.router][0] is ABSENT:
+        if made.router in self._trace.inputs:
+            return made.case_of(self._trace.inputs[made.router][0])
+        if made.router not in self._trace.cells or self._trace.cells[made.router][0] is ABSENT:
             return None
-        return made.case_of(value_of(trace.cells[made.router][0]))
+        return made.case_of(value_of(self._trace.cells[made.router][0]))
 
-    def _end_of(self, trace: Trace, name: str) -> str | None:
-        while (made := self.plan.switch(name)) is not None:
-            if (case := self._case(trace, name)) is None:
-                return None
-            name = made.cases[case].end
-        return name
+    def _is_decided(self, name: str) -> bool:
+        return all(self._has(made.router) for made, _ in self.plan.switches_over(name))
 
-    def _is_decided(self, trace: Trace, name: str) -> bool:
-        routers = {made.router for made, _ in self.plan.switches_over(name)}
-        return all(router in trace.inputs or router in trace.cells for router in routers)
+    def _has(self, name: str) -> bool:
+        return name in self._trace.inputs or name in self._trace.cells
 
-    def _settled(self) -> Trace:
-        """What is known of the run: what is given, what it says of branches, and what routers are computed by."""
-        trace = Trace(self._inputs, {})
+    def _settle(self) -> None:
+        """Makes the trace of what is known: what is given, what it says of branches, what routers are computed by."""
+        self._trace = Trace(self._inputs, {})
         for name in self.plan.order:
-            if not self._is_decided(trace, name):
+            if not self._is_decided(name):
                 continue
-            if skipped_rows(self.plan, trace, name):
-                trace = trace.updated({name: [ABSENT]})
+            if skipped_rows(self.plan, self._trace, name):
+                cells: list[Cell] = [ABSENT]
             elif self.plan.switch(name) is None and name in self.given:
-                trace = trace.updated({name: [_cell(self.given[name])]})
-            elif name in self._computed and not self.plan.system[name].is_random and self._is_known(trace, name):
+                cells = [_cell(self.given[name])]
+            elif name in self._computed and not self.plan.system[name].is_random and self._is_known(name):
                 try:
-                    trace = trace.updated({name: draw(self.plan, trace, name)})
+                    cells = draw(self.plan, self._trace, name)
                 except Exception as error:
                     error.__dict__[_FAILED_NODE] = name
                     raise
-        return trace
+            else:
+                continue
+            self._trace = self._trace.updated({name: cells})
 
-    def _is_known(self, trace: Trace, name: str) -> bool:
-        above = [edge.parent for edge in self.plan.parents(name)]
-        if self.plan.switch(name) is not None:
-            end = self._case(trace, name)
-            above = [] if end is None else [self.plan.switch(name).cases[end].end]  # type: ignore[union-attr]
-            if not above:
-                return False
-        return all(parent in trace.inputs or parent in trace.cells for parent in above)
+    def _is_known(self, name: str) -> bool:
+        """Whether there is all that a node is computed of."""
+        if (made := self.plan.switch(name)) is None:
+            return all(self._has(edge.parent) for edge in self.plan.parents(name))
+        case = self._case(name)
+        return case is not None and self._has(made.cases[case].end)
 
 
 _FAILED_NODE = "_sysdag_failed_node"
