@@ -204,7 +204,10 @@ def write(folder: Path, recipe: Recipe, layers: Sequence[nn.Module], width: int)
 
     modules = [("", "Transformer"), ("1_Pooling", "Pooling")]
     flags = {name: mode in recipe.pooling for mode, name in _OLD_NAMES.items()}
-    _write(folder / "1_Pooling" / "config.json", {"word_embedding_dimension": width, **flags, "include_prompt": True})
+    pooling: dict[str, Any] = {"word_embedding_dimension": width, **flags, "include_prompt": True}
+    if list(recipe.pooling) != [mode for mode in MODES if mode in recipe.pooling]:
+        pooling["pooling_mode"] = list(recipe.pooling)  # an order that flags do not tell
+    _write(folder / "1_Pooling" / "config.json", pooling)
     for place, (layer, module) in enumerate(zip(recipe.layers, layers, strict=True), start=2):
         name = f"{place}_{'Normalize' if layer is None else 'Dense'}"
         modules.append((name, name.partition("_")[2]))
