@@ -93,6 +93,14 @@ def test_vectors_are_joined_in_their_order_after_saving(name, tmp_path):
         torch.testing.assert_close(vectors, torch.tensor(RECORDED[name]["documents"]), rtol=1e-5, atol=1e-6)
 
 
+def test_what_is_cut_off_is_counted_in_the_lower_case_that_is_read(tmp_path):
+    scorer = BiEncoder(write_folder(tmp_path, "lower case"))
+    text = "\N{LATIN CAPITAL LETTER I WITH DOT ABOVE}" * 40  # two characters each in lower case
+    assert len(char_tokenizer()(text)["input_ids"]) == 40
+    cut = len(char_tokenizer()(text.lower())["input_ids"]) - 64
+    assert (cut, scorer.cut_from(ChoicePrompt("why", [text])), scorer.cut_from(ChoicePrompt(text, ["so"]))) == (16,) * 3
+
+
 def test_an_encoder_of_transformers_has_the_mean_of_its_tokens_and_the_cosine():
     model, tokenizer = bert(), char_tokenizer()
     scorer = BiEncoder(model, tokenizer)

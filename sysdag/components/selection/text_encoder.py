@@ -126,14 +126,16 @@ class TextEncoder:
 
     def rows(self, texts: Sequence[str]) -> list[dict[str, list[int]]]:
         """The tokens of each text, as far as there is room."""
-        longest = self.max_length
-        options = {"truncation": longest is not None, "max_length": longest}
-        found = []
+        longest, found = self.max_length, []
         for text in texts:
-            row = dict(self.lm.tokenizer(text.lower() if self.recipe.lower_case else text, **options))
+            row = self._tokens(text, longest)
             row.setdefault("attention_mask", [1] * len(row["input_ids"]))
             found.append(row)
         return found
+
+    def _tokens(self, text: str, most: int | None) -> dict[str, list[int]]:
+        text = text.lower() if self.recipe.lower_case else text
+        return dict(self.lm.tokenizer(text, truncation=most is not None, max_length=most))
 
     def lengths(self, texts: Sequence[str]) -> list[int]:
         """How many tokens of each text are read; loads no weights."""
@@ -142,8 +144,7 @@ class TextEncoder:
     def cut_from(self, text: str) -> int:
         """How many tokens of a text there is no room for."""
         longest = self.max_length
-        whole = len(self.lm.tokenizer(text, truncation=False)["input_ids"]) if longest is not None else 0
-        return 0 if longest is None else max(0, whole - longest)
+        return 0 if longest is None else max(0, len(self._tokens(text, None)["input_ids"]) - longest)
 
     def encode(self, texts: Sequence[str], *, keeps: bool) -> Float[Tensor, "n D"]:
         """The vector of each text, fp32 or better.
