@@ -158,13 +158,17 @@ class Choice(Component):
 
     def observe(self, values: Sequence[Any]) -> list[Draw]:
         """Draws of options or their indices; which options there are depends on the input (see `in_context`)."""
-        for element, value in enumerate(values):
-            if self.k is not None and (not isinstance(value, (list, tuple)) or len(value) != self.k):
-                got = f"{len(value)}" if isinstance(value, (list, tuple)) else shown(value)
-                raise DataError(
-                    f"{self!r}: a value is a list of {self.k} options or indices, got {got}.", element=element
-                )
-        return [Draw(list(value) if self.k is not None else value) for value in values]
+        found = [self._values(value, element) for element, value in enumerate(values)]
+        return [Draw(value if self.k is None else each) for value, each in zip(values, found, strict=True)]
+
+    def _values(self, value: Any, element: int) -> list[Any]:
+        """What an observed value says was chosen, one by one."""
+        if self.k is None:
+            return [value]
+        if not isinstance(value, (list, tuple)) or len(value) != self.k:
+            got = f"{len(value)}" if isinstance(value, (list, tuple)) else shown(value)
+            raise DataError(f"{self!r}: a value is a list of {self.k} options or indices, got {got}.", element=element)
+        return list(value)
 
     def in_context(self, inputs: Sequence[Any], draws: Sequence[Draw]) -> list[Draw]:
         """Draws with the indices of what was chosen; a value that is an index becomes the option.
@@ -172,15 +176,21 @@ class Choice(Component):
         Raises:
             DataError: for a value that is no option or is equal to several, or a draw that was made of other options.
         """
+        return [
+            draw if draw.record else chosen.draw(self.k is None)
+            for draw, chosen in zip(draws, self._chosen(self._prompts(inputs), draws), strict=True)
+        ]
+
+    def _chosen(self, prompts: Sequence[ChoicePrompt], draws: Sequence[Draw]) -> list[Chosen]:
+        """What each draw chose of its row's options; see `in_context`."""
         found = []
-        for element, (prompt, draw) in enumerate(zip(self._prompts(inputs), draws, strict=True)):
+        for element, (prompt, draw) in enumerate(zip(prompts, draws, strict=True)):
             if draw.record:
-                Chosen.of(repr(self), draw, self.k, element).check_options(repr(self), prompt.options, element)
-                found.append(draw)
-                continue
-            values = [draw.value] if self.k is None else draw.value
-            chosen = Chosen.observed(repr(self), prompt.options, values, element)
-            found.append(chosen.draw(self.k is None))
+                found.append(Chosen.of(repr(self), draw, self.k, element))
+                found[-1].check_options(repr(self), prompt.options, element)
+            else:
+                values = self._values(draw.value, element)
+                found.append(Chosen.observed(repr(self), prompt.options, values, element))
         return found
 
     def check_draws(self, draws: Sequence[Draw]) -> None:
@@ -188,9 +198,9 @@ class Choice(Component):
             Chosen.of(repr(self), draw, self.k, element)
 
     def _scored(self, inputs: Sequence[Any], draws: Sequence[Draw]) -> tuple[Float[Tensor, "B n"], Int[Tensor, "B k"]]:
-        draws = self.in_context(inputs, draws)
-        logits = self._logits(self._prompts(inputs))
-        chosen = [Chosen.of(repr(self), draw, self.k, element).indices for element, draw in enumerate(draws)]
+        prompts = self._prompts(inputs)
+        chosen = [each.indices for each in self._chosen(prompts, draws)]
+        logits = self._logits(prompts)
         return logits, torch.tensor(chosen, device=logits.device)
 
     def log_prob(self, inputs: Sequence[Any], draws: Sequence[Draw]) -> Float[Tensor, " n"]:
