@@ -15,7 +15,7 @@ from sysdag.components.component import named_source
 from sysdag.components.discrete.values import Discrete
 from sysdag.components.footprint import Footprint, bytes_of
 from sysdag.components.loading_info import complete
-from sysdag.components.precision import optimizer_bytes
+from sysdag.components.precision import optimizer_bytes, widened
 from sysdag.components.text_batches import by_text
 from sysdag.errors import DataError, DeclarationNeeded, PlanError, SerializationError
 from sysdag.files.hub import reaching
@@ -148,7 +148,7 @@ class Categorical(Discrete):
                 f"{self!r}: the classifier must return logits of shape {(len(inputs), len(self.values))}, got "
                 f"{tuple(logits.shape)}."
             )
-        return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+        return widened(logits)
 
     def _read(self, texts: list[str]) -> Tensor:
         """The classifier's logits of each text, as it gives them for that text alone.

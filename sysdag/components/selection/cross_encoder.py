@@ -12,11 +12,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from sysdag.components.language.completions import tokenizer_hash
+from sysdag.components.precision import widened
 from sysdag.components.selection import encoder_footprint
 from sysdag.components.selection.bi_encoder import MAX_BATCH_TOKENS
 from sysdag.components.selection.encoder_model import PairClassifier
 from sysdag.components.selection.prompt import ChoicePrompt
-from sysdag.components.selection.scorer import Scorer, as_text, saved_options, widened
+from sysdag.components.selection.scorer import Scorer, as_text, saved_options
 from sysdag.components.text_batches import by_text
 from sysdag.errors import DataError, PlanError
 

@@ -7,7 +7,6 @@ from collections.abc import Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -147,8 +146,3 @@ def saved_options(options: Any, kinds: Mapping[str, tuple[type, ...]], owner: st
     if missing := sorted(kinds.keys() - found.keys()):
         raise SerializationError(f"{owner}: the saved options have no {missing[0]!r}.")
     return found
-
-
-def widened(scores: Tensor) -> Tensor:
-    """In fp32 or better."""
-    return scores.float() if scores.dtype in (torch.float16, torch.bfloat16) else scores

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from sysdag.components.precision import widened
 from sysdag.errors import PlanError
 
 logger = logging.getLogger(__name__)
@@ -247,7 +248,7 @@ def pooled(hidden: torch.Tensor, mask: torch.Tensor, modes: Sequence[str]) -> to
         mask: 1 for its tokens, (n, T).
         modes: of `MODES`; their vectors are joined in this order.
     """
-    wide = hidden.float() if hidden.dtype in (torch.float16, torch.bfloat16) else hidden
+    wide = widened(hidden)
     weights = mask.to(wide.dtype)[..., None]
     counts = weights.sum(1).clamp(min=1e-9)
     total = (wide * weights).sum(1)

@@ -16,11 +16,12 @@ from torch import Tensor, nn
 
 from sysdag.components import adapter
 from sysdag.components.component import evaluating
+from sysdag.components.precision import widened
 from sysdag.components.selection import sentence_folder
 from sysdag.components.selection.embedding_cache import EmbeddingCache, state_of
 from sysdag.components.selection.encoder_model import EncoderModel
 from sysdag.components.selection.sentence_folder import Recipe
-from sysdag.components.text_batches import Batch, by_text
+from sysdag.components.text_batches import Batch, by_text, is_sharded
 from sysdag.errors import DataError, PlanError
 from sysdag.files.saved_files import only
 
@@ -153,8 +154,8 @@ class TextEncoder:
             texts: with their prompts, all different.
             keeps: whether vectors are kept for the next call, where they do not depend on a gradient or dropout.
         """
-        if any(hasattr(parameter, "to_local") for parameter in self.model.parameters()):
-            keeps = False  # processes that share its weights must call it equally often
+        if is_sharded(self.model):
+            keeps = False  # processes must call it equally often
         if not self.trains:
             with torch.no_grad(), evaluating(self.model), evaluating(self.layers):
                 return self.cache(texts, self._state(), self._encoded) if keeps else self._encoded(texts)
@@ -203,7 +204,7 @@ class TextEncoder:
             )  # fmt: skip
         for layer, module in zip(self.recipe.layers, self.layers, strict=True):
             found = F.normalize(found, dim=-1) if layer is None else module(found.to(next(module.parameters()).dtype))
-        return found.float() if found.dtype in (torch.float16, torch.bfloat16) else found
+        return widened(found)
 
     def _with(self, lm: EncoderModel) -> Self:
         view = copy.copy(self)
