@@ -19,9 +19,10 @@ from sysdag.components.random_streams import RowGenerator, row_seeds
 from sysdag.components.selection import plackett_luce
 from sysdag.components.selection.prompt import ChoicePrompt, ChoiceReader, read_prompt
 from sysdag.components.selection.record import Chosen
-from sysdag.components.selection.scorer import Scorer, saved_options
+from sysdag.components.selection.scorer import Scorer
 from sysdag.components.selection.scorers import scorer_class, scorer_name
 from sysdag.errors import DataError, PlanError, SerializationError, shown
+from sysdag.files.saved_files import only
 from sysdag.traces.cells import Draw
 
 if TYPE_CHECKING:
@@ -338,7 +339,7 @@ class Choice(Component):
 
     @classmethod
     def from_pretrained(cls, folder: Path, options: Mapping[str, Any]) -> Self:
-        options = saved_options(options, _SAVED, cls.__name__)
+        options = only(options, _SAVED, cls.__name__, required=_SAVED)
         scorer = scorer_class(options["scorer"]).load(folder, options["of_scorer"])
         return cls(scorer, k=options["k"], temperature=options["temperature"])
 
