@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from sysdag.components.component import Component, check_max_tokens
-from sysdag.components.decoding import check_truncation
+from sysdag.components.decoding import check_truncation, first_undrawable
 from sysdag.components.input_reader import Argument, InputReader
 from sysdag.components.random_streams import RowGenerator, row_seeds
 from sysdag.components.selection import plackett_luce
@@ -112,9 +112,8 @@ class Choice(Component):
             DataError: for a row whose scores are nan or +inf, or too many of them -inf.
         """
         logits = self._logits(prompts)
-        good = ~(logits.isnan() | (logits == torch.inf)).any(-1) & ((logits > -torch.inf).sum(-1) >= self._count)
-        if not good.all():
-            element = int((~good).nonzero()[0, 0])
+        element = first_undrawable(logits, least=self._count)
+        if element is not None:
             own = logits[element, : len(prompts[element].options)].tolist()
             raise DataError(
                 f"{self!r}: the scores of {self._count} options or more must be finite, got {own!r:.200} for the query "
