@@ -166,6 +166,15 @@ def test_what_cannot_have_been_chosen_is_named(k, row, value, message):
     assert error.value.element == 1
 
 
+def test_a_value_of_another_length_is_refused_by_what_scores_it_too():
+    component = choice(k=2)
+    rows = [("q", ["north", "east", "up"])]
+    for score in (component.log_prob, component.typicality):
+        with pytest.raises(DataError, match="list of 2 options or indices, got 3") as error:
+            score(rows, [Draw(["north", "east", "up"])])
+        assert error.value.element == 0
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [

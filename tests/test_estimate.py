@@ -13,15 +13,16 @@ import diffusion_memory
 import peak_memory
 import pytest
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from test_residence import is_present
 from test_two_pass import gradients_of, make
 from tiny import char_tokenizer, llama
 from tiny_diffusion import clip, from_text, pooled, scheduler_of, sd3, text_unet, word_tokenizer
 from tiny_sentences import bert
+from transformers import AutoModelForSequenceClassification
 
 from sysdag import Input, PlanError, System, node
-from sysdag.components import BiEncoder, CausalLM, Choice, Diffusion, Tabular
+from sysdag.components import BiEncoder, CausalLM, Choice, CrossEncoder, Diffusion, Tabular
 from sysdag.components.component import Component
 from sysdag.components.memory import PeakBytes
 from sysdag.engine import kept_work
@@ -103,6 +104,22 @@ def test_the_weights_of_a_choice_are_counted_from_its_config():
     every = sum(p.numel() * p.element_size() for p in model.parameters())
     trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     assert (found.weights, found.trained, found.base) == (every, trained, every - trained)
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+def test_a_new_head_of_a_reranker_is_counted_with_its_one_logit(tmp_path, adapter):
+    bert().save_pretrained(tmp_path)
+    char_tokenizer().save_pretrained(tmp_path)
+    ours, pefts = (LoraConfig(r=4, target_modules=["query"], task_type=task) for task in (None, "SEQ_CLS"))
+    component = Choice(CrossEncoder(tmp_path, peft_config=ours if adapter else None))
+    found = component.footprint(tokens=20, labels=1, trains=True, checkpoints=False, device="cpu")
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path, num_labels=1)
+    base = sum(p.numel() * p.element_size() for p in loaded.parameters())
+    model = get_peft_model(loaded, pefts) if adapter else loaded
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    assert (found.weights, found.trained) == (weights, trained)
+    assert found.base == (base if adapter else 0)
 
 
 def test_two_towers_that_both_train_are_not_told():

@@ -82,6 +82,25 @@ def test_a_saved_scorer_is_a_folder_that_makes_the_same_vectors(name, tmp_path):
     torch.testing.assert_close(scored(fresh.scorer)[0], after[0], rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["joined", "joined, then dense"])
+def test_vectors_are_joined_in_their_order_after_saving(name, tmp_path):
+    (tmp_path / "saved").mkdir()
+    component = Choice(BiEncoder(write_folder(tmp_path / "model", name)))
+    options = json.loads(json.dumps(component.save_pretrained(tmp_path / "saved")))
+    for scorer in (Choice.from_pretrained(tmp_path / "saved", options).scorer, BiEncoder(tmp_path / "saved")):
+        with torch.no_grad():
+            vectors = scorer.document.encode(TEXTS, keeps=False)
+        torch.testing.assert_close(vectors, torch.tensor(RECORDED[name]["documents"]), rtol=1e-5, atol=1e-6)
+
+
+def test_what_is_cut_off_is_counted_in_the_lower_case_that_is_read(tmp_path):
+    scorer = BiEncoder(write_folder(tmp_path, "lower case"))
+    text = "\N{LATIN CAPITAL LETTER I WITH DOT ABOVE}" * 40  # two characters each in lower case
+    assert len(char_tokenizer()(text)["input_ids"]) == 40
+    cut = len(char_tokenizer()(text.lower())["input_ids"]) - 64
+    assert (cut, scorer.cut_from(ChoicePrompt("why", [text])), scorer.cut_from(ChoicePrompt(text, ["so"]))) == (16,) * 3
+
+
 def test_an_encoder_of_transformers_has_the_mean_of_its_tokens_and_the_cosine():
     model, tokenizer = bert(), char_tokenizer()
     scorer = BiEncoder(model, tokenizer)
@@ -470,9 +489,10 @@ def test_a_saved_reranker_opens_in_transformers(tmp_path):
         torch.testing.assert_close(found["model"](**pair).logits[0, 0], scored(component.scorer)[1][0])
 
 
+@pytest.mark.parametrize("name", ["dense", "joined, then dense"])
 @pytest.mark.parametrize("lora", [None, LORA])
-def test_a_saved_encoder_opens_in_sentence_transformers(tmp_path, lora):
-    scorer = BiEncoder(write_folder(tmp_path / "model", "dense"), peft_config=lora)
+def test_a_saved_encoder_opens_in_sentence_transformers(tmp_path, lora, name):
+    scorer = BiEncoder(write_folder(tmp_path / "model", name), peft_config=lora)
     with torch.no_grad():
         for parameter in scorer.own_parameters().values():
             parameter.add_(0.05)

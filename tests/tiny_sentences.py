@@ -31,6 +31,7 @@ FOLDERS = {
     "passage prompt": ("max", [], {"query": "q: ", "passage": "p: "}, "dot", None),
     "dense": ("mean", ["Dense", "Normalize"], {}, "cosine", None),
     "joined": (("mean", "weightedmean", "mean_sqrt_len_tokens"), [], {}, "dot", 20),
+    "joined, then dense": (("mean", "cls"), ["Dense"], {}, "dot", None),
     "last token of a decoder": ("lasttoken", ["Normalize"], {"query": "find: "}, "cosine", None),
     "lower case": ("mean", [], {}, "dot", None),
 }

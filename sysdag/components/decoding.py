@@ -86,6 +86,12 @@ def draw_options(
     return chosen, log_probs
 
 
+def first_undrawable(logits: Float[Tensor, "B V"], least: int = 1) -> int | None:
+    """The first row of which `least` options cannot be drawn: it has a nan or +inf, or too few above -inf."""
+    good = (logits < torch.inf).all(-1) & ((logits > -torch.inf).sum(-1) >= least)  # a nan is neither
+    return None if good.all() else int((~good).nonzero()[0, 0])
+
+
 def _race(logits: Float[Tensor, "B V"], seeds: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
     rows, options = logits.shape
     blocks = -(-options // _BLOCK)

@@ -54,6 +54,11 @@ def is_half(dtype: torch.dtype) -> bool:
     return dtype in (torch.bfloat16, torch.float16)
 
 
+def widened(tensor: Tensor) -> Tensor:
+    """In fp32 or better."""
+    return tensor.float() if is_half(tensor.dtype) else tensor
+
+
 def optimizer_bytes(parameters: Iterable[Tensor]) -> int:
     """What AdamW keeps of parameters that train: two averages, for those of 16 bits in fp32 beside an fp32 copy."""
     return sum(

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 Row = Mapping[str, Sequence[int]]
 """One text as its tokenizer gives it: `input_ids` and what is beside them, one number a token."""
@@ -37,8 +37,8 @@ def by_text(
         most_tokens: of a batch, padding included, if that is to be bounded; a longer row is a batch of its own. A
             model that is sharded over processes reads all rows in one.
     """
-    if any(hasattr(parameter, "to_local") for parameter in model.parameters()):
-        most_tokens = None  # sharded over processes, which must call it equally often
+    if is_sharded(model):
+        most_tokens = None  # processes must call it equally often
     takes = inspect.signature(model.forward).parameters
     others = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in takes.values())
     lengths = [len(row["input_ids"]) for row in rows]
@@ -59,6 +59,11 @@ def by_text(
         for place, value in zip(group, read(batch), strict=True):
             found[place] = value
     return torch.stack(found)
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether its weights are spread over processes (DTensor)."""
+    return any(hasattr(parameter, "to_local") for parameter in model.parameters())
 
 
 def _groups(lengths: Sequence[int], pads: bool, masks: bool, most_tokens: int | None) -> Iterator[list[int]]:

@@ -12,7 +12,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -222,21 +222,27 @@ def _file_meant(place: Path, said: str) -> Path:
     return max(files, key=lambda path: len(path.name), default=place)
 
 
-def only(options: Mapping[str, Any], kinds: Mapping[str, tuple[type, ...]], owner: str) -> dict[str, Any]:
+def only(
+    options: Any, kinds: Mapping[str, tuple[type, ...]], owner: str, *, required: Iterable[str] = ()
+) -> dict[str, Any]:
     """Options that a component saved, each of them known and of its type; a missing one has the default.
 
     Args:
         kinds: of JSON: int is also a float's, bool is no int.
+        required: names of those that have no default.
 
     Raises:
-        SerializationError: naming the option that no component of the class saves, or its type.
+        SerializationError: naming the option that no component of the class saves, or its type, or that is missing.
     """
+    options = options if isinstance(options, Mapping) else {"": options}
     for name, value in options.items():
         if name not in kinds:
             raise SerializationError(f"{owner}: no saved {owner} has the option {shown(name)}, only {sorted(kinds)}.")
         if not is_a(value, kinds[name]):
             expected = " or ".join("null" if kind is type(None) else kind.__name__ for kind in kinds[name])
             raise SerializationError(f"{owner}: {name} must be of type {expected}, got {shown(value)}.")
+    if missing := sorted(set(required) - options.keys()):
+        raise SerializationError(f"{owner}: the saved options have no {missing[0]!r}.")
     return dict(options)
 
 

@@ -15,9 +15,9 @@ from sysdag.components.component import named_source
 from sysdag.components.discrete.values import Discrete
 from sysdag.components.footprint import Footprint, bytes_of
 from sysdag.components.loading_info import complete
-from sysdag.components.precision import optimizer_bytes
+from sysdag.components.precision import optimizer_bytes, widened
 from sysdag.components.text_batches import by_text
-from sysdag.errors import DataError, DeclarationNeeded, PlanError, SerializationError
+from sysdag.errors import DataError, DeclarationNeeded, PlanError, SerializationError, shown
 from sysdag.files.hub import reaching
 from sysdag.files.saved_files import only, reading, safetensors_shapes
 
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 _SAVED: Mapping[str, tuple[type, ...]] = {
     "options": (list,), "max_length": (int, type(None)), "features": (int, type(None)),
 }  # fmt: skip
-_SAVED_ALWAYS = {"options", "max_length"}
 
 
 class Categorical(Discrete):
@@ -148,7 +147,7 @@ class Categorical(Discrete):
                 f"{self!r}: the classifier must return logits of shape {(len(inputs), len(self.values))}, got "
                 f"{tuple(logits.shape)}."
             )
-        return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+        return widened(logits)
 
     def _read(self, texts: list[str]) -> Tensor:
         """The classifier's logits of each text, as it gives them for that text alone.
@@ -211,9 +210,11 @@ class Categorical(Discrete):
 
     @classmethod
     def from_pretrained(cls, folder: Path, options: Mapping[str, Any]) -> Self:
-        options = only(options, _SAVED, cls.__name__)
-        if not all(isinstance(value, str) for value in options.get("options", [])) or not set(options) >= _SAVED_ALWAYS:
-            raise SerializationError(f"{cls.__name__}: saved are options, a list of texts, and max_length.")
+        options = only(options, _SAVED, cls.__name__, required=("options", "max_length"))
+        if not all(isinstance(value, str) for value in options["options"]):
+            raise SerializationError(
+                f"{cls.__name__}: options must be a list of texts, got {shown(options['options'])}."
+            )
         if "features" not in options:
             return cls(options["options"], folder, max_length=options["max_length"])
         if options["features"] is None:

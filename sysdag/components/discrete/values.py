@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sysdag.components.component import Component
-from sysdag.components.decoding import draw_options
+from sysdag.components.decoding import draw_options, first_undrawable
 from sysdag.components.random_streams import RowGenerator, row_seeds
 from sysdag.errors import DataError, shown
 from sysdag.traces.cells import Draw
@@ -36,9 +36,8 @@ class Discrete(Component):
             DataError: naming the first element whose logits give no distribution: nan, infinite, or none above -inf.
         """
         logits = self.logits(inputs)
-        good = (logits < torch.inf).all(-1) & (logits > -torch.inf).any(-1)  # a nan is neither
-        if not good.all():
-            element = int((~good).nonzero()[0, 0])
+        element = first_undrawable(logits)
+        if element is not None:
             raise DataError(
                 f"{self!r}: its features or logits are not finite (logits {logits[element].tolist()!r:.200} for the "
                 f"input {shown(inputs[element])}); check what the node's function returns, and the weights.",

@@ -83,7 +83,7 @@ class PretrainedLM(ModelDescription):
 
         return AutoModelForCausalLM
 
-    def _loader(self) -> tuple[Any, dict[str, Any]]:
+    def loader(self) -> tuple[Any, dict[str, Any]]:
         """What of transformers loads this one, and further options for that."""
         return self.auto_class(), {}
 
@@ -97,7 +97,7 @@ class PretrainedLM(ModelDescription):
         if self._is_saved_here:
             options |= {"use_safetensors": True, "output_loading_info": True}
         with reaching(self._source):
-            loader, given = self._loader()
+            loader, given = self.loader()
             model = loader.from_pretrained(self._source, **options, **given)
         if self._is_saved_here:
             model = complete(model, self._source)

@@ -16,9 +16,10 @@ from sysdag.components.language.completions import tokenizer_hash
 from sysdag.components.selection import encoder_footprint
 from sysdag.components.selection.encoder_model import EncoderModel
 from sysdag.components.selection.prompt import ChoicePrompt
-from sysdag.components.selection.scorer import Scorer, as_text, saved_options
+from sysdag.components.selection.scorer import Scorer, as_text
 from sysdag.components.selection.text_encoder import TextEncoder, saved_tower
 from sysdag.errors import DataError, PlanError, SerializationError
+from sysdag.files.saved_files import only
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -258,7 +259,7 @@ class BiEncoder(Scorer):
 
     @classmethod
     def load(cls, folder: Path, options: Mapping[str, Any]) -> Self:
-        options = saved_options(options, _SAVED, cls.__name__)
+        options = only(options, _SAVED, cls.__name__, required=_SAVED)
         limits = {name: options[name] for name in ("cache_size", "max_batch_tokens")}
         saved = options["towers"]
         if "query" not in saved or not set(saved) <= {"query", "document"}:

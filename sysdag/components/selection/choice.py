@@ -13,15 +13,16 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from sysdag.components.component import Component, check_max_tokens
-from sysdag.components.decoding import check_truncation
+from sysdag.components.decoding import check_truncation, first_undrawable
 from sysdag.components.input_reader import Argument, InputReader
 from sysdag.components.random_streams import RowGenerator, row_seeds
 from sysdag.components.selection import plackett_luce
 from sysdag.components.selection.prompt import ChoicePrompt, ChoiceReader, read_prompt
 from sysdag.components.selection.record import Chosen
-from sysdag.components.selection.scorer import Scorer, saved_options
+from sysdag.components.selection.scorer import Scorer
 from sysdag.components.selection.scorers import scorer_class, scorer_name
 from sysdag.errors import DataError, PlanError, SerializationError, shown
+from sysdag.files.saved_files import only
 from sysdag.traces.cells import Draw
 
 if TYPE_CHECKING:
@@ -111,9 +112,8 @@ class Choice(Component):
             DataError: for a row whose scores are nan or +inf, or too many of them -inf.
         """
         logits = self._logits(prompts)
-        good = ~(logits.isnan() | (logits == torch.inf)).any(-1) & ((logits > -torch.inf).sum(-1) >= self._count)
-        if not good.all():
-            element = int((~good).nonzero()[0, 0])
+        element = first_undrawable(logits, least=self._count)
+        if element is not None:
             own = logits[element, : len(prompts[element].options)].tolist()
             raise DataError(
                 f"{self!r}: the scores of {self._count} options or more must be finite, got {own!r:.200} for the query "
@@ -158,13 +158,17 @@ class Choice(Component):
 
     def observe(self, values: Sequence[Any]) -> list[Draw]:
         """Draws of options or their indices; which options there are depends on the input (see `in_context`)."""
-        for element, value in enumerate(values):
-            if self.k is not None and (not isinstance(value, (list, tuple)) or len(value) != self.k):
-                got = f"{len(value)}" if isinstance(value, (list, tuple)) else shown(value)
-                raise DataError(
-                    f"{self!r}: a value is a list of {self.k} options or indices, got {got}.", element=element
-                )
-        return [Draw(list(value) if self.k is not None else value) for value in values]
+        found = [self._values(value, element) for element, value in enumerate(values)]
+        return [Draw(value if self.k is None else each) for value, each in zip(values, found, strict=True)]
+
+    def _values(self, value: Any, element: int) -> list[Any]:
+        """What an observed value says was chosen, one by one."""
+        if self.k is None:
+            return [value]
+        if not isinstance(value, (list, tuple)) or len(value) != self.k:
+            got = f"{len(value)}" if isinstance(value, (list, tuple)) else shown(value)
+            raise DataError(f"{self!r}: a value is a list of {self.k} options or indices, got {got}.", element=element)
+        return list(value)
 
     def in_context(self, inputs: Sequence[Any], draws: Sequence[Draw]) -> list[Draw]:
         """Draws with the indices of what was chosen; a value that is an index becomes the option.
@@ -172,15 +176,21 @@ class Choice(Component):
         Raises:
             DataError: for a value that is no option or is equal to several, or a draw that was made of other options.
         """
+        return [
+            draw if draw.record else chosen.draw(self.k is None)
+            for draw, chosen in zip(draws, self._chosen(self._prompts(inputs), draws), strict=True)
+        ]
+
+    def _chosen(self, prompts: Sequence[ChoicePrompt], draws: Sequence[Draw]) -> list[Chosen]:
+        """What each draw chose of its row's options; see `in_context`."""
         found = []
-        for element, (prompt, draw) in enumerate(zip(self._prompts(inputs), draws, strict=True)):
+        for element, (prompt, draw) in enumerate(zip(prompts, draws, strict=True)):
             if draw.record:
-                Chosen.of(repr(self), draw, self.k, element).check_options(repr(self), prompt.options, element)
-                found.append(draw)
-                continue
-            values = [draw.value] if self.k is None else draw.value
-            chosen = Chosen.observed(repr(self), prompt.options, values, element)
-            found.append(chosen.draw(self.k is None))
+                found.append(Chosen.of(repr(self), draw, self.k, element))
+                found[-1].check_options(repr(self), prompt.options, element)
+            else:
+                values = self._values(draw.value, element)
+                found.append(Chosen.observed(repr(self), prompt.options, values, element))
         return found
 
     def check_draws(self, draws: Sequence[Draw]) -> None:
@@ -188,9 +198,9 @@ class Choice(Component):
             Chosen.of(repr(self), draw, self.k, element)
 
     def _scored(self, inputs: Sequence[Any], draws: Sequence[Draw]) -> tuple[Float[Tensor, "B n"], Int[Tensor, "B k"]]:
-        draws = self.in_context(inputs, draws)
-        logits = self._logits(self._prompts(inputs))
-        chosen = [Chosen.of(repr(self), draw, self.k, element).indices for element, draw in enumerate(draws)]
+        prompts = self._prompts(inputs)
+        chosen = [each.indices for each in self._chosen(prompts, draws)]
+        logits = self._logits(prompts)
         return logits, torch.tensor(chosen, device=logits.device)
 
     def log_prob(self, inputs: Sequence[Any], draws: Sequence[Draw]) -> Float[Tensor, " n"]:
@@ -328,7 +338,7 @@ class Choice(Component):
 
     @classmethod
     def from_pretrained(cls, folder: Path, options: Mapping[str, Any]) -> Self:
-        options = saved_options(options, _SAVED, cls.__name__)
+        options = only(options, _SAVED, cls.__name__, required=_SAVED)
         scorer = scorer_class(options["scorer"]).load(folder, options["of_scorer"])
         return cls(scorer, k=options["k"], temperature=options["temperature"])
 

@@ -12,13 +12,15 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from sysdag.components.language.completions import tokenizer_hash
+from sysdag.components.precision import widened
 from sysdag.components.selection import encoder_footprint
 from sysdag.components.selection.bi_encoder import MAX_BATCH_TOKENS
 from sysdag.components.selection.encoder_model import PairClassifier
 from sysdag.components.selection.prompt import ChoicePrompt
-from sysdag.components.selection.scorer import Scorer, as_text, saved_options, widened
+from sysdag.components.selection.scorer import Scorer, as_text
 from sysdag.components.text_batches import by_text
 from sysdag.errors import DataError, PlanError
+from sysdag.files.saved_files import only
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -183,7 +185,7 @@ class CrossEncoder(Scorer):
 
     @classmethod
     def load(cls, folder: Path, options: Mapping[str, Any]) -> Self:
-        options = saved_options(options, _SAVED, cls.__name__)
+        options = only(options, _SAVED, cls.__name__, required=_SAVED)
         lm = PairClassifier.load(folder, options["model"])
         return cls(lm, max_length=options["max_length"], max_batch_tokens=options["max_batch_tokens"])
 

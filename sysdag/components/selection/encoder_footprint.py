@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,11 +21,10 @@ from sysdag.components.footprint import Footprint, bytes_of, make_fake
 from sysdag.components.memory import SavedBytes
 from sysdag.components.precision import optimizer_bytes
 from sysdag.components.selection import sentence_folder
-from sysdag.components.selection.encoder_model import EncoderModel
 
 if TYPE_CHECKING:
     from sysdag.components.selection.cross_encoder import CrossEncoder
-    from sysdag.components.selection.encoder_model import PairClassifier
+    from sysdag.components.selection.encoder_model import EncoderModel, PairClassifier
     from sysdag.components.selection.text_encoder import TextEncoder
 
 
@@ -51,11 +51,7 @@ def of_towers(
     )
     if found is None or not beside:
         return found
-    frozen = _weights(beside[0].lm)
-    return Footprint(
-        weights=found.weights + frozen, base=found.base, trained=found.trained, optimizer=found.optimizer,
-        reference=found.reference, graph=found.graph, working=found.working,
-    )  # fmt: skip
+    return replace(found, weights=found.weights + sum(map(bytes_of, _built(beside[0].lm, False).parameters())))
 
 
 def of_classifier(
@@ -73,14 +69,9 @@ def of_classifier(
 
 def _built(lm: EncoderModel | PairClassifier, trains: bool) -> Any:
     """The model, without numbers."""
-    config = lm.config
-    kind = lm.loader() if isinstance(lm, EncoderModel) else lm.auto_class()
+    kind, given = lm.loader()
     with torch.device("meta"):
-        return kind.from_config(config, dtype=lm.dtype(trains))
-
-
-def _weights(lm: EncoderModel | PairClassifier) -> int:
-    return sum(map(bytes_of, _built(lm, False).parameters()))
+        return kind.from_config(given.get("config", lm.config), dtype=lm.dtype(trains))
 
 
 def _of(

@@ -57,18 +57,15 @@ class EncoderModel(_Pretrained):
 
         return self.is_named and config.get("model_type") in MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES
 
-    def loader(self) -> Any:
-        """What of transformers loads it: of an encoder-decoder, the encoder."""
+    def loader(self) -> tuple[Any, dict[str, Any]]:
+        """See `PretrainedLM`; of an encoder-decoder, the encoder is loaded."""
         from transformers import AutoModel, AutoModelForTextEncoding
         from transformers.models.auto.modeling_auto import MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES
 
         config = self.config
         alone = MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES.get(config.model_type) in (config.architectures or [])
         is_part = getattr(config, "is_encoder_decoder", False) or alone
-        return AutoModelForTextEncoding if is_part else AutoModel
-
-    def _loader(self) -> tuple[Any, dict[str, Any]]:
-        return self.loader(), {}
+        return AutoModelForTextEncoding if is_part else AutoModel, {}
 
 
 class PairClassifier(_Pretrained):
@@ -106,7 +103,8 @@ class PairClassifier(_Pretrained):
             found.modules_to_save = sorted({*(found.modules_to_save or ()), *_HEADS})
         return found
 
-    def _loader(self) -> tuple[Any, dict[str, Any]]:
+    def loader(self) -> tuple[Any, dict[str, Any]]:
+        """See `PretrainedLM`; with the config of a head that has one logit."""
         config = copy.deepcopy(self.config)
         if self._wants_head(config.to_dict()):
             config.num_labels = 1

@@ -11,8 +11,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from sysdag.components.precision import widened
 from sysdag.components.selection.prompt import ChoicePrompt
-from sysdag.components.selection.scorer import Scorer, widened
+from sysdag.components.selection.scorer import Scorer
 from sysdag.errors import DataError, DeclarationNeeded, PlanError, shown
 
 

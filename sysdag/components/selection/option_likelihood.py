@@ -15,13 +15,17 @@ from torch import Tensor, nn
 from sysdag.components.input_reader import InputReader
 from sysdag.components.language.causal_lm import CausalLM
 from sysdag.components.selection.prompt import ChoicePrompt
-from sysdag.components.selection.scorer import Scorer, as_text, saved_options
+from sysdag.components.selection.scorer import Scorer, as_text
 from sysdag.errors import DataError, PlanError
+from sysdag.files.saved_files import only
 from sysdag.traces.cells import Draw
 
 if TYPE_CHECKING:
     from sysdag.components.component import Component
     from sysdag.components.footprint import Footprint
+
+
+_SAVED: Mapping[str, tuple[type, ...]] = {"per_token": (bool,), "model": (dict,)}
 
 
 class OptionLikelihood(Scorer):
@@ -143,7 +147,7 @@ class OptionLikelihood(Scorer):
 
     @classmethod
     def load(cls, folder: Path, options: Mapping[str, Any]) -> Self:
-        options = saved_options(options, {"per_token": (bool,), "model": (dict,)}, cls.__name__)
+        options = only(options, _SAVED, cls.__name__, required=_SAVED)
         return cls(CausalLM.from_pretrained(folder, options["model"]), per_token=options["per_token"])
 
     @property

@@ -7,14 +7,12 @@ from collections.abc import Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from sysdag.components.input_reader import InputReader
 from sysdag.components.selection.prompt import ChoicePrompt
-from sysdag.errors import DataError, DeclarationNeeded, SerializationError, shown
-from sysdag.files.saved_files import only
+from sysdag.errors import DataError, DeclarationNeeded, shown
 
 if TYPE_CHECKING:
     from sysdag.components.component import Component
@@ -135,20 +133,3 @@ def as_text(owner: str, value: Any, what: str, element: int) -> str:
             element=element,
         )
     return str(value)
-
-
-def saved_options(options: Any, kinds: Mapping[str, tuple[type, ...]], owner: str) -> dict[str, Any]:
-    """What a scorer or a choice saved: all of these options, and no others.
-
-    Raises:
-        SerializationError: naming the option that is missing, unknown, or of another type.
-    """
-    found = only(options if isinstance(options, Mapping) else {"": options}, kinds, owner)
-    if missing := sorted(kinds.keys() - found.keys()):
-        raise SerializationError(f"{owner}: the saved options have no {missing[0]!r}.")
-    return found
-
-
-def widened(scores: Tensor) -> Tensor:
-    """In fp32 or better."""
-    return scores.float() if scores.dtype in (torch.float16, torch.bfloat16) else scores

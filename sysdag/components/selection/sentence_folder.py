@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from sysdag.components.precision import widened
 from sysdag.errors import PlanError
 
 logger = logging.getLogger(__name__)
@@ -109,17 +110,15 @@ def read(owner: str, found: Callable[[str], Path | None]) -> Recipe | None:
     Raises:
         PlanError: for a module or an option that makes another vector than is made here, naming it.
     """
-    if found("modules.json") is None:
+    listed = found("modules.json")
+    if listed is None:
         return None
-    modules = _json(found, "modules.json", [])
     recipe, pools = Recipe(), False
-    for module in modules:
+    for module in json.loads(listed.read_text(encoding="utf-8")):
         kind, path = str(module["type"]).rpartition(".")[2], str(module.get("path", ""))
         if not str(module["type"]).startswith("sentence_transformers."):
             raise PlanError(f"{owner}: its module {module['type']} is code of its own, which sysdag does not run.")
-        options = (
-            _json(found, f"{path}/config.json".lstrip("/"), {}) if kind in ("Pooling", "Dense", "Normalize") else {}
-        )
+        options = _json(found, f"{path}/config.json".lstrip("/")) if kind in ("Pooling", "Dense") else {}
         if kind == "Transformer":
             recipe = replace(recipe, transformer=path, **_of_transformer(owner, found, path))
         elif kind == "Pooling":
@@ -137,7 +136,7 @@ def read(owner: str, found: Callable[[str], Path | None]) -> Recipe | None:
             )
     if not pools:
         raise PlanError(f"{owner}: modules.json lists no Pooling, so it makes no vector of a text.")
-    config = _json(found, "config_sentence_transformers.json", {})
+    config = _json(found, "config_sentence_transformers.json")
     recipe = replace(recipe, **_prompts(owner, config.get("prompts") or {}))
     if not includes and (recipe.query_prompt or recipe.document_prompt):
         raise PlanError(
@@ -147,13 +146,13 @@ def read(owner: str, found: Callable[[str], Path | None]) -> Recipe | None:
     return recipe.changed(owner, similarity=config.get("similarity_fn_name"))
 
 
-def _json(found: Callable[[str], Path | None], file: str, default: Any) -> Any:
+def _json(found: Callable[[str], Path | None], file: str) -> Any:
     path = found(file)
-    return default if path is None else json.loads(path.read_text(encoding="utf-8"))
+    return {} if path is None else json.loads(path.read_text(encoding="utf-8"))
 
 
 def _of_transformer(owner: str, found: Callable[[str], Path | None], path: str) -> dict[str, Any]:
-    options = _json(found, f"{path}/sentence_bert_config.json".lstrip("/"), {})
+    options = _json(found, f"{path}/sentence_bert_config.json".lstrip("/"))
     task = options.get("transformer_task", "feature-extraction")
     if task != "feature-extraction":
         raise PlanError(f"{owner}: its transformer is for {task!r}, and gives no vectors of texts.")
@@ -204,7 +203,10 @@ def write(folder: Path, recipe: Recipe, layers: Sequence[nn.Module], width: int)
 
     modules = [("", "Transformer"), ("1_Pooling", "Pooling")]
     flags = {name: mode in recipe.pooling for mode, name in _OLD_NAMES.items()}
-    _write(folder / "1_Pooling" / "config.json", {"word_embedding_dimension": width, **flags, "include_prompt": True})
+    pooling: dict[str, Any] = {"word_embedding_dimension": width, **flags, "include_prompt": True}
+    if list(recipe.pooling) != [mode for mode in MODES if mode in recipe.pooling]:
+        pooling["pooling_mode"] = list(recipe.pooling)  # an order that flags do not tell
+    _write(folder / "1_Pooling" / "config.json", pooling)
     for place, (layer, module) in enumerate(zip(recipe.layers, layers, strict=True), start=2):
         name = f"{place}_{'Normalize' if layer is None else 'Dense'}"
         modules.append((name, name.partition("_")[2]))
@@ -244,7 +246,7 @@ def pooled(hidden: torch.Tensor, mask: torch.Tensor, modes: Sequence[str]) -> to
         mask: 1 for its tokens, (n, T).
         modes: of `MODES`; their vectors are joined in this order.
     """
-    wide = hidden.float() if hidden.dtype in (torch.float16, torch.bfloat16) else hidden
+    wide = widened(hidden)
     weights = mask.to(wide.dtype)[..., None]
     counts = weights.sum(1).clamp(min=1e-9)
     total = (wide * weights).sum(1)

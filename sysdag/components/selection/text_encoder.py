@@ -16,11 +16,12 @@ from torch import Tensor, nn
 
 from sysdag.components import adapter
 from sysdag.components.component import evaluating
+from sysdag.components.precision import widened
 from sysdag.components.selection import sentence_folder
 from sysdag.components.selection.embedding_cache import EmbeddingCache, state_of
 from sysdag.components.selection.encoder_model import EncoderModel
 from sysdag.components.selection.sentence_folder import Recipe
-from sysdag.components.text_batches import Batch, by_text
+from sysdag.components.text_batches import Batch, by_text, is_sharded
 from sysdag.errors import DataError, PlanError
 from sysdag.files.saved_files import only
 
@@ -126,14 +127,16 @@ class TextEncoder:
 
     def rows(self, texts: Sequence[str]) -> list[dict[str, list[int]]]:
         """The tokens of each text, as far as there is room."""
-        longest = self.max_length
-        options = {"truncation": longest is not None, "max_length": longest}
-        found = []
+        longest, found = self.max_length, []
         for text in texts:
-            row = dict(self.lm.tokenizer(text.lower() if self.recipe.lower_case else text, **options))
+            row = self._tokens(text, longest)
             row.setdefault("attention_mask", [1] * len(row["input_ids"]))
             found.append(row)
         return found
+
+    def _tokens(self, text: str, most: int | None) -> dict[str, list[int]]:
+        text = text.lower() if self.recipe.lower_case else text
+        return dict(self.lm.tokenizer(text, truncation=most is not None, max_length=most))
 
     def lengths(self, texts: Sequence[str]) -> list[int]:
         """How many tokens of each text are read; loads no weights."""
@@ -142,8 +145,7 @@ class TextEncoder:
     def cut_from(self, text: str) -> int:
         """How many tokens of a text there is no room for."""
         longest = self.max_length
-        whole = len(self.lm.tokenizer(text, truncation=False)["input_ids"]) if longest is not None else 0
-        return 0 if longest is None else max(0, whole - longest)
+        return 0 if longest is None else max(0, len(self._tokens(text, None)["input_ids"]) - longest)
 
     def encode(self, texts: Sequence[str], *, keeps: bool) -> Float[Tensor, "n D"]:
         """The vector of each text, fp32 or better.
@@ -152,8 +154,8 @@ class TextEncoder:
             texts: with their prompts, all different.
             keeps: whether vectors are kept for the next call, where they do not depend on a gradient or dropout.
         """
-        if any(hasattr(parameter, "to_local") for parameter in self.model.parameters()):
-            keeps = False  # processes that share its weights must call it equally often
+        if is_sharded(self.model):
+            keeps = False  # processes must call it equally often
         if not self.trains:
             with torch.no_grad(), evaluating(self.model), evaluating(self.layers):
                 return self.cache(texts, self._state(), self._encoded) if keeps else self._encoded(texts)
@@ -202,7 +204,7 @@ class TextEncoder:
             )  # fmt: skip
         for layer, module in zip(self.recipe.layers, self.layers, strict=True):
             found = F.normalize(found, dim=-1) if layer is None else module(found.to(next(module.parameters()).dtype))
-        return found.float() if found.dtype in (torch.float16, torch.bfloat16) else found
+        return widened(found)
 
     def _with(self, lm: EncoderModel) -> Self:
         view = copy.copy(self)
