@@ -138,6 +138,9 @@ class GenerationRules:
 
     def along(self, source: Sequence[int], target: Sequence[int]) -> Iterator[dict[int, str]]:
         """At each token of a target those that may not stand there; nothing is said of what is `forced`."""
+        if self.forbid_nothing:
+            yield from ({} for _ in target)
+            return
         said, of_source = _Ngrams(self.ngram, (self.start,)), _Ngrams(self.source_ngram, source)
         ids = [self.start]
         for token in target:
@@ -167,6 +170,8 @@ class GenerationRules:
         Raises:
             DataError: naming the token, its place and the setting.
         """
+        if self.forbid_nothing:
+            return
         for place, (token, forbidden) in enumerate(zip(target, self.along(source, target), strict=True)):
             forced = self.forced(place)
             if forced is not None:
