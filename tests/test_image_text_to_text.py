@@ -384,3 +384,21 @@ def test_an_adapter_of_its_own_trains_and_is_saved(tmp_path):
         assert (reference.log_prob(PROMPTS[:2], draws) - moved).abs().min() > 1e-3
         again = ImageTextToText.from_pretrained(tmp_path / "saved", node.save_pretrained(tmp_path / "saved"))
         torch.testing.assert_close(again.log_prob(PROMPTS[:2], draws), moved)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("view", ["reference", "fresh"])
+def test_a_view_that_is_made_before_any_image_is_read_leaves_its_component_its_own(view, tmp_path):
+    model, processor = build("smolvlm")
+    for each in (model, processor):
+        each.save_pretrained(tmp_path)
+    config = LoraConfig(r=2, target_modules=r".*text_model.*(q_proj|v_proj)")
+    node = ImageTextToText(str(tmp_path), peft_config=config, max_new_tokens=4)
+    made = node.reference() if view == "reference" else node.fresh()
+    if view == "fresh":
+        made.share_base([node])
+    draws = node.in_context([PROMPTS[1]], node.observe(["a red cube"]))
+    for reader, seed in ((made, 1), (node, 2), (made, 2), (node, 1)):
+        prompt = asked(picture(seed, 16, 16))
+        want = by_hand("smolvlm", prompt, draws[0].record["token_ids"])
+        torch.testing.assert_close(reader.log_prob([prompt], draws)[0], want, rtol=2e-5, atol=2e-5)

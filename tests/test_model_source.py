@@ -262,6 +262,24 @@ def test_options_of_a_repository_find_tokenizer_and_config_too(base, monkeypatch
     assert asked[AutoModelForCausalLM] == {"revision": "abc", "dtype": torch.bfloat16, **untrusted}
 
 
+@pytest.mark.parametrize("ends", [[3, 4], None], ids=["a generation config", "none"])
+def test_the_end_tokens_are_of_the_files_that_the_options_find(tmp_path, ends):
+    model, named = llama(), {"subfolder": "inner"}
+    model.config.eos_token_id = 5
+    model.generation_config.eos_token_id = ends
+    model.save_pretrained(tmp_path / "whole" / "inner")
+    char_tokenizer().save_pretrained(tmp_path / "whole" / "inner")
+    if ends is None:
+        (tmp_path / "whole" / "inner" / "generation_config.json").unlink()
+    component = CausalLM(tmp_path / "whole", model_kwargs=named)
+    truth = AutoModelForCausalLM.from_pretrained(tmp_path / "whole", **named).generation_config.eos_token_id
+    assert truth == ends or [truth] == [5]
+    want = [component.tokenizer.eos_token_id, *(ends or [5])]
+    assert component.lm.eos_token_ids == want  # before it is loaded
+    assert component.module.generation_config.eos_token_id == truth
+    assert component.lm.eos_token_ids == want
+
+
 @pytest.mark.parametrize("adapted", [True, False])
 def test_options_survive_saving(base, tmp_path, adapted):
     kwargs = {"torch_dtype": torch.bfloat16, "attn_implementation": "eager", "revision": "main", "device_map": None}

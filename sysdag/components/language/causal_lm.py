@@ -13,7 +13,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sysdag.components.adapter_support import needs_numbers
-from sysdag.components.component import check_max_tokens
 from sysdag.components.language import footprint
 from sysdag.components.language.completer import Completer
 from sysdag.components.language.constrained_model import ConstrainedModel
@@ -21,7 +20,6 @@ from sysdag.components.language.decoder import PromptInputs
 from sysdag.components.language.engines.choice import LOCAL, Decoder, Server, chosen_decoder, kind_of
 from sysdag.components.language.engines.continuous import sample_continuously
 from sysdag.components.language.engines.server_decoder import ServerDecoder
-from sysdag.components.language.non_finite import first_non_finite
 from sysdag.components.language.prefix_scorer import PrefixScorer
 from sysdag.components.language.pretrained import PretrainedLM
 from sysdag.components.language.router_loss import RouterLoss
@@ -225,26 +223,9 @@ class CausalLM(ConstrainedModel):
                 self._router_loss = scorer.router_loss if balances else None
             return found
 
-    def _scored_sequences(
-        self, inputs: Sequence[Any], draws: Sequence[Draw]
-    ) -> tuple[list[tuple[list[int], list[int]]], list[Sequence[int] | None]]:
-        """Prompts and completions, and for each completion which of its tokens count."""
-        draws = self.in_context(inputs, draws)
-        sequences = self._in_room(inputs, draws)
-        masks = [draw.record.get("completion_mask") for draw in draws]
-        return sequences, [mask and mask[: len(ids)] for mask, (_, ids) in zip(masks, sequences, strict=True)]
-
     def take_auxiliary_loss(self) -> tuple[float, Tensor] | None:
         found, self._router_loss = self._router_loss, None
         return None if found is None or found.value is None else (found.coefficient, found.value)
-
-    def micro_batches(self, inputs: Sequence[Any], draws: Sequence[Draw], max_tokens: int | None) -> list[list[int]]:
-        """See `Component`; an element's tokens are those that are computed, padding included and shared ones once."""
-        check_max_tokens(max_tokens)
-        if max_tokens is None or not draws:
-            return [list(range(len(draws)))] if draws else []
-        with self.lm.at_work() as model:
-            return self._scorer_of(model).groups(self._sequences(inputs, draws), max_tokens)
 
     def footprint(
         self, *, tokens: int, labels: int, trains: bool, checkpoints: bool, device: str
@@ -275,20 +256,9 @@ class CausalLM(ConstrainedModel):
             self._scorer = PrefixScorer(model, pack_prefixes=self.pack_prefixes, opening=opening)
         return self._scorer
 
-    def locate_non_finite(self, input: Any, draw: Draw) -> str:
-        """The first token whose log-probability is not finite given what precedes it alone."""
-        [(prompt, completion)] = self._sequences([input], [draw])
-        with self.lm.at_work() as model:
-
-            def last(before: Sequence[int]) -> Tensor:
-                ids = torch.tensor([[*prompt, *before]], device=self.device)
-                return model(input_ids=ids).logits[0, -1]
-
-            place = first_non_finite(last, completion)
-        if place is None:
-            return ""
-        text = self.tokenizer.decode([completion[place]])
-        return f"token {place + 1} of {len(completion)}, {text!r} (id {completion[place]})"
+    def _logits_after(self, model: Any, prompt: Sequence[int], written: Sequence[int]) -> Tensor:
+        ids = torch.tensor([[*prompt, *written]], device=self.device)
+        return model(input_ids=ids).logits[0, -1]
 
     def _on(self, lm: PretrainedLM) -> Self:
         view = super()._on(lm)

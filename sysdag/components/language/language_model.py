@@ -6,6 +6,7 @@ import copy
 import inspect
 from abc import abstractmethod
 from collections.abc import Hashable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -13,10 +14,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from sysdag.components.component import Component
+from sysdag.components.component import Component, check_max_tokens
 from sysdag.components.decoding import check_truncation
 from sysdag.components.language.chat_template import RESERVED, schemas
 from sysdag.components.language.completer import Completer
+from sysdag.components.language.non_finite import first_non_finite
 from sysdag.components.language.pretrained import PretrainedLM
 from sysdag.components.language.stop_strings import StopStrings, stop_strings
 from sysdag.components.language.text_component import TextComponent
@@ -157,6 +159,41 @@ class LanguageModel(TextComponent):
         typicality: bool = False,
     ) -> Float[Tensor, " n"]:
         """Sums over each completion's tokens: of log p, those behind its first ones weighted; or see `typicality`."""
+
+    def _scored_sequences(
+        self, inputs: Sequence[Any], draws: Sequence[Draw]
+    ) -> tuple[list[tuple[list[int], list[int]]], list[Sequence[int] | None]]:
+        """Prompts and completions, and for each completion which of its tokens count."""
+        draws = self.in_context(inputs, draws)
+        sequences = self._in_room(inputs, draws)
+        masks = [draw.record.get("completion_mask") for draw in draws]
+        return sequences, [mask and mask[: len(ids)] for mask, (_, ids) in zip(masks, sequences, strict=True)]
+
+    def micro_batches(self, inputs: Sequence[Any], draws: Sequence[Draw], max_tokens: int | None) -> list[list[int]]:
+        """See `Component`; an element's tokens are those that are computed, padding included and shared ones once."""
+        check_max_tokens(max_tokens)
+        if max_tokens is None or not draws:
+            return [list(range(len(draws)))] if draws else []
+        with self.lm.at_work() as model:
+            return self._scorer_of(model).groups(self._sequences(inputs, draws), max_tokens)
+
+    @abstractmethod
+    def _scorer_of(self, model: Any) -> Any:
+        """What scores sequences with the model as it is now, and groups them."""
+
+    def locate_non_finite(self, input: Any, draw: Draw) -> str:
+        """The first token whose log-probability is not finite given what precedes it alone."""
+        [(prompt, completion)] = self._sequences([input], [draw])
+        with self.lm.at_work() as model:
+            place = first_non_finite(partial(self._logits_after, model, prompt), completion)
+        if place is None:
+            return ""
+        text = self.tokenizer.decode([completion[place]])
+        return f"token {place + 1} of {len(completion)}, {text!r} (id {completion[place]})"
+
+    @abstractmethod
+    def _logits_after(self, model: Any, prompt: Sequence[int], written: Sequence[int]) -> Tensor:
+        """The logits (V,) of the token that follows the first ones of a completion, by a plain forward."""
 
     def _rows_at_once(self, rows: int, tokens: int) -> int:
         """How many of the rows that are asked for are decoded side by side, each of so many tokens."""

@@ -70,7 +70,7 @@ class ModelDescription:
         self._model: Any = None
         self._config: Any = None
         self._tokenizer: Any = None
-        self._named_ends: list[Any] | None = None
+        self._generation_config: Any = None
         self.adapter: str | None = None
         self.adapter_off = False
         self.model_kwargs = model_source.loading_options(model_kwargs or {}, f"{self.kind}({self._given!r})")
@@ -219,23 +219,27 @@ class ModelDescription:
         return list(dict.fromkeys([self.tokenizer.eos_token_id, *listed]))
 
     def _configured_ends(self) -> Any:
-        """Those of the model's generation config, or of its config where it has none; loads no weights."""
+        return getattr(self._configured(), "eos_token_id", None)
+
+    def _configured(self) -> Any:
+        """The model's generation config, one made of its config where it has none; loads no weights."""
         if self._model is None and self._base_owner is not None:
-            return self._base_owner._configured_ends()
+            return self._base_owner._configured()
         source = self._source if self._model is None else self._model
         if not isinstance(source, (str, Path)):
-            return getattr(getattr(source, "generation_config", None), "eos_token_id", None)
-        if self._named_ends is None:
+            return getattr(source, "generation_config", None)
+        if self._generation_config is None:
             from transformers import GenerationConfig
 
+            self._resolve()
+            found = model_source.finding(self.model_kwargs)
+            is_there = (Path(self._source) / "generation_config.json").exists()
             try:
-                saved = self.saved_folder if (Path(source) / "generation_config.json").exists() else None
-                with reading(saved), reaching(source):
-                    found = GenerationConfig.from_pretrained(source).eos_token_id
+                with reading(self.saved_folder if is_there else None), reaching(self._source):
+                    self._generation_config = GenerationConfig.from_pretrained(self._source, **found)
             except OSError:  # the model has none; transformers then makes one of its config
-                found = getattr(self.config, "eos_token_id", None)
-            self._named_ends = [found]
-        return self._named_ends[0]
+                self._generation_config = GenerationConfig.from_model_config(self.config)
+        return self._generation_config
 
     @property
     def pad_token_id(self) -> int:

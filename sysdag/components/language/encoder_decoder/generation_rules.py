@@ -131,21 +131,27 @@ class GenerationRules:
             return self.forced_first
         return self.forced_end if written == self.max_new_tokens - 1 else None
 
-    def forbidden(self, source: Sequence[int], target: Sequence[int]) -> dict[int, str]:
+    def of_source(self, source: Sequence[int]) -> Ngrams:
+        """What a source keeps from being said."""
+        return Ngrams(self.source_ngram, source)
+
+    def forbidden(self, of_source: Ngrams, target: Sequence[int]) -> dict[int, str]:
         """The tokens that may not follow new ones, each with the setting that forbids it; see `along`."""
-        said, of_source = _Ngrams(self.ngram, (self.start, *target)), _Ngrams(self.source_ngram, source)
-        return self._forbidden((self.start, *target), said, of_source)
+        return self._forbidden((self.start, *target), Ngrams(self.ngram, (self.start, *target)), of_source)
 
     def along(self, source: Sequence[int], target: Sequence[int]) -> Iterator[dict[int, str]]:
         """At each token of a target those that may not stand there; nothing is said of what is `forced`."""
-        said, of_source = _Ngrams(self.ngram, (self.start,)), _Ngrams(self.source_ngram, source)
+        if self.forbid_nothing:
+            yield from ({} for _ in target)
+            return
+        said, of_source = Ngrams(self.ngram, (self.start,)), self.of_source(source)
         ids = [self.start]
         for token in target:
             yield self._forbidden(ids, said, of_source)
             ids.append(token)
             said.add(token)
 
-    def _forbidden(self, ids: Sequence[int], said: _Ngrams, of_source: _Ngrams) -> dict[int, str]:
+    def _forbidden(self, ids: Sequence[int], said: Ngrams, of_source: Ngrams) -> dict[int, str]:
         found = dict.fromkeys(self.suppressed, "suppress_tokens")
         if len(ids) == (1 if self.forced_first is None else 2):
             found |= dict.fromkeys(self.suppressed_first, "begin_suppress_tokens")
@@ -167,6 +173,8 @@ class GenerationRules:
         Raises:
             DataError: naming the token, its place and the setting.
         """
+        if self.forbid_nothing:
+            return
         for place, (token, forbidden) in enumerate(zip(target, self.along(source, target), strict=True)):
             forced = self.forced(place)
             if forced is not None:
@@ -185,7 +193,7 @@ class GenerationRules:
             )
 
 
-class _Ngrams:
+class Ngrams:
     """What a text has said behind each n-1 tokens; with n = 0 nothing."""
 
     def __init__(self, size: int, ids: Sequence[int]) -> None:

@@ -7,12 +7,9 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sysdag.components.language import model_source
 from sysdag.components.language.encoder_decoder.generation_rules import KNOWN, GenerationRules
 from sysdag.components.language.pretrained import PretrainedLM
 from sysdag.errors import PlanError
-from sysdag.files.hub import reaching
-from sysdag.files.saved_files import reading
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -53,7 +50,6 @@ class PretrainedSeq2Seq(PretrainedLM):
         self.src_lang: str | None = None
         self.tgt_lang: str | None = None
         self.own_settings: dict[str, Any] = {}
-        self._generation_config: Any = None
         self._spoken: tuple[Any, Any] | None = None
 
     @classmethod
@@ -142,25 +138,6 @@ class PretrainedSeq2Seq(PretrainedLM):
         config = self._configured()
         names = ("eos_token_id", "bos_token_id", *KNOWN)
         return {name: getattr(config, name, None) for name in names} | self.own_settings
-
-    def _configured(self) -> Any:
-        if self._model is None and self._base_owner is not None:
-            return self._base_owner._configured()
-        source = self._source if self._model is None else self._model
-        if not isinstance(source, (str, Path)):
-            return source.generation_config
-        if self._generation_config is None:
-            from transformers import GenerationConfig
-
-            self._resolve()
-            found = model_source.finding(self.model_kwargs)
-            is_there = (Path(self._source) / "generation_config.json").exists()
-            try:
-                with reading(self.saved_folder if is_there else None), reaching(self._source):
-                    self._generation_config = GenerationConfig.from_pretrained(self._source, **found)
-            except OSError:  # the model has none; transformers then makes one of its config
-                self._generation_config = GenerationConfig.from_model_config(self.config)
-        return self._generation_config
 
     def _configured_ends(self) -> Any:
         return self.settings["eos_token_id"]

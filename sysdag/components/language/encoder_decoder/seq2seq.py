@@ -12,7 +12,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sysdag.components.adapter_support import needs_numbers
-from sysdag.components.component import check_max_tokens
 from sysdag.components.footprint import Footprint
 from sysdag.components.language.completer import Completer
 from sysdag.components.language.encoder_decoder import memory
@@ -22,7 +21,6 @@ from sysdag.components.language.encoder_decoder.source_rows import plain_logits,
 from sysdag.components.language.encoder_decoder.target_scorer import TargetScorer
 from sysdag.components.language.encoder_decoder.targets import TargetEncoder
 from sysdag.components.language.language_model import LanguageModel
-from sysdag.components.language.non_finite import first_non_finite
 from sysdag.components.language.prompts import PromptEncoder
 from sysdag.components.language.sampling import MAX_BATCH_TOKENS
 from sysdag.errors import DataError, PlanError
@@ -178,8 +176,7 @@ class Seq2Seq(LanguageModel):
         weights: tuple[Sequence[int], float] | None = None,
         typicality: bool = False,
     ) -> Float[Tensor, " n"]:
-        draws = self.in_context(inputs, draws)
-        pairs = self._in_room(inputs, draws)
+        pairs, masks = self._scored_sequences(inputs, draws)
         rules, spelled = self.rules, self._completion_encoder().spelled
         for element, (source, target) in enumerate(pairs):
             try:
@@ -187,36 +184,16 @@ class Seq2Seq(LanguageModel):
             except DataError as error:
                 error.element = element
                 raise
-        masks = [draw.record.get("completion_mask") for draw in draws]
-        masks = [mask and mask[: len(target)] for mask, (_, target) in zip(masks, pairs, strict=True)]
         with self.lm.at_work() as model:
             return self._scorer_of(model)(pairs, masks, weights=weights, typicality=typicality)
-
-    def micro_batches(self, inputs: Sequence[Any], draws: Sequence[Draw], max_tokens: int | None) -> list[list[int]]:
-        """See `Component`; an element's tokens are its target's, and its source's where no other one has it."""
-        check_max_tokens(max_tokens)
-        if max_tokens is None or not draws:
-            return [list(range(len(draws)))] if draws else []
-        with self.lm.at_work() as model:
-            return self._scorer_of(model).groups(self._sequences(inputs, draws), max_tokens)
 
     def _scorer_of(self, model: Any) -> TargetScorer:
         if self._scorer is None or not self._scorer.fits(model, self.rules):
             self._scorer = TargetScorer(model, self.rules)
         return self._scorer
 
-    def locate_non_finite(self, input: Any, draw: Draw) -> str:
-        """The first token whose log-probability is not finite given what precedes it alone."""
-        [(source, target)] = self._sequences([input], [draw])
-        with self.lm.at_work() as model:
-
-            def last(before: Sequence[int]) -> Tensor:
-                return plain_logits(model, source, [self.rules.start, *before])[-1]
-
-            place = first_non_finite(last, target)
-        if place is None:
-            return ""
-        return f"token {place + 1} of {len(target)}, {self.tokenizer.decode([target[place]])!r} (id {target[place]})"
+    def _logits_after(self, model: Any, prompt: Sequence[int], written: Sequence[int]) -> Tensor:
+        return plain_logits(model, prompt, [self.rules.start, *written])[-1]
 
     def footprint(self, *, tokens: int, labels: int, trains: bool, checkpoints: bool, device: str) -> Footprint | None:
         """See `sysdag.components.language.encoder_decoder.memory`; None as for `CausalLM`."""

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from sysdag.components.language import key_value_slabs
 from sysdag.components.language.decoder import ByLength, Decoder
-from sysdag.components.language.encoder_decoder.generation_rules import GenerationRules
+from sysdag.components.language.encoder_decoder.generation_rules import GenerationRules, Ngrams
 from sysdag.components.language.key_value_slabs import Entering
 from sysdag.components.language.language_head import inner_model
 from sysdag.components.language.probe import probing, token_ids
@@ -154,12 +154,13 @@ class RuledRows:
 
     def __init__(self, rows: Decoder, rules: GenerationRules) -> None:
         self.rows, self.rules = rows, rules
-        self._written: list[tuple[Sequence[int], list[int]]] = []  # the source of each row, and its new tokens
+        self._written: list[tuple[Ngrams, list[int]]] = []  # of the source of each row, and its new tokens
 
     def enter(self, prompts: Sequence[Sequence[int]], repeats: Sequence[int]) -> Tensor:
         logits = self.rows.enter(prompts, repeats)
-        self._written = [(prompt, []) for prompt, count in zip(prompts, repeats, strict=True) for _ in range(count)]
-        return self._ruled(logits, [(prompt, []) for prompt in prompts])
+        sources = [self.rules.of_source(prompt) for prompt in prompts]
+        self._written = [(source, []) for source, count in zip(sources, repeats, strict=True) for _ in range(count)]
+        return self._ruled(logits, [(source, []) for source in sources])
 
     def keep(self, rows: Sequence[int]) -> None:
         self.rows.keep(rows)
@@ -171,7 +172,7 @@ class RuledRows:
         ]
         return self._ruled(self.rows.extend(tokens), self._written)
 
-    def _ruled(self, logits: Tensor, written: Sequence[tuple[Sequence[int], list[int]]]) -> Tensor:
+    def _ruled(self, logits: Tensor, written: Sequence[tuple[Ngrams, list[int]]]) -> Tensor:
         found = logits.clone()
         for row, (source, target) in enumerate(written):
             forced = self.rules.forced(len(target))

@@ -110,8 +110,8 @@ class TargetScorer:
         forbidden: dict[int, list[int]] = {}
         for number, ((source, target), mask) in enumerate(zip(pairs, masks, strict=True)):
             seen = 0
-            rules = self.rules.along(source, target) if not self.rules.forbid_nothing else ({} for _ in target)
-            for place, (token, no) in enumerate(zip(target, rules, strict=True)):
+            along = self.rules.along(source, target)
+            for place, (token, no) in enumerate(zip(target, along, strict=True)):
                 if mask is not None and not mask[place]:
                     continue
                 seen += 1

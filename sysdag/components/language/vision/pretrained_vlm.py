@@ -114,9 +114,10 @@ class PretrainedVLM(PretrainedLM):
 
     def forward_of(self, model: Any) -> ImageForward:
         """What a model is called through."""
-        if model not in self._forwards:
-            self._forwards[model] = ImageForward(model, self.processing)
-        return self._forwards[model]
+        found = self._forwards.get(model)
+        if found is None or found.processing is not self.processing:  # another view's, which share the dict
+            found = self._forwards[model] = ImageForward(model, self.processing)
+        return found
 
     @contextlib.contextmanager
     def at_work(self) -> Iterator[Any]:
