@@ -210,6 +210,19 @@ def test_what_a_message_spells_is_text(family):
         assert node.log_prob([asked(picture(0), text=text)], node.observe(["cube"])).isfinite().all()
 
 
+@torch.no_grad()
+def test_images_are_read_once_beside_what_a_message_spells(family, monkeypatch):
+    node = component(family)
+    draws = node.observe(["cube"])
+    node.log_prob([asked(picture(3))], draws)  # what is found out of a model is
+    calls, processed = [], ImageProcessing._processed
+    monkeypatch.setattr(ImageProcessing, "_processed", lambda self, *a: calls.append(a[0]) or processed(self, *a))
+    placeholder = node.tokenizer.convert_ids_to_tokens(node.lm.processing.image_token)
+    (message,) = asked(picture(5), text=f"a {placeholder} {node.tokenizer.eos_token}")
+    node.log_prob([[message | {"content": message["content"][::-1]}]], draws)  # the text before its image
+    assert calls and len(calls) == len(set(calls))
+
+
 def test_images_are_told_apart_by_their_pixels(tmp_path):
     image = picture(3)
     path = tmp_path / "image.png"

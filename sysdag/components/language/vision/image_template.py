@@ -10,7 +10,7 @@ from typing import Any
 from sysdag.components.language.chat_template import ChatTemplate
 from sysdag.components.language.control_tokens import ControlTokens, Marks
 from sysdag.components.language.messages import ChatPrompt, Message
-from sysdag.components.language.vision.image_parts import checked_with_images, images_of, without_pixels
+from sysdag.components.language.vision.image_parts import HeldImage, checked_with_images, images_of, without_pixels
 from sysdag.components.language.vision.prompt_images import FIRST, ImageProcessing, PromptImages
 from sysdag.errors import DataError
 
@@ -59,19 +59,28 @@ class ImageChatTemplate(ChatTemplate):
         if not images:
             ids = self._tokenised(rendered, controls, marks)
             return [*self._before(rendered), *ids], None
-        # What only spells a placeholder is none: the processor must not see it.
+        if marks is None:
+            ids, found = self.processing(rendered, images)
+        else:
+            ids, found = self._ids_of_marked(rendered, images, controls, marks)
+        return [*self._before(rendered), *ids], found
+
+    def _ids_of_marked(
+        self, rendered: str, images: Sequence[HeldImage], controls: ControlTokens | None, marks: Marks
+    ) -> tuple[list[int], PromptImages]:
+        """As the processing's own; what only spells a placeholder is none: the processor must not see it."""
         spellings: list[str] = []
 
         def hidden(found: re.Match[str]) -> str:
             spellings.append(found.group())
-            return f"{marks[0]}{len(spellings) - 1}{marks[1]}" if marks else ""
+            return f"{marks[0]}{len(spellings) - 1}{marks[1]}"
 
-        text = re.sub(f"{marks[0]}.*?{marks[1]}", hidden, rendered, flags=re.DOTALL) if marks else rendered
-        ids, found, written = self.processing(text, images)
-        if marks:
-            shown = re.sub(f"{marks[0]}(\\d+){marks[1]}", lambda match: spellings[int(match.group(1))], written)
-            ids, found = self.processing.told_apart(self._tokenised(shown, controls, marks), images, text)
-        return [*self._before(rendered), *ids], found
+        def shown(written: str) -> list[int]:
+            text = re.sub(f"{marks[0]}(\\d+){marks[1]}", lambda match: spellings[int(match.group(1))], written)
+            return self._tokenised(text, controls, marks)
+
+        text = re.sub(f"{marks[0]}.*?{marks[1]}", hidden, rendered, flags=re.DOTALL)
+        return self.processing(text, images, retokenised=shown)
 
     def _marked(self, prompt: ChatPrompt) -> tuple[ControlTokens, ChatPrompt, Marks] | None:
         """The messages with what only spells a control token marked; None where nothing does."""

@@ -13,7 +13,7 @@ import copy
 import hashlib
 import weakref
 from collections import OrderedDict, deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,14 +70,17 @@ class ImageProcessing:
         self._held: OrderedDict[int, dict[str, Tensor]] = OrderedDict()
         self._by_row: dict[str, bool] | None = None
 
-    def __call__(self, text: str, images: Sequence[HeldImage]) -> tuple[list[int], PromptImages, str]:
+    def __call__(
+        self, text: str, images: Sequence[HeldImage], retokenised: Callable[[str], list[int]] | None = None
+    ) -> tuple[list[int], PromptImages]:
         """Token ids of a text whose images are put in, without what the tokenizer puts around a text.
 
         Args:
             text: a rendered conversation, one placeholder an image.
+            retokenised: the ids of the text that the processor tokenised, in place of the tokenizer's own.
 
         Returns:
-            the ids, the placeholders' own among them; the images; and the text that was tokenised.
+            the ids, the placeholders' own among them; and the images.
 
         Raises:
             DataError: for images that the processor refuses, or more or fewer of them than the text has places for.
@@ -85,7 +88,7 @@ class ImageProcessing:
         """
         written, made = self._processed(text, images)
         ids = made.pop("input_ids")[0].tolist()
-        return (*self.told_apart(ids, images, text, made), written)
+        return self.told_apart(ids if retokenised is None else retokenised(written), images, text, made)
 
     def told_apart(
         self, ids: Sequence[int], images: Sequence[HeldImage], text: str, made: Mapping[str, Tensor] | None = None
