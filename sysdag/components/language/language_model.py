@@ -257,7 +257,7 @@ class LanguageModel(TextComponent):
 
     @property
     def trusts_remote_code(self) -> bool:
-        return self.lm.model_kwargs.get("trust_remote_code") is True
+        return self.lm.trusts_remote_code
 
     def read_from(self, folder: Path, *, trust_remote_code: bool) -> None:
         super().read_from(folder, trust_remote_code=trust_remote_code)
@@ -273,10 +273,7 @@ class LanguageModel(TextComponent):
 
     def share_base(self, others: Iterable[Component]) -> None:
         """Puts its adapter on the model of one of the others that names the same one, loaded alike."""
-        for other in others:
-            if isinstance(other, LanguageModel) and self.lm.may_share_with(other.lm):
-                self.lm.share_base(other.lm)
-                return
+        self.lm.share_base_of_one(other.lm for other in others if isinstance(other, LanguageModel))
 
     def connect(self, components: Mapping[str, Component]) -> None:
         """Shares the loaded base of the component that it was saved with."""

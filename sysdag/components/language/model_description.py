@@ -92,6 +92,11 @@ class ModelDescription:
         if trust_remote_code:
             self.model_kwargs["trust_remote_code"] = True
 
+    @property
+    def trusts_remote_code(self) -> bool:
+        """Whether its repository's own code may run."""
+        return self.model_kwargs.get("trust_remote_code") is True
+
     def _resolve(self) -> None:
         """Finds out what the name points at, once: an adapter's folder stands for its base with that adapter on it.
 

@@ -9,7 +9,7 @@ import contextlib
 import copy
 import logging
 import weakref
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -297,6 +297,11 @@ class PretrainedLM(ModelDescription):
     def share_base(self, owner: PretrainedLM) -> None:
         """Loads nothing of its own, but works on the base that another one loads."""
         self._base_owner = owner
+
+    def share_base_of_one(self, owners: Iterable[PretrainedLM]) -> None:
+        """Works on the base of the first of them with which it may share (see `may_share_with`), if there is one."""
+        if (owner := next(filter(self.may_share_with, owners), None)) is not None:
+            self.share_base(owner)
 
     def load_weights(self, folder: Path) -> None:
         """Replaces the weights in place by those that `save` wrote."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -192,11 +191,9 @@ class BiEncoder(Scorer):
         return self.query.lm.base_key if self.is_shared else None
 
     def share_base(self, others: Iterable[Component]) -> None:
-        for other in others:
-            scorer = getattr(other, "scorer", None)
-            if self.is_shared and isinstance(scorer, BiEncoder) and self.query.lm.may_share_with(scorer.query.lm):
-                self.query.lm.share_base(scorer.query.lm)
-                return
+        if self.is_shared:
+            scorers = (getattr(other, "scorer", None) for other in others)
+            self.query.lm.share_base_of_one(each.query.lm for each in scorers if isinstance(each, BiEncoder))
 
     def connect(self, components: Mapping[str, Component]) -> None:
         owner = getattr(components.get(self.query.lm.base_component or ""), "scorer", None)
@@ -274,17 +271,12 @@ class BiEncoder(Scorer):
 
     @property
     def trusts_remote_code(self) -> bool:
-        return any(tower.lm.model_kwargs.get("trust_remote_code") is True for tower in self._towers.values())
+        return any(tower.lm.trusts_remote_code for tower in self._towers.values())
 
     def read_from(self, folder: Path, *, trust_remote_code: bool) -> None:
         for name, tower in self._towers.items():
             place = _below(folder, name, len(self._towers))
             tower.lm.read_from(place, trust_remote_code=trust_remote_code)
-
-    def refilled(self, folder: Path, options: Mapping[str, Any]) -> Self:
-        made = copy.deepcopy(self)
-        made.load_weights(folder)
-        return made
 
     def load_weights(self, folder: Path) -> None:
         for name, tower in self._towers.items():

@@ -81,9 +81,7 @@ class CrossEncoder(Scorer):
     @property
     def max_length(self) -> int | None:
         """Most tokens of a pair; None where nothing limits it."""
-        positions = getattr(self.lm.config.get_text_config(), "max_position_embeddings", None)
-        limits = [self._max_length, self.lm.tokenizer.model_max_length, positions]
-        return self._max_length or min((n for n in limits if n is not None and 0 < n < 10**9), default=None)
+        return self._max_length or self.lm.longest_text
 
     def _pairs(self, prompt: ChoicePrompt, element: int) -> list[tuple[str, str]]:
         query = as_text(repr(self), prompt.query, "query", element)
@@ -136,11 +134,8 @@ class CrossEncoder(Scorer):
         return self.lm.base_key
 
     def share_base(self, others: Iterable[Component]) -> None:
-        for other in others:
-            scorer = getattr(other, "scorer", None)
-            if isinstance(scorer, CrossEncoder) and self.lm.may_share_with(scorer.lm):
-                self.lm.share_base(scorer.lm)
-                return
+        scorers = (getattr(other, "scorer", None) for other in others)
+        self.lm.share_base_of_one(each.lm for each in scorers if isinstance(each, CrossEncoder))
 
     def connect(self, components: Mapping[str, Component]) -> None:
         owner = getattr(components.get(self.lm.base_component or ""), "scorer", None)
@@ -191,15 +186,10 @@ class CrossEncoder(Scorer):
 
     @property
     def trusts_remote_code(self) -> bool:
-        return self.lm.model_kwargs.get("trust_remote_code") is True
+        return self.lm.trusts_remote_code
 
     def read_from(self, folder: Path, *, trust_remote_code: bool) -> None:
         self.lm.read_from(folder, trust_remote_code=trust_remote_code)
-
-    def refilled(self, folder: Path, options: Mapping[str, Any]) -> Self:
-        made = copy.deepcopy(self)
-        made.load_weights(folder)
-        return made
 
     def load_weights(self, folder: Path) -> None:
         self.lm.load_weights(folder)

@@ -20,6 +20,13 @@ class _Pretrained(PretrainedLM):
     def _check_tokenizer(self, tokenizer: Any) -> None:
         return
 
+    @property
+    def longest_text(self) -> int | None:
+        """How many tokens tokenizer and model have room for; None where nothing limits it."""
+        positions = getattr(self.config.get_text_config(), "max_position_embeddings", None)
+        limits = (self.tokenizer.model_max_length, positions)
+        return min((limit for limit in limits if limit is not None and 0 < limit < 10**9), default=None)
+
 
 class EncoderModel(_Pretrained):
     """A model that gives each token of a text a vector."""

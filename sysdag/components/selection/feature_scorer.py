@@ -102,12 +102,6 @@ class FeatureScorer(Scorer):
             "its load_weights with this folder."
         )
 
-    def refilled(self, folder: Path, options: Mapping[str, Any]) -> Self:
-        view = copy.copy(self)
-        view._module = copy.deepcopy(self._module)
-        view.load_weights(folder)
-        return view
-
     def load_weights(self, folder: Path) -> None:
         from safetensors.torch import load_model
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -111,9 +112,11 @@ class Scorer(ABC):
         """A scorer from what `save` wrote and returned."""
         raise DeclarationNeeded(f"{cls.__name__} has no `load` that builds it from its folder.")
 
-    @abstractmethod
     def refilled(self, folder: Path, options: Mapping[str, Any]) -> Self:
         """A copy of this one with what `save` wrote."""
+        made = copy.deepcopy(self)
+        made.load_weights(folder)
+        return made
 
     @abstractmethod
     def load_weights(self, folder: Path) -> None:

@@ -109,21 +109,9 @@ class TextEncoder:
         return found
 
     @property
-    def width(self) -> int:
-        """Of its vectors."""
-        dense = [layer for layer in self.recipe.layers if layer is not None]
-        config = self.lm.config.get_text_config()
-        return dense[-1].outputs if dense else config.hidden_size * len(self.recipe.pooling)
-
-    @property
     def max_length(self) -> int | None:
         """Most tokens of a text; None where nothing limits it."""
-        limits = [self.recipe.max_length]  # first: it says in which folder the others are
-        tokenizer, config = self.lm.tokenizer, self.lm.config.get_text_config()
-        limits += [tokenizer.model_max_length]
-        limits.append(getattr(config, "max_position_embeddings", None))
-        known = [limit for limit in limits if limit is not None and 0 < limit < 10**9]
-        return self.recipe.max_length or min(known, default=None)
+        return self.recipe.max_length or self.lm.longest_text  # in this order: the recipe says in which folder lm is
 
     def rows(self, texts: Sequence[str]) -> list[dict[str, list[int]]]:
         """The tokens of each text, as far as there is room."""
@@ -230,11 +218,10 @@ class TextEncoder:
     def save(self, folder: Path) -> dict[str, Any]:
         """Writes a folder that sentence-transformers reads."""
         options = self.lm.save(folder)
-        longest = self.max_length
-        recipe = self.recipe.changed(repr(self), max_length=longest)
-        dense = [layer for layer in recipe.layers if layer is not None]
-        width = dense[0].inputs if dense else self.width
-        sentence_folder.write(folder, recipe, list(self.layers), width // len(recipe.pooling))
+        recipe = self.recipe.changed(repr(self), max_length=self.max_length)
+        dense = [layer.inputs for layer in recipe.layers if layer is not None]
+        width = dense[0] // len(recipe.pooling) if dense else self.lm.config.get_text_config().hidden_size
+        sentence_folder.write(folder, recipe, list(self.layers), width)
         return options
 
     def load_weights(self, folder: Path) -> None:
