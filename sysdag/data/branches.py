@@ -73,11 +73,9 @@ class Run:
     def _case(self, name: str) -> int | None:
         made = self.plan.switch(name)
         assert made is not None
-        if made.router in self._trace.inputs:
-            return made.case_of(self._trace.inputs[made.router][0])
-        if made.router not in self._trace.cells or self._trace.cells[made.router][0] is ABSENT:
+        if not self._has(made.router) or self._trace.cells.get(made.router, [None])[0] is ABSENT:
             return None
-        return made.case_of(value_of(self._trace.cells[made.router][0]))
+        return made.case_of(self._trace[made.router][0])
 
     def _is_decided(self, name: str) -> bool:
         return all(self._has(made.router) for made, _ in self.plan.switches_over(name))

@@ -8,7 +8,7 @@ from sysdag.errors import DataError, PlanError, shown
 from sysdag.execution.rows import at_row, row_names
 from sysdag.graph.plan import Plan
 from sysdag.graph.switches import Branching
-from sysdag.traces.cells import ABSENT, Cell, value_of
+from sysdag.traces.cells import ABSENT, Cell
 from sysdag.traces.trace import Trace
 
 
@@ -21,14 +21,11 @@ def cases_taken(plan: Plan, trace: Trace, made: Branching) -> list[int | None]:
     """
     names = row_names(trace)
     skipped = skipped_rows(plan, trace, made.name)
-    if made.router in trace.inputs:
-        kind, values = "Input", list(trace.inputs[made.router])
-    elif made.router in trace.cells:
-        kind, values = "Node", [value_of(cell) for cell in trace.cells[made.router]]
-    else:
+    if made.router not in trace.inputs and made.router not in trace.cells:
         raise PlanError(f"The switch {made.name!r} asks its router {made.router!r}, of which the trace has no values.")
+    kind = "Input" if made.router in trace.inputs else "Node"
     found: list[int | None] = []
-    for row, value in enumerate(values):
+    for row, value in enumerate(trace[made.router]):
         found.append(None if row in skipped else made.case_of(value))
         if row not in skipped and found[-1] is None:
             with at_row(row):

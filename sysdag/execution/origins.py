@@ -41,9 +41,8 @@ class Origins:
 def _origin(plan: Plan, name: str) -> Literal["input", "drawn", "computed"]:
     if any(given.name == name for given in plan.system.inputs):
         return "input"
-    if made := plan.switch(name):
-        return "drawn" if all(_origin(plan, case.end) == "drawn" for case in made.cases) else "computed"
-    return "drawn" if plan.system[name].is_random else "computed"
+    is_drawn = all(plan.system[end].is_random for end in plan.ends_of(name))
+    return "drawn" if is_drawn else "computed"
 
 
 def _computed_of(plan: Plan, name: str) -> list[str]:
