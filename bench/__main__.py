@@ -32,6 +32,7 @@ COMMANDS = OPS | {
     "decode": "sampling and search with a language model against generate, generate_batch and a former build",
     "beam_search": "diverse beam search against transformers 4.56's group beam search; needs --peer-python",
     "sweep": "linear_logprob over the number of rows and the vocabulary",
+    "growth": "time and memory of a step and of commands against k, nodes, the prompt's length and rows of data",
     "study": "the paper's experiments on small systems that train from scratch here",
     "reference_free": "a step, and its scores, of a loss without a reference against one with",
     "diversity": "what searches for candidates leave standing on a real language model; needs --model",

@@ -49,6 +49,7 @@ SIZES = {
     "narrow": Size(2048, 24, 8, 4096, {**NARROW, "num_hidden_layers": 4}, rank=1),
     "deep": Size(2048, 24, 8, 4096, {**NARROW, "num_hidden_layers": 24}, rank=1),
 }  # fmt: skip
+SIZES |= {f"prompt {tokens}": SIZES["small"]._replace(prompt=tokens) for tokens in (128, 512, 1024, 2048, 4096)}
 
 
 def size_of(name: str) -> Size:
@@ -85,7 +86,7 @@ def model(seed: int, size: Size, device: str) -> Any:
     if size.folder:
         return AutoModelForCausalLM.from_pretrained(size.folder, dtype=torch.float32).to(device).eval()
     config = Qwen2Config(
-        vocab_size=size.vocabulary, pad_token_id=0, eos_token_id=1, max_position_embeddings=4096,
+        vocab_size=size.vocabulary, pad_token_id=0, eos_token_id=1, max_position_embeddings=8192,
         tie_word_embeddings=False, **size.shape,
     )  # fmt: skip
     with torch.random.fork_rng(), torch.device(device):

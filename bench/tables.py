@@ -7,6 +7,7 @@ factors are ratios of the medians that stand beside them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -21,6 +22,12 @@ STEP_WAYS = {
     "one pass": "sysdag, one pass",
     "straightforward": "straightforward",
     "trl": "TRL",
+}
+GROWN = {
+    "k": ("candidates k", "k"),
+    "nodes": ("nodes of a chain", "n"),
+    "prompt": ("tokens of the prompt", "T"),
+    "rows": ("rows of data", "N"),
 }
 NOT_RUN = "not run on a GPU yet"
 FLOOR = "bare products"
@@ -252,6 +259,30 @@ def decode_table(folder: Path = measure.RESULTS) -> str:
     return f"{measure.described(rows[0], 'cpu')}; `python -m bench decode --model FOLDER --csv`:\n\n{table}"
 
 
+def growth_table(folder: Path = measure.RESULTS) -> str:
+    """What grows along each line: first and last time and peak, and the exponents through the last two points."""
+    file = folder / "growth-cpu.csv"
+    if not file.exists():
+        return "Growth: not measured on a CPU yet."
+    rows = measure.read(file)
+    lines = [["", "what", "from to", "time", "grows as", "peak memory", "grows as"], ["---"] * 3 + ["---:"] * 4]
+    for line, name in dict.fromkeys((row["line"], row["name"]) for row in rows):
+        own = [row for row in rows if (row["line"], row["name"]) == (line, name)]
+        at, seconds, mib = ([float(row[key]) for row in own] for key in ("at", "seconds", "peak_mib"))
+        times = f"{duration(seconds[0] * 1e3)} to {duration(seconds[-1] * 1e3)}"
+        peaks = f"{mib[0]:.0f} to {mib[-1]:.0f} MiB"
+        powers = [f"{GROWN[line][1]}^{exponent(at, values):.2f}" for values in (seconds, mib)]
+        lines.append([GROWN[line][0], name, f"{at[0]:.0f} to {at[-1]:.0f}", times, powers[0], peaks, powers[1]])
+    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return f"{measure.described(rows[0], 'cpu')}; `python -m bench growth --csv`:\n\n{table}"
+
+
+def exponent(at: Sequence[float], values: Sequence[float]) -> float:
+    """Of the power law through the last two points; nan where a value is not above 0."""
+    (first, last), (low, high) = at[-2:], values[-2:]
+    return math.log(high / low) / math.log(last / first) if min(low, high) > 0 else math.nan
+
+
 def render(folder: Path = measure.RESULTS) -> str:
     """What stands between the ops' markers."""
     drawn = sorted(FIGURES.glob("linear_logprob-*.svg"))
@@ -280,7 +311,7 @@ def replaced(text: str, content: str, what: str = "ops", page: str = PAGE.name) 
 def written(text: str) -> str:
     """The page with all its tables made anew."""
     text = replaced(replaced(text, render()), step_table(), "step")
-    text = replaced(text, counts_table(), "counts")
+    text = replaced(replaced(text, counts_table(), "counts"), growth_table(), "growth")
     return replaced(replaced(text, diffusion_table(), "diffusion"), decode_table(), "decode")
 
 
