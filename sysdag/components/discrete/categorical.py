@@ -16,6 +16,7 @@ from sysdag.components.discrete.values import Discrete
 from sysdag.components.footprint import Footprint, bytes_of
 from sysdag.components.loading_info import complete
 from sysdag.components.precision import optimizer_bytes, widened
+from sysdag.components.saved_tokenizer import read_tokenizer
 from sysdag.components.text_batches import by_text
 from sysdag.errors import DataError, DeclarationNeeded, PlanError, SerializationError, shown
 from sysdag.files.hub import reaching
@@ -65,7 +66,7 @@ class Categorical(Discrete):
         self._tokenizer: Any = None
         self._module: Any = None
         self.max_length = max_length
-        self._trusts = False
+        self._trusts = self._was_saved = False
 
     def __repr__(self) -> str:
         return f"Categorical({list(self.values)})"
@@ -104,12 +105,10 @@ class Categorical(Discrete):
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
         if self._tokenizer is None and isinstance(self._tokenizer_source, (str, Path)):
-            from transformers import AutoTokenizer
-
             try:
                 with reading(self.saved_folder), reaching(self._tokenizer_source):
-                    self._tokenizer = AutoTokenizer.from_pretrained(
-                        self._tokenizer_source, trust_remote_code=self._trusts
+                    self._tokenizer = read_tokenizer(
+                        self._tokenizer_source, as_saved=self._was_saved, trust_remote_code=self._trusts
                     )
             except SerializationError:
                 raise
@@ -216,7 +215,9 @@ class Categorical(Discrete):
                 f"{cls.__name__}: options must be a list of texts, got {shown(options['options'])}."
             )
         if "features" not in options:
-            return cls(options["options"], folder, max_length=options["max_length"])
+            made = cls(options["options"], folder, max_length=options["max_length"])
+            made._was_saved = True
+            return made
         if options["features"] is None:
             raise DeclarationNeeded(
                 f"{folder}: the classifier is a module of your own, which sysdag cannot build. Build the component and "

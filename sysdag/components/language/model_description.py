@@ -15,6 +15,7 @@ from sysdag.components.adapter_support import check_config
 from sysdag.components.component import named_source
 from sysdag.components.language import model_source
 from sysdag.components.precision import dtype_named
+from sysdag.components.saved_tokenizer import read_tokenizer
 from sysdag.errors import DataError, PlanError
 from sysdag.files.hub import reaching
 from sysdag.files.saved_files import is_a, reading
@@ -60,6 +61,7 @@ class ModelDescription:
         self._peft_config = peft_config
         self._adapter_folder: Path | None = None
         self.saved_folder: Path | None = None
+        self.was_saved = False  # whether it is a view of what `save` wrote
         self._is_resolved = False
         self._trains_in_fp32 = False
         self._changed_base = False
@@ -159,8 +161,6 @@ class ModelDescription:
         if self._tokenizer is None:
             self._resolve()
             if isinstance(self._tokenizer_source, (str, Path)):
-                from transformers import AutoTokenizer
-
                 # Only of the model's own repository does a revision or a file say something.
                 trusted = self.model_kwargs.get("trust_remote_code", False)
                 named = model_source.finding(self.model_kwargs if self._tokenizer_source == self._source else {})
@@ -168,7 +168,7 @@ class ModelDescription:
                 with reading(self.saved_folder):
                     try:
                         with reaching(self._tokenizer_source):
-                            self._tokenizer = AutoTokenizer.from_pretrained(self._tokenizer_source, **named)
+                            self._tokenizer = read_tokenizer(self._tokenizer_source, as_saved=self.was_saved, **named)
                     except (OSError, ValueError) as error:
                         raise OSError(f"{self!r}: its tokenizer cannot be loaded. {error}") from error
             else:

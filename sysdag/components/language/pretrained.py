@@ -244,7 +244,9 @@ class PretrainedLM(ModelDescription):
         """
         options = model_source.from_json(saved.get("model_kwargs", {}))
         if "base" not in saved:
-            return cls(folder, None, model_kwargs=options)
+            made = cls(folder, None, model_kwargs=options)
+            made.was_saved = True
+            return made
         base, owner = saved["base"], saved.get("base_of", folder.name)
         if not owner.replace("-", "_").isidentifier():
             raise SerializationError(f"base_of must name a component of the saved system, got {owner!r}.")
@@ -252,6 +254,7 @@ class PretrainedLM(ModelDescription):
         if base is None and not place.is_dir():
             raise SerializationError(f"the folder {place} of its base model is missing.")
         made = cls(place if base is None else base, folder, model_kwargs=options)
+        made.was_saved = True
         made._adapter_folder = folder
         made._saved_base = owner if base is None else None
         return made
