@@ -220,7 +220,8 @@ def test_images_are_read_once_beside_what_a_message_spells(family, monkeypatch):
     placeholder = node.tokenizer.convert_ids_to_tokens(node.lm.processing.image_token)
     (message,) = asked(picture(5), text=f"a {placeholder} {node.tokenizer.eos_token}")
     node.log_prob([[message | {"content": message["content"][::-1]}]], draws)  # the text before its image
-    assert calls and len(calls) == len(set(calls))
+    assert calls
+    assert len(calls) == len(set(calls))
 
 
 def test_images_are_told_apart_by_their_pixels(tmp_path):
