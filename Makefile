@@ -6,7 +6,7 @@ BIN := .venv/bin
 # What was compiled is kept: the tests start many processes, and compiling transformers takes longer than importing it.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-all build bench study lint docs clean
+.PHONY: demo test test-all build bench gpu gpu-wheels study lint docs clean
 
 demo: .venv/ready
 	$(BIN)/python -m examples.demo --seed $(SEED) --output demo-output
@@ -27,6 +27,19 @@ bench: build
 	$(BIN)/python -m bench op --csv $(if $(PEER_PYTHON),--peer-python $(PEER_PYTHON))
 	$(BIN)/python -m bench plots
 	$(BIN)/python -m bench tables
+
+# What a GPU has to show, in 9 minutes, on a machine whose Python (GPU_PYTHON) has torch for its CUDA and triton. What else
+# sysdag needs lies in wheels/, if it is missing there: `make gpu-wheels` fetches it where there is a network.
+GPU_PYTHON ?= python3
+gpu:
+	if [ -d wheels ]; then $(GPU_PYTHON) -m pip install --quiet --no-index --no-deps --no-compile --upgrade --target wheels/site wheels/*.whl; fi
+	PYTHONPATH=$(CURDIR)/wheels/site:$(CURDIR) $(GPU_PYTHON) setup.py --quiet build_ext --inplace
+	PYTHONPATH=$(CURDIR)/wheels/site:$(CURDIR) $(GPU_PYTHON) -m bench gpu
+
+GPU_WHEELS ?= beartype datasets diffusers dill multiprocess trl
+gpu-wheels: .venv/ready
+	$(BIN)/python -m pip download --no-deps --only-binary=:all: --constraint constraints.txt --python-version 3.12 \
+	  --platform manylinux_2_28_x86_64 --platform manylinux2014_x86_64 --platform any --dest wheels $(GPU_WHEELS)
 
 # The paper's experiments on small systems: hours on 2 cores, goes on where it was stopped. QUICK=1: everything tiny.
 study: .venv/ready

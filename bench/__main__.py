@@ -32,6 +32,7 @@ COMMANDS = OPS | {
     "decode": "sampling and search with a language model against generate, generate_batch and a former build",
     "beam_search": "diverse beam search against transformers 4.56's group beam search; needs --peer-python",
     "sweep": "linear_logprob over the number of rows and the vocabulary",
+    "gpu": "what a GPU has to show, in the minutes there are: tests, then times; each part is kept as it ends",
     "growth": "time and memory of a step and of commands against k, nodes, the prompt's length and rows of data",
     "study": "the paper's experiments on small systems that train from scratch here",
     "reference_free": "a step, and its scores, of a loss without a reference against one with",

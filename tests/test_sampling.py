@@ -286,3 +286,10 @@ def test_candidates_of_a_prompt_depend_on_its_seed_alone(strategy):
         ]
         assert alone.log_proposal == pytest.approx(wanted.log_proposal, abs=1e-4)
     assert len({tuple(cell.record["token_ids"]) for cell in whole.trace.cells["draft"]}) > 6
+
+
+@pytest.mark.gpu
+def test_the_numbers_of_a_draw_are_the_same_on_a_gpu():
+    seeds, positions = torch.arange(7, dtype=torch.int64) * 2**57 - 5, torch.tensor([0, 1, 2, 3, 9, 10**6, 2**40])
+    found = uniforms(seeds.cuda(), positions.cuda(), 1000)
+    assert torch.equal(found.cpu(), uniforms(seeds, positions, 1000))
