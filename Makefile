@@ -6,7 +6,7 @@ BIN := .venv/bin
 # What was compiled is kept: the tests start many processes, and compiling transformers takes longer than importing it.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-all build bench gpu gpu-wheels study lint docs clean
+.PHONY: demo test test-all test-oldest test-newest build bench gpu gpu-wheels study lint docs clean
 
 demo: .venv/ready
 	$(BIN)/python -m examples.demo --seed $(SEED) --output demo-output
@@ -18,6 +18,13 @@ test: .venv/ready
 # And what only a release needs: every kernel compiled anew, whatever is recorded of it.
 test-all: .venv/ready build
 	$(BIN)/python -m pytest --release
+
+# The suite with the lowest versions that pyproject.toml promises, and with the newest there are, in environments of their own.
+test-oldest test-newest: test-%:
+	$(PYTHON) -m venv .venv-$*
+	.venv-$*/bin/python -m pip install --quiet --no-compile --constraint constraints-$*.txt --editable ".[dev]"
+	.venv-$*/bin/python setup.py --quiet build_ext --inplace
+	.venv-$*/bin/python -m pytest
 
 build: .venv/ready
 	$(BIN)/python setup.py --quiet build_ext --inplace
