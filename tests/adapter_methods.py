@@ -118,6 +118,7 @@ METHODS = [
     lora("init corda", init_lora_weights="corda", refused="init_lora_weights='corda'"),
     lora("init loftq", init_lora_weights="loftq", loftq_config=peft.LoftQConfig(), refused="init_lora_weights='loftq'"),
     lora("init lora_ga", init_lora_weights="lora_ga", refused="init_lora_weights='lora_ga'"),
+    lora("init mica", init_lora_weights="mica", refused="init_lora_weights='mica'.*keeps the other fixed"),
     lora("init eva", init_lora_weights="eva", refused="init_lora_weights='eva'.*initialize_lora_eva_weights"),
     lora("bias", bias="all", refused="bias='all'"),
     lora("alora_invocation_tokens", alora_invocation_tokens=[5, 6], refused="alora_invocation_tokens"),

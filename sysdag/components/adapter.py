@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from sysdag.components import adapter_support as support
-from sysdag.components.adapter_effect import effect
+from sysdag.components.adapter_effect import effect, is_rescaled
 from sysdag.errors import PlanError
 
 if TYPE_CHECKING:
@@ -94,10 +94,13 @@ def adopt(given: Any, owner: str = "") -> tuple[Any, str]:
     """The model inside a PeftModel, or one that its own `add_adapter` put adapters on; and the active adapter's name.
 
     Raises:
-        PlanError: for a kind of adapter that `attach` refuses, several active ones, none, or one that is merged.
+        PlanError: for a kind of adapter that `attach` refuses, several active ones, none, or one that is merged or is
+            scaled otherwise than its config says.
     """
     owner = owner or f"The {type(given).__name__}"
     model = given.get_base_model() if hasattr(given, "get_base_model") else given
+    if type(given).__name__ == "PeftMixedModel":
+        model = given.base_model.model
     for config in given.peft_config.values():
         support.check_config(config, owner, new=False)
     layers = _layers(model)
@@ -113,11 +116,33 @@ def adopt(given: Any, owner: str = "") -> tuple[Any, str]:
         )
     if any(layer.disable_adapters for layer in layers):
         raise PlanError(f"{owner}: its adapters are switched off; switch them on (enable_adapters).")
+    check_scale(model, active[0], owner)
     _adopted.setdefault(model, set()).add(active[0])
     if support.shares_state(config):
         object.__setattr__(model, _SHELL, given)
     _settle_modes(model)
     return model, active[0]
+
+
+def check_scale(model: Any, name: str, owner: str) -> None:
+    """Refuses an adapter whose scale was changed behind its config, which is all that a copy or a folder has of it."""
+    if is_rescaled(_layers(model), name, model.peft_config[name]):
+        raise PlanError(
+            f"{owner}: the scale of the adapter {name!r} was changed (set_scale, scale_layer; set_adapters in "
+            "diffusers), which neither a saved adapter nor its reference would have. Set it back to 1, or put it into "
+            "the weights: add_weighted_adapter([name], [scale], new_name), merge_and_unload(); fuse_lora and "
+            "unload_lora_weights in diffusers."
+        )
+
+
+def check_not_emptied(model: Any, owner: str) -> None:
+    """Refuses a model whose adapters were all deleted: peft's layers stay, and with them other names of its weights."""
+    if not _all_names(model) and _layers(model):
+        raise PlanError(
+            f"{owner}: its adapters were deleted, and peft's layers are still around its weights, which would be saved "
+            "under names that no library reads. Take them off as well (unload(); unload_lora_weights() in diffusers), "
+            "or load the model anew."
+        )
 
 
 def names(model: Any) -> list[str]:

@@ -39,6 +39,23 @@ def effect(layers: list[Any], name: str) -> float | None:
     return largest
 
 
+def is_rescaled(layers: list[Any], name: str, config: Any) -> bool:
+    """Whether an adapter's layers scale it otherwise than its config says (`set_scale`, diffusers' `set_adapters`).
+
+    A saved adapter, or a copy that is made from its config, would not be scaled so.
+    """
+    for layer in layers:
+        scaling = getattr(layer, "scaling", None)
+        if not isinstance(scaling, dict) or name not in scaling or not hasattr(layer, "set_scale"):
+            continue
+        alphas = getattr(layer, "lora_alpha", getattr(layer, "alpha", {}))
+        rank = layer.r.get(name, 1)
+        root = math.sqrt(rank) if getattr(config, "use_rslora", False) else rank
+        if not math.isclose(scaling[name], alphas[name] / root if name in alphas else 1.0, rel_tol=1e-6):
+            return True
+    return False
+
+
 def _of_layer(layer: Any, name: str) -> float | None:
     from peft.utils.other import AuxiliaryTrainingWrapper
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from sysdag.components.adapter import PEFT_PREFIX, base_state, cast, fill, state
+from sysdag.components.adapter import PEFT_PREFIX, base_state, cast, check_scale, fill, state
 from sysdag.errors import SerializationError, shown
 from sysdag.files.atomic import write_text
 from sysdag.files.saved_files import is_a, read_strict_json
@@ -27,8 +27,14 @@ _CONFIG, _FILE = "adapter_config.json", "adapter_model.safetensors"
 
 
 def save(model: Any, name: str, folder: Path) -> None:
-    """Writes `adapter_config.json` and `adapter_model.safetensors`, the same bytes for the same adapter."""
+    """Writes `adapter_config.json` and `adapter_model.safetensors`, the same bytes for the same adapter.
+
+    Raises:
+        PlanError: for one whose scale is not the config's.
+    """
     from safetensors.torch import save_file
+
+    check_scale(model, name, f"The {type(model).__name__}")
 
     folder.mkdir(parents=True, exist_ok=True)
     config = copy.deepcopy(model.peft_config[name])

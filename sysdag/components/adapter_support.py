@@ -87,6 +87,11 @@ def check_config(config: Any, owner: str, *, new: bool = True) -> None:
             f"{owner}: peft_config has init_lora_weights='eva', which needs data. Pass the model with the adapter on "
             "it (peft.get_peft_model, then peft.initialize_lora_eva_weights) and leave peft_config out."
         )
+    if start == "mica":
+        raise PlanError(
+            f"{owner}: peft_config has init_lora_weights='mica', which trains one half of the adapter and keeps the "
+            "other fixed; sysdag trains both. Use init_lora_weights=True."
+        )
     if start not in _PLAIN_STARTS and start != "eva":
         raise PlanError(
             f"{owner}: peft_config has init_lora_weights={start!r}, which changes the base model's weights: switched "

@@ -49,6 +49,7 @@ class StepOutput:
     Attributes:
         loss: () differentiable where the step keeps its graphs (one pass); in two passes a number.
         losses: (P,) the loss of each pair or unpaired run, a number.
+        balance: () what the auxiliary losses of the nodes add to their mean in `loss`, a number.
         metrics: (P,) one value a pair or unpaired run, nan where it has none, on the CPU, by the names that their means
             are logged under.
         log_ratios: for each scored node, policy minus reference of every run (all candidates for Sampling), detached.
@@ -58,6 +59,7 @@ class StepOutput:
 
     loss: Tensor
     losses: Tensor
+    balance: Tensor
     metrics: dict[str, Tensor]
     log_ratios: dict[str, Tensor]
     scores: dict[str, Tensor]
@@ -283,13 +285,14 @@ class SystemModel(nn.Module):
         loss = losses.mean()
         balance = sum(
             (factor * value for factor, value in scored.auxiliary.values()), torch.zeros((), device=loss.device)
-        )
+        ).to(loss)
         metrics |= {
             f"nodes/{name}/aux_loss": value.detach().expand(len(pairs)) for name, (_, value) in scored.auxiliary.items()
         }
         output = StepOutput(
-            loss=loss.detach() + balance.detach().to(loss),
+            loss=loss.detach() + balance.detach(),
             losses=losses.detach(),
+            balance=balance.detach(),
             metrics={},
             log_ratios={name: values.detach() - scored.reference[name] for name, values in scored.policy.items()},
             scores={name: values.detach() for name, values in scored.policy.items()},
@@ -315,7 +318,7 @@ class SystemModel(nn.Module):
             output.turns = tuple(turns(trained, coefficients, counts_in, rounds, scored.auxiliary))
             if budget.keeps_graphs:
                 linear = [(coefficients[name] * values).sum() for name, values in scored.policy.items()]
-                total = torch.stack(linear).sum() + balance.to(loss)
+                total = torch.stack(linear).sum() + balance
                 output.loss = output.loss + (total - total.detach())
         return output
 

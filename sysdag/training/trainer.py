@@ -276,7 +276,11 @@ class SysDPOTrainer(CheckpointTrainer):
     ) -> tuple[torch.Tensor, None, None]:
         with torch.no_grad(), self.compute_loss_context_manager():
             loss, output = self.compute_loss(model, inputs, return_outputs=True)
-        columns = {**output.metrics, _LOSS: output.losses.float(), **self._groups.column(inputs["pairs"])}
+        columns = {
+            **output.metrics,
+            _LOSS: (output.losses + output.balance).float(),
+            **self._groups.column(inputs["pairs"]),
+        }
         names = sorted(columns)
         values = torch.stack([columns[name].to(self.args.device) for name in names], 1)
         gathered = self.accelerator.gather_for_metrics(values)  # without the pairs that even out the last batches

@@ -115,8 +115,10 @@ class Pipeline:
         owner = f"The {type(denoiser).__name__}"
         trained = self.text_encoders if self.trains_text_encoder else []
         for name, part in self.parts.items():
-            if isinstance(part, nn.Module) and part is not denoiser and name not in trained:
-                part.requires_grad_(False)
+            if isinstance(part, nn.Module):
+                adapters.check_not_emptied(part, f"The {name} ({type(part).__name__})")
+                if part is not denoiser and name not in trained:
+                    part.requires_grad_(False)
         adapter = None
         if saved_adapter is not None and saved_adapter.is_dir():
             if peft_config is not None:

@@ -119,7 +119,8 @@ class ModelDescription:
                         f"give the base {base!r} for a new one."
                     )
                 revision = adapter_files.read_config(folder).revision
-                self.model_kwargs = {name: v for name, v in self.model_kwargs.items() if name != "revision"}
+                of_the_adapter = ("revision", "subfolder")
+                self.model_kwargs = {name: v for name, v in self.model_kwargs.items() if name not in of_the_adapter}
                 self.model_kwargs |= {"revision": revision} if revision else {}
                 if self._tokenizer_source is self._source:
                     there = any((folder / name).is_file() for name in self.reader_files)
@@ -133,8 +134,9 @@ class ModelDescription:
 
     def _folder(self) -> Path | None:
         """The local folder that was named; for an adapter on the Hub the one in its cache; None for other names."""
+        inside = self.model_kwargs.get("subfolder") or ""
         if Path(self._source).is_dir():
-            return Path(self._source)
+            return Path(self._source, inside)
         model_source.check_name(self._source, self.kind)
         from transformers.utils.peft_utils import find_adapter_config_file
 
@@ -145,7 +147,8 @@ class ModelDescription:
             from huggingface_hub import snapshot_download
 
             taken = {k: v for k, v in options.items() if k != "subfolder"}
-            return Path(snapshot_download(str(self._source), allow_patterns=_ADAPTER_FILES, **taken))
+            files = [f"{inside}/{name}".lstrip("/") for name in _ADAPTER_FILES]
+            return Path(snapshot_download(str(self._source), allow_patterns=files, **taken), inside)
 
     def __repr__(self) -> str:
         adapted = " + adapter" if self._peft_config is not None or self._adapter_folder is not None else ""

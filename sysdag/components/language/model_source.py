@@ -192,6 +192,14 @@ def check_folder(folder: Path, kind: str, check: Callable[[Mapping[str, Any]], N
     config = _read(folder / "config.json")
     if config is not None:
         check(config)
+    elif not (folder / "adapter_config.json").is_file():
+        for name in ("adapter_config.json", "config.json"):
+            if inside := sorted(str(found.parent) for found in folder.glob(f"*/{name}")):
+                what = "adapters" if name == "adapter_config.json" else "models"
+                raise PlanError(
+                    f"{kind}({str(folder)!r}): the folder holds {what} in folders of its own, and none itself. Give "
+                    f"one of {inside}."
+                )
 
 
 def check_architecture(config: Mapping[str, Any], name: str) -> None:

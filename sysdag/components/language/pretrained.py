@@ -62,6 +62,7 @@ class PretrainedLM(ModelDescription):
         model: Any = self._source if self._base_owner is None else self._base_owner.module
         if isinstance(model, (str, Path)):
             model = self._load_base()
+        adapter.check_not_emptied(model, repr(self))
         owner = self._base_owner
         self._num_embeddings = num_embeddings_of(model) if owner is None else owner._num_embeddings
         if (adapter_config := self.adapter_config) is not None:
