@@ -57,9 +57,10 @@ class CausalLM(ConstrainedModel):
             those of a system that name one model, with equal `model_kwargs`, load it once. A PeftModel is taken as it
             is: its active adapter trains.
         max_new_tokens: most tokens of a completion; by default 256, or half of `max_length` where that is less.
-        max_length: most tokens of prompt and completion together; by default the model's number of positions. A
-            prompt that leaves no room for `max_new_tokens` loses tokens at its start, or if it is a chat whole turns of
-            its middle; an observed completion that does not fit loses tokens at its end; all are logged.
+        max_length: most tokens of prompt and completion together; by default the model's number of positions, of those
+            whose frequencies are fixed (see `sysdag.components.rotary`; 4096 for Phi-3). A prompt that leaves no room
+            for `max_new_tokens` loses tokens at its start, or if it is a chat whole turns of its middle; an observed
+            completion that does not fit loses tokens at its end; all are logged.
         temperature, top_p, top_k: of sampling; log-probabilities are always the model's own. top_k=None or 0 is all
             tokens; the nucleus is one of the top-k tokens, as in transformers.
         stop: texts that end a completion. A draw ends at the token that completes one of them and is `finished`; its

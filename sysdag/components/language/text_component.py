@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from sysdag.components import rotary
 from sysdag.components.component import Component, Takes
 from sysdag.components.input_reader import Argument
 from sysdag.components.language.chat_template import ChatTemplate, schemas
@@ -79,9 +80,14 @@ class TextComponent(Component):
 
     @property
     def max_length(self) -> int | None:
-        """Most tokens of prompt and completion together; None where nothing limits it."""
-        positions = getattr(self.config.get_text_config(decoder=True), "max_position_embeddings", None)
-        return self._max_length or (positions if positions is not None and positions > 0 else None)
+        """Most tokens of prompt and completion together; None where nothing limits it.
+
+        Raises:
+            PlanError: for more than a model has fixed frequencies for; see `sysdag.components.rotary`.
+        """
+        config = self.config.get_text_config(decoder=True)
+        rotary.check_length(repr(self), config, "max_length", self._max_length)
+        return self._max_length or rotary.positions_of(config)
 
     @property
     def max_new_tokens(self) -> int:

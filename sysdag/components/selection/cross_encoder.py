@@ -81,6 +81,7 @@ class CrossEncoder(Scorer):
     @property
     def max_length(self) -> int | None:
         """Most tokens of a pair; None where nothing limits it."""
+        self.lm.check_length(self._max_length)
         return self._max_length or self.lm.longest_text
 
     def _pairs(self, prompt: ChoicePrompt, element: int) -> list[tuple[str, str]]:

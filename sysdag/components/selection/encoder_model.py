@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from sysdag.components import rotary
 from sysdag.components.language.model_description import OF_A_FILE
 from sysdag.components.language.model_source import finding
 from sysdag.components.language.pretrained import PretrainedLM
@@ -23,9 +24,12 @@ class _Pretrained(PretrainedLM):
     @property
     def longest_text(self) -> int | None:
         """How many tokens tokenizer and model have room for; None where nothing limits it."""
-        positions = getattr(self.config.get_text_config(), "max_position_embeddings", None)
-        limits = (self.tokenizer.model_max_length, positions)
+        limits = (self.tokenizer.model_max_length, rotary.positions_of(self.config.get_text_config()))
         return min((limit for limit in limits if limit is not None and 0 < limit < 10**9), default=None)
+
+    def check_length(self, length: int | None) -> None:
+        """Refuses more tokens than the model has fixed frequencies for; see `sysdag.components.rotary`."""
+        rotary.check_length(repr(self), self.config.get_text_config(), "max_length", length)
 
 
 class EncoderModel(_Pretrained):

@@ -111,7 +111,9 @@ class TextEncoder:
     @property
     def max_length(self) -> int | None:
         """Most tokens of a text; None where nothing limits it."""
-        return self.recipe.max_length or self.lm.longest_text  # in this order: the recipe says in which folder lm is
+        own = self.recipe.max_length  # first: the recipe says in which folder lm is
+        self.lm.check_length(own)
+        return own or self.lm.longest_text
 
     def rows(self, texts: Sequence[str]) -> list[dict[str, list[int]]]:
         """The tokens of each text, as far as there is room."""

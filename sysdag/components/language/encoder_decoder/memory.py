@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from sysdag.components import rotary
 from sysdag.components.footprint import Footprint, bytes_of, make_fake
 from sysdag.components.language import key_value_slabs
 from sysdag.components.language.encoder_decoder.generation_rules import GenerationRules
@@ -30,7 +31,7 @@ def positions_of(config: Any, *, of_decoder: bool) -> int | None:
         for name in _POSITIONS[of_decoder]:
             found = getattr(each, name, None)
             if isinstance(found, int) and found > 0:
-                return found
+                return min(found, rotary.positions_of(each) or found)
     return None
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from jaxtyping import Float
 from torch import Tensor
 
+from sysdag.components import rotary
 from sysdag.components.adapter_support import needs_numbers
 from sysdag.components.footprint import Footprint
 from sysdag.components.language.completer import Completer
@@ -118,6 +119,8 @@ class Seq2Seq(LanguageModel):
     def max_length(self) -> int | None:
         """Most tokens of a target; None where nothing limits it."""
         positions = memory.positions_of(self.config, of_decoder=True)
+        side = self.config.get_text_config(decoder=True)
+        rotary.check_length(repr(self), side, "max_target_length", self._max_length)
         return self._max_length or positions
 
     @property
@@ -130,6 +133,8 @@ class Seq2Seq(LanguageModel):
     @property
     def _room(self) -> int | None:
         """Most tokens of a source."""
+        side = self.config.get_text_config(encoder=True)
+        rotary.check_length(repr(self), side, "max_source_length", self.max_source_length)
         return self.max_source_length or memory.positions_of(self.config, of_decoder=False)
 
     @property
