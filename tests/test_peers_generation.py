@@ -98,9 +98,9 @@ def test_each_side_of_an_encoder_decoder_has_its_own_room(side):
 def test_an_encoder_has_the_room_of_its_fixed_frequencies(tmp_path):
     turned("longrope", 64).model.save_pretrained(tmp_path)
     char_tokenizer().save_pretrained(tmp_path)
-    assert EncoderModel(tmp_path).longest_text == 24
+    assert EncoderModel(tmp_path, None).longest_text == 24
     with pytest.raises(PlanError, match="max_length=25 is beyond the 24 positions.*longrope"):
-        EncoderModel(tmp_path).check_length(25)
+        EncoderModel(tmp_path, None).check_length(25)
 
 
 SETTINGS = {

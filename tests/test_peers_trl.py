@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, DatasetDict, IterableDatasetDict
 from peft import LoraConfig, get_peft_model
 from test_router_loss import made as mixture
 from test_trl_losses import lora
@@ -12,7 +12,7 @@ from tiny import CHAT_TEMPLATE, char_tokenizer, llama
 from transformers import AutoModelForCausalLM
 from trl import DPOConfig, DPOTrainer
 
-from sysdag import Input, SysDPOConfig, SysDPOTrainer, System, node
+from sysdag import DataError, Input, SysDPOConfig, SysDPOTrainer, System, node
 from sysdag.components import CausalLM
 
 TEXTS = [
@@ -174,3 +174,57 @@ def test_an_adapter_that_was_trained_before_has_trls_reference(tmp_path, kind):
         tmp_path,
         lambda: trained_before(llama(), lora()) if kind == "attention" else trained_before(mixture("mixtral"), experts),
     )
+
+
+def whole():
+    return Dataset.from_list(TEXTS)
+
+
+def streamed():
+    return whole().to_iterable_dataset()
+
+
+FORMS = {
+    "dataset": whole,
+    "stream": streamed,
+    "generator": lambda: (row for row in TEXTS),
+    "datasets by name": lambda: DatasetDict(one=whole(), two=whole()),
+    "streams by name": lambda: IterableDatasetDict(one=streamed(), two=streamed()),
+    "dict of streams": lambda: {"one": streamed(), "two": streamed()},
+}
+NAMED = [form for form in FORMS if "by name" in form or "dict" in form]
+
+
+def trainer_on(folder, **given):
+    @node(CausalLM(llama(), char_tokenizer()))
+    def answer(question):
+        return question
+
+    args = SysDPOConfig(
+        output_dir=str(folder), max_steps=1, **SHARED | {"eval_strategy": "no"} | given.pop("options", {})
+    )
+    return SysDPOTrainer(System(Input("question") >> answer), args, **{"train_dataset": TEXTS} | given)
+
+
+@pytest.mark.parametrize("precompute", [False, True])
+@pytest.mark.parametrize("form", FORMS)
+def test_data_to_evaluate_on_come_in_every_form(form, precompute, tmp_path):
+    options = {"precompute_ref_log_probs": precompute}
+    trainer = trainer_on(tmp_path, eval_dataset=FORMS[form](), options=options)
+    later = trainer.evaluate(FORMS[form]())
+    wanted = trainer_on(tmp_path / "again").evaluate(TEXTS)["eval_logps/chosen"]
+    names = ("one_", "two_") if form in NAMED else ("",)
+    assert [later[f"eval_{name}logps/chosen"] for name in names] == pytest.approx([wanted] * len(names))
+    trainer.train()
+    after = trainer.evaluate()
+    assert all(after[f"eval_{name}loss"] != later[f"eval_{name}loss"] for name in names)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_data_to_train_on_are_one_dataset_of_any_form(form, tmp_path):
+    if form in NAMED:
+        with pytest.raises(DataError, match=r"train_dataset must be one dataset, got a dict of \['one', 'two'\]"):
+            trainer_on(tmp_path, train_dataset=FORMS[form]())
+        return
+    found = trainer_on(tmp_path, train_dataset=FORMS[form]()).train().training_loss
+    assert found == trainer_on(tmp_path / "again").train().training_loss

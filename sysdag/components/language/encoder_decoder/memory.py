@@ -24,6 +24,12 @@ _POSITIONS = {
 }
 
 
+def check_length(owner: str, config: Any, option: str, length: int | None, *, of_decoder: bool) -> None:
+    """Refuses more tokens than the encoder or the decoder has fixed frequencies for; see `sysdag.components.rotary`."""
+    side = getattr(config, "decoder" if of_decoder else "encoder", config)
+    rotary.check_length(owner, side.get_text_config(), option, length)
+
+
 def positions_of(config: Any, *, of_decoder: bool) -> int | None:
     """How many positions the encoder or the decoder has; None where nothing limits it."""
     side = getattr(config, "decoder" if of_decoder else "encoder", None)

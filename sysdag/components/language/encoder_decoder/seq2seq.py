@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from jaxtyping import Float
 from torch import Tensor
 
-from sysdag.components import rotary
 from sysdag.components.adapter_support import needs_numbers
 from sysdag.components.footprint import Footprint
 from sysdag.components.language.completer import Completer
@@ -119,8 +118,7 @@ class Seq2Seq(LanguageModel):
     def max_length(self) -> int | None:
         """Most tokens of a target; None where nothing limits it."""
         positions = memory.positions_of(self.config, of_decoder=True)
-        side = self.config.get_text_config(decoder=True)
-        rotary.check_length(repr(self), side, "max_target_length", self._max_length)
+        memory.check_length(repr(self), self.config, "max_target_length", self._max_length, of_decoder=True)
         return self._max_length or positions
 
     @property
@@ -133,8 +131,7 @@ class Seq2Seq(LanguageModel):
     @property
     def _room(self) -> int | None:
         """Most tokens of a source."""
-        side = self.config.get_text_config(encoder=True)
-        rotary.check_length(repr(self), side, "max_source_length", self.max_source_length)
+        memory.check_length(repr(self), self.config, "max_source_length", self.max_source_length, of_decoder=False)
         return self.max_source_length or memory.positions_of(self.config, of_decoder=False)
 
     @property
