@@ -270,6 +270,9 @@ def test_an_adapter_of_another_name_lies_in_a_folder_of_that_name(tmp_path):
     component = CausalLM(tmp_path / "saved", model_kwargs={"subfolder": "mine"})
     assert scores(component) == wanted
     assert scores(CausalLM.from_pretrained(tmp_path / "ours", component.save_pretrained(tmp_path / "ours"))) == wanted
+    base.save_pretrained(tmp_path / "whole" / "checkpoint-5")
+    with pytest.raises(PlanError, match=r"holds checkpoints in folders of its own.*checkpoint-5"):
+        scores(CausalLM(tmp_path / "whole"))
     with pytest.raises(PlanError, match=r"holds adapters in folders of its own.*one of \[.*mine'\]"):
         scores(CausalLM(tmp_path / "saved"))
 

@@ -192,13 +192,12 @@ def check_folder(folder: Path, kind: str, check: Callable[[Mapping[str, Any]], N
     config = _read(folder / "config.json")
     if config is not None:
         check(config)
-    elif not (folder / "adapter_config.json").is_file():
-        for name in ("adapter_config.json", "config.json"):
-            if inside := sorted(str(found.parent) for found in folder.glob(f"*/{name}")):
-                what = "adapters" if name == "adapter_config.json" else "models"
+    elif not any((folder / name).is_file() for name in ("adapter_config.json", "modules.json")):
+        for what, files in (("adapters", "*/adapter_config.json"), ("checkpoints", "checkpoint-*/config.json")):
+            if inside := sorted(str(found.parent) for found in folder.glob(files)):
                 raise PlanError(
-                    f"{kind}({str(folder)!r}): the folder holds {what} in folders of its own, and none itself. Give "
-                    f"one of {inside}."
+                    f"{kind}({str(folder)!r}): the folder holds {what} in folders of its own, and no model itself. "
+                    f"Give one of {inside}."
                 )
 
 
