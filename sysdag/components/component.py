@@ -334,6 +334,27 @@ class Component(InputReader, ABC):
         """
         return None
 
+    def shares_prefixes(self, longest: int) -> bool:
+        """Whether what elements of a micro-batch begin with is computed once, as far as that is known without weights.
+
+        Where it is not, `footprint` takes `rows`, too, the number of elements.
+
+        Args:
+            longest: tokens of an element.
+        """
+        return True
+
+    def tokens_of_images(self, sizes: Sequence[tuple[int, int]]) -> int | None:
+        """How many tokens of a prompt stand for images of such sizes (width, height); None where prompts hold none.
+
+        Where it is a number, `footprint` takes `images`, these sizes, and `prompts`, the number of prompts of a
+        micro-batch whose images are computed.
+
+        Raises:
+            DataError: for sizes that the component does not take.
+        """
+        return None
+
     def decoding_bytes(self, *, rows: int, tokens: int, device: str) -> int:
         """What drawing or searching takes beside the weights, without loading them; 0 where that is not known.
 

@@ -227,8 +227,11 @@ class CausalLM(ConstrainedModel):
         found, self._router_loss = self._router_loss, None
         return None if found is None or found.value is None else (found.coefficient, found.value)
 
+    def shares_prefixes(self, longest: int) -> bool:
+        return self.pack_prefixes and footprint.shares_prefixes(self.lm.auto_class(), self.config, longest)
+
     def footprint(
-        self, *, tokens: int, labels: int, trains: bool, checkpoints: bool, device: str
+        self, *, tokens: int, labels: int, trains: bool, checkpoints: bool, device: str, **others: Any
     ) -> footprint.Footprint | None:
         """See `sysdag.components.language.footprint`; reads the config, and the adapter's where one was saved.
 
@@ -236,11 +239,10 @@ class CausalLM(ConstrainedModel):
         """
         if self.lm.adapter_config is not None and needs_numbers(self.lm.adapter_config):
             return None
-        config = self.config
         return footprint.of_language_model(
-            self.lm.auto_class(), config, self.lm.dtype(trains), self.lm.adapter_config, tokens=tokens, labels=labels,
-            trains=trains, checkpoints=checkpoints, device=device,
-            constrained=self.grammar is not None,
+            self.lm.auto_class(), self.config, self.lm.dtype(trains), self.lm.adapter_config, tokens=tokens,
+            labels=labels, trains=trains, checkpoints=checkpoints, device=device,
+            constrained=self.grammar is not None, **others,
         )  # fmt: skip
 
     def decoding_bytes(self, *, rows: int, tokens: int, device: str) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +17,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sysdag.components import acceleration, adapter
 from sysdag.components.footprint import Footprint, bytes_of, make_fake
-from sysdag.components.language import key_value_slabs
-from sysdag.components.language.language_head import TokenScorer
+from sysdag.components.language import key_value_slabs, prefix_scorer
+from sysdag.components.language.language_head import TokenScorer, argument_names
 from sysdag.components.memory import SavedBytes
 from sysdag.components.precision import optimizer_bytes
 
@@ -38,32 +39,39 @@ def of_language_model(
     trains: bool,
     checkpoints: bool,
     device: str,
+    rows: int | None = None,
     constrained: bool = False,
+    ids: torch.Tensor | None = None,
+    reading: Callable[[Any], AbstractContextManager[Any]] | None = None,
 ) -> Footprint:
     """A language model's.
 
     Args:
         auto_class: of transformers, which makes such a model of its config.
         config: of transformers.
-        tokens: of a micro-batch, packed into one row.
+        tokens: of a micro-batch.
         labels: how many of them are scored.
         trains: False for a model that is frozen.
         checkpoints: whether it recomputes its activations (gradient checkpointing).
         device: `cpu` or `cuda`, whose kernels are assumed.
+        rows: in so many rows of one length; None for tries, packed into one.
         constrained: whether a grammar constrains the logits, for which all of them are made.
+        ids: the tokens (1, tokens) or (rows, tokens / rows), where more than their number counts.
+        reading: what a model is called in, where it reads something beside ids.
     """
 
     def constrain(logits: torch.Tensor) -> torch.Tensor:
         return logits.masked_fill(torch.zeros_like(logits, dtype=torch.bool), -torch.inf)
 
     def score(model: Any) -> None:
-        inputs = {
-            "input_ids": torch.zeros(1, tokens, dtype=torch.int64),
-            "attention_mask": torch.zeros(1, 1, tokens, tokens, dtype=dtype),
-            "position_ids": torch.zeros(1, tokens, dtype=torch.int64),
-        }
-        rows = torch.zeros(labels, dtype=torch.int64)
-        TokenScorer(model, is_checked=True)(inputs, rows, rows, constrain if constrained else None)
+        at = torch.zeros(labels, dtype=torch.int64)
+        tries = torch.zeros(1, 1, tokens, tokens, dtype=dtype) if rows is None else None
+        with contextlib.nullcontext() if reading is None else reading(model):
+            given = torch.zeros(rows or 1, tokens // (rows or 1), dtype=torch.int64) if ids is None else ids
+            inputs = {"input_ids": given, "attention_mask": torch.ones_like(given)}
+            if tries is not None:
+                inputs |= {"attention_mask": tries, "position_ids": torch.arange(tokens)[None]}
+            TokenScorer(model, is_checked=True)(inputs, at, at, constrain if constrained else None)
 
     found = of_model(
         auto_class, config, dtype, peft_config, score, trains=trains, checkpoints=checkpoints, device=device
@@ -74,6 +82,17 @@ def of_language_model(
     vocabulary = config.get_text_config(decoder=True).vocab_size
     logits = vocabulary * (tokens * dtype.itemsize + 2 * labels * torch.float32.itemsize)
     return replace(found, working=found.working + logits)
+
+
+def shares_prefixes(auto_class: Any, config: Any, longest: int) -> bool:
+    """Whether tries serve a model's sequences of at most so many tokens, as far as its config and structure tell.
+
+    What tells tokens apart by an argument of their number has no place for tries, either.
+    """
+    with torch.device("meta"):
+        model = auto_class.from_config(config)
+    by_tokens = "token_type_ids" in argument_names(model)
+    return not by_tokens and prefix_scorer.obstacle(model) is None and longest <= prefix_scorer.window(config)
 
 
 def of_model(
@@ -104,7 +123,7 @@ def of_model(
     model.train()
     if checkpoints and trains:
         acceleration.enable_checkpointing(model, {"use_reentrant": False})
-    with FakeTensorMode(), torch.device(device):
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.device(device):
         make_fake(model)
         saved = SavedBytes()
         with saved if trains else contextlib.nullcontext(), torch.set_grad_enabled(trains):
