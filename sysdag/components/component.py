@@ -337,7 +337,7 @@ class Component(InputReader, ABC):
     def shares_prefixes(self, longest: int) -> bool:
         """Whether what elements of a micro-batch begin with is computed once, as far as that is known without weights.
 
-        Where it is not, `footprint` takes `rows`, too, the number of elements.
+        Where it is not, `footprint` is told `tries=False` and the number of elements as `rows`.
 
         Args:
             longest: tokens of an element.
@@ -347,8 +347,8 @@ class Component(InputReader, ABC):
     def tokens_of_images(self, sizes: Sequence[tuple[int, int]]) -> int | None:
         """How many tokens of a prompt stand for images of such sizes (width, height); None where prompts hold none.
 
-        Where it is a number, `footprint` takes `images`, these sizes, and `prompts`, the number of prompts of a
-        micro-batch whose images are computed.
+        Where it is a number, `footprint` is told these sizes as `images`, and as `rows` how many prompts of a
+        micro-batch have their images computed.
 
         Raises:
             DataError: for sizes that the component does not take.

@@ -58,7 +58,7 @@ class Elements:
         alone = replace(self, common=0, prompts=self.completions)
         found = alone._packed(most, None, ())
         rows = max(1, found.tokens // longest)
-        more = {"rows": rows} | ({"images": images, "prompts": rows} if images else {})
+        more = {"rows": rows, "tries": False} | ({"images": images} if images else {})
         return replace(found, tokens=rows * longest, labels=alone._labels(rows * longest, found.whole), more=more)
 
     def _packed(self, most: int, placeholders: int | None, images: Sequence[tuple[int, int]]) -> EstimatedBatch:
@@ -67,14 +67,15 @@ class Elements:
         own = self.prompts * different + self.completions * self.completion
         whole = self.pairs * (own + common * math.ceil(own / max(1, most - common)))
         whole = max(1, math.ceil(self.share * whole))
-        tokens, more = max(min(most, whole), self.prompt + self.completion), {}
+        tokens = max(min(most, whole), self.prompt + self.completion)
+        more: dict[str, Any] = {}
         if placeholders:
             # Images are read once a pair where they are common, and else once a prompt, with what follows it.
             per_pair, before = (1, 0) if common >= placeholders else (max(1, self.prompts), common)
             unit = (common + own - before) // per_pair
             prompts = max(1, min(math.ceil(self.share * self.pairs) * per_pair, (tokens - before) // unit))
             tokens = max(min(tokens, before + prompts * unit), self.prompt + self.completion)
-            more = {"images": images, "prompts": prompts}
+            more = {"images": images, "rows": prompts}
         is_one = common + 2 * (different + self.completion) > most
         return EstimatedBatch(tokens, self._labels(tokens, whole), whole, is_one, more)
 

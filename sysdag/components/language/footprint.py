@@ -19,7 +19,7 @@ from sysdag.components import acceleration, adapter
 from sysdag.components.footprint import Footprint, bytes_of, make_fake
 from sysdag.components.language import key_value_slabs, prefix_scorer
 from sysdag.components.language.language_head import TokenScorer, argument_names
-from sysdag.components.memory import SavedBytes
+from sysdag.components.memory import PeakBytes, SavedBytes
 from sysdag.components.precision import optimizer_bytes
 
 if TYPE_CHECKING:
@@ -39,7 +39,8 @@ def of_language_model(
     trains: bool,
     checkpoints: bool,
     device: str,
-    rows: int | None = None,
+    rows: int = 1,
+    tries: bool = True,
     constrained: bool = False,
     ids: torch.Tensor | None = None,
     reading: Callable[[Any], AbstractContextManager[Any]] | None = None,
@@ -54,24 +55,26 @@ def of_language_model(
         trains: False for a model that is frozen.
         checkpoints: whether it recomputes its activations (gradient checkpointing).
         device: `cpu` or `cuda`, whose kernels are assumed.
-        rows: in so many rows of one length; None for tries, packed into one.
+        rows: that they are in, all of one length.
+        tries: whether these are packed as tries, whose mask is dense.
         constrained: whether a grammar constrains the logits, for which all of them are made.
-        ids: the tokens (1, tokens) or (rows, tokens / rows), where more than their number counts.
+        ids: the tokens (rows, tokens / rows), where more than their number counts.
         reading: what a model is called in, where it reads something beside ids.
     """
 
     def constrain(logits: torch.Tensor) -> torch.Tensor:
         return logits.masked_fill(torch.zeros_like(logits, dtype=torch.bool), -torch.inf)
 
-    def score(model: Any) -> None:
+    def score(model: Any) -> torch.Tensor:
         at = torch.zeros(labels, dtype=torch.int64)
-        tries = torch.zeros(1, 1, tokens, tokens, dtype=dtype) if rows is None else None
+        length = tokens // rows
+        mask = torch.zeros(rows, 1, length, length, dtype=dtype) if tries else None
         with contextlib.nullcontext() if reading is None else reading(model):
-            given = torch.zeros(rows or 1, tokens // (rows or 1), dtype=torch.int64) if ids is None else ids
+            given = torch.zeros(rows, length, dtype=torch.int64) if ids is None else ids
             inputs = {"input_ids": given, "attention_mask": torch.ones_like(given)}
-            if tries is not None:
-                inputs |= {"attention_mask": tries, "position_ids": torch.arange(tokens)[None]}
-            TokenScorer(model, is_checked=True)(inputs, at, at, constrain if constrained else None)
+            if mask is not None:
+                inputs |= {"attention_mask": mask, "position_ids": torch.arange(length).expand(rows, length)}
+            return TokenScorer(model, is_checked=True)(inputs, at, at, constrain if constrained else None)
 
     found = of_model(
         auto_class, config, dtype, peft_config, score, trains=trains, checkpoints=checkpoints, device=device
@@ -100,7 +103,7 @@ def of_model(
     config: Any,
     dtype: torch.dtype,
     peft_config: PeftConfig | None,
-    score: Callable[[Any], None],
+    score: Callable[[Any], torch.Tensor],
     *,
     trains: bool,
     checkpoints: bool,
@@ -125,11 +128,18 @@ def of_model(
         acceleration.enable_checkpointing(model, {"use_reentrant": False})
     with FakeTensorMode(allow_non_fake_inputs=True), torch.device(device):
         make_fake(model)
-        saved = SavedBytes()
-        with saved if trains else contextlib.nullcontext(), torch.set_grad_enabled(trains):
-            score(model)
-        head = model.get_output_embeddings().weight
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        for parameter in trained:
+            parameter.grad = torch.zeros_like(parameter)
+        saved, peak = SavedBytes(), PeakBytes(model)
+        with peak, torch.set_grad_enabled(trains):
+            with saved if trains else contextlib.nullcontext():
+                scores = score(model)
+            graph = min(saved.total, peak.now)  # without what only a dropped output had, as a tower's last layers
+            if trained:
+                scores.sum().backward()
+        head = model.get_output_embeddings().weight
+        tile = min(_TILE[device], scores.numel() * len(head) * torch.float32.itemsize)
         weights = sum(bytes_of(parameter) for parameter in model.parameters())
         return Footprint(
             weights=weights,
@@ -137,8 +147,8 @@ def of_model(
             trained=sum(map(bytes_of, trained)),
             optimizer=optimizer_bytes(trained),
             reference=weights if trained and peft_config is None else 0,
-            graph=saved.total,
-            working=_TILE[device] + (bytes_of(head) if head.requires_grad else 0),
+            graph=graph,
+            working=max(tile + (bytes_of(head) if head.requires_grad else 0), peak.bytes - graph),
         )
 
 

@@ -25,21 +25,9 @@ def span_of_images(ids: Sequence[int]) -> list[int]:
     return list(ids[places[0] : places[-1] + 1]) if places else []
 
 
-def tokens_of(span: Sequence[int], prompts: int, rows: int | None, tokens: int, filler: int) -> torch.Tensor:
-    """Ids of a micro-batch: prompts with their images and a text, in one row or in rows of one length.
-
-    Args:
-        span: of one prompt's images.
-        prompts: how many of them there are; one a row, where there are rows.
-    """
-    if rows is not None:
-        length = tokens // rows
-        return torch.tensor([_filled(span, length, filler)] * rows)
-    return torch.tensor([_filled([*span, filler] * prompts, tokens, filler)])
-
-
-def _filled(ids: Sequence[int], length: int, filler: int) -> list[int]:
-    return [*ids, *[filler] * (length - len(ids))]
+def tokens_of(span: Sequence[int], rows: int, length: int, filler: int) -> torch.Tensor:
+    """Ids (rows, length) of a micro-batch, each row with the images of a prompt and a text behind them."""
+    return torch.tensor([[*span, *[filler] * (length - len(span))]] * rows)
 
 
 @contextlib.contextmanager

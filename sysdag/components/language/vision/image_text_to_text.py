@@ -158,15 +158,14 @@ class ImageTextToText(CausalLM):
         trains: bool,
         checkpoints: bool,
         device: str,
-        rows: int | None = None,
+        rows: int = 1,
         images: Sequence[tuple[int, int]] = (),
-        prompts: int = 1,
         **others: Any,
     ) -> Footprint | None:
         """As for `CausalLM`, with images; see `sysdag.components.language.vision.footprint`."""
         processing = self.lm.processing
         filler = 0 if processing.image_token else 1
-        ids = footprint.tokens_of(self._span_of(images), prompts, rows, tokens, filler)
+        ids = footprint.tokens_of(self._span_of(images), rows, tokens // rows, filler)
         return super().footprint(
             tokens=tokens, labels=labels, trains=trains, checkpoints=checkpoints, device=device, rows=rows, ids=ids,
             reading=partial(footprint.reading, processing=processing), **others,
