@@ -13,20 +13,25 @@ import diffusion_memory
 import peak_memory
 import pytest
 import torch
+import vision_memory
 from peft import LoraConfig, get_peft_model
 from test_residence import is_present
 from test_two_pass import gradients_of, make
 from tiny import char_tokenizer, llama
 from tiny_diffusion import clip, from_text, pooled, scheduler_of, sd3, text_unet, word_tokenizer
 from tiny_sentences import bert
-from transformers import AutoModelForSequenceClassification
+from tiny_vision import shared
+from transformers import AutoModelForSequenceClassification, MistralConfig, MistralForCausalLM
 
 from sysdag import Input, PlanError, System, node
-from sysdag.components import BiEncoder, CausalLM, Choice, CrossEncoder, Diffusion, Tabular
+from sysdag.components import BiEncoder, CausalLM, Choice, CrossEncoder, Diffusion, ImageTextToText, Tabular
 from sysdag.components.component import Component
-from sysdag.components.memory import PeakBytes
+from sysdag.components.memory import PeakBytes, SavedBytes
+from sysdag.data.encoding import encode_pairs
 from sysdag.engine import kept_work
 from sysdag.engine.kept_work import KeptGradient
+from sysdag.engine.step import SystemModel
+from sysdag.objectives.options import EngineOptions, ObjectiveOptions
 from sysdag.ops import _dispatch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -89,6 +94,71 @@ def test_the_estimate_of_a_gpus_step_is_within_15_percent_of_the_measured_peak(l
             micro_batch_tokens=size.micro_batch, device="cuda",
         )  # fmt: skip
         assert found.step == pytest.approx(measured, rel=0.15), f"{name}: {found}"
+
+
+@measures
+@pytest.mark.parametrize("case", vision_memory.CASES)
+def test_a_vision_language_models_estimate_is_within_15_percent_of_the_measured_peak(measured, case):
+    assert vision_memory.estimated(case).step == pytest.approx(measured[f"vision, {case}"], rel=0.15)
+
+
+def seeing():
+    model, processor = shared("llava")
+
+    @node(ImageTextToText(model, processor, max_new_tokens=8))
+    def answer(picture):
+        return [{"role": "user", "content": [{"type": "image", "image": picture}]}]
+
+    return System(Input("picture") >> answer).compile()
+
+
+def test_images_are_counted_by_the_number_of_prompts_that_they_are_in():
+    plan = seeing()
+    plain, one, three = (
+        plan.estimate({"answer": (120, 8)}, images={"answer": sizes}, device="cpu").graphs["answer"]
+        for sizes in ([], [(40, 30)], [(40, 30)] * 3)
+    )
+    assert one > plain
+    assert three - plain == pytest.approx(3 * (one - plain), rel=0.05)
+
+
+def test_sizes_of_images_that_are_missing_or_do_not_fit_are_named():
+    plan = seeing()
+    lengths = {"answer": (120, 8)}
+    with pytest.raises(PlanError, match=r"images has no entry for node 'answer' .*\[\(width, height\)\], or \[\]"):
+        plan.estimate(lengths, device="cpu")
+    for wrong in ((0, 3), (4,), (2.5, 3)):
+        with pytest.raises(PlanError, match=r"images\['answer'\] must be sizes in pixels"):
+            plan.estimate(lengths, images={"answer": [wrong]}, device="cpu")
+    with pytest.raises(PlanError, match="has 20 tokens by lengths, and its images alone take 3"):
+        plan.estimate({"answer": (20, 8)}, images={"answer": [(40, 30)] * 2}, device="cpu")
+    with pytest.raises(PlanError, match="images names 'nobody'"):
+        plan.estimate(lengths, images={"answer": [], "nobody": []}, device="cpu")
+    text = plan_of(step_systems.Case("two LLMs", candidates=2, lora=True))
+    with pytest.raises(PlanError, match=r"images names 'node0' .*whose prompts hold none"):
+        text.estimate(LENGTHS, images={"node0": [(4, 4)]}, device="cpu")
+
+
+@pytest.mark.parametrize(("packs", "window"), [(True, None), (False, None), (True, 20), (True, 80)])
+def test_prefixes_are_counted_as_often_as_they_are_computed(packs, window):
+    sizes = llama(0, hidden_size=64, intermediate_size=128).config.to_dict()
+    model = MistralForCausalLM(MistralConfig(**sizes | {"model_type": "mistral", "sliding_window": window}))
+    component = CausalLM(model, char_tokenizer(), pack_prefixes=packs)
+
+    @node(component)
+    def answer(question):
+        return question
+
+    plan = System(Input("question") >> answer).compile()
+    rows = [{"question": letter * 60, "chosen": "y" * 9, "rejected": "z" * 9} for letter in "ab"]
+    model = SystemModel(plan, ObjectiveOptions(), engine=EngineOptions(engine="one_pass"))
+    pairs = encode_pairs(plan, rows, "direct")
+    [prompt] = component.prompt_ids(["a" * 60])
+    saved = SavedBytes()
+    with saved, torch.enable_grad():
+        model(pairs)
+    told = plan.estimate({"answer": (len(prompt), 10)}, engine="one_pass", pairs=2, device="cpu")
+    assert told.graphs["answer"] == pytest.approx(saved.total, rel=0.15)
 
 
 @measures

@@ -4,11 +4,11 @@ import math
 
 import pytest
 import torch
-from torch import nn
 from peft import LoraConfig, PeftModel
 from seq2seq_families import FAMILIES, bart, marian, t5
 from test_two_pass import assert_same, gradients_of
 from tiny import char_tokenizer, llama
+from torch import nn
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 from sysdag import DiverseBeamSearch, Input, SysDPOConfig, SysDPOTrainer, System, node

@@ -117,7 +117,8 @@ class Estimate:
         where = " (idle models on the host)" if self.offload_idle else ""
         held = f"resident {_shown(self.resident)}{where}, a step in {passes} {_shown(self.step)}"
         rows += [f"{name} is on the base of {other}" for name, other in self.bases.items() if other != name]
-        cache = f"; on the host up to {_shown(self.host_cache)} of encoded prompts" if self.host_cache else ""
+        kept = f"; on the host up to {_shown(self.host_cache)} of encoded prompts and images"
+        cache = kept if self.host_cache else ""
         return "\n".join([*rows, f"{held}: {_shown(self.total)} in all{cache}"])
 
 

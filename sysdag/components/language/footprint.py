@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from sysdag.components import acceleration, adapter
 from sysdag.components.footprint import Footprint, bytes_of, make_fake
 from sysdag.components.language import key_value_slabs, prefix_scorer
-from sysdag.components.language.language_head import TokenScorer, argument_names
+from sysdag.components.language.language_head import TokenScorer, argument_names, output_embedding
 from sysdag.components.memory import PeakBytes, SavedBytes
 from sysdag.components.precision import optimizer_bytes
 
@@ -66,19 +66,19 @@ def of_language_model(
         return logits.masked_fill(torch.zeros_like(logits, dtype=torch.bool), -torch.inf)
 
     def score(model: Any) -> torch.Tensor:
-        at = torch.zeros(labels, dtype=torch.int64)
         length = tokens // rows
-        mask = torch.zeros(rows, 1, length, length, dtype=dtype) if tries else None
-        with contextlib.nullcontext() if reading is None else reading(model):
-            given = torch.zeros(rows, length, dtype=torch.int64) if ids is None else ids
-            inputs = {"input_ids": given, "attention_mask": torch.ones_like(given)}
-            if mask is not None:
-                inputs |= {"attention_mask": mask, "position_ids": torch.arange(length).expand(rows, length)}
-            return TokenScorer(model, is_checked=True)(inputs, at, at, constrain if constrained else None)
+        given = torch.zeros(rows, length, dtype=torch.int64) if ids is None else ids
+        inputs = {"input_ids": given, "attention_mask": torch.ones_like(given)}
+        if tries:
+            mask = output_embedding(model).weight.new_zeros(rows, 1, length, length, dtype=dtype)
+            inputs |= {"attention_mask": mask, "position_ids": torch.arange(length).expand(rows, length)}
+        at = torch.zeros(labels, dtype=torch.int64)
+        return TokenScorer(model, is_checked=True)(inputs, at, at, constrain if constrained else None)
 
     found = of_model(
-        auto_class, config, dtype, peft_config, score, trains=trains, checkpoints=checkpoints, device=device
-    )
+        auto_class, config, dtype, peft_config, score, trains=trains, checkpoints=checkpoints, device=device,
+        reading=reading,
+    )  # fmt: skip
     if not constrained:
         return found
     # All logits and, backward, their gradient; of the labels' rows a log-softmax in fp32 and its gradient.
@@ -108,13 +108,14 @@ def of_model(
     trains: bool,
     checkpoints: bool,
     device: str,
+    reading: Callable[[Any], AbstractContextManager[Any]] | None = None,
 ) -> Footprint:
     """A language model's whose micro-batch is what `score` does.
 
     Args:
         auto_class: of transformers, which builds the model of its config.
         score: scores one micro-batch with the model, whose tensors are fake.
-        trains, checkpoints, device: see `of_language_model`.
+        trains, checkpoints, device, reading: see `of_language_model`.
     """
     with torch.device("meta"):
         model = auto_class.from_config(config, dtype=dtype)
@@ -132,7 +133,8 @@ def of_model(
         for parameter in trained:
             parameter.grad = torch.zeros_like(parameter)
         saved, peak = SavedBytes(), PeakBytes(model)
-        with peak, torch.set_grad_enabled(trains):
+        within = contextlib.nullcontext() if reading is None else reading(model)
+        with peak, within, torch.set_grad_enabled(trains):
             with saved if trains else contextlib.nullcontext():
                 scores = score(model)
             graph = min(saved.total, peak.now)  # without what only a dropped output had, as a tower's last layers

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
+
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
 from sysdag.components.footprint import Footprint
 from sysdag.components.language.causal_lm import CausalLM
@@ -18,7 +21,7 @@ from sysdag.components.language.sampling import MAX_BATCH_TOKENS
 from sysdag.components.language.vision import footprint
 from sysdag.components.language.vision.image_template import ImageChatTemplate
 from sysdag.components.language.vision.pretrained_vlm import PretrainedVLM
-from sysdag.components.language.vision.prompt_images import PromptImages
+from sysdag.components.language.vision.prompt_images import HELD_BYTES, PromptImages
 from sysdag.errors import DataError, PlanError
 
 if TYPE_CHECKING:
@@ -162,14 +165,21 @@ class ImageTextToText(CausalLM):
         images: Sequence[tuple[int, int]] = (),
         **others: Any,
     ) -> Footprint | None:
-        """As for `CausalLM`, with images; see `sysdag.components.language.vision.footprint`."""
+        """As for `CausalLM`, with images; see `sysdag.components.language.vision.footprint`.
+
+        None, too, for a model whose course depends on numbers that weights enter.
+        """
         processing = self.lm.processing
         filler = 0 if processing.image_token else 1
         ids = footprint.tokens_of(self._span_of(images), rows, tokens // rows, filler)
-        return super().footprint(
-            tokens=tokens, labels=labels, trains=trains, checkpoints=checkpoints, device=device, rows=rows, ids=ids,
-            reading=partial(footprint.reading, processing=processing), **others,
-        )  # fmt: skip
+        try:
+            found = super().footprint(
+                tokens=tokens, labels=labels, trains=trains, checkpoints=checkpoints, device=device, rows=rows, ids=ids,
+                reading=partial(footprint.reading, processing=processing), **others,
+            )  # fmt: skip
+        except (DataDependentOutputException, DynamicOutputShapeException):
+            return None
+        return None if found is None else replace(found, host_cache=HELD_BYTES)
 
     def reading(self) -> str:
         processor = self.processor.to_json_string()

@@ -25,7 +25,7 @@ from sysdag.components.language.vision.image_parts import HeldImage
 from sysdag.errors import DataError, PlanError
 
 FIRST = 1 << 61  # above any vocabulary; below 2 ** 62, so that sums of few stay 64-bit integers
-_HELD_BYTES = 1 << 29
+HELD_BYTES = 1 << 29
 _LATEST = 64  # which live until a prompt that has them is kept
 # Of what processors make of images, what stands beside the tokens; each either one entry an image (or patch of it), or
 # one a row with its images along the second axis. `_Layout` finds out which.
@@ -127,7 +127,7 @@ class ImageProcessing:
         self._held[token] = made
         self._held.move_to_end(token)
         total = sum(bytes_of(value) for held in self._held.values() for value in held.values())
-        while total > _HELD_BYTES and len(self._held) > 1:
+        while total > HELD_BYTES and len(self._held) > 1:
             _, gone = self._held.popitem(last=False)
             total -= sum(map(bytes_of, gone.values()))
 
