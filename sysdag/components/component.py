@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from sysdag.components.constructor_options import ConstructorOptions
 from sysdag.components.input_reader import InputReader
 from sysdag.components.random_streams import RowGenerator, seed_of
 from sysdag.errors import DeclarationNeeded, PlanError, shown
@@ -32,13 +33,14 @@ Takes = Callable[[Any, Any], bool]
 """Whether a value surely can be scored behind an input; see `Component.screen`."""
 
 
-class Component(InputReader, ABC):
+class Component(InputReader, ConstructorOptions, ABC):
     """A conditional distribution p(value | input).
 
     Constructors are cheap: weights load when `module` is first read, so a graph can be built, printed and saved
     without them.
 
     Class attributes:
+        not_taken: see `ConstructorOptions`.
         likelihood: `exact` (log-probabilities), `bound` (a per-draw estimate of a lower bound, never summed over
             candidates) or `none`.
         value_type: the type of a drawn value, where it is always the same; lets `.each()` be checked early.

@@ -93,6 +93,15 @@ class CausalLM(ConstrainedModel):
         PlanError: for options out of range, or a folder of something else than a causal language model.
     """
 
+    not_taken: ClassVar[Mapping[str, str]] = {
+        "processor": "its prompts are texts; ImageTextToText(processor=...) reads images",
+        "max_source_length": "prompt and completion share max_length; Seq2Seq(max_source_length=...) is for "
+        "encoder-decoders",
+        "max_target_length": "prompt and completion share max_length; Seq2Seq(max_target_length=...) is for "
+        "encoder-decoders",
+        "generation_config": "give temperature, top_p, top_k, stop and max_new_tokens; what is drawn is scored as the "
+        "model says, whose logits no processor changes",
+    }
     saved_options = (*ConstrainedModel.saved_options, "pack_prefixes")
     saved_types: ClassVar[Mapping[str, tuple[type, ...]]] = {**ConstrainedModel.saved_types, **_TEXT_OPTIONS}
 

@@ -69,6 +69,17 @@ class Seq2Seq(LanguageModel):
         "src_lang": (str, type(None)), "tgt_lang": (str, type(None)), "generation_config": (dict,),
     }  # fmt: skip
     limits_prompts = "max_source_length"
+    not_taken: ClassVar[Mapping[str, str]] = {
+        "grammar": "no grammar constrains targets; what its generation_config can say holds for draws and scores, and "
+        "CausalLM(grammar=...) serves models with a decoder alone",
+        "max_length": "a source and its target do not share their room; give max_source_length and max_target_length",
+        "pack_prefixes": "a source is always computed once for all its targets",
+        "decoder": "sysdag's own draws; CausalLM(decoder=...) serves models with a decoder alone",
+        "tools": "sources have no template that would tell of them; write them into the source",
+        "chat_template_kwargs": "sources are texts as a rule; give a ChatPrompt(..., chat_template_kwargs=...) where "
+        "the tokenizer has a template",
+        "processor": "its sources are texts; ImageTextToText(processor=...) reads images",
+    }
     lm: PretrainedSeq2Seq
 
     def __init__(

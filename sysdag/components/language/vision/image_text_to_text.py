@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
@@ -55,6 +55,10 @@ class ImageTextToText(CausalLM):
 
     pretrained = PretrainedVLM
     lm: PretrainedVLM
+    not_taken: ClassVar[Mapping[str, str]] = {
+        "tokenizer": "its processor has one; give processor=",
+        "decoder": "other engines than sysdag's own are not given images; leave it out",
+    }
 
     def __init__(
         self,
