@@ -192,14 +192,24 @@ def test_a_new_head_of_a_reranker_is_counted_with_its_one_logit(tmp_path, adapte
     assert found.base == (base if adapter else 0)
 
 
-def test_two_towers_that_both_train_are_not_told():
-    tokenizer = char_tokenizer()
-    scorer = BiEncoder(bert(), tokenizer, document_model=bert(), document_tokenizer=tokenizer)
-    question, passages = Input("question", str), Input("passages", list)
-    found = node(Choice(scorer), name="found")(lambda question, passages: (question, passages))
-    plan = System((question & passages) >> found).compile()
-    with pytest.raises(PlanError, match="the memory of node 'found' .* is not known before it runs"):
-        plan.estimate({"found": (100, 1)}, device="cpu")
+def test_two_towers_need_what_each_of_them_needs():
+    def plan_of(documents):
+        tokenizer = char_tokenizer()
+        scorer = BiEncoder(bert(), tokenizer, document_model=documents, document_tokenizer=tokenizer)
+        question, passages = Input("question", str), Input("passages", list)
+        found = node(Choice(scorer), name="found")(lambda question, passages: (question, passages))
+        return System((question & passages) >> found).compile()
+
+    equal = plan_of(bert())
+    whole, split = (equal.estimate({"found": given}, device="cpu") for given in ((100, 1), (100, 1, 80)))
+    assert whole.graphs["found"] == pytest.approx(split.graphs["found"], rel=0.1)
+    every = sum(p.numel() * p.element_size() for p in equal.system["found"].component.module.parameters())
+    assert (split.footprints["found"].weights, split.footprints["found"].trained) == (every, every)
+    other = plan_of(bert(num_hidden_layers=5))
+    few, many = (other.estimate({"found": (100, 1, n)}, device="cpu").graphs["found"] for n in (10, 80))
+    assert many > 1.2 * few
+    with pytest.raises(PlanError, match="different models that both train. Give the options' tokens as the third"):
+        other.estimate({"found": (100, 1)}, device="cpu")
 
 
 @pytest.mark.parametrize("adapter", [False, True])

@@ -336,6 +336,14 @@ class Component(InputReader, ConstructorOptions, ABC):
         """
         return None
 
+    @property
+    def tells_options_apart(self) -> bool:
+        """Whether options that are chosen from have weights of their own that train.
+
+        `footprint` is then told as `options` how many of the tokens are theirs; None where that is not known.
+        """
+        return False
+
     def shares_prefixes(self, longest: int) -> bool:
         """Whether what elements of a micro-batch begin with is computed once, as far as that is known without weights.
 

@@ -37,6 +37,7 @@ class Elements:
         pairs: of the step.
         prompt, completion: tokens of each.
         common: of a prompt's tokens those that all of a pair share.
+        options: of a prompt's tokens those of options, where they were given.
         prompts: of a pair, as far as they differ; 0 where all is common.
         completions: of a pair.
         share: the part of the pairs that take the node.
@@ -46,6 +47,7 @@ class Elements:
     prompt: int
     completion: int
     common: int
+    options: int | None
     prompts: int
     completions: int
     share: float
@@ -54,7 +56,8 @@ class Elements:
         """The largest micro-batch of at most so many tokens (or one element), with images of such sizes a prompt."""
         longest = self.prompt + self.completion
         if component.shares_prefixes(longest):
-            return self._packed(most, component.tokens_of_images(images), images)
+            found = self._packed(most, component.tokens_of_images(images), images)
+            return replace(found, more=self._told_apart(found.tokens)) if component.tells_options_apart else found
         alone = replace(self, common=0, prompts=self.completions)
         found = alone._packed(most, None, ())
         rows = max(1, found.tokens // longest)
@@ -78,6 +81,12 @@ class Elements:
             more = {"images": images, "rows": prompts}
         is_one = common + 2 * (different + self.completion) > most
         return EstimatedBatch(tokens, self._labels(tokens, whole), whole, is_one, more)
+
+    def _told_apart(self, tokens: int) -> dict[str, Any]:
+        """How many of a micro-batch's tokens are options'; those that are common are there once."""
+        if self.options is None:
+            return {"options": None}
+        return {"options": min(self.options, tokens) if self.prompts else tokens * self.options // self.prompt}
 
     def _labels(self, tokens: int, whole: int) -> int:
         return max(1, math.ceil(tokens * self.share * self.pairs * self.completions * self.completion) // whole)

@@ -146,8 +146,9 @@ def estimate(
         lengths: for each language model's node, tokens of a prompt and of a completion, and optionally how many of the
             prompt's are the same whatever the intermediates are (0 if left out). A diffusion model's node may be left
             out where it draws one image a run; for n images (`.each()`) it is (0, n times the positions of one).
-            Of a choice, (tokens of the query and all options, 1), and those of the options as the common ones where
-            intermediates change the query alone; a cross-encoder reads the query with each option.
+            Of a choice, (tokens of the query and all options, 1), and those of the options as a third number where
+            intermediates change the query alone, or where options have a tower of their own; a cross-encoder reads the
+            query with each option.
         objective: `direct`, or `sampling` over `num_candidates` paths.
         pairs: preference pairs of a step, or unpaired runs.
         unpaired: whether they are single runs, as losses like `kto` take. What `kto` mismatches is scored in
@@ -208,6 +209,7 @@ def estimate(
         sides = 1 if unpaired else 2
         sized = Elements(
             pairs=pairs, prompt=prompt, completion=completion, common=(rest[0] if rest else 0) if varies else prompt,
+            options=rest[0] if rest else None,
             prompts=(paths if objective == "sampling" else sides) if varies else 0,
             completions=paths if is_latent else sides * paths, share=shares.get(name, 1.0),
         )  # fmt: skip

@@ -299,10 +299,16 @@ class Choice(Component):
         reader = self.scorer.input_reader()
         return reader if type(reader) is InputReader else ChoiceReader(repr(self), reader)
 
-    def footprint(self, *, tokens: int, labels: int, trains: bool, checkpoints: bool, device: str) -> Footprint | None:
+    @property
+    def tells_options_apart(self) -> bool:
+        return self.scorer.tells_options_apart
+
+    def footprint(
+        self, *, tokens: int, labels: int, trains: bool, checkpoints: bool, device: str, **others: Any
+    ) -> Footprint | None:
         """See `Component`; tokens are those of queries and options, as `micro_batches` counts them."""
         return self.scorer.footprint(
-            tokens=tokens, labels=labels, trains=trains, checkpoints=checkpoints, device=device
+            tokens=tokens, labels=labels, trains=trains, checkpoints=checkpoints, device=device, **others
         )
 
     @property

@@ -91,6 +91,11 @@ class Scorer(ConstructorOptions, ABC):
     def reading(self) -> str:
         return ""
 
+    @property
+    def tells_options_apart(self) -> bool:
+        """See `Component.tells_options_apart`."""
+        return False
+
     def footprint(self, *, tokens: int, labels: int, trains: bool, checkpoints: bool, device: str) -> Footprint | None:
         return None
 
