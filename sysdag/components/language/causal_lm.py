@@ -139,7 +139,7 @@ class CausalLM(ConstrainedModel):
         if not isinstance(chat_template_kwargs or {}, Mapping):
             raise PlanError(f"CausalLM: chat_template_kwargs must be a dict, got {chat_template_kwargs!r}.")
         if not isinstance(model, PretrainedLM):
-            model = PretrainedLM(model, tokenizer, peft_config=peft_config, model_kwargs=model_kwargs)
+            model = self.pretrained(model, tokenizer, peft_config=peft_config, model_kwargs=model_kwargs)
         super().__init__(
             model, temperature=temperature, top_p=top_p, top_k=top_k, max_batch_tokens=max_batch_tokens,
             batch_size=batch_size, max_new_tokens=max_new_tokens, max_length=max_length, stop=stop, tools=tools,

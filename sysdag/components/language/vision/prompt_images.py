@@ -13,7 +13,7 @@ import copy
 import hashlib
 import weakref
 from collections import OrderedDict, deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -171,17 +171,20 @@ class ImageProcessing:
                     "is not served. Use another model."
                 )
 
-    def together(self, rows: Sequence[Sequence[PromptImages]]) -> dict[str, Tensor]:
+    def together(self, rows: Sequence[Sequence[PromptImages]], names: Collection[str] = _BESIDE) -> dict[str, Tensor]:
         """What the model's forward gets for rows of tokens: `pixel_values` and their like.
 
         Args:
             rows: of each row its prompts' images, in the order of their placeholders.
+            names: of what is wanted, as far as the processor makes it.
         """
         by_row = self._layout()
         found: dict[str, Tensor] = {}
         parts = [[self.tensors(images) for images in row] for row in rows]
         first = next((made for row in parts for made in row), {})
         for name, example in first.items():
+            if name not in names:
+                continue
             if by_row[name]:
                 rest = example.shape[2:]
                 whole = [
