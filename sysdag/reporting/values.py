@@ -256,8 +256,8 @@ def _step(name: str, before: Cell | None, after: Cell | None) -> Step | None:
         left, right = shown_pair(*values)
         return Step(name, shown_choice(ran[0]) or left, shown_choice(ran[1]) or right, not _equal(*values))
     alone = shown_choice(ran[0]) or shown(value_of(ran[0]))
-    sides = (alone, None) if ran[0] is before else (None, alone)
-    return Step(name, *sides, changed=len(there) == 2)
+    is_first = ran[0] is before
+    return Step(name, alone if is_first else None, None if is_first else alone, changed=len(there) == 2)
 
 
 def _same_inputs(before: Trace, after: Trace, row: int) -> bool:

@@ -82,10 +82,10 @@ class ImageTextToText(CausalLM):
         grammar: str | Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__(
-            model, processor, peft_config=peft_config, model_kwargs=model_kwargs, max_new_tokens=max_new_tokens,
-            max_length=max_length, temperature=temperature, top_p=top_p, top_k=top_k, stop=stop,
-            max_batch_tokens=max_batch_tokens, batch_size=batch_size,
-            pack_prefixes=pack_prefixes, tools=tools, chat_template_kwargs=chat_template_kwargs,
+            model, processor,  # type: ignore[arg-type]
+            peft_config=peft_config, model_kwargs=model_kwargs, max_new_tokens=max_new_tokens, max_length=max_length,
+            temperature=temperature, top_p=top_p, top_k=top_k, stop=stop, max_batch_tokens=max_batch_tokens,
+            batch_size=batch_size, pack_prefixes=pack_prefixes, tools=tools, chat_template_kwargs=chat_template_kwargs,
             sanitize_control_tokens=sanitize_control_tokens, grammar=grammar,
         )  # fmt: skip
         self._opening: tuple[list[int], PromptImages | None] | None = None
