@@ -95,8 +95,6 @@ def test_the_commands_work_on_a_system_that_sees(place):
     assert losses[0] == pytest.approx(0.6931, abs=1e-3)
     run("eval", "out", "inputs.jsonl", "--against", system, "--by", f"{MODULE}.py:score", "--output", "verdicts.json")
     run("report", "out")
-    page = (place / "out" / "report.html").read_text(encoding="utf-8")
-    assert page.count("<img src=") >= 1, "the images of its prompts"
 
 
 def test_a_trace_on_file_scores_as_it_was_drawn(place):

@@ -307,7 +307,7 @@ def test_images_in_messages_are_shown_among_their_parts(tmp_path):
     )
     parsed = check_is_closed(rendered(write_run(tmp_path, traces={"before": whole, "after": whole})))
     images = parsed.all("img")
-    assert len(images) == 3
+    assert len(images) == 2
     for image in images:
         assert Image.open(io.BytesIO(base64.b64decode(image["src"].split(",")[1]))).getpixel((3, 3)) == 200
     text = parsed.text()
