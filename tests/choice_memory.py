@@ -28,16 +28,23 @@ CASES = {
     "bi-encoder, full": {"kind": "bi"},
     "bi-encoder, adapter": {"kind": "bi", "adapter": True},
     "bi-encoder, one pass": {"kind": "bi", "engine": "one_pass"},
+    "two towers, full": {"kind": "bi", "towers": True},
+    "two towers, adapters": {"kind": "bi", "towers": True, "adapter": True},
+    "two towers, one pass": {"kind": "bi", "towers": True, "engine": "one_pass"},
     "cross-encoder, full": {"kind": "cross"},
     "cross-encoder, checkpointed": {"kind": "cross", "checkpointing": True},
 }
 
 
-def build(*, kind, adapter=False):
+def build(*, kind, adapter=False, towers=False):
     torch.manual_seed(0)
     lora = LoraConfig(r=4, target_modules=["query", "value"]) if adapter else None
     if kind == "bi":
-        scorer = BiEncoder(BertModel(BertConfig(**CONFIG)), char_tokenizer(), peft_config=lora)
+        small = BertModel(BertConfig(**CONFIG | {"num_hidden_layers": 2, "intermediate_size": 256})) if towers else None
+        scorer = BiEncoder(
+            BertModel(BertConfig(**CONFIG)), char_tokenizer(), document_model=small,
+            document_tokenizer=char_tokenizer() if towers else None, peft_config=lora,
+        )  # fmt: skip
     else:
         model = BertForSequenceClassification(BertConfig(**CONFIG, num_labels=1))
         scorer = CrossEncoder(model, char_tokenizer(), peft_config=lora)
@@ -93,7 +100,8 @@ def estimated(case):
     options = dict(CASES[case])
     engine, checkpointing = options.pop("engine", "two_pass"), options.pop("checkpointing", False)
     kind = options["kind"]
+    of_options = [LENGTH * OPTIONS] if options.get("towers") else []
     return build(**options).estimate(
-        {"found": (tokens(kind) - 1, 1)}, pairs=PAIRS, engine=engine, micro_batch_tokens=tokens(kind),
+        {"found": (tokens(kind) - 1, 1, *of_options)}, pairs=PAIRS, engine=engine, micro_batch_tokens=tokens(kind),
         gradient_checkpointing=checkpointing, device="cpu",
     )  # fmt: skip

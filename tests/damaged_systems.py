@@ -6,12 +6,14 @@
 import json
 import os
 import random
+import re
 import shutil
 import sys
 import tempfile
 from collections import Counter
 from pathlib import Path
 
+import pytest
 import torch
 from peft import LoraConfig
 from tiny import char_tokenizer, llama
@@ -228,6 +230,12 @@ def outcomes(count, seed, place):
         found[outcome(folder, damage(rng, folder))] += 1
         shutil.rmtree(folder)
     return found
+
+
+def refused(folder, message, node="draft"):
+    """Asserts that a node of a saved system cannot be loaded, for which the error says why."""
+    with pytest.raises(SerializationError, match=f"Component '{node}'.*{re.escape(message)}"):
+        _ = System.from_pretrained(folder)[node].component.module
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import choice_memory
 import diffusion_memory
 import networkx  # noqa: F401 - a plan needs it, so each process would import it
 import torch
+import vision_memory
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -43,6 +44,10 @@ def of_choice(case: str) -> dict[str, float]:
 
 def of_diffusion(case: str) -> dict[str, float]:
     return {f"diffusion, {case}": diffusion_memory.measured(case)}
+
+
+def of_vision(case: str) -> dict[str, float]:
+    return {f"vision, {case}": vision_memory.measured(case)}
 
 
 def shown(case: step_systems.Case, name: str) -> str:
@@ -78,6 +83,7 @@ if __name__ == "__main__":
         *(partial(of_llms, case, "--by-the-benchmark" in sys.argv) for case in SYSTEMS),
         *(partial(of_diffusion, case) for case in diffusion_memory.CASES),
         *(partial(of_choice, case) for case in choice_memory.CASES),
+        *(partial(of_vision, case) for case in vision_memory.CASES),
     ]
     gc.freeze()  # what was imported is not looked through, and so not copied, by the processes
     peaks: dict[str, float] = {}

@@ -141,5 +141,7 @@ def test_a_report_shows_the_options_and_which_was_chosen():
     assert len(two.elements) == 33
     assert (two.elements[-1].words[0][1], two.elements[-1].note) == ("option 39", "chosen 1")
     assert (two.elements[0].note, two.note) == ("chosen 2", "and 7 more options")
+    plate = shown_choice((Draw("option 1", {"options": options[:3], "index": 1}),) * 2)
+    assert [[element.note for element in each.elements] for each in plate.elements] == [["", "chosen", ""]] * 2
     assert shown_choice(Draw("text", {"token_ids": [1]})) is None
     assert shown_choice((Draw("text"),)) is None

@@ -1,5 +1,6 @@
 """What every component inherits."""
 
+import inspect
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 from tiny_diffusion import from_vectors, images, vectors
 
 from sysdag import Component, Draw, PlanError
-from sysdag.components import Opaque, Tabular
+from sysdag.components import BiEncoder, CausalLM, Choice, ImageTextToText, Opaque, Seq2Seq, Tabular
 
 
 class Weighing(Tabular):
@@ -88,3 +89,27 @@ def test_a_component_of_ones_own_is_told_which_method_it_lacks():
         Opaque(str).load_weights(Path())
     assert Lists().key(Draw(("x",))) == ("x",)
     assert Component.key(Lists(), Draw("x")) == "x"
+
+
+@pytest.mark.parametrize("kind", [Seq2Seq, ImageTextToText, Choice])
+def test_every_option_of_causal_lm_is_taken_or_refused_with_what_serves_instead(kind):
+    taken = inspect.signature(kind).parameters
+    for name in inspect.signature(CausalLM).parameters.keys() - taken.keys():
+        with pytest.raises(PlanError, match=f"{kind.__name__} takes no {name}: .*"):
+            kind("somewhere", **{name: "x"})
+
+
+def test_an_option_that_nobody_knows_is_refused_with_the_nearest_one():
+    with pytest.raises(PlanError, match=r"CausalLM takes no max_newtokens\. Did you mean max_new_tokens\?"):
+        CausalLM("somewhere", max_newtokens=3)
+    with pytest.raises(PlanError, match=r"BiEncoder takes no grammar\. It takes model, tokenizer"):
+        BiEncoder("somewhere", grammar="x")
+
+    class Mine(CausalLM):
+        def __init__(self, model, *, depth=1, **options):
+            super().__init__(model, **options)
+
+    with pytest.raises(PlanError, match="Mine takes no processor: its prompts are texts"):
+        Mine("somewhere", depth=2, processor="x")
+    assert Mine("somewhere", max_new_tokens=3).max_new_tokens == 3
+    assert "model" in inspect.signature(Seq2Seq).parameters

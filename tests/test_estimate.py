@@ -13,20 +13,25 @@ import diffusion_memory
 import peak_memory
 import pytest
 import torch
+import vision_memory
 from peft import LoraConfig, get_peft_model
 from test_residence import is_present
 from test_two_pass import gradients_of, make
 from tiny import char_tokenizer, llama
 from tiny_diffusion import clip, from_text, pooled, scheduler_of, sd3, text_unet, word_tokenizer
 from tiny_sentences import bert
-from transformers import AutoModelForSequenceClassification
+from tiny_vision import shared
+from transformers import AutoModelForSequenceClassification, MistralConfig, MistralForCausalLM
 
 from sysdag import Input, PlanError, System, node
-from sysdag.components import BiEncoder, CausalLM, Choice, CrossEncoder, Diffusion, Tabular
+from sysdag.components import BiEncoder, CausalLM, Choice, CrossEncoder, Diffusion, ImageTextToText, Tabular
 from sysdag.components.component import Component
-from sysdag.components.memory import PeakBytes
+from sysdag.components.memory import PeakBytes, SavedBytes
+from sysdag.data.encoding import encode_pairs
 from sysdag.engine import kept_work
 from sysdag.engine.kept_work import KeptGradient
+from sysdag.engine.step import SystemModel
+from sysdag.objectives.options import EngineOptions, ObjectiveOptions
 from sysdag.ops import _dispatch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -92,6 +97,71 @@ def test_the_estimate_of_a_gpus_step_is_within_15_percent_of_the_measured_peak(l
 
 
 @measures
+@pytest.mark.parametrize("case", vision_memory.CASES)
+def test_a_vision_language_models_estimate_is_within_15_percent_of_the_measured_peak(measured, case):
+    assert vision_memory.estimated(case).step == pytest.approx(measured[f"vision, {case}"], rel=0.15)
+
+
+def seeing():
+    model, processor = shared("llava")
+
+    @node(ImageTextToText(model, processor, max_new_tokens=8))
+    def answer(picture):
+        return [{"role": "user", "content": [{"type": "image", "image": picture}]}]
+
+    return System(Input("picture") >> answer).compile()
+
+
+def test_images_are_counted_by_the_number_of_prompts_that_they_are_in():
+    plan = seeing()
+    plain, one, three = (
+        plan.estimate({"answer": (120, 8)}, images={"answer": sizes}, device="cpu").graphs["answer"]
+        for sizes in ([], [(40, 30)], [(40, 30)] * 3)
+    )
+    assert one > plain
+    assert three - plain == pytest.approx(3 * (one - plain), rel=0.05)
+
+
+def test_sizes_of_images_that_are_missing_or_do_not_fit_are_named():
+    plan = seeing()
+    lengths = {"answer": (120, 8)}
+    with pytest.raises(PlanError, match=r"images has no entry for node 'answer' .*\[\(width, height\)\], or \[\]"):
+        plan.estimate(lengths, device="cpu")
+    for wrong in ((0, 3), (4,), (2.5, 3)):
+        with pytest.raises(PlanError, match=r"images\['answer'\] must be sizes in pixels"):
+            plan.estimate(lengths, images={"answer": [wrong]}, device="cpu")
+    with pytest.raises(PlanError, match="has 20 tokens by lengths, and its images alone take 3"):
+        plan.estimate({"answer": (20, 8)}, images={"answer": [(40, 30)] * 2}, device="cpu")
+    with pytest.raises(PlanError, match="images names 'nobody'"):
+        plan.estimate(lengths, images={"answer": [], "nobody": []}, device="cpu")
+    text = plan_of(step_systems.Case("two LLMs", candidates=2, lora=True))
+    with pytest.raises(PlanError, match=r"images names 'node0' .*whose prompts hold none"):
+        text.estimate(LENGTHS, images={"node0": [(4, 4)]}, device="cpu")
+
+
+@pytest.mark.parametrize(("packs", "window"), [(True, None), (False, None), (True, 20), (True, 80)])
+def test_prefixes_are_counted_as_often_as_they_are_computed(packs, window):
+    sizes = llama(0, hidden_size=64, intermediate_size=128).config.to_dict()
+    model = MistralForCausalLM(MistralConfig(**sizes | {"model_type": "mistral", "sliding_window": window}))
+    component = CausalLM(model, char_tokenizer(), pack_prefixes=packs)
+
+    @node(component)
+    def answer(question):
+        return question
+
+    plan = System(Input("question") >> answer).compile()
+    rows = [{"question": letter * 60, "chosen": "y" * 9, "rejected": "z" * 9} for letter in "ab"]
+    model = SystemModel(plan, ObjectiveOptions(), engine=EngineOptions(engine="one_pass"))
+    pairs = encode_pairs(plan, rows, "direct")
+    [prompt] = component.prompt_ids(["a" * 60])
+    saved = SavedBytes()
+    with saved, torch.enable_grad():
+        model(pairs)
+    told = plan.estimate({"answer": (len(prompt), 10)}, engine="one_pass", pairs=2, device="cpu")
+    assert told.graphs["answer"] == pytest.approx(saved.total, rel=0.15)
+
+
+@measures
 @pytest.mark.parametrize("case", choice_memory.CASES)
 def test_a_choices_estimate_is_within_15_percent_of_the_measured_peak(measured, case):
     assert choice_memory.estimated(case).step == pytest.approx(measured[f"choice, {case}"], rel=0.15)
@@ -122,14 +192,26 @@ def test_a_new_head_of_a_reranker_is_counted_with_its_one_logit(tmp_path, adapte
     assert found.base == (base if adapter else 0)
 
 
-def test_two_towers_that_both_train_are_not_told():
-    tokenizer = char_tokenizer()
-    scorer = BiEncoder(bert(), tokenizer, document_model=bert(), document_tokenizer=tokenizer)
-    question, passages = Input("question", str), Input("passages", list)
-    found = node(Choice(scorer), name="found")(lambda question, passages: (question, passages))
-    plan = System((question & passages) >> found).compile()
-    with pytest.raises(PlanError, match="the memory of node 'found' .* is not known before it runs"):
-        plan.estimate({"found": (100, 1)}, device="cpu")
+def test_two_towers_need_what_each_of_them_needs():
+    def plan_of(documents):
+        tokenizer = char_tokenizer()
+        scorer = BiEncoder(bert(), tokenizer, document_model=documents, document_tokenizer=tokenizer)
+        question, passages = Input("question", str), Input("passages", list)
+        found = node(Choice(scorer), name="found")(lambda question, passages: (question, passages))
+        return System((question & passages) >> found).compile()
+
+    equal = plan_of(bert())
+    longest = equal.system["found"].component.scorer.query.max_length
+    lengths = (4 * longest - 1, 1)
+    whole, split = (equal.estimate({"found": given}, device="cpu") for given in (lengths, (*lengths, 3 * longest)))
+    assert whole.graphs["found"] == pytest.approx(split.graphs["found"], rel=0.01)
+    every = sum(p.numel() * p.element_size() for p in equal.system["found"].component.module.parameters())
+    assert (split.footprints["found"].weights, split.footprints["found"].trained) == (every, every)
+    other = plan_of(bert(num_hidden_layers=5))
+    few, many = (other.estimate({"found": (100, 1, n)}, device="cpu").graphs["found"] for n in (10, 80))
+    assert many > 1.2 * few
+    with pytest.raises(PlanError, match="different models that both train. Give the options' tokens as the third"):
+        other.estimate({"found": (100, 1)}, device="cpu")
 
 
 @pytest.mark.parametrize("adapter", [False, True])

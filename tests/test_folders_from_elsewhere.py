@@ -12,7 +12,7 @@ import shutil
 import sys
 
 import pytest
-from damaged_systems import SYSTEM, draft, picture
+from damaged_systems import SYSTEM, draft, picture, refused
 from peft import LoraConfig
 from tiny import char_tokenizer, llama
 from tiny_pipelines import PIPELINES
@@ -73,11 +73,6 @@ def with_options(folder, name, **options):
     data = json.loads((folder / "system.json").read_text())
     data["components"][name]["options"] |= options
     (folder / "system.json").write_text(json.dumps(data))
-
-
-def refused(folder, message, node="draft"):
-    with pytest.raises(SerializationError, match=f"Component '{node}'.*{re.escape(message)}"):
-        _ = System.from_pretrained(folder)[node].component.module
 
 
 @pytest.mark.parametrize(

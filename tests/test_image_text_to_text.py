@@ -248,7 +248,7 @@ def test_images_that_are_no_longer_held_are_read_again(monkeypatch):
     scores = held.log_prob(PROMPTS, draws)
     vision = "sysdag.components.language.vision"
     monkeypatch.setattr(f"{vision}.image_text_to_text._REMEMBERED", 1)
-    monkeypatch.setattr(f"{vision}.prompt_images._HELD_BYTES", 0)
+    monkeypatch.setattr(f"{vision}.prompt_images.HELD_BYTES", 0)
     monkeypatch.setattr(f"{vision}.prompt_images._LATEST", 1)
     node = component("smolvlm")
     torch.testing.assert_close(node.log_prob(PROMPTS, draws), scores)

@@ -1,5 +1,7 @@
 import asyncio
+import base64
 import contextlib
+import io
 import json
 import math
 import socket
@@ -239,6 +241,34 @@ def test_plates_and_images_are_shown_as_lists(make):
     view = post(client, "queue", annotator="Ann").json()["task"]["left"]["outputs"][0]["view"]
     assert [item["kind"] for item in view["items"]] == ["image", "image"]
     assert view["items"][0]["source"] != view["items"][1]["source"]
+
+
+def test_images_are_shown_in_whichever_form_they_are_held():
+    picture = Image.new("L", (3, 2), 90)
+    buffer = io.BytesIO()
+    picture.save(buffer, format="PNG")
+    messages = [{"role": "user", "content": [{"type": "image", "image": picture}]}]
+    inside = view_of(messages)["items"][0]["items"][1]["view"]["items"][0]["items"][1]["view"]
+    for view in (inside, view_of(buffer.getvalue()), view_of(numpy.full((2, 3), 90, numpy.uint8))):
+        assert (view["kind"], view["width"], view["height"]) == ("image", 3, 2)
+        decoded = Image.open(io.BytesIO(base64.b64decode(view["source"].split(",")[1])))
+        assert decoded.getpixel((1, 1)) == 90
+
+
+def test_a_choice_is_shown_with_its_options(make):
+    one = [Draw(f"passage {run}", {"options": ["passage 0", "passage 1"], "index": run}) for run in range(2)]
+    few = [Draw(["c", "a"], {"options": ["a", "b", "c"], "indices": [2, 0]})] * 2
+    client = make(Trace({"x": [1, 1]}, {"one": one, "few": few, "each": [(draw, draw) for draw in one]}))
+    client.headers |= COOKIE | {"origin": ORIGIN}
+    sides = post(client, "queue", annotator="Ann").json()["task"]
+    seen = {part["name"]: part["view"] for kind in ("outputs", "intermediates") for part in sides["left"][kind]}
+    names = [item["name"] for item in seen["one"]["items"]]
+    chosen = seen["one"]["items"][0]["view"]["text"]
+    marked = next(item["view"]["text"] for item in seen["one"]["items"] if item["name"].endswith("(chosen)"))
+    assert (names[0], len(names), marked) == ("chosen", 3, chosen)
+    names = ["chosen", "option 1 (chosen 2)", "option 2", "option 3 (chosen 1)"]
+    assert [item["name"] for item in seen["few"]["items"]] == names
+    assert [len(item["items"]) for item in seen["each"]["items"]] == [3, 3]
 
 
 @pytest.mark.parametrize(

@@ -300,6 +300,21 @@ def test_the_bytes_of_an_image_are_shown_as_the_image(tmp_path):
     assert "and no more" in parsed.text()
 
 
+def test_images_in_messages_are_shown_among_their_parts(tmp_path):
+    parts = [{"type": "image", "image": Image.new("L", (8, 8), 200)}, {"type": "text", "text": "what is it"}]
+    whole = Trace(
+        {"prompt": [[{"role": "user", "content": parts}]]}, {"answer": draws([[{"image": parts[0]["image"]}]])}
+    )
+    parsed = check_is_closed(rendered(write_run(tmp_path, traces={"before": whole, "after": whole})))
+    images = parsed.all("img")
+    assert len(images) == 2
+    for image in images:
+        assert Image.open(io.BytesIO(base64.b64decode(image["src"].split(",")[1]))).getpixel((3, 3)) == 200
+    text = parsed.text()
+    assert "what is it" in text
+    assert "PIL" not in text
+
+
 def test_bytes_that_no_image_can_be_made_of_are_shown_as_they_are():
     def chunk(kind, data):
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))

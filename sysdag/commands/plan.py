@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
@@ -23,7 +24,7 @@ PICTURES = (".svg", ".png", ".pdf")
 TEXTS = (".mmd", ".dot", ".json", ".txt")
 _OF_THE_ESTIMATE = (
     "objective", "pairs", "unpaired", "candidates", "engine", "micro_batch_tokens", "offload_idle",
-    "gradient_checkpointing", "frozen", "share", "device",
+    "gradient_checkpointing", "frozen", "share", "images", "device",
 )  # fmt: skip
 
 
@@ -86,6 +87,14 @@ def plan(
             help="For --estimate: the part of the runs, from 0 to 1, that takes a node's branch; by default all.",
         ),
     ] = None,
+    images: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NODE=WIDTHxHEIGHT[,...]",
+            help="For --estimate, of each vision-language model's node: the sizes in pixels of a prompt's images; "
+            "NODE= for none. Their tokens are among those of --lengths. Repeat it for each node.",
+        ),
+    ] = None,
     device: Annotated[
         Device | None, typer.Option(help="For --estimate: whose kernels; by default a GPU's where there is one.")
     ] = None,
@@ -110,7 +119,7 @@ def plan(
         found = compiled.estimate(
             tokens, objective=objective.value, pairs=pairs, unpaired=unpaired, num_candidates=candidates,
             engine=engine.value, micro_batch_tokens=micro_batch_tokens, offload_idle=offload_idle, frozen=frozen or (),
-            shares=dict(map(_share, share or ())),
+            shares=dict(map(_share, share or ())), images=dict(map(_images, images or ())),
             gradient_checkpointing=gradient_checkpointing, device=None if device is None else device.value,
         )  # fmt: skip
     table = outline.to_text(compiled)
@@ -152,6 +161,14 @@ def _share(given: str) -> tuple[str, float]:
         return name, float(part)
     except ValueError as error:
         raise typer.BadParameter(f"--share {given}: expected NODE=PART, a number from 0 to 1.") from error
+
+
+def _images(given: str) -> tuple[str, list[tuple[int, int]]]:
+    name, _, sizes = given.rpartition("=")
+    found = [re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", size.strip()) for size in sizes.split(",") if sizes]
+    if not name or None in found:
+        raise typer.BadParameter(f"--images {given}: expected NODE=WIDTHxHEIGHT[,...] in pixels, as NODE=640x480.")
+    return name, [(int(size[1]), int(size[2])) for size in found if size]
 
 
 def _write(plan: Plan, path: Path, texts: Mapping[str, str]) -> None:

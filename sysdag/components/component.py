@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from sysdag.components.constructor_options import ConstructorOptions
 from sysdag.components.input_reader import InputReader
 from sysdag.components.random_streams import RowGenerator, seed_of
 from sysdag.errors import DeclarationNeeded, PlanError, shown
@@ -32,13 +33,14 @@ Takes = Callable[[Any, Any], bool]
 """Whether a value surely can be scored behind an input; see `Component.screen`."""
 
 
-class Component(InputReader, ABC):
+class Component(InputReader, ConstructorOptions, ABC):
     """A conditional distribution p(value | input).
 
     Constructors are cheap: weights load when `module` is first read, so a graph can be built, printed and saved
     without them.
 
     Class attributes:
+        not_taken: see `ConstructorOptions`.
         likelihood: `exact` (log-probabilities), `bound` (a per-draw estimate of a lower bound, never summed over
             candidates) or `none`.
         value_type: the type of a drawn value, where it is always the same; lets `.each()` be checked early.
@@ -331,6 +333,35 @@ class Component(InputReader, ABC):
             trains: False for a model that is frozen.
             checkpoints: whether it recomputes its activations (gradient checkpointing).
             device: `cpu` or `cuda`, whose kernels are assumed.
+        """
+        return None
+
+    @property
+    def tells_options_apart(self) -> bool:
+        """Whether options that are chosen from have weights of their own that train.
+
+        `footprint` is then told as `options` how many of the tokens are theirs; None where that is not known.
+        """
+        return False
+
+    def shares_prefixes(self, longest: int) -> bool:
+        """Whether what elements of a micro-batch begin with is computed once, as far as that is known without weights.
+
+        Where it is not, `footprint` is told `tries=False` and the number of elements as `rows`.
+
+        Args:
+            longest: tokens of an element.
+        """
+        return True
+
+    def tokens_of_images(self, sizes: Sequence[tuple[int, int]]) -> int | None:
+        """How many tokens of a prompt stand for images of such sizes (width, height); None where prompts hold none.
+
+        Where it is a number, `footprint` is told these sizes as `images`, and as `rows` how many prompts of a
+        micro-batch have their images computed.
+
+        Raises:
+            DataError: for sizes that the component does not take.
         """
         return None
 

@@ -21,8 +21,8 @@ class Footprint:
         graph: what the graph of one micro-batch saves for its backward.
         working: what a step needs beside it for a while: of a language model's head a tile of logits and its weight's
             gradient; of a diffusion model what one layer's backward takes.
-        host_cache: most that is kept on the host of what frozen encoders made of prompts; it grows with the number of
-            different ones.
+        host_cache: most that is kept on the host of what frozen encoders made of prompts, or processors of images; it
+            grows with the number of different ones.
     """
 
     weights: int

@@ -63,12 +63,13 @@ class PeakBytes(TorchDispatchMode):
 
     Attributes:
         bytes: the most that was there at once.
+        now: what is there.
     """
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
         self.bytes = 0
-        self._now = 0
+        self.now = 0
         self._alive: dict[int, weakref.ref[Any] | None] = {}
         present = [*module.parameters(), *module.buffers()]
         for tensor in (*present, *(each.grad for each in present if each.grad is not None)):
@@ -79,7 +80,7 @@ class PeakBytes(TorchDispatchMode):
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor):
                 self._follow(tensor.untyped_storage())
-        self.bytes = max(self.bytes, self._now)
+        self.bytes = max(self.bytes, self.now)
         return result
 
     def _follow(self, storage: Any) -> None:
@@ -89,10 +90,10 @@ class PeakBytes(TorchDispatchMode):
 
         def freed(_: Any) -> None:
             del self._alive[key]
-            self._now -= size
+            self.now -= size
 
         self._alive[key] = weakref.ref(storage, freed)
-        self._now += size
+        self.now += size
 
 
 def free_bytes(device: torch.device) -> int:

@@ -14,7 +14,9 @@ from sysdag.graph.plan import Objective, Plan
 from sysdag.traces.reshaping import advice
 
 SIDES = ("chosen", "rejected")
-UNPAIRED = ("output", "completion", "label")
+OUTPUTS = ("output", "completion")
+"""Columns of a row for the output of its one run; the second is TRL's."""
+UNPAIRED = (*OUTPUTS, "label")
 """Columns of a row that is one run with a label, as in TRL's format for KTO."""
 PAIR_COLUMNS = ("weight", "margin", "group")
 """Columns about a pair or an unpaired run itself, where they are no inputs; see `read_pair_columns`."""
@@ -34,7 +36,7 @@ def is_unpaired(plan: Plan, row: Mapping[str, Any]) -> bool:
 def output_column(plan: Plan, row: Mapping[str, Any]) -> str | None:
     """The key of an unpaired row under which its output stands, `output` or TRL's `completion`; None if both do."""
     taken = {given.name for given in plan.system.inputs}
-    found = [name for name in ("output", "completion") if name in row and name not in taken]
+    found = [name for name in OUTPUTS if name in row and name not in taken]
     return None if len(found) == 2 else (found or ["output"])[0]
 
 

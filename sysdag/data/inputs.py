@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sysdag.data.columns import advice_on, input_column, read_inputs
+from sysdag.data.columns import OUTPUTS, SIDES, advice_on, input_column, read_inputs
 from sysdag.data.trl_prompts import explicit_prompt
 from sysdag.errors import DataError, PlanError
 from sysdag.execution.execute import row_options
@@ -17,7 +17,7 @@ def inputs_of(
 ) -> tuple[dict[str, list[Any]], list[str]]:
     """The columns that the system reads: those of its inputs' names, or `prompt` for a system with one input.
 
-    The prompt of preference rows may be implicit (see `sysdag.data.encode_pairs`).
+    The prompt of preference rows may be implicit (see `sysdag.data.encode_rows`).
 
     Args:
         bad: gets what is wrong with each row that cannot be used, by its number, which is no error then; its inputs
@@ -55,9 +55,7 @@ def inputs_of(
     return columns, sorted(ignored)
 
 
-OF_FEEDBACK = frozenset(
-    {"chosen", "rejected", "chosen_intermediates", "rejected_intermediates", "output", "completion", "intermediates"}
-)
+OF_FEEDBACK = frozenset({*SIDES, *(f"{side}_intermediates" for side in SIDES), *OUTPUTS, "intermediates"})
 """Columns of answers that rows of feedback hold, which say nothing of a new run of the same inputs."""
 
 
@@ -69,7 +67,7 @@ def columns_beside(plan: Plan, rows: Sequence[Mapping[str, Any]]) -> dict[str, l
     the label of unpaired rows.
     """
     taken = {given.name for given in plan.system.inputs} | {*plan.order, *row_options(plan), "prompt", "run"}
-    if any("output" in row or "completion" in row for row in rows):
+    if any(name in row for row in rows for name in OUTPUTS):
         taken.add("label")
     names = dict.fromkeys(name for row in rows for name in row if name not in taken | OF_FEEDBACK)
     return {name: [row.get(name) for row in rows] for name in names}

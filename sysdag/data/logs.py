@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sysdag.data.branches import Run, told_failure, told_function
-from sysdag.data.columns import input_column, is_unicode, read_inputs
+from sysdag.data.columns import OUTPUTS, input_column, is_unicode, read_inputs
 from sysdag.data.given_runs import given_cell
 from sysdag.errors import DataError, PlanError, shown
 from sysdag.execution.execute import flat_draws, resolved, row_options
@@ -15,7 +15,6 @@ from sysdag.graph.plan import Plan
 from sysdag.traces.cells import ABSENT, Cell
 from sysdag.traces.trace import Trace
 
-OUTPUT_COLUMNS = ("output", "completion")
 NUMBERS = ("prompt", "run")
 """Columns that number sampled runs; a log's own of these names could not be told from them."""
 
@@ -116,7 +115,7 @@ class _Reading:
         values = self._by_branch(self._values())
         self.cells = {name: cell for name, value in values.items() if (cell := self._cell(name, value)) is not None}
         self._resolve()
-        own = {*taken, *plan.order, "intermediates", *(OUTPUT_COLUMNS if self._has_output_column else ())}
+        own = {*taken, *plan.order, "intermediates", *(OUTPUTS if self._has_output_column else ())}
         self.others = {name: value for name, value in row.items() if name not in own}
 
     def _by_branch(self, values: dict[str, Any]) -> dict[str, Any]:
@@ -151,7 +150,7 @@ class _Reading:
 
     @property
     def _has_output_column(self) -> bool:
-        return not {name for name in OUTPUT_COLUMNS if name in {*self.plan.order, *self.inputs}}
+        return not {name for name in OUTPUTS if name in {*self.plan.order, *self.inputs}}
 
     def _values(self) -> dict[str, Any]:
         """Of each node that the row tells of, its value."""
@@ -162,7 +161,7 @@ class _Reading:
             self.problems.append(f"column 'intermediates' must be a dict by node, got {shown(given)}.")
         elif given is not None:
             self._add(values, given, "intermediates", set(plan.order) - set(plan.system.outputs))
-        for column in OUTPUT_COLUMNS if self._has_output_column else ():
+        for column in OUTPUTS if self._has_output_column else ():
             value = row.get(column)
             if value is None:
                 continue
@@ -183,7 +182,7 @@ class _Reading:
             if name not in known:
                 self.problems.append(f"column {column!r} has {shown(name)}; the nodes there are {sorted(known)}.")
             elif name in values and value is not None:
-                other = next(other for other in (name, *OUTPUT_COLUMNS) if self.row.get(other) is not None)
+                other = next(other for other in (name, *OUTPUTS) if self.row.get(other) is not None)
                 self.problems.append(
                     f"node {name!r} has two values, in columns {other!r} and {column!r}; rename one (--rename), "
                     "so that it stays beside the runs."

@@ -12,7 +12,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from sysdag.data.branches import Run, same_value, told_failure
-from sysdag.data.columns import is_unicode, is_unpaired, output_column, read_inputs, read_label, read_pair_columns
+from sysdag.data.columns import (
+    SIDES,
+    is_unicode,
+    is_unpaired,
+    output_column,
+    read_inputs,
+    read_label,
+    read_pair_columns,
+)
 from sysdag.data.row_paths import whole_path
 from sysdag.data.trl_prompts import explicit_prompt
 from sysdag.errors import DataError, shown
@@ -24,7 +32,6 @@ from sysdag.traces.trace import Trace
 if TYPE_CHECKING:
     from sysdag.components.component import Component
 
-_SIDES = ("chosen", "rejected")
 _SHOWN = 60  # characters of an input in an error
 
 
@@ -212,7 +219,7 @@ def encode_row(
     """One row's pair or unpaired run, or None and all that is wrong with it.
 
     Args:
-        plan, row, objective: see `sysdag.data.encoding.encode_pairs`.
+        plan, row, objective: see `sysdag.data.encoding.encode_rows`.
         number: the row's, for its problems.
         loads: False checks values as far as that is possible without any weights; draws then have no records.
     """
@@ -250,7 +257,7 @@ class _Reading:
         row = told.row
         inputs = self._inputs(row)
         beside = self._told(read_pair_columns(self.plan, row))
-        sides = {side: self._side(row, inputs, side, side, f"{side}_intermediates") for side in _SIDES}
+        sides = {side: self._side(row, inputs, side, side, f"{side}_intermediates") for side in SIDES}
         if self.problems:
             return None, self.problems
         cells = sides["chosen"], sides["rejected"]

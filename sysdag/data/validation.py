@@ -108,7 +108,7 @@ def validate_rows(
 
     Args:
         plan: of the system that is to be aligned.
-        rows: see `sysdag.data.encode_pairs`; an iterator's are not kept, and those with `damage` stand for no row.
+        rows: see `sysdag.data.encode_rows`; an iterator's are not kept, and those with `damage` stand for no row.
         objective: what the rows are for.
         limit: how many problems of each kind are told; all are counted.
         strict: makes errors of the problems that rows are otherwise dropped for.

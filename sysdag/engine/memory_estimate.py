@@ -13,6 +13,7 @@ import torch
 
 from sysdag.components.component import Component
 from sysdag.components.footprint import Footprint
+from sysdag.engine.estimated_batch import Elements
 from sysdag.engine.kept_work import room_for_gradients
 from sysdag.errors import PlanError
 from sysdag.graph.plan import Objective, Plan
@@ -116,7 +117,8 @@ class Estimate:
         where = " (idle models on the host)" if self.offload_idle else ""
         held = f"resident {_shown(self.resident)}{where}, a step in {passes} {_shown(self.step)}"
         rows += [f"{name} is on the base of {other}" for name, other in self.bases.items() if other != name]
-        cache = f"; on the host up to {_shown(self.host_cache)} of encoded prompts" if self.host_cache else ""
+        kept = f"; on the host up to {_shown(self.host_cache)} of encoded prompts and images"
+        cache = kept if self.host_cache else ""
         return "\n".join([*rows, f"{held}: {_shown(self.total)} in all{cache}"])
 
 
@@ -136,6 +138,7 @@ def estimate(
     gradient_checkpointing: bool = False,
     bf16: bool = False,
     device: Literal["cpu", "cuda"] | None = None,
+    images: Mapping[str, Sequence[tuple[int, int]]] | None = None,
 ) -> Estimate:
     """Memory of a training; configs are read, weights are not.
 
@@ -143,8 +146,9 @@ def estimate(
         lengths: for each language model's node, tokens of a prompt and of a completion, and optionally how many of the
             prompt's are the same whatever the intermediates are (0 if left out). A diffusion model's node may be left
             out where it draws one image a run; for n images (`.each()`) it is (0, n times the positions of one).
-            Of a choice, (tokens of the query and all options, 1), and those of the options as the common ones where
-            intermediates change the query alone; a cross-encoder reads the query with each option.
+            Of a choice, (tokens of the query and all options, 1), and those of the options as a third number where
+            intermediates change the query alone, or where options have a tower of their own; a cross-encoder reads the
+            query with each option.
         objective: `direct`, or `sampling` over `num_candidates` paths.
         pairs: preference pairs of a step, or unpaired runs.
         unpaired: whether they are single runs, as losses like `kto` take. What `kto` mismatches is scored in
@@ -156,14 +160,16 @@ def estimate(
             there at once, each run then takes the branches that need most.
         gradient_checkpointing: whether activations are recomputed in the backward.
         bf16: whether models compute in bfloat16 by autocast, as with `SysDPOConfig(bf16=True)`.
+        images: for each vision-language model's node, the sizes in pixels (width, height) of a prompt's images. Their
+            tokens are among those of `lengths`; among the common ones where there are as many of these.
         device: whose kernels are assumed; by default a GPU where torch finds one. A GPU's can be told only there.
 
     Raises:
         PlanError: for a GPU where there is none, a node without lengths, a name that is no random node, or a component
             whose memory is not known.
     """
-    shares = shares or {}
-    for option, names in (("lengths", lengths), ("frozen", frozen), ("shares", shares)):
+    shares, images = shares or {}, images or {}
+    for option, names in (("lengths", lengths), ("frozen", frozen), ("shares", shares), ("images", images)):
         for name in names:
             if name not in plan.random_nodes:
                 raise PlanError(
@@ -201,31 +207,28 @@ def estimate(
         is_latent = objective == "sampling" and name in plan.latents("sampling")
         paths = num_candidates if objective == "sampling" and (varies or is_latent) else 1
         sides = 1 if unpaired else 2
-        completions = paths if is_latent else sides * paths
-        common = (rest[0] if rest else 0) if varies else prompt
-        # Of one pair: `common` tokens are computed once in each micro-batch, `own` tokens once.
-        prompts = (paths if objective == "sampling" else sides) if varies else 0
-        own = prompts * (prompt - common) + completions * completion
-        whole = pairs * (own + common * math.ceil(own / max(1, micro_batch_tokens - common)))
-        share = shares.get(name, 1.0)
-        whole = max(1, math.ceil(share * whole))
-        tokens = max(min(micro_batch_tokens, whole), prompt + completion)
-        labels = max(1, math.ceil(tokens * share * pairs * completions * completion) // whole)
+        sized = Elements(
+            pairs=pairs, prompt=prompt, completion=completion, common=(rest[0] if rest else 0) if varies else prompt,
+            options=rest[0] if rest else None,
+            prompts=(paths if objective == "sampling" else sides) if varies else 0,
+            completions=paths if is_latent else sides * paths, share=shares.get(name, 1.0),
+        )  # fmt: skip
+        batch = sized.batch(component, micro_batch_tokens, _images_of(name, component, prompt, images))
         with torch.autocast(device, dtype=torch.bfloat16, enabled=bf16):
             found = component.footprint(
-                tokens=tokens, labels=labels, trains=name not in frozen, checkpoints=gradient_checkpointing,
-                device=device,
+                tokens=batch.tokens, labels=batch.labels, trains=name not in frozen,
+                checkpoints=gradient_checkpointing, device=device, **batch.more,
             )  # fmt: skip
         if found is None:
             raise PlanError(f"estimate: the memory of node {name!r} ({component!r}) is not known before it runs.")
         key = owner.setdefault(id(component), name)
-        if common + 2 * (prompt - common + completion) > micro_batch_tokens:
-            alone[name] = math.ceil(share * pairs * completions)
+        if batch.is_one_element:
+            alone[name] = math.ceil(sized.share * pairs * sized.completions)
         if is_latent:
-            rows = max(1, math.ceil(share * pairs * paths))
+            rows = max(1, math.ceil(sized.share * pairs * paths))
             drawn = component.decoding_bytes(rows=rows, tokens=prompt + completion, device=device)
             decoding[key] = max(decoding.get(key, 0), drawn)
-        held[name] = found.graph if engine == "two_pass" else found.graph * whole // tokens
+        held[name] = found.graph if engine == "two_pass" else found.graph * batch.whole // batch.tokens
         if key not in footprints or found.working > footprints[key].working:
             footprints[key] = found
     at_once = together(plan, held, shares)
@@ -254,6 +257,39 @@ def estimate(
     wanted = sum(count * footprints[key].trained for key, count in elements.items())
     room = room_for_gradients(sum(told.weights(key) for key in footprints), trained)
     return replace(told, waiting=max(0, min(wanted, room) - trained))
+
+
+def _images_of(
+    name: str, component: Component, prompt: int, images: Mapping[str, Sequence[tuple[int, int]]]
+) -> Sequence[tuple[int, int]]:
+    """The sizes of the images of one prompt of a node.
+
+    Raises:
+        PlanError: for a node that takes images and has no sizes, or the other way round, or images without room.
+    """
+    takes = component.tokens_of_images(()) is not None
+    if name not in images:
+        if takes:
+            raise PlanError(
+                f"estimate: images has no entry for node {name!r} ({component!r}); give the sizes of a prompt's images "
+                "in pixels, as [(width, height)], or [] for none."
+            )
+        return ()
+    if not takes:
+        raise PlanError(f"estimate: images names {name!r} ({component!r}), whose prompts hold none.")
+    for size in images[name]:
+        if len(size) != 2 or not all(isinstance(side, int) and side >= 1 for side in size):
+            raise PlanError(
+                f"estimate: images[{name!r}] must be sizes in pixels (width, height), whole numbers of 1 or more, got "
+                f"{size!r}."
+            )
+    tokens = component.tokens_of_images(images[name])
+    if tokens is not None and tokens > prompt:
+        raise PlanError(
+            f"estimate: a prompt of node {name!r} has {prompt} tokens by lengths, and its images alone take {tokens}; "
+            "count those, too."
+        )
+    return images[name]
 
 
 def together(plan: Plan, sizes: Mapping[str, int], stated: Collection[str]) -> set[str]:

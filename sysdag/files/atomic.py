@@ -175,14 +175,12 @@ def explaining_disk_errors(what: str, folder: Path, needed: int | Path, advice: 
         cause = _disk_error(error)
         if cause is None:
             raise
-        there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-        free = shutil.disk_usage(there).free
         size = f"up to {mib(needed)}" if isinstance(needed, int) else f"more than {mib(_size(needed))}"
         code = cause.errno if isinstance(cause, OSError) else None
         reason = os.strerror(code) if code is not None and code in _DISK_ERRORS else first_line(cause)
         raise SerializationError(
-            f"{what} could not be written to {folder}: {reason}. It needs {size}, and {mib(free)} are free on that "
-            f"disk (a quota or a limit on file sizes may allow less). {advice}"
+            f"{what} could not be written to {folder}: {reason}. It needs {size}, and {free_beside(folder)} (a "
+            f"quota or a limit on file sizes may allow less). {advice}"
         ) from error
 
 
@@ -206,6 +204,12 @@ def first_line(error: BaseException) -> str:
 
 def _size(file: Path) -> int:
     return file.stat().st_size if file.exists() else 0
+
+
+def free_beside(path: Path) -> str:
+    """How much is free where a file is, or is to be, as a clause of a sentence."""
+    there = next(each for each in (path, *path.absolute().parents) if each.exists())
+    return f"{mib(shutil.disk_usage(there).free)} are free on that disk"
 
 
 def mib(count: int) -> str:

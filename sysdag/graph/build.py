@@ -161,7 +161,7 @@ def _branchings(switches: Sequence[Switch], edges: Sequence[Edge], loop_of: Mapp
         return Branching(named(made.base_name, made, visit)[-1], router, tuple(cases))
 
     found = [branching(made, visit) for made in switches for visit in _visits(made.base_name, loop_of)]
-    return [without_ancestors(made, found, edges) for made in found]
+    return without_ancestors(found, edges)
 
 
 def _unroll(link: Link, loop_of: Mapping[str, Loop]) -> list[Edge]:

@@ -150,8 +150,8 @@ def _parts(given: Any, which: str, router: str) -> tuple[Part, ...]:
     return parts
 
 
-def without_ancestors(made: Branching, switches: Sequence[Branching], read: Iterable[Edge]) -> Branching:
-    """The switch without its router and what that depends on, which have run before a branch is chosen.
+def without_ancestors(switches: Sequence[Branching], read: Iterable[Edge]) -> list[Branching]:
+    """The switches, each without its router and what that depends on, which have run before a branch is chosen.
 
     Args:
         switches: all of the system.
@@ -161,16 +161,19 @@ def without_ancestors(made: Branching, switches: Sequence[Branching], read: Iter
 
     graph = networkx.DiGraph((edge.parent, edge.child) for edge in read)
     graph.add_edges_from((source, own.name) for own in switches for source in (own.router, *_ends(own)))
-    above = {made.router} | (networkx.ancestors(graph, made.router) if made.router in graph else set())
-    cases = [replace(case, nodes=tuple(name for name in case.nodes if name not in above)) for case in made.cases]
-    return replace(made, cases=tuple(cases))
+    found = []
+    for made in switches:
+        above = {made.router} | (networkx.ancestors(graph, made.router) if made.router in graph else set())
+        cases = [replace(case, nodes=tuple(name for name in case.nodes if name not in above)) for case in made.cases]
+        found.append(replace(made, cases=tuple(cases)))
+    return found
 
 
 def _ends(made: Branching) -> list[str]:
     return [case.end for case in made.cases]
 
 
-def arrows(branchings: Iterable[Branching], read: Iterable[Edge]) -> list[Edge]:
+def arrows(branchings: Sequence[Branching], read: Iterable[Edge]) -> list[Edge]:
     """The arrows of switches: from the router to where each branch begins and to the switch's node, and from the ends.
 
     Args:
@@ -179,11 +182,11 @@ def arrows(branchings: Iterable[Branching], read: Iterable[Edge]) -> list[Edge]:
     parents: dict[str, list[str]] = {}
     for edge in read:
         parents.setdefault(edge.child, []).append(edge.parent)
+    inner = {own.name: own for own in branchings}
     found = []
     for made in branchings:
         found.append(Edge(made.router, made.name, ""))
         found += [Edge(end, made.name, "") for end in _ends(made)]
-        inner = {own.name: own for own in branchings}
         for name in made.nodes:
             above = list(parents.get(name, ()))
             if name in inner:  # a switch inside runs where its router or its branches do

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import sqlite3
 from importlib import resources
 from typing import Annotated, Any
@@ -13,7 +12,7 @@ from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, ConfigDict, Field
 
 from sysdag.errors import LabelError
-from sysdag.files.atomic import mib
+from sysdag.files.atomic import free_beside
 from sysdag.labelling.guard import Access, Guard
 from sysdag.labelling.records import CHOICES, Choice, Queue, checked_name
 from sysdag.labelling.store import LabelStore
@@ -109,8 +108,7 @@ def create_app(store: LabelStore, trace: Trace, access: Access) -> FastAPI:
 
     @app.exception_handler(sqlite3.Error)
     async def not_saved(request: Request, error: sqlite3.Error) -> JSONResponse:
-        free = mib(shutil.disk_usage(store.path.absolute().parent).free)
-        told = f"Nothing was saved: {store.path} cannot be written to ({error}; {free} are free on that disk)."
+        told = f"Nothing was saved: {store.path} cannot be written to ({error}; {free_beside(store.path)})."
         return JSONResponse({"error": told}, 503)
 
     folder = resources.files("sysdag.labelling") / "page"

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import shutil
 import sqlite3
 import threading
 from collections.abc import Iterator, Sequence
@@ -18,7 +17,7 @@ from importlib import resources
 from pathlib import Path
 
 from sysdag.errors import LabelError
-from sysdag.files.atomic import mib
+from sysdag.files.atomic import free_beside
 from sysdag.labelling import progress
 from sysdag.labelling.records import CHOICES, Assignment, Choice, Label, Queue, Settings, checked_name
 
@@ -297,8 +296,7 @@ def _told(path: str | Path, error: sqlite3.Error) -> str:
     """What went wrong, and what to do."""
     name = getattr(error, "sqlite_errorname", "")
     if name == "SQLITE_FULL" or name.startswith("SQLITE_IOERR"):
-        free = shutil.disk_usage(Path(path).absolute().parent).free
-        return f"{error}; {mib(free)} are free on that disk: free some space, and run it again"
+        return f"{error}; {free_beside(Path(path))}: free some space, and run it again"
     return f"{error}; give another --database"
 
 

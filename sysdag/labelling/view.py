@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import base64
 import io
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy
 
 from sysdag.labelling.records import Assignment
-from sysdag.traces.cells import ABSENT, value_of
+from sysdag.traces.cells import ABSENT, Cell, Draw, value_of
+from sysdag.traces.pictures import picture_of
 from sysdag.traces.trace import Trace
 
 _MOST_CHARACTERS = 200_000  # of one text; a browser lays out more only slowly
@@ -34,7 +34,7 @@ def comparison(trace: Trace, outputs: Sequence[str], shown: Assignment) -> dict[
 
     def side(row: int) -> dict[str, Any]:
         ran = {name: column[row] for name, column in trace.cells.items() if column[row] is not ABSENT}
-        parts = {name: _named(name, value_of(cell)) for name, cell in ran.items()}
+        parts = {name: {"name": clean(name), "view": _view_of_cell(cell)} for name, cell in ran.items()}
         return {
             "outputs": [parts[name] for name in outputs],
             "intermediates": [part for name, part in parts.items() if name not in outputs],
@@ -48,6 +48,22 @@ def comparison(trace: Trace, outputs: Sequence[str], shown: Assignment) -> dict[
     }
 
 
+def _view_of_cell(cell: Cell) -> dict[str, Any]:
+    """What a node drew; of a choice the options, too, by their places, and which of them were chosen."""
+    if isinstance(cell, tuple) and any("options" in draw.record for draw in cell):
+        return {"kind": "list", "items": list(map(_view_of_cell, cell))}
+    value = value_of(cell)
+    if not isinstance(cell, Draw) or not isinstance(cell.record.get("options"), (list, tuple)):
+        return view_of(value)
+    order = cell.record.get("indices", [cell.record.get("index")])
+    marks = {index: " (chosen)" if len(order) == 1 else f" (chosen {at})" for at, index in enumerate(order, start=1)}
+    options = [
+        _named(f"option {place + 1}{marks.get(place, '')}", option)
+        for place, option in enumerate(cell.record["options"])
+    ]
+    return {"kind": "fields", "items": [_named("chosen", value), *options]}
+
+
 def view_of(value: Any) -> dict[str, Any]:
     """A value as JSON: `{"kind": "text", "text"}`, `{"kind": "image", "source", "width", "height"}` with a PNG inline,
     `{"kind": "list", "items": [view]}`, or `{"kind": "fields", "items": [{"name", "view"}]}` for a dict. What is none
@@ -55,9 +71,8 @@ def view_of(value: Any) -> dict[str, Any]:
     """
     if isinstance(value, str):
         return {"kind": "text", "text": clean(value)}
-    image = sys.modules.get("PIL.Image")
-    if image is not None and isinstance(value, image.Image):
-        return {"kind": "image", "source": _png(value), "width": value.width, "height": value.height}
+    if (picture := picture_of(value)) is not None:
+        return {"kind": "image", "source": _png(picture), "width": picture.width, "height": picture.height}
     if isinstance(value, (list, tuple)):
         return {"kind": "list", "items": [view_of(element) for element in value]}
     if isinstance(value, Mapping):

@@ -15,7 +15,8 @@ from typing import Any, Literal
 import numpy
 
 from sysdag.reporting.formats import number
-from sysdag.traces.cells import ABSENT, Cell, Draw
+from sysdag.traces.cells import ABSENT, Cell, Draw, value_of
+from sysdag.traces.pictures import picture_of
 from sysdag.traces.trace import Trace
 
 MOST_LETTERS = 6000
@@ -29,8 +30,6 @@ IMAGE_SIDE = 320
 """Larger images are shrunk to this many pixels a side."""
 LEAST_SIDE = 72
 """Smaller images are shown this large."""
-
-_BEGINNINGS = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"GIF8", b"RIFF", b"BM")  # of an image's file
 
 Sort = Literal["same", "gone", "new"]
 
@@ -83,7 +82,13 @@ def shown_pair(before: Any, after: Any) -> tuple[Shown, Shown]:
 
 
 def shown_choice(cell: Cell) -> Shown | None:
-    """The options that a draw was chosen of, with a note at those that were; None for a cell that is no choice."""
+    """The options that a draw was chosen of, with a note at those that were; None for a cell that is no choice.
+
+    Of a plate those of each element.
+    """
+    if isinstance(cell, tuple) and cell:
+        each = [one for draw in cell[:MOST_ELEMENTS] if (one := shown_choice(draw)) is not None]
+        return _list(each, cell) if len(each) == len(cell[:MOST_ELEMENTS]) else None
     if not isinstance(cell, Draw) or not isinstance(cell.record.get("options"), (list, tuple)):
         return None
     options, order = cell.record["options"], cell.record.get("indices", [cell.record.get("index")])
@@ -105,10 +110,23 @@ def _show(value: Any, sort: Sort) -> Shown:
     if _is_vector(value):
         text = json.dumps(list(value)) if isinstance(value, (list, tuple)) else _text(value)
         return Shown("text", ((sort, text[:MOST_LETTERS]),), note=_cut(text), folded=_in_short(value))
+    if isinstance(value, Mapping) and _holds_picture(value):
+        parts = [(str(name), _show(part, sort)) for name, part in value.items()]
+        named = [replace(part, note=", ".join(filter(None, [name, part.note]))) for name, part in parts]
+        return Shown("list", elements=tuple(named))
     if isinstance(value, (list, tuple)) and value:
         return _list([_show(element, sort) for element in value[:MOST_ELEMENTS]], value)
     text = _text(value)
     return Shown("text", ((sort, text[:MOST_LETTERS]),) if text else (), note=_cut(text))
+
+
+def _holds_picture(value: Any) -> bool:
+    """Whether an image is somewhere in it, as in a message of parts."""
+    if isinstance(value, (list, tuple)):
+        return any(map(_holds_picture, value))
+    if isinstance(value, Mapping):
+        return any(map(_holds_picture, value.values()))
+    return picture_of(value) is not None
 
 
 def _list(elements: Sequence[Shown], value: Sequence[Any]) -> Shown:
@@ -117,7 +135,7 @@ def _list(elements: Sequence[Shown], value: Sequence[Any]) -> Shown:
 
 
 def _is_text(value: Any) -> bool:
-    return _image(value) is None and not (isinstance(value, (list, tuple)) and value)
+    return not _holds_picture(value) and not (isinstance(value, (list, tuple)) and value)
 
 
 def _is_vector(value: Any) -> bool:
@@ -173,20 +191,8 @@ def _differences(old: str, new: str) -> tuple[tuple[tuple[Sort, str], ...], tupl
 
 
 def _image(value: Any) -> Shown | None:
-    module = sys.modules.get("PIL.Image")
-    if isinstance(value, numpy.ndarray) and value.dtype == numpy.uint8 and _has_shape_of_image(value):
-        from PIL import Image
-
-        value, module = Image.fromarray(value), Image
-    if isinstance(value, bytes) and value.startswith(_BEGINNINGS):
-        from PIL import Image
-
-        try:
-            value, module = Image.open(io.BytesIO(value)), Image
-            value.load()
-        except Exception:  # noqa: BLE001 - the decoders of PIL raise a dozen types on what only begins as an image does
-            return None
-    if module is None or not isinstance(value, module.Image):
+    value = picture_of(value)
+    if value is None:
         return None
     size = value.size
     picture = value if value.mode in ("1", "L", "LA", "RGB", "RGBA") else value.convert("RGB")
@@ -199,10 +205,6 @@ def _image(value: Any) -> Shown | None:
     scale = max(1, -(-LEAST_SIDE // max(picture.size)))
     width, height = picture.size[0] * scale, picture.size[1] * scale
     return Shown("image", image=url, width=width, height=height, note=f"{size[0]} by {size[1]} pixels")
-
-
-def _has_shape_of_image(value: numpy.ndarray) -> bool:
-    return min(value.shape, default=0) > 0 and (value.ndim == 2 or (value.ndim == 3 and value.shape[2] in (3, 4)))
 
 
 @dataclass(frozen=True)
@@ -234,23 +236,28 @@ def side_by_side(traces: Mapping[str, Trace], most: int) -> list[Prompt]:
         inputs = tuple((name, shown(column[row])) for name, column in whole.inputs.items())
         paired = after is not None and before is not None and row < len(after) and _same_inputs(before, after, row)
         steps = []
-        for name in whole.cells:
-            ran = whole.cells[name][row] is not ABSENT
-            value, chosen = whole[name][row], shown_choice(whole.cells[name][row])
+        for name, column in whole.cells.items():
+            cells: tuple[Cell | None, Cell | None] = (None, column[row]) if whole is after else (column[row], None)
             if paired and after is not None and name in after.cells:
-                other, chosen_after = after[name][row], shown_choice(after.cells[name][row])
-                also = after.cells[name][row] is not ABSENT
-                if not (ran and also):  # its branch was not taken, on one side or on both
-                    sides = chosen or shown(value) if ran else None, chosen_after or shown(other) if also else None
-                    steps += [Step(name, *sides, changed=True)] if ran or also else []
-                    continue
-                left, right = shown_pair(value, other)
-                steps.append(Step(name, chosen or left, chosen_after or right, not _equal(value, other)))
-            elif ran:
-                alone = chosen or shown(value)
-                steps.append(Step(name, alone if whole is before else None, None if whole is before else alone, False))
-        prompts.append(Prompt(inputs, tuple(steps)))
+                cells = column[row], after.cells[name][row]
+            steps.append(_step(name, *cells))
+        prompts.append(Prompt(inputs, tuple(step for step in steps if step is not None)))
     return prompts
+
+
+def _step(name: str, before: Cell | None, after: Cell | None) -> Step | None:
+    """A node's cells before and after, None for one that is not there; None where its branch was taken in neither."""
+    there = [cell for cell in (before, after) if cell is not None]
+    ran = [cell for cell in there if cell is not ABSENT]
+    if not ran:
+        return None
+    if len(ran) == 2:
+        values = [value_of(cell) for cell in ran]
+        left, right = shown_pair(*values)
+        return Step(name, shown_choice(ran[0]) or left, shown_choice(ran[1]) or right, not _equal(*values))
+    alone = shown_choice(ran[0]) or shown(value_of(ran[0]))
+    is_first = ran[0] is before
+    return Step(name, alone if is_first else None, None if is_first else alone, changed=len(there) == 2)
 
 
 def _same_inputs(before: Trace, after: Trace, row: int) -> bool:

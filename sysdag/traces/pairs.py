@@ -51,7 +51,7 @@ def output_names(trace: Trace, names: Sequence[str] | None = None) -> tuple[str,
 
 
 def preference_row(trace: Trace, chosen: int, rejected: int, outputs: Sequence[str]) -> dict[str, Any]:
-    """A row for training (see `sysdag.data.encoding.encode_pairs`) that prefers one run of a trace to another.
+    """A row for training (see `sysdag.data.encoding.encode_rows`) that prefers one run of a trace to another.
 
     Args:
         chosen, rejected: rows of the trace, whose inputs are those of `chosen`.

@@ -94,6 +94,15 @@ class CausalLM(ConstrainedModel):
         PlanError: for options out of range, or a folder of something else than a causal language model.
     """
 
+    not_taken: ClassVar[Mapping[str, str]] = {
+        "processor": "its prompts are texts; ImageTextToText(processor=...) reads images",
+        "max_source_length": "prompt and completion share max_length; Seq2Seq(max_source_length=...) is for "
+        "encoder-decoders",
+        "max_target_length": "prompt and completion share max_length; Seq2Seq(max_target_length=...) is for "
+        "encoder-decoders",
+        "generation_config": "give temperature, top_p, top_k, stop and max_new_tokens; what is drawn is scored as the "
+        "model says, whose logits no processor changes",
+    }
     saved_options = (*ConstrainedModel.saved_options, "pack_prefixes")
     saved_types: ClassVar[Mapping[str, tuple[type, ...]]] = {**ConstrainedModel.saved_types, **_TEXT_OPTIONS}
 
@@ -131,7 +140,7 @@ class CausalLM(ConstrainedModel):
         if not isinstance(chat_template_kwargs or {}, Mapping):
             raise PlanError(f"CausalLM: chat_template_kwargs must be a dict, got {chat_template_kwargs!r}.")
         if not isinstance(model, PretrainedLM):
-            model = PretrainedLM(model, tokenizer, peft_config=peft_config, model_kwargs=model_kwargs)
+            model = self.pretrained(model, tokenizer, peft_config=peft_config, model_kwargs=model_kwargs)
         super().__init__(
             model, temperature=temperature, top_p=top_p, top_k=top_k, max_batch_tokens=max_batch_tokens,
             batch_size=batch_size, max_new_tokens=max_new_tokens, max_length=max_length, stop=stop, tools=tools,
@@ -228,8 +237,11 @@ class CausalLM(ConstrainedModel):
         found, self._router_loss = self._router_loss, None
         return None if found is None or found.value is None else (found.coefficient, found.value)
 
+    def shares_prefixes(self, longest: int) -> bool:
+        return self.pack_prefixes and footprint.shares_prefixes(self.lm.auto_class(), self.config, longest)
+
     def footprint(
-        self, *, tokens: int, labels: int, trains: bool, checkpoints: bool, device: str
+        self, *, tokens: int, labels: int, trains: bool, checkpoints: bool, device: str, **others: Any
     ) -> footprint.Footprint | None:
         """See `sysdag.components.language.footprint`; reads the config, and the adapter's where one was saved.
 
@@ -237,11 +249,10 @@ class CausalLM(ConstrainedModel):
         """
         if self.lm.adapter_config is not None and needs_numbers(self.lm.adapter_config):
             return None
-        config = self.config
         return footprint.of_language_model(
-            self.lm.auto_class(), config, self.lm.dtype(trains), self.lm.adapter_config, tokens=tokens, labels=labels,
-            trains=trains, checkpoints=checkpoints, device=device,
-            constrained=self.grammar is not None,
+            self.lm.auto_class(), self.config, self.lm.dtype(trains), self.lm.adapter_config, tokens=tokens,
+            labels=labels, trains=trains, checkpoints=checkpoints, device=device,
+            constrained=self.grammar is not None, **others,
         )  # fmt: skip
 
     def decoding_bytes(self, *, rows: int, tokens: int, device: str) -> int:

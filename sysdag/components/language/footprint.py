@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -16,9 +17,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sysdag.components import acceleration, adapter
 from sysdag.components.footprint import Footprint, bytes_of, make_fake
-from sysdag.components.language import key_value_slabs
-from sysdag.components.language.language_head import TokenScorer
-from sysdag.components.memory import SavedBytes
+from sysdag.components.language import key_value_slabs, prefix_scorer
+from sysdag.components.language.language_head import TokenScorer, argument_names, output_embedding
+from sysdag.components.memory import PeakBytes, SavedBytes
 from sysdag.components.precision import optimizer_bytes
 
 if TYPE_CHECKING:
@@ -38,36 +39,46 @@ def of_language_model(
     trains: bool,
     checkpoints: bool,
     device: str,
+    rows: int = 1,
+    tries: bool = True,
     constrained: bool = False,
+    ids: torch.Tensor | None = None,
+    reading: Callable[[Any], AbstractContextManager[Any]] | None = None,
 ) -> Footprint:
     """A language model's.
 
     Args:
         auto_class: of transformers, which makes such a model of its config.
         config: of transformers.
-        tokens: of a micro-batch, packed into one row.
+        tokens: of a micro-batch.
         labels: how many of them are scored.
         trains: False for a model that is frozen.
         checkpoints: whether it recomputes its activations (gradient checkpointing).
         device: `cpu` or `cuda`, whose kernels are assumed.
+        rows: that they are in, all of one length.
+        tries: whether these are packed as tries, whose mask is dense.
         constrained: whether a grammar constrains the logits, for which all of them are made.
+        ids: the tokens (rows, tokens / rows), where more than their number counts.
+        reading: what a model is called in, where it reads something beside ids.
     """
 
     def constrain(logits: torch.Tensor) -> torch.Tensor:
         return logits.masked_fill(torch.zeros_like(logits, dtype=torch.bool), -torch.inf)
 
-    def score(model: Any) -> None:
-        inputs = {
-            "input_ids": torch.zeros(1, tokens, dtype=torch.int64),
-            "attention_mask": torch.zeros(1, 1, tokens, tokens, dtype=dtype),
-            "position_ids": torch.zeros(1, tokens, dtype=torch.int64),
-        }
-        rows = torch.zeros(labels, dtype=torch.int64)
-        TokenScorer(model, is_checked=True)(inputs, rows, rows, constrain if constrained else None)
+    def score(model: Any) -> torch.Tensor:
+        length = tokens // rows
+        given = torch.zeros(rows, length, dtype=torch.int64) if ids is None else ids
+        inputs = {"input_ids": given, "attention_mask": torch.ones_like(given)}
+        if tries:
+            mask = output_embedding(model).weight.new_zeros(rows, 1, length, length, dtype=dtype)
+            inputs |= {"attention_mask": mask, "position_ids": torch.arange(length).expand(rows, length)}
+        at = torch.zeros(labels, dtype=torch.int64)
+        return TokenScorer(model, is_checked=True)(inputs, at, at, constrain if constrained else None)
 
     found = of_model(
-        auto_class, config, dtype, peft_config, score, trains=trains, checkpoints=checkpoints, device=device
-    )
+        auto_class, config, dtype, peft_config, score, trains=trains, checkpoints=checkpoints, device=device,
+        reading=reading,
+    )  # fmt: skip
     if not constrained:
         return found
     # All logits and, backward, their gradient; of the labels' rows a log-softmax in fp32 and its gradient.
@@ -76,23 +87,35 @@ def of_language_model(
     return replace(found, working=found.working + logits)
 
 
+def shares_prefixes(auto_class: Any, config: Any, longest: int) -> bool:
+    """Whether tries serve a model's sequences of at most so many tokens, as far as its config and structure tell.
+
+    What tells tokens apart by an argument of their number has no place for tries, either.
+    """
+    with torch.device("meta"):
+        model = auto_class.from_config(config)
+    by_tokens = "token_type_ids" in argument_names(model)
+    return not by_tokens and prefix_scorer.obstacle(model) is None and longest <= prefix_scorer.window(config)
+
+
 def of_model(
     auto_class: Any,
     config: Any,
     dtype: torch.dtype,
     peft_config: PeftConfig | None,
-    score: Callable[[Any], None],
+    score: Callable[[Any], torch.Tensor],
     *,
     trains: bool,
     checkpoints: bool,
     device: str,
+    reading: Callable[[Any], AbstractContextManager[Any]] | None = None,
 ) -> Footprint:
     """A language model's whose micro-batch is what `score` does.
 
     Args:
         auto_class: of transformers, which builds the model of its config.
         score: scores one micro-batch with the model, whose tensors are fake.
-        trains, checkpoints, device: see `of_language_model`.
+        trains, checkpoints, device, reading: see `of_language_model`.
     """
     with torch.device("meta"):
         model = auto_class.from_config(config, dtype=dtype)
@@ -104,13 +127,21 @@ def of_model(
     model.train()
     if checkpoints and trains:
         acceleration.enable_checkpointing(model, {"use_reentrant": False})
-    with FakeTensorMode(), torch.device(device):
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.device(device):
         make_fake(model)
-        saved = SavedBytes()
-        with saved if trains else contextlib.nullcontext(), torch.set_grad_enabled(trains):
-            score(model)
-        head = model.get_output_embeddings().weight
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        for parameter in trained:
+            parameter.grad = torch.zeros_like(parameter)
+        saved, peak = SavedBytes(), PeakBytes(model)
+        within = contextlib.nullcontext() if reading is None else reading(model)
+        with peak, within, torch.set_grad_enabled(trains):
+            with saved if trains else contextlib.nullcontext():
+                scores = score(model)
+            graph = min(saved.total, peak.now)  # without what only a dropped output had, as a tower's last layers
+            if trained:
+                scores.sum().backward()
+        head = model.get_output_embeddings().weight
+        tile = min(_TILE[device], scores.numel() * len(head) * torch.float32.itemsize)
         weights = sum(bytes_of(parameter) for parameter in model.parameters())
         return Footprint(
             weights=weights,
@@ -118,8 +149,8 @@ def of_model(
             trained=sum(map(bytes_of, trained)),
             optimizer=optimizer_bytes(trained),
             reference=weights if trained and peft_config is None else 0,
-            graph=saved.total,
-            working=_TILE[device] + (bytes_of(head) if head.requires_grad else 0),
+            graph=graph,
+            working=max(tile + (bytes_of(head) if head.requires_grad else 0), peak.bytes - graph),
         )
 
 

@@ -165,7 +165,7 @@ class PrefixScorer:
         self._packs = found is not None and tries and not found.tries
         if found is None:
             return
-        self._longest = _window(_config(self.model))
+        self._longest = window(_config(self.model))
         if self._packs:
             _say(self.model, logging.INFO, "computes shared prefixes once: a probe agreed")
         elif self._may_pack:
@@ -268,7 +268,7 @@ def _layer_types(config: Any) -> list[str]:
     return [*(getattr(config, "layer_types", None) or []), *(getattr(config, "layers_block_type", None) or [])]
 
 
-def _window(config: Any) -> float:
+def window(config: Any) -> float:
     """How many tokens of a sequence every layer sees, itself included."""
     types = _layer_types(config)
     window, chunk = getattr(config, "sliding_window", None), getattr(config, "attention_chunk_size", None)

@@ -45,6 +45,16 @@ def is_open(chat: ChatPrompt) -> bool:
     return chat.messages[-1]["role"] == "assistant"
 
 
+def put_around(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """What a tokenizer puts in front of a text and behind it."""
+    bare = list(tokenizer.encode("a", add_special_tokens=False))
+    whole = list(tokenizer.encode("a"))
+    for start in range(len(whole) - len(bare) + 1):
+        if whole[start : start + len(bare)] == bare:
+            return whole[:start], whole[start + len(bare) :]
+    return [], []
+
+
 class PromptEncoder:
     """Tokenises prompts: strings as they stand, chat messages by the tokenizer's template with a generation prompt.
 
@@ -180,18 +190,8 @@ class PromptEncoder:
     def _put_around(self) -> tuple[list[int], list[int]]:
         """What the tokenizer puts in front of a text and behind it, asked once."""
         if self._around is None:
-            self._around = self._surroundings()
+            self._around = put_around(self.tokenizer)
         return self._around
-
-    def _surroundings(self) -> tuple[list[int], list[int]]:
-        """What the tokenizer puts in front of a text and behind it."""
-        text = "a"
-        bare = list(self.tokenizer.encode(text, add_special_tokens=False))
-        whole = list(self.tokenizer.encode(text))
-        for start in range(len(whole) - len(bare) + 1):
-            if whole[start : start + len(bare)] == bare:
-                return whole[:start], whole[start + len(bare) :]
-        return [], []
 
     def _spelled(self, ids: Sequence[int]) -> str:
         return repr("".join(self.tokenizer.convert_ids_to_tokens(list(ids))))

@@ -36,6 +36,7 @@ class TextComponent(Component):
 
     Class attributes:
         limits_prompts: the option that a prompt which is cut is too long for.
+        closes_prompts: whether a prompt is a whole text, which nothing goes on with (see `PromptEncoder`).
 
     Raises:
         PlanError: for options out of range.
@@ -45,6 +46,7 @@ class TextComponent(Component):
     has_tokens = True
     row_options = ROW_OPTIONS
     limits_prompts: ClassVar[str] = "max_length"
+    closes_prompts: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -135,7 +137,7 @@ class TextComponent(Component):
             self.lm.check_ids(prompt.ids, "a prompt", element)
             if prompt.lost:
                 left = len(prompt.ids)
-                kept = "first" if self._encoder().closes else "last"
+                kept = "first" if self.closes_prompts else "last"
                 how = (
                     f"cut to its {kept} {left}" if isinstance(prompt.given, str) else f"left {left} without older turns"
                 )
@@ -148,7 +150,7 @@ class TextComponent(Component):
                 repr(self), self.tokenizer, tools=self.tools, chat_template_kwargs=self.chat_template_kwargs,
                 sanitize_control_tokens=self.sanitize_control_tokens,
             )  # fmt: skip
-            self._prompt_encoder = PromptEncoder(repr(self), self.tokenizer, template)
+            self._prompt_encoder = PromptEncoder(repr(self), self.tokenizer, template, closes=self.closes_prompts)
         return self._prompt_encoder
 
     def _completion_encoder(self) -> CompletionEncoder:

@@ -227,10 +227,24 @@ class BiEncoder(Scorer):
             tokenizer_hash(tower.lm.tokenizer, [str(tower.recipe), tower.max_length]) for tower in self._towers.values()
         ])  # fmt: skip
 
-    def footprint(self, *, tokens: int, labels: int, trains: bool, checkpoints: bool, device: str) -> Footprint | None:
+    @property
+    def tells_options_apart(self) -> bool:
+        return not self.is_shared and self.document.trains
+
+    def footprint(
+        self,
+        *,
+        tokens: int,
+        labels: int,
+        trains: bool,
+        checkpoints: bool,
+        device: str,
+        options: int | None = None,
+    ) -> Footprint | None:
         return encoder_footprint.of_towers(
-            list(self._towers.values()), tokens=tokens, trains=trains, checkpoints=checkpoints, device=device
-        )
+            list(self._towers.values()), tokens=tokens, trains=trains, checkpoints=checkpoints, device=device,
+            options=options,
+        )  # fmt: skip
 
     def save(self, folder: Path) -> dict[str, Any]:
         towers = self._towers

@@ -6,7 +6,7 @@ import copy
 import json
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from jaxtyping import Float, Int
@@ -32,6 +32,13 @@ if TYPE_CHECKING:
 _SAVED: Mapping[str, tuple[type, ...]] = {
     "k": (int, type(None)), "temperature": (float,), "scorer": (str,), "of_scorer": (dict,),
 }  # fmt: skip
+
+
+_OF_SCORERS = (
+    "model", "tokenizer", "processor", "peft_config", "model_kwargs", "max_length", "max_batch_tokens", "batch_size",
+    "pack_prefixes", "tools", "chat_template_kwargs", "sanitize_control_tokens",
+)  # fmt: skip
+_OF_TEXTS = ("max_new_tokens", "stop", "grammar", "decoder")
 
 
 class Choice(Component):
@@ -63,6 +70,13 @@ class Choice(Component):
     is_density = False
     takes_row_seeds = True
     observes_in_context = True
+    not_taken: ClassVar[Mapping[str, str]] = {
+        **dict.fromkeys(_OF_SCORERS, "it belongs to the scorer, as in Choice(BiEncoder(...))"),
+        **dict.fromkeys(_OF_TEXTS, "nothing is written, an option is chosen; see k and temperature"),
+        **dict.fromkeys(
+            ("top_p", "top_k"), "its draws are those of the whole distribution; MonteCarlo(...) candidates take it"
+        ),
+    }
 
     def __init__(self, scorer: Scorer, *, k: int | None = None, temperature: float = 1.0) -> None:
         if not isinstance(scorer, Scorer):
@@ -285,10 +299,16 @@ class Choice(Component):
         reader = self.scorer.input_reader()
         return reader if type(reader) is InputReader else ChoiceReader(repr(self), reader)
 
-    def footprint(self, *, tokens: int, labels: int, trains: bool, checkpoints: bool, device: str) -> Footprint | None:
+    @property
+    def tells_options_apart(self) -> bool:
+        return self.scorer.tells_options_apart
+
+    def footprint(
+        self, *, tokens: int, labels: int, trains: bool, checkpoints: bool, device: str, **others: Any
+    ) -> Footprint | None:
         """See `Component`; tokens are those of queries and options, as `micro_batches` counts them."""
         return self.scorer.footprint(
-            tokens=tokens, labels=labels, trains=trains, checkpoints=checkpoints, device=device
+            tokens=tokens, labels=labels, trains=trains, checkpoints=checkpoints, device=device, **others
         )
 
     @property

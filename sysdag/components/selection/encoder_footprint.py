@@ -18,9 +18,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from sysdag.components import acceleration, adapter
 from sysdag.components.adapter_support import needs_numbers
 from sysdag.components.footprint import Footprint, bytes_of, make_fake
-from sysdag.components.memory import SavedBytes
+from sysdag.components.memory import PeakBytes, SavedBytes
 from sysdag.components.precision import optimizer_bytes
 from sysdag.components.selection import sentence_folder
+from sysdag.errors import PlanError
+
+_ADDED = ("weights", "base", "trained", "optimizer", "reference", "graph")
 
 if TYPE_CHECKING:
     from sysdag.components.selection.cross_encoder import CrossEncoder
@@ -29,29 +32,61 @@ if TYPE_CHECKING:
 
 
 def of_towers(
-    towers: Sequence[TextEncoder], *, tokens: int, trains: bool, checkpoints: bool, device: str
+    towers: Sequence[TextEncoder],
+    *,
+    tokens: int,
+    trains: bool,
+    checkpoints: bool,
+    device: str,
+    options: int | None = None,
 ) -> Footprint | None:
-    """A bi-encoder's; None for two towers that both train, among which the tokens are shared in a way not known.
+    """A bi-encoder's, of one tower or two.
 
     Args:
         tokens: of a micro-batch's queries and options; of its queries alone where the options' tower does not train.
         trains: False for a model that is frozen.
         checkpoints: whether it recomputes its activations (gradient checkpointing).
         device: `cpu` or `cuda`, whose kernels are assumed.
-    """
-    if trains and sum(tower.trains for tower in towers) > 1:
-        return None
-    tower, beside = towers[0], towers[1:]
+        options: how many of the tokens are options', which a second tower that trains encodes.
 
+    Raises:
+        PlanError: for two towers of different models that both train, and no `options`.
+    """
+    if len(towers) == 1 or not (trains and towers[1].trains):
+        found = _of_tower(towers[0], tokens=tokens, trains=trains, checkpoints=checkpoints, device=device)
+        beside = 0 if len(towers) == 1 else sum(map(bytes_of, _built(towers[1].lm, False).parameters()))
+        return None if found is None else replace(found, weights=found.weights + beside)
+    if options is None:
+        if _shape_of(towers[0]) != _shape_of(towers[1]):
+            raise PlanError(
+                f"{towers[0]!r}: queries and options are encoded by different models that both train. Give the "
+                "options' tokens as the third number of the node's lengths."
+            )
+        options = tokens // 2  # of equal models one takes what the other does not
+    parts = [
+        _of_tower(tower, tokens=max(1, own), trains=True, checkpoints=checkpoints, device=device)
+        for tower, own in zip(towers, (tokens - options, options), strict=True)
+    ]
+    known = [part for part in parts if part is not None]
+    if len(known) < len(parts):
+        return None
+    sums = {name: sum(getattr(part, name) for part in known) for name in _ADDED}
+    return Footprint(**sums, working=max(part.working for part in known))
+
+
+def _of_tower(tower: TextEncoder, *, tokens: int, trains: bool, checkpoints: bool, device: str) -> Footprint | None:
     def vectors(model: Any, batch: dict[str, Tensor]) -> Tensor:
         return sentence_folder.pooled(model(**batch).last_hidden_state, batch["attention_mask"], tower.recipe.pooling)
 
-    found = _of(
+    return _of(
         tower.lm, vectors, tower.max_length, tokens=tokens, trains=trains, checkpoints=checkpoints, device=device
     )
-    if found is None or not beside:
-        return found
-    return replace(found, weights=found.weights + sum(map(bytes_of, _built(beside[0].lm, False).parameters())))
+
+
+def _shape_of(tower: TextEncoder) -> Any:
+    """What a tower's memory depends on beside the number of tokens."""
+    config = {name: value for name, value in tower.lm.config.to_dict().items() if name != "_name_or_path"}
+    return config, tower.lm.adapter_config, tower.max_length
 
 
 def of_classifier(
@@ -103,10 +138,11 @@ def _of(
         batch = {name: torch.ones(shape, dtype=torch.int64) for name in ("input_ids", "attention_mask")}
 
         def graph() -> int:
-            saved = SavedBytes()
-            with saved if trains else contextlib.nullcontext(), torch.set_grad_enabled(trains):
-                run(model, batch)
-            return saved.total
+            saved, peak = SavedBytes(), PeakBytes(model)
+            with peak, saved if trains else contextlib.nullcontext(), torch.set_grad_enabled(trains):
+                held = run(model, batch)
+                alive = peak.now if held.requires_grad else 0
+            return min(saved.total, alive)  # without what only a dropped output had, as a pooler
 
         held, again = graph(), 0
         if checkpoints and trains and acceleration.enable_checkpointing(model, {"use_reentrant": False}):

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Self
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from sysdag.components.constructor_options import ConstructorOptions
 from sysdag.components.input_reader import InputReader
 from sysdag.components.selection.prompt import ChoicePrompt
 from sysdag.errors import DataError, DeclarationNeeded, shown
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from sysdag.components.footprint import Footprint
 
 
-class Scorer(ABC):
+class Scorer(ConstructorOptions, ABC):
     """A score of each option of a row, given its query: p is the softmax of the scores over a temperature.
 
     What is not said here is as in `sysdag.components.component.Component`, of which a scorer is the part with the
@@ -89,6 +90,11 @@ class Scorer(ABC):
 
     def reading(self) -> str:
         return ""
+
+    @property
+    def tells_options_apart(self) -> bool:
+        """See `Component.tells_options_apart`."""
+        return False
 
     def footprint(self, *, tokens: int, labels: int, trains: bool, checkpoints: bool, device: str) -> Footprint | None:
         return None

@@ -63,9 +63,9 @@ def of_seq2seq(
     """
     from transformers import AutoModelForSeq2SeqLM
 
-    def score(model: Any) -> None:
+    def score(model: Any) -> torch.Tensor:
         rules = GenerationRules(start=0, ends=(0,), max_new_tokens=target + 1)
-        TargetScorer(model, rules, is_checked=True)([([0] * source, [0] * target)], [None])
+        return TargetScorer(model, rules, is_checked=True)([([0] * source, [0] * target)], [None])
 
     return of_model(
         AutoModelForSeq2SeqLM, config, dtype, peft_config, score, trains=trains, checkpoints=checkpoints, device=device

@@ -21,7 +21,6 @@ from sysdag.components.language.encoder_decoder.source_rows import plain_logits,
 from sysdag.components.language.encoder_decoder.target_scorer import TargetScorer
 from sysdag.components.language.encoder_decoder.targets import TargetEncoder
 from sysdag.components.language.language_model import LanguageModel
-from sysdag.components.language.prompts import PromptEncoder
 from sysdag.components.language.sampling import MAX_BATCH_TOKENS
 from sysdag.errors import DataError, PlanError
 from sysdag.traces.cells import Draw
@@ -69,6 +68,18 @@ class Seq2Seq(LanguageModel):
         "src_lang": (str, type(None)), "tgt_lang": (str, type(None)), "generation_config": (dict,),
     }  # fmt: skip
     limits_prompts = "max_source_length"
+    closes_prompts = True
+    not_taken: ClassVar[Mapping[str, str]] = {
+        "grammar": "no grammar constrains targets; what its generation_config can say holds for draws and scores, and "
+        "CausalLM(grammar=...) serves models with a decoder alone",
+        "max_length": "a source and its target do not share their room; give max_source_length and max_target_length",
+        "pack_prefixes": "a source is always computed once for all its targets",
+        "decoder": "sysdag's own draws; CausalLM(decoder=...) serves models with a decoder alone",
+        "tools": "sources have no template that would tell of them; write them into the source",
+        "chat_template_kwargs": "sources are texts as a rule; give a ChatPrompt(..., chat_template_kwargs=...) where "
+        "the tokenizer has a template",
+        "processor": "its sources are texts; ImageTextToText(processor=...) reads images",
+    }
     lm: PretrainedSeq2Seq
 
     def __init__(
@@ -142,11 +153,6 @@ class Seq2Seq(LanguageModel):
         if self._rules is None or self._rules[0] != state:
             self._rules = state, self.lm.rules(limit)
         return self._rules[1]
-
-    def _encoder(self) -> PromptEncoder:
-        if self._prompt_encoder is None:
-            super()._encoder().closes = True
-        return super()._encoder()
 
     def _completion_encoder(self) -> Any:
         rules = self.rules

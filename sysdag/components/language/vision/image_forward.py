@@ -118,7 +118,7 @@ class ImageForward:
         rope_index = _rope_index(self._model())
         assert rope_index is not None
         stands = ids >= FIRST
-        grids = self.processing.together(self._images(ids[None])).get("image_grid_thw")
+        grids = self.processing.together(self._images(ids[None]), ["image_grid_thw"]).get("image_grid_thw")
         given = {
             "input_ids": ids.masked_fill(stands, self.processing.image_token)[None],
             "mm_token_type_ids": stands[None].long(),

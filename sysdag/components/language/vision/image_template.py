@@ -10,6 +10,7 @@ from typing import Any
 from sysdag.components.language.chat_template import ChatTemplate
 from sysdag.components.language.control_tokens import ControlTokens, Marks
 from sysdag.components.language.messages import ChatPrompt, Message
+from sysdag.components.language.prompts import put_around
 from sysdag.components.language.vision.image_parts import HeldImage, checked_with_images, images_of, without_pixels
 from sysdag.components.language.vision.prompt_images import FIRST, ImageProcessing, PromptImages
 from sysdag.errors import DataError
@@ -99,9 +100,7 @@ class ImageChatTemplate(ChatTemplate):
         first = self.tokenizer.bos_token
         if first is not None and rendered.startswith(first):
             return []
-        bare, whole = self.tokenizer.encode("a", add_special_tokens=False), self.tokenizer.encode("a")
-        starts = [start for start in range(len(whole)) if whole[start : start + len(bare)] == bare]
-        return list(whole[: starts[0]]) if starts else []
+        return put_around(self.tokenizer)[0]
 
     def plain(self, ids: Sequence[int]) -> list[int]:
         return self.processing.plain(ids)

@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
+
+from sysdag.components.footprint import Footprint
 from sysdag.components.language.causal_lm import CausalLM
 from sysdag.components.language.decoder import PromptInputs
 from sysdag.components.language.engines.choice import LOCAL, Decoder, kind_of
 from sysdag.components.language.messages import ChatPrompt
 from sysdag.components.language.prompts import Prompt, PromptEncoder
 from sysdag.components.language.sampling import MAX_BATCH_TOKENS
+from sysdag.components.language.vision import footprint
 from sysdag.components.language.vision.image_template import ImageChatTemplate
 from sysdag.components.language.vision.pretrained_vlm import PretrainedVLM
-from sysdag.components.language.vision.prompt_images import PromptImages
+from sysdag.components.language.vision.prompt_images import HELD_BYTES, PromptImages
 from sysdag.errors import DataError, PlanError
 
 if TYPE_CHECKING:
@@ -49,6 +55,10 @@ class ImageTextToText(CausalLM):
 
     pretrained = PretrainedVLM
     lm: PretrainedVLM
+    not_taken: ClassVar[Mapping[str, str]] = {
+        "tokenizer": "its processor has one; give processor=",
+        "decoder": "other engines than sysdag's own are not given images; leave it out",
+    }
 
     def __init__(
         self,
@@ -71,12 +81,11 @@ class ImageTextToText(CausalLM):
         sanitize_control_tokens: bool = True,
         grammar: str | Mapping[str, Any] | None = None,
     ) -> None:
-        if not isinstance(model, PretrainedVLM):
-            model = PretrainedVLM(model, processor, peft_config=peft_config, model_kwargs=model_kwargs)
         super().__init__(
-            model, max_new_tokens=max_new_tokens, max_length=max_length, temperature=temperature, top_p=top_p,
-            top_k=top_k, stop=stop, max_batch_tokens=max_batch_tokens, batch_size=batch_size,
-            pack_prefixes=pack_prefixes, tools=tools, chat_template_kwargs=chat_template_kwargs,
+            model, processor,  # type: ignore[arg-type]
+            peft_config=peft_config, model_kwargs=model_kwargs, max_new_tokens=max_new_tokens, max_length=max_length,
+            temperature=temperature, top_p=top_p, top_k=top_k, stop=stop, max_batch_tokens=max_batch_tokens,
+            batch_size=batch_size, pack_prefixes=pack_prefixes, tools=tools, chat_template_kwargs=chat_template_kwargs,
             sanitize_control_tokens=sanitize_control_tokens, grammar=grammar,
         )  # fmt: skip
         self._opening: tuple[list[int], PromptImages | None] | None = None
@@ -102,15 +111,18 @@ class ImageTextToText(CausalLM):
     @property
     def prompt_inputs(self) -> PromptInputs:
         if self._opening is None:
-            from PIL import Image
-
-            image = Image.linear_gradient("L").resize((48, 32))
-            content = [{"type": "image", "image": image}, {"type": "text", "text": "a"}]
-            template = self._encoder().template
-            assert isinstance(template, ImageChatTemplate)
-            chat = template.prompt(ChatPrompt([{"role": "user", "content": content}]))
-            self._opening = template.ids_and_images(chat, header=True)
+            self._opening = self._with_pictures([(48, 32)])
         return PromptInputs(self._opening[0], self._offset_of)
+
+    def _with_pictures(self, sizes: Sequence[tuple[int, int]]) -> tuple[list[int], PromptImages | None]:
+        """A prompt with pictures of such sizes (width, height)."""
+        from PIL import Image
+
+        parts = [{"type": "image", "image": Image.linear_gradient("L").resize(size)} for size in sizes]
+        template = self._encoder().template
+        assert isinstance(template, ImageChatTemplate)
+        chat = template.prompt(ChatPrompt([{"role": "user", "content": [*parts, {"type": "text", "text": "a"}]}]))
+        return template.ids_and_images(chat, header=True)
 
     def _offset_of(self, prompt: Sequence[int]) -> int:
         return self.lm.forward_of(self.lm.module).offset(prompt)
@@ -138,9 +150,39 @@ class ImageTextToText(CausalLM):
                 )
         return found
 
-    def footprint(self, **_: Any) -> None:
-        """Not known: what images take depends on how many a micro-batch has, and of what sizes."""
-        return
+    def _span_of(self, sizes: Sequence[tuple[int, int]]) -> list[int]:
+        return footprint.span_of_images(self._with_pictures(sizes)[0])
+
+    def tokens_of_images(self, sizes: Sequence[tuple[int, int]]) -> int:
+        return len(self._span_of(sizes))
+
+    def footprint(
+        self,
+        *,
+        tokens: int,
+        labels: int,
+        trains: bool,
+        checkpoints: bool,
+        device: str,
+        rows: int = 1,
+        images: Sequence[tuple[int, int]] = (),
+        **others: Any,
+    ) -> Footprint | None:
+        """As for `CausalLM`, with images; see `sysdag.components.language.vision.footprint`.
+
+        None, too, for a model whose course depends on numbers that weights enter.
+        """
+        processing = self.lm.processing
+        filler = 0 if processing.image_token else 1
+        ids = footprint.tokens_of(self._span_of(images), rows, tokens // rows, filler)
+        try:
+            found = super().footprint(
+                tokens=tokens, labels=labels, trains=trains, checkpoints=checkpoints, device=device, rows=rows, ids=ids,
+                reading=partial(footprint.reading, processing=processing), **others,
+            )  # fmt: skip
+        except (DataDependentOutputException, DynamicOutputShapeException):
+            return None
+        return None if found is None else replace(found, host_cache=HELD_BYTES)
 
     def reading(self) -> str:
         processor = self.processor.to_json_string()

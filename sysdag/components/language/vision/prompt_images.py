@@ -13,7 +13,7 @@ import copy
 import hashlib
 import weakref
 from collections import OrderedDict, deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +25,7 @@ from sysdag.components.language.vision.image_parts import HeldImage
 from sysdag.errors import DataError, PlanError
 
 FIRST = 1 << 61  # above any vocabulary; below 2 ** 62, so that sums of few stay 64-bit integers
-_HELD_BYTES = 1 << 29
+HELD_BYTES = 1 << 29
 _LATEST = 64  # which live until a prompt that has them is kept
 # Of what processors make of images, what stands beside the tokens; each either one entry an image (or patch of it), or
 # one a row with its images along the second axis. `_Layout` finds out which.
@@ -127,7 +127,7 @@ class ImageProcessing:
         self._held[token] = made
         self._held.move_to_end(token)
         total = sum(bytes_of(value) for held in self._held.values() for value in held.values())
-        while total > _HELD_BYTES and len(self._held) > 1:
+        while total > HELD_BYTES and len(self._held) > 1:
             _, gone = self._held.popitem(last=False)
             total -= sum(map(bytes_of, gone.values()))
 
@@ -171,17 +171,20 @@ class ImageProcessing:
                     "is not served. Use another model."
                 )
 
-    def together(self, rows: Sequence[Sequence[PromptImages]]) -> dict[str, Tensor]:
+    def together(self, rows: Sequence[Sequence[PromptImages]], names: Collection[str] = _BESIDE) -> dict[str, Tensor]:
         """What the model's forward gets for rows of tokens: `pixel_values` and their like.
 
         Args:
             rows: of each row its prompts' images, in the order of their placeholders.
+            names: of what is wanted, as far as the processor makes it.
         """
         by_row = self._layout()
         found: dict[str, Tensor] = {}
         parts = [[self.tensors(images) for images in row] for row in rows]
         first = next((made for row in parts for made in row), {})
         for name, example in first.items():
+            if name not in names:
+                continue
             if by_row[name]:
                 rest = example.shape[2:]
                 whole = [
