@@ -48,6 +48,7 @@ class ImageTextToText(CausalLM):
     """
 
     pretrained = PretrainedVLM
+    parts_objection = "its prompts hold images, which parts do not read yet; CausalLM can"
     lm: PretrainedVLM
 
     def __init__(
