@@ -75,7 +75,7 @@ def language_model(folder: Path, seed: int, thinks: bool = False) -> None:
             for layer in model.model.layers:
                 layer.self_attn.o_proj.weight[0] = layer.mlp.down_proj.weight[0] = 0.0
             model.lm_head.weight[:, 0] = 0.0
-            model.lm_head.weight[words.convert_tokens_to_ids("</think>"), 0] = 8.0
+            model.lm_head.weight[words.convert_tokens_to_ids("</think>"), 0] = 3.0
     model.save_pretrained(folder)
     words.save_pretrained(folder)
 
