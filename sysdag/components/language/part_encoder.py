@@ -150,6 +150,11 @@ class PartEncoder:
         ids = self._tokens(part, prompt, self._checked(part, value))
         stops = StopStrings(self.stops(part), self.tokenizer) if self.stops(part) else None
         stop = None if stops is None else stops.first_end(ids)
+        if stop is None and part.marker is not None and value.endswith(part.marker):
+            raise DataError(
+                f"{self.owner}: its tokenizer has no tokens that say {part.marker!r}: {name!r} comes back as "
+                f"{shown(self.tokenizer.decode(ids)[-60:])}. Add the marker as a token, or choose another."
+            )
         if stop is None:
             ids = [*ids, *self.completions.end_behind(prompt)]
         elif stop < len(ids) and part.marker is not None:
