@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import inspect
 from abc import abstractmethod
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar
@@ -155,7 +155,7 @@ class LanguageModel(TextComponent):
     def _part_completer(self, completer: Completer, part: PartPrompt) -> Completer:
         texts = [*([] if part.marker is None else [part.marker]), *completer.stop_texts]
         stops = StopStrings(texts, self.tokenizer) if texts else None
-        return replace(completer, max_new_tokens=self._parts().budget(part), stops=stops)
+        return dataclasses.replace(completer, max_new_tokens=self._parts().budget(part), stops=stops)
 
     def _sampled(
         self, completer: Completer, prompts: Sequence[Sequence[int]], options: Mapping[str, Any]
@@ -210,21 +210,20 @@ class LanguageModel(TextComponent):
     ) -> Float[Tensor, " n"]:  # fmt: skip
         """As `_scored`, with 0 for each part that a completion does not come to."""
         written = [place for place, given in enumerate(inputs) if not self.is_over(given)]
-        if len(written) < len(inputs):
-            self._sequences(inputs, draws)  # which refuses draws that are none of such parts
-        found = None
-        if written:
-            weights = None if heads is None else ([heads[place] for place in written], tail)
-            with of_places(written):
-                chosen = [inputs[place] for place in written], [draws[place] for place in written]
-                found = self._scored(*chosen, weights=weights, typicality=typicality)
-        if found is not None and len(written) == len(inputs):
-            return found
-        trained = [parameter for parameter in self.own_parameters().values() if parameter.requires_grad]
-        zeros = torch.zeros(len(inputs), device=self.device if found is None else found.device)
-        if found is None:
-            return zeros + 0.0 * sum(parameter.flatten()[:1].sum() for parameter in trained)
-        return zeros.to(found.dtype).index_copy(0, torch.tensor(written, device=found.device), found)
+        if len(written) == len(inputs):
+            weights = None if heads is None else (heads, tail)
+            return self._scored(inputs, draws, weights=weights, typicality=typicality)
+        self._sequences(inputs, draws)  # which refuses draws that are none of such parts
+        if not written:  # the model runs all the same: processes that share it call it equally often
+            first = inputs[0].before[0]
+            found = self._scored([dataclasses.replace(inputs[0], place=0, before=())], [first], typicality=typicality)
+            self.take_auxiliary_loss()
+            return 0.0 * found.expand(len(inputs))
+        weights = None if heads is None else ([heads[place] for place in written], tail)
+        chosen = [inputs[place] for place in written], [draws[place] for place in written]
+        with of_places(written):
+            found = self._scored(*chosen, weights=weights, typicality=typicality)
+        return found.new_zeros(len(inputs)).index_copy(0, torch.tensor(written, device=found.device), found)
 
     @abstractmethod
     def _scored(

@@ -292,7 +292,8 @@ class TextComponent(Component):
         prompts = self.prompt_ids(inputs)
         for element, (given, draw) in enumerate(zip(inputs, draws, strict=True)):
             if bool(draw.record["token_ids"]) == self.is_over(given):
-                raise DataError(f"{self!r}: {_MISPLACED}", element=element)
+                why = _MISPLACED if isinstance(given, PartPrompt) else "a draw needs its token_ids, and this has none."
+                raise DataError(f"{self!r}: {why}", element=element)
             self.lm.check_target_ids(draw.record["token_ids"], element)
         return [self._fit(prompt, draw) for prompt, draw in zip(prompts, draws, strict=True)]
 
