@@ -6,14 +6,14 @@ import sys
 
 import pytest
 import torch
-from reasoning_models import thinking_model
+from reasoning_models import CLOSE, thinking_model
 from served_models import MODEL, TOKENIZER
 from tiny import llama
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 from vllm_stand_in import VllmStandIn
 
-from sysdag import Input, SerializationError, System, split
+from sysdag import Input, SerializationError, System, Trace, split
 from sysdag.cli import app
 from sysdag.components import CausalLM, Server
 from sysdag.execution.execute import node_inputs
@@ -49,7 +49,14 @@ ROWS = [
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     made = thinking_model()
-    llama(0, len(made.tokenizer), max_position_embeddings=128).save_pretrained(tmp_path / "model")
+    model = llama(0, len(made.tokenizer), max_position_embeddings=128)
+    with torch.no_grad():  # one number of its states is the same everywhere, and has it end a thought often
+        model.model.embed_tokens.weight[:, 0] = 2.0
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight[0] = layer.mlp.down_proj.weight[0] = 0.0
+        model.lm_head.weight[:, 0] = 0.0
+        model.lm_head.weight[made.tokenizer.convert_tokens_to_ids(CLOSE), 0] = 4.0
+    model.save_pretrained(tmp_path / "model")
     made.tokenizer.save_pretrained(tmp_path / "model")
     (tmp_path / f"{MODULE}.py").write_text(SYSTEM)
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
@@ -122,6 +129,17 @@ def test_the_whole_way_at_the_command_line(folder):
     runs = [json.loads(line) for line in (folder / "runs.jsonl").read_text().splitlines()]
     assert len(runs) == 4
     assert all(part in json.dumps(runs[0]) for part in ("reasoning", "answer", "token_ids"))
+    (folder / "judge.py").write_text(
+        "def score(run):\n    assert '<think>' not in run['answer'][:7]\n    return sum(map(ord, run['answer']))\n"
+    )
+    assert "win rate" in run("eval", "out", "pairs.jsonl", "--by", "judge.py:score", "--against", "chosen").lower()
+    run("judge", "runs.jsonl", "--by", "judge.py:score", "--output", "judged.jsonl")
+    assert "can be used" in run("validate", "out", "judged.jsonl", "--objective", "direct")
+    logged = [{"question": row["question"], "output": row["chosen"]} for row in ROWS]
+    (folder / "logged.jsonl").write_text("".join(json.dumps(row) + "\n" for row in logged))
+    run("import", "logged.jsonl", "--system", name, "--output", "imported.jsonl")
+    [first, *_] = Trace.from_jsonl(folder / "imported.jsonl")["answer"]
+    assert first == "0"
 
 
 def test_other_processes_read_parts_without_the_weights(folder):
