@@ -418,6 +418,20 @@ def test_budgets_that_leave_no_room_are_refused():
         plan.sample({"question": ["a"]})
 
 
+def test_memory_counts_one_model_for_all_parts():
+    model = thinking_model()
+    plan = thinking_system(model, max_new_tokens=12).compile()
+
+    @node(model)
+    def alone(question):
+        return question
+
+    whole = System(Input("question") >> alone).compile().estimate({"alone": (20, 24)}, device="cpu")
+    parts = plan.estimate({"reasoning": (20, 12), "answer": (32, 12)}, device="cpu")
+    assert parts.resident == whole.resident
+    assert len(plan.components) == 1
+
+
 def test_traces_keep_their_parts(tmp_path):
     model = thinking_model()
     plan = thinking_system(model, max_new_tokens={"reasoning": 8, "answer": 4}).compile()

@@ -20,6 +20,7 @@ from sysdag import (
     SysDPOConfig,
     SysDPOTrainer,
     System,
+    Trace,
     node,
     split,
 )
@@ -71,6 +72,43 @@ def test_rows_hold_parts_or_whole_completions(rows, objective):
             values = {name: cell.value for name, cell in pair.sides[side].items()}
             thought = {"reasoning": row[f"{side}_intermediates"]["reasoning"]} if objective == "direct" else {}
             assert values == {"answer": row[side]} | thought
+
+
+@pytest.mark.parametrize("objective", ["direct", "sampling"])
+def test_runs_of_the_model_without_split_are_cut_at_their_tokens(objective):
+    model = thinking_model(max_new_tokens=24)
+
+    @node(model)
+    def answer(question):
+        return [{"role": "user", "content": question}]
+
+    drawn = System(Input("question") >> answer).compile().sample({"question": ["a"] * 30}, seed=0)
+    whole = [draw for draw in drawn.cells["answer"] if CLOSE in draw.value and not draw.value.endswith(CLOSE)][:2]
+    plan = thinking_system(model, max_new_tokens=24).compile()
+    [pair] = encode_pairs(plan, [{"question": "a", "chosen": whole[0], "rejected": whole[1]}], objective)
+    for cells, draw in zip((pair.chosen, pair.rejected), whole, strict=True):
+        ids = draw.record["token_ids"]
+        border = ids.index(model.tokenizer.convert_tokens_to_ids(CLOSE)) + 1
+        assert cells["answer"].record["token_ids"] == ids[border:]
+        if objective == "direct":
+            trace = Trace({"question": ["a"]}, {name: [cell] for name, cell in cells.items()})
+            found = plan.log_probs(trace)
+            assert (found["reasoning"] + found["answer"]).item() == pytest.approx(draw.log_prob, abs=1e-3)
+            assert cells["reasoning"].value + cells["answer"].value == draw.value
+    own = plan.sample({"question": ["a"] * 40}, seed=1)
+    twice = next(draw for draw in own.cells["answer"] if CLOSE in draw.value)  # a second marker is the answer's
+    [pair] = encode_pairs(plan, [{"question": "a", "chosen": twice, "rejected": "b"}], "sampling")
+    assert pair.chosen["answer"] is twice
+    texts = {"question": "a", "chosen": f"b{CLOSE}c", "rejected": "d", "chosen_intermediates": {"reasoning": CLOSE}}
+    assert "Give it alone, or a whole completion alone" in refused_when_scored(plan, texts)
+
+
+def refused_when_scored(plan, row):
+    [pair] = encode_pairs(plan, [row], "sampling")
+    cells = {"reasoning": [Draw(CLOSE)], "answer": [pair.chosen["answer"]]}
+    with pytest.raises(DataError) as error:
+        plan.log_probs(Trace({"question": ["a"]}, cells))
+    return str(error.value)
 
 
 def test_rows_that_lack_a_part_are_told():

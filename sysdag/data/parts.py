@@ -10,12 +10,19 @@ from sysdag.graph.plan import Plan
 from sysdag.traces.cells import Draw
 
 
-def with_parts(plan: Plan, given: Mapping[str, Any]) -> dict[str, Any]:
+def with_parts(plan: Plan, given: Mapping[str, Any], beside: Any = None) -> dict[str, Any]:
     """Values by node, where a last part's that is a whole completion is cut into those of all parts.
 
     A value is one if none of its parts' is given beside it, and their markers are in it; or if it is a message of the
     assistant with its reasoning.
+
+    Args:
+        beside: by node, what else a row says of the run.
+
+    Raises:
+        DataError: for a draw that cannot be cut.
     """
+    known = {**(beside if isinstance(beside, Mapping) else {}), **given}
     found = dict(given)
     for name in plan.random_nodes:
         own, value = part_of(plan.system[name]), given.get(name)
@@ -24,7 +31,7 @@ def with_parts(plan: Plan, given: Mapping[str, Any]) -> dict[str, Any]:
         before = [edge.parent for edge in plan.arguments(name) if edge.parameter in own.partition.names]
         before.sort(key=lambda parent: part_of(plan.system[parent]).place)  # type: ignore[union-attr]
         value = value.value if isinstance(value, Draw) and not value.record else value
-        if value is None or any(given.get(parent) is not None for parent in before):
+        if value is None or any(known.get(parent) is not None for parent in before):
             continue
         component = plan.system[name].component
         assert component is not None  # parts are drawn

@@ -296,7 +296,11 @@ class _Reading:
         elif self.objective == "direct":
             given |= self._intermediates(row, beside)
         observed = self.plan.observed(self.objective)
-        given = {name: v for name, v in self._parted(given, side).items() if name in given or name in observed}
+        given = {
+            name: v
+            for name, v in self._parted(given, row.get(beside), side).items()
+            if name in given or name in observed
+        }
         for name in self.plan.observed(self.objective):
             if name not in given and column in row and name not in skipped:
                 hint = f" Give it in {beside}." if name not in self.plan.system.outputs else ""
@@ -306,10 +310,10 @@ class _Reading:
         cells |= {name: ABSENT for name in self.plan.observed(self.objective) if name in skipped and name not in given}
         return {name: cell for name, cell in cells.items() if cell is not None}
 
-    def _parted(self, given: dict[str, Any], side: str) -> dict[str, Any]:
+    def _parted(self, given: dict[str, Any], beside: Any, side: str) -> dict[str, Any]:
         """The values with whole completions cut into their parts."""
         try:
-            return with_parts(self.plan, given)
+            return with_parts(self.plan, given, beside)
         except DataError as error:
             self._problem("invalid value", str(error), "", side)
             return given

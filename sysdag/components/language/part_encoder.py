@@ -101,12 +101,36 @@ class PartEncoder:
 
     def drawn(self, part: PartPrompt, draw: Draw) -> Draw:
         """A draw of `Completer` as one of a part: with its marker, or without the separator in front."""
-        ids, text = draw.record["token_ids"], draw.value
+        text = draw.value
         if part.place:
             text = part.partition.value(self._spilled(part) + text)
         if part.marker is not None and self._is_closed(part, draw):
             text += part.marker
-        return Draw(text, draw.record, draw.log_prob) if ids else draw
+        return Draw(text, {**draw.record, "part": part.place}, draw.log_prob)
+
+    def parted(self, partition: Partition, draw: Draw) -> list[Draw] | None:
+        """A draw of a whole completion, cut at its tokens; None where a marker is missing.
+
+        Raises:
+            DataError: for one whose tokens are not all scored, or not all behind its prompt.
+        """
+        ids, found = list(draw.record["token_ids"]), []
+        for place, marker in enumerate(partition.markers):
+            end = StopStrings([marker], self.tokenizer).first_end(ids)
+            if end is None:
+                return None
+            text = str(self.tokenizer.decode(ids[:end], skip_special_tokens=True))
+            value = text if text.endswith(marker) else text.partition(marker)[0] + marker
+            found.append(Draw(partition.value(value) if place else value, _record(ids[:end], True, place)))
+            ids = ids[end:]
+        if draw.record.keys() - {"token_ids", "finished"} or not ids:
+            raise DataError(
+                f"{self.owner}: a draw with the record {sorted(draw.record)} cannot be cut into the parts "
+                f"{list(partition.names)}; give its text."
+            )
+        finished = bool(draw.record.get("finished", ids[-1] in self.completions.ends))
+        text = str(self.tokenizer.decode(ids, skip_special_tokens=True))
+        return [*found, Draw(partition.value(text), _record(ids, finished, len(found)))]
 
     def _spilled(self, part: PartPrompt) -> str:
         """What the token that completes the marker before a part has written behind it."""
@@ -118,7 +142,7 @@ class PartEncoder:
 
     def unwritten(self, part: PartPrompt) -> Draw:
         """The draw of a part that the completion did not come to, as it has ended before; its log-probability is 0."""
-        return Draw("", {"token_ids": [], "finished": bool(part.before[-1].record.get("finished", True))}, 0.0)
+        return Draw("", _record([], bool(part.before[-1].record.get("finished", True)), part.place), 0.0)
 
     def behind(self, part: PartPrompt, draw: Draw) -> Draw:
         """An observed part with its tokens; a draw that has some stays.
@@ -163,7 +187,7 @@ class PartEncoder:
             ids = ids[:stop]
         if not ids:
             raise DataError(f"{self.owner}: {name!r} is empty, and its turn has no end token to score.")
-        return Draw(value, {"token_ids": ids, "finished": stop is not None or ids[-1] in self.completions.ends})
+        return Draw(value, _record(ids, stop is not None or ids[-1] in self.completions.ends, part.place))
 
     def _checked(self, part: PartPrompt, value: str) -> str:
         """The text of a value, without an end token that it spells."""
@@ -241,6 +265,11 @@ class PartEncoder:
                 f"{shown(text[:40])}. Give it as the model goes on, without {tag!r}."
             )
         return text[len(there) :]
+
+
+def _record(token_ids: list[int], finished: bool, place: int) -> dict[str, Any]:
+    """What a draw of a part keeps; its place tells it from a whole completion's."""
+    return {"token_ids": token_ids, "finished": finished, "part": place}
 
 
 def _at(part: PartPrompt, place: int) -> PartPrompt:

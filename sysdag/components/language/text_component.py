@@ -166,7 +166,10 @@ class TextComponent(Component):
         )
 
     def part_values(self, value: Any, partition: Partition) -> list[Any] | None:
-        """See `Component`; of a text, or of one message of the assistant with its reasoning beside its content."""
+        """See `Component`; of a text, of one message of the assistant with its reasoning, or of a draw's tokens."""
+        if isinstance(value, Draw):
+            is_whole = "token_ids" in value.record and "part" not in value.record
+            return self._parts().parted(partition, value) if is_whole else None
         if isinstance(value, str) or not is_conversation(value):
             return partition.texts(value) if isinstance(value, str) else None
         completion = completion_value(value)
