@@ -118,7 +118,10 @@ class LanguageModel(TextComponent):
         def sampled(completer: Completer, prompts: Sequence[Sequence[int]], places: Sequence[int]) -> list[Draw]:
             return self._sampled(completer, prompts, {**options, "seeds": [seeds[place] for place in places]})
 
-        return self._completed(inputs, self._completer(stop), sampled, self._parts().drawn, self._parts().unwritten)
+        return self._completed(
+            inputs, self._completer(stop), sampled, lambda part, draw: self._parts().drawn(part, draw),
+            lambda part: self._parts().unwritten(part),
+        )  # fmt: skip
 
     def _completed(
         self,
@@ -178,14 +181,14 @@ class LanguageModel(TextComponent):
         Groups may end in the same text, since an end of sequence is not penalised. A prompt that is left with fewer
         than `num_candidates` distinct ones is searched again with 2, then 4 beams a group, and topped up from those.
         """
-        parts = self._parts()
 
         def searched(completer: Completer, prompts: Sequence[Sequence[int]], _: Sequence[int]) -> list[list[Draw]]:
             return completer.search(prompts, num_candidates, diversity_penalty, ngram_size)
 
         return self._completed(
-            inputs, self._completer(), searched, lambda part, found: [parts.drawn(part, draw) for draw in found],
-            lambda part: [parts.unwritten(part)],
+            inputs, self._completer(), searched,
+            lambda part, found: [self._parts().drawn(part, draw) for draw in found],
+            lambda part: [self._parts().unwritten(part)],
         )  # fmt: skip
 
     def log_prob(self, inputs: Sequence[Any], draws: Sequence[Draw]) -> Float[Tensor, " n"]:
