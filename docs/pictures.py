@@ -17,7 +17,7 @@ FOLDER = Path(__file__).with_name("pictures")
 SYSTEMS = Path(__file__).parents[1] / "examples" / "systems"
 NAMES = (
     "draft_refine", "llm_diffusion", "picture_critic", "rag_router", "rag_passages", "critic_loop", "summarise_rewrite",
-    "specialists",
+    "specialists", "think_answer",
 )  # fmt: skip
 
 if __name__ == "__main__":

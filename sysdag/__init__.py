@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from sysdag.components.component import Component
     from sysdag.errors import DataError, GraphError, PlanError, SerializationError, SysdagError, TrainingError
     from sysdag.graph.loops import loop
+    from sysdag.graph.parts import split
     from sysdag.graph.plan import Plan
     from sysdag.graph.switches import switch
     from sysdag.graph.system import System
@@ -47,6 +48,7 @@ __all__ = [
     "TrainingError",
     "loop",
     "node",
+    "split",
     "switch",
 ]
 __version__ = "0.1.0"
@@ -70,6 +72,7 @@ __getattr__ = exports(
         "components.component": ["Component"],
         "errors": ["DataError", "GraphError", "PlanError", "SerializationError", "SysdagError", "TrainingError"],
         "graph.loops": ["loop"],
+        "graph.parts": ["split"],
         "graph.plan": ["Plan"],
         "graph.switches": ["switch"],
         "graph.system": ["System"],

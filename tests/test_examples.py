@@ -26,6 +26,7 @@ TRAINED = {
     "critic_loop": ["draft", "critic", "rewrite"],
     "specialists": ["route", "steps", "compute", "tell"],
     "summarise_rewrite": ["summary", "answer"],
+    "think_answer": ["reasoning", "answer"],
 }
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import (
     BertConfig,
     BertModel,
@@ -57,17 +57,32 @@ def tokenizer(longest: int) -> PreTrainedTokenizerFast:
     return fast
 
 
-def language_model(folder: Path, seed: int) -> None:
+def language_model(folder: Path, seed: int, thinks: bool = False) -> None:
     torch.manual_seed(seed)
     words = tokenizer(512)
     words.chat_template = CHAT_TEMPLATE
+    if thinks:
+        words.add_tokens([AddedToken(token, normalized=False) for token in ("<think>", "</think>")])
     config = Qwen2Config(
         vocab_size=len(words), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=512, pad_token_id=0, eos_token_id=1, bos_token_id=None,
         initializer_range=0.2,
     )  # fmt: skip
-    Qwen2ForCausalLM(config).save_pretrained(folder)
+    model = Qwen2ForCausalLM(config)
+    if thinks:  # one number of its states is the same everywhere, and has it end a thought often
+        with torch.no_grad():
+            model.model.embed_tokens.weight[:, 0] = 3.0
+            for layer in model.model.layers:
+                layer.self_attn.o_proj.weight[0] = layer.mlp.down_proj.weight[0] = 0.0
+            model.lm_head.weight[:, 0] = 0.0
+            model.lm_head.weight[words.convert_tokens_to_ids("</think>"), 0] = 3.0
+    model.save_pretrained(folder)
     words.save_pretrained(folder)
+
+
+def thinking_model(folder: Path, seed: int) -> None:
+    """With `<think>` and `</think>` as tokens, the latter written often."""
+    language_model(folder, seed, thinks=True)
 
 
 def encoder_decoder(folder: Path, seed: int) -> None:
@@ -158,6 +173,7 @@ KINDS: dict[str, Callable[[Path, int], None]] = {
     "stable-diffusion-v1-5/stable-diffusion-v1-5": text_to_image,
     "llava-hf/llava-interleave-qwen-0.5b-hf": vision_language_model,
     "google/flan-t5-small": encoder_decoder,
+    "Qwen/Qwen3-0.6B": thinking_model,
 }
 
 

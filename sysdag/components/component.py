@@ -27,6 +27,7 @@ from sysdag.traces.cells import Draw
 if TYPE_CHECKING:
     from sysdag.components.footprint import Footprint
     from sysdag.components.residence import Residence
+    from sysdag.graph.parts import Partition
 
 
 Takes = Callable[[Any, Any], bool]
@@ -77,6 +78,27 @@ class Component(InputReader, ConstructorOptions, ABC):
     def module(self) -> nn.Module | None:
         """The weights, loaded on first access; None for a component without any."""
         return None
+
+    @property
+    def parts_objection(self) -> str:
+        """Why it cannot write a completion in parts (see `sysdag.graph.parts`); "" where it can."""
+        return "it writes no text whose tokens can be cut; CausalLM does"
+
+    def check_partition(self, partition: Partition) -> None:
+        """Refuses parts that it cannot tell apart; loads nothing.
+
+        Raises:
+            GraphError: with the reason.
+        """
+        return
+
+    def part_values(self, value: Any, partition: Partition) -> list[Any] | None:
+        """The parts of a whole completion, in order; None for a value that is none."""
+        return None
+
+    def is_over(self, input: Any) -> bool:
+        """Whether nothing is left to be drawn for an input: its value is the empty one, with probability 1."""
+        return False
 
     @property
     def draws_without_weights(self) -> bool:

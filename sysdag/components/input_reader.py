@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from sysdag.traces.cells import Draw
+
 
 @dataclass(frozen=True)
 class Argument:
@@ -15,11 +17,13 @@ class Argument:
         value: as the function gets it.
         origin: an input of the system, a draw of a component, or what a deterministic node computed.
         sources: for a computed one the inputs and draws that it was computed of, over all deterministic nodes between.
+        draw: of which it is the value; None for an input, and for a list of a plate's.
     """
 
     value: Any
     origin: Literal["input", "drawn", "computed"]
     sources: Sequence[Argument] = ()
+    draw: Draw | None = None
 
 
 class InputReader:

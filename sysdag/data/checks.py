@@ -5,7 +5,8 @@ scored, but would teach nothing or something else than it says, is dropped:
 
 | kind        | the row is dropped because                                                                         |
 |-------------|----------------------------------------------------------------------------------------------------|
-| `empty`     | a chosen or desirable output has no text but white space, or a plate has no element                |
+| `empty`     | a chosen or desirable output has no text but white space, or a plate has no element; for Sampling, |
+|             | also an observed part of a completion that ended before it came there                              |
 | `identical` | `chosen` and `rejected` are the same in everything that is observed, so there is no preference     |
 | `beginning` | of two whole texts or conversations one begins the other: where their prompt ends is not known     |
 | `unpaired`  | it holds no preference: a tie, or one that nobody rated (see `sysdag.traces.shapes`)               |
@@ -32,6 +33,7 @@ from sysdag.data.preferences import Feedback, PreferencePair, Problem, UnpairedR
 from sysdag.errors import DataError, PlanError
 from sysdag.execution.execute import flat_draws, node_inputs, resolved
 from sysdag.files.encoding import encode_value
+from sysdag.graph.parts import part_of
 from sysdag.graph.plan import Objective, Plan
 from sysdag.traces.cells import Cell, Draw
 from sysdag.traces.csv_rows import is_written_messages
@@ -192,6 +194,13 @@ class _Check:
         is_output = is_good and name in self.plan.results
         if is_output and self.empty == "drop" and any(map(component.is_empty, draws)):
             self._add("empty", name, side, "the completion is empty.")
+        is_part = self.objective == "sampling" and part_of(self.plan.system[name]) is not None
+        if is_part and any(draw.record.get("token_ids") == [] for draw in draws):
+            text = (
+                "its completion ended before it came to this part, so that a sum over the parts before cannot say how "
+            )
+            self._add("empty", name, side, f"{text}probable that is. Direct can (objective='direct').")
+            return
         inputs: list[Any] = [None] * len(draws)
         if self._has_parents(trace, name):
             elements = self._elements(trace, name, side)

@@ -9,6 +9,7 @@ from typing import Any
 
 from sysdag.components.component import Component
 from sysdag.data.branches import Run, told_failure
+from sysdag.data.parts import with_parts
 from sysdag.data.row_paths import whole_path
 from sysdag.errors import DataError
 from sysdag.graph.plan import Plan
@@ -28,6 +29,10 @@ def given_cells(
     Raises:
         DataError: naming the row, and the node or router.
     """
+    try:
+        given = with_parts(plan, given)
+    except DataError as error:
+        raise DataError(f"{where}: {error}") from error
     if not plan.system.switches:
         return {name: given_cell(plan, name, given[name], where, folder) for name in plan.order if name in given}
     known = {name: value for name, value in given.items() if value is not None and name in plan.order}

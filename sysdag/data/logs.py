@@ -9,6 +9,7 @@ from typing import Any
 from sysdag.data.branches import Run, told_failure, told_function
 from sysdag.data.columns import OUTPUTS, input_column, is_unicode, read_inputs
 from sysdag.data.given_runs import given_cell
+from sysdag.data.parts import with_parts
 from sysdag.errors import DataError, PlanError, shown
 from sysdag.execution.execute import flat_draws, resolved, row_options
 from sysdag.graph.plan import Plan
@@ -175,7 +176,11 @@ class _Reading:
         for name in plan.system.outputs:
             if name not in values:
                 self.problems.append(self._no_output(name))
-        return values
+        try:
+            return with_parts(plan, values)
+        except DataError as error:
+            self.problems.append(str(error))
+            return values
 
     def _add(self, values: dict[str, Any], given: Mapping[str, Any], column: str, known: set[str]) -> None:
         for name, value in given.items():

@@ -21,6 +21,7 @@ from sysdag.data.columns import (
     read_label,
     read_pair_columns,
 )
+from sysdag.data.parts import with_parts
 from sysdag.data.row_paths import whole_path
 from sysdag.data.trl_prompts import explicit_prompt
 from sysdag.errors import DataError, shown
@@ -301,6 +302,12 @@ class _Reading:
             given, skipped = self._by_branch(self._intermediates(row, beside), side, inputs, given)
         elif self.objective == "direct":
             given |= self._intermediates(row, beside)
+        observed = self.plan.observed(self.objective)
+        given = {
+            name: v
+            for name, v in self._parted(given, row.get(beside), side).items()
+            if name in given or name in observed
+        }
         for name in self.plan.observed(self.objective):
             if name not in given and column in row and name not in skipped:
                 hint = f" Give it in {beside}." if name not in self.plan.system.outputs else ""
@@ -309,6 +316,14 @@ class _Reading:
         cells: dict[str, Cell | None] = {name: self._cell(name, value, side) for name, value in given.items()}
         cells |= {name: ABSENT for name in self.plan.observed(self.objective) if name in skipped and name not in given}
         return {name: cell for name, cell in cells.items() if cell is not None}
+
+    def _parted(self, given: dict[str, Any], beside: Any, side: str) -> dict[str, Any]:
+        """The values with whole completions cut into their parts."""
+        try:
+            return with_parts(self.plan, given, beside)
+        except DataError as error:
+            self._problem("invalid value", str(error), "", side)
+            return given
 
     def _by_branch(
         self, between: dict[str, Any], side: str, inputs: Mapping[str, Any], outputs: dict[str, Any]

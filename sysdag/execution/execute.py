@@ -111,13 +111,13 @@ def node_inputs(plan: Plan, trace: Trace, name: str) -> Elements:
     options = {option: trace.inputs[option] for option in row_options(plan) if option in trace.inputs}
     origins = Origins(plan, trace, name)
 
-    def call(arguments: Mapping[str, Any], row: int, place: int | str) -> Any:
+    def call(arguments: Mapping[str, Any], row: int, place: int | str, element: int = 0) -> Any:
         value = _call(function, arguments, name, place)
         if component is None:
             return value
         own = {option: column[row] for option, column in options.items() if option in _row_options(component)}
         try:
-            value = component.tell_apart(value, function, origins.told(arguments, row))
+            value = component.tell_apart(value, function, origins.told(arguments, row, element))
             return component.with_row_options(value, own) if own else value
         except DataError as error:
             raise DataError(f"Node {name!r}, row {place}: {error}") from error
@@ -135,7 +135,7 @@ def node_inputs(plan: Plan, trace: Trace, name: str) -> Elements:
                 continue
             for element in range(_plate_length(plates, arguments, name, place)):
                 picked = {edge.parameter: arguments[edge.parameter][element] for edge in plates}
-                values.append(call({**arguments, **picked}, row, place))
+                values.append(call({**arguments, **picked}, row, place, element))
                 rows.append(row)
     return Elements(values, rows, len(trace), bool(plates), skipped)
 

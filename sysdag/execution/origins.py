@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from sysdag.components.input_reader import Argument
 from sysdag.graph.plan import Plan
+from sysdag.traces.cells import Draw
 from sysdag.traces.trace import Trace
 
 
@@ -21,21 +22,31 @@ class Origins:
     def __init__(self, plan: Plan, trace: Trace, name: str) -> None:
         known = trace.inputs.keys() | trace.cells.keys()
         self._of = {}
+        self._cells = {edge.parameter: (trace.cells.get(edge.parent), edge.each) for edge in plan.arguments(name)}
         for edge in plan.arguments(name):
             behind = [(_origin(plan, each), trace[each]) for each in _computed_of(plan, edge.parent) if each in known]
             self._of[edge.parameter] = (_origin(plan, edge.parent), behind)
 
-    def told(self, arguments: Mapping[str, Any], row: int) -> dict[str, Argument]:
+    def told(self, arguments: Mapping[str, Any], row: int, element: int = 0) -> dict[str, Argument]:
         """The arguments of one call, by parameter.
 
         Args:
             row: of the trace.
+            element: of the plate, for a node that is one.
         """
         found = {}
         for parameter, value in arguments.items():
             origin, behind = self._of[parameter]
-            found[parameter] = Argument(value, origin, [Argument(column[row], source) for source, column in behind])
+            sources = [Argument(column[row], source) for source, column in behind]
+            found[parameter] = Argument(value, origin, sources, self._draw(parameter, row, element))
         return found
+
+    def _draw(self, parameter: str, row: int, element: int) -> Draw | None:
+        column, each = self._cells[parameter]
+        cell = None if column is None else column[row]
+        if isinstance(cell, tuple) and each:
+            return cell[element]
+        return cell if isinstance(cell, Draw) else None
 
 
 def _origin(plan: Plan, name: str) -> Literal["input", "drawn", "computed"]:

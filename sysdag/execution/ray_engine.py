@@ -143,13 +143,16 @@ class _Pooled:
 def _outline(plan: Plan) -> Packed:
     """The plan without its components. Functions go by value where they cannot be imported by name."""
     model_of = {name: number for number, names in enumerate(plan.components) for name in names}
+    of_model: dict[int, _Pooled] = {}  # nodes that share a component share what stands for it
     nodes = []
     for n in plan.system.nodes:
         pooled = None
         if n.is_random:
-            pooled = _Pooled(
-                model_of[n.name], n.component.likelihood, n.component.value_type, n.component.input_reader()
-            )
+            number, component = model_of[n.name], n.component
+            if number not in of_model:
+                reader = component.input_reader()
+                of_model[number] = _Pooled(number, component.likelihood, component.value_type, reader)
+            pooled = of_model[number]
         nodes.append((pack(n.function, n.name, "function"), pooled, n.base_name, n.visit))
     system = plan.system
     parts = (system.inputs, nodes, system.edges, system.outputs, system.switches)

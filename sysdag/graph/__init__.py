@@ -9,6 +9,7 @@ from sysdag import exports
 if TYPE_CHECKING:
     from sysdag.graph.loops import loop
     from sysdag.graph.outline import objections
+    from sysdag.graph.parts import split
     from sysdag.graph.plan import Plan
     from sysdag.graph.render import draw, to_dot, to_mermaid, to_networkx, to_table
     from sysdag.graph.switches import switch
@@ -25,6 +26,7 @@ __all__ = [
     "loop",
     "node",
     "objections",
+    "split",
     "switch",
     "to_dot",
     "to_mermaid",
@@ -36,6 +38,7 @@ __getattr__ = exports(
     {
         "loops": ["loop"],
         "outline": ["objections"],
+        "parts": ["split"],
         "plan": ["Plan"],
         "render": ["draw", "to_dot", "to_mermaid", "to_networkx", "to_table"],
         "switches": ["switch"],

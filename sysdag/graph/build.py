@@ -12,6 +12,7 @@ from typing import Any
 
 from sysdag.errors import GraphError
 from sysdag.graph.blocks import Loop, Switch, end_of, nodes_of
+from sysdag.graph.parts import Split, check_parts
 from sysdag.graph.switches import Branching, Case, arrows, check_switches, taken, without_ancestors
 from sysdag.graph.variables import Edge, Edges, Input, Link, Node, natural_key, parameters
 
@@ -34,15 +35,16 @@ def build(parts: Iterable[Any], outputs: Iterable[str | Node] | str | Node | Non
     edges += _feedback(loops, everything)
     switches = _branchings([member for member in members if isinstance(member, Switch)], edges, loop_of)
 
-    def resolve(output: str | Node) -> str:
+    def resolve(given: Any) -> str:
+        output = given.variables[-1] if isinstance(given, Split) else given
         if not isinstance(output, (str, Node, Input)):
             raise GraphError(f"System(outputs=...) takes names or nodes, got {output!r}.")
         name = output if isinstance(output, str) else output.name
         return f"{name}[{loop_of[name].times - 1}]" if name in loop_of else name
 
     inputs = [member for member in members if isinstance(member, Input)]
-    if isinstance(outputs, (str, Node)):
-        outputs = [outputs]
+    if isinstance(outputs, (str, Node, Split)):
+        outputs = [outputs]  # type: ignore[list-item]
     named = None if outputs is None else [resolve(output) for output in outputs]
     return check(inputs, nodes, edges, named, switches)
 
@@ -67,6 +69,7 @@ def check(
     _check_acyclic(edges)
     _check_parents(inputs, nodes, edges)
     _check_plates(inputs, nodes, edges, switches)
+    check_parts(nodes, edges)
     parents = {edge.parent for edge in edges}
     for given in inputs:
         if given.name not in parents:
@@ -108,6 +111,9 @@ def _gather(parts: Iterable[Any]) -> tuple[list[Link], list[Loop], list[Input | 
                 waiting += [part.router, *part.parts]
             case Input() | Node():
                 alone.append(part)
+            case Split():
+                alone += part.variables
+                links += part.inner_links()
             case _:
                 raise GraphError(
                     f"System(...) takes arrows (a >> b), loops, switches and nodes, got {part!r}. A join or a plate "

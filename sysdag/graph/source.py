@@ -49,6 +49,8 @@ def problem_of_import(path: str, saved_hash: str | None) -> str | None:
     try:
         source = module_source(module_name)
         found = [] if source is None else definitions(source, qualname)
+        if source is not None and not found and "." in qualname:  # a part of what a function's completion is split into
+            found = definitions(source, qualname.rpartition(".")[0])
     except ModuleNotFoundError as error:
         where = "from where it can be imported, or with PYTHONPATH=FOLDER, if you trust what is in the folder it is in"
         return f"{path} cannot be imported ({type(error).__name__}: {error}; run {where})"

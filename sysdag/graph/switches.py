@@ -9,6 +9,7 @@ from typing import Any
 
 from sysdag.errors import GraphError, shown
 from sysdag.graph.blocks import Loop, Part, Switch, end_of
+from sysdag.graph.parts import Split
 from sysdag.graph.variables import Edge, Edges, Input, Node
 
 
@@ -138,6 +139,7 @@ def switch(
 
 def _parts(given: Any, which: str, router: str) -> tuple[Part, ...]:
     parts = tuple(given) if isinstance(given, (list, tuple)) else (given,)
+    parts = tuple(Edges(part.inner_links(), part.variables[-1:]) if isinstance(part, Split) else part for part in parts)
     where = f"switch({router}, ...): branch {which}"
     for part in parts:
         if not isinstance(part, (Node, Edges, Loop)):

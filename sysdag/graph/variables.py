@@ -273,14 +273,20 @@ def _connect(
     links = list(before)
     if not heads:
         raise GraphError("`>>` must point to a node or a list of nodes, got an empty list.")
-    for child in heads:
-        if not isinstance(child, Node) or child.not_a_child:
-            hint = getattr(child, "not_a_child", "Decorate the function with @node.")
-            raise GraphError(f"`>>` must point to a node or a list of nodes, got {child!r}. {hint}")
-        for source in sources:
-            plate = isinstance(source, Plate)
-            links.append(Link(source.source if plate else source, child, plate))  # type: ignore[union-attr, arg-type]
-    return Edges(tuple(links), heads)
+    sources, tails = tuple(sources), []
+    for head in heads:
+        members = getattr(head, "variables", (head,))  # of a split
+        for child in members:
+            if not isinstance(child, Node) or child.not_a_child:
+                hint = getattr(child, "not_a_child", "Decorate the function with @node.")
+                raise GraphError(f"`>>` must point to a node or a list of nodes, got {child!r}. {hint}")
+            for source in sources:
+                plate = isinstance(source, Plate)
+                links.append(Link(source.source if plate else source, child, plate))  # type: ignore[union-attr, arg-type]
+        if len(members) > 1:
+            links += head.inner_links(each=any(isinstance(source, Plate) for source in sources))  # type: ignore[attr-defined]
+        tails.append(members[-1])
+    return Edges(tuple(links), tuple(tails))
 
 
 def natural_key(name: str) -> tuple[tuple[str | int, ...], str]:

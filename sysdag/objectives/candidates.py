@@ -18,9 +18,10 @@ import torch
 
 from sysdag.components.decoding import check_truncation
 from sysdag.components.random_streams import RowGenerator, row_seeds, seed_of
-from sysdag.errors import PlanError
+from sysdag.errors import DataError, PlanError
 from sysdag.execution.branching import check_presence, skipped_rows
 from sysdag.execution.execute import at_work, fill, flat_draws, naming, node_inputs
+from sysdag.graph.parts import part_of
 from sysdag.graph.plan import Plan
 from sysdag.traces.cells import ABSENT, Cell, Draw
 from sysdag.traces.trace import Trace
@@ -131,6 +132,7 @@ class CandidateStrategy(ABC):
         drawn = [name for name in latents if name not in shared]
         found = self.paths(plan, rows, drawn, generator)
         self._check(found, len(rows), drawn)
+        found = _followed(plan, found, len(rows), drawn)
         for name in drawn:
             check_presence(found.trace, name, found.trace.cells[name], _skipped(plan, found.trace, name))
         columns = {name: column for name, column in found.trace.columns.items() if name != _SEED}
@@ -331,6 +333,36 @@ class Exhaustive(CandidateStrategy):
 def _skipped(plan: Plan, rows: Trace, name: str) -> frozenset[int]:
     """The rows in which a latent does not run; a router may be computed of latents before it."""
     return skipped_rows(plan, fill(plan, rows), name) if plan.switches_over(name) else frozenset()
+
+
+def _followed(plan: Plan, found: Candidates, prompts: int, latents: Sequence[str]) -> Candidates:
+    """The paths that an observed part of a completion can follow.
+
+    Behind a part that ended without its marker (`Component.is_over`) it has probability 0, so that the path adds
+    nothing to a sum.
+
+    Raises:
+        DataError: where none is left of a prompt, naming it.
+    """
+    for name in plan.observed("sampling"):
+        own, component = part_of(plan.system[name]), plan.system[name].component
+        if own is None or component is None or not any(e.parent in latents for e in plan.arguments(name)):
+            continue
+        elements = node_inputs(plan, fill(plan, found.trace), name)
+        over = {row for row, given in zip(elements.rows, elements.values, strict=True) if component.is_over(given)}
+        left = found.select([row for row in range(len(found.trace)) if row not in over])
+        with naming(name, list(range(prompts))):
+            for prompt in range(prompts):
+                if prompt not in left.prompt:
+                    markers = own.partition.markers[: own.place]
+                    raise DataError(
+                        f"none of its {found.prompt.count(prompt)} candidates wrote {list(markers)} within "
+                        "max_new_tokens, so that what is observed can follow none of them. Give the parts before it "
+                        "more max_new_tokens, draw more candidates, or observe all parts (objective='direct').",
+                        element=prompt,
+                    )
+        found = left
+    return found
 
 
 def _refuse_plate(plan: Plan, name: str, strategy: CandidateStrategy) -> None:

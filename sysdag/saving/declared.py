@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from sysdag.errors import SerializationError
+from sysdag.graph.parts import Split
 from sysdag.graph.system import System
 from sysdag.graph.variables import Node
 from sysdag.saving.component_folder import class_name
@@ -66,4 +67,5 @@ def _in_module(path: str | None) -> list[Component]:
     function = found.function if isinstance(found, Node) else found
     nodes = [member for member in members if isinstance(member, Node)]
     nodes += [each for member in members if isinstance(member, System) for each in member.nodes]
+    nodes += [each for member in members if isinstance(member, Split) for each in member.variables]
     return [each.component for each in nodes if each.function is function and each.is_random]

@@ -23,6 +23,7 @@ FIELDS: dict[str, dict[str, tuple[type, ...]]] = {
     },
     "edges": {"parent": (str,), "child": (str,), "parameter": (str,), "each": (bool,)},
 }
+PART_FIELDS = {"part": (dict,)}  # of the nodes that are parts of a completion
 SWITCH_FIELDS = {"name": (str,), "router": (str,), "cases": (list,)}
 CASE_FIELDS = {"values": (list,), "nodes": (list,), "end": (str,)}
 COMPONENT_FIELDS = {"class": (str,), "folder": (str, type(None)), "options": (dict,)}
@@ -52,7 +53,7 @@ def check_data(data: Any) -> None:
         )
     for section, fields in FIELDS.items():
         for number, row in enumerate(section_of(data, section, list)):
-            check_row(row, fields, f"{section}[{number}]")
+            check_row(row, fields, f"{section}[{number}]", PART_FIELDS if section == "nodes" else {})
     for number, row in enumerate(section_of(data, "switches", list) if "switches" in data else ()):
         check_row(row, SWITCH_FIELDS, f"switches[{number}]")
         for place, case in enumerate(row["cases"]):

@@ -20,6 +20,7 @@ from sysdag.files.encoding import decode_value, encode_value
 from sysdag.files.hub import local_folder
 from sysdag.files.saved_files import check_component, check_links, reading
 from sysdag.graph.import_path import function_path
+from sysdag.graph.parts import PartFunction
 from sysdag.graph.source import import_node_function, source_hash
 from sysdag.graph.switches import Branching, Case, taken
 from sysdag.graph.system import System
@@ -49,6 +50,7 @@ def system_to_dict(system: System) -> dict[str, Any]:
                 "function": None if n.function is taken else function_path(n.function),
                 "source_sha256": None if n.function is taken else source_hash(n.function),
                 "component": key_of[id(n.component)] if n.is_random else None,
+                **_part_to_dict(n.function),
             }
             for n in system.nodes
         ],
@@ -58,6 +60,14 @@ def system_to_dict(system: System) -> dict[str, Any]:
         "outputs": list(system.outputs),
     }
     return found | {"switches": [_switch_to_dict(made) for made in system.switches]} if system.switches else found
+
+
+def _part_to_dict(function: Any) -> dict[str, Any]:
+    """How a completion is cut that a node is a part of; nothing of another node."""
+    if not isinstance(function, PartFunction):
+        return {}
+    cut = {name: list(value) if isinstance(value, tuple) else value for name, value in vars(function.partition).items()}
+    return {"part": {"place": function.place, **cut}}
 
 
 def _switch_to_dict(made: Branching) -> dict[str, Any]:
@@ -369,10 +379,17 @@ def _function(row: Mapping[str, Any], functions: Mapping[str, Callable[..., Any]
     if name in functions:
         function = functions[name]
         function = function.function if isinstance(function, Node) else function
-        if source_hash(function) != row["source_sha256"]:
+        if source_hash(function) != row["source_sha256"] or _part_to_dict(function).get("part") != row.get("part"):
             warnings.warn(
                 f"Node {name!r}: its function is not the one that the system was saved with; the one given is used.",
                 stacklevel=3,
             )
         return function
-    return import_node_function(name, row["function"], row["source_sha256"])
+    function = import_node_function(name, row["function"], row["source_sha256"])
+    found, saved = _part_to_dict(function).get("part"), row.get("part")
+    if found != saved:
+        raise SerializationError(
+            f"Node {name!r}: {row['function']} is cut otherwise than when the system was saved: {shown(found)}, and it "
+            f"was {shown(saved)}. Build the system from the function you want and call system.load(folder)."
+        )
+    return function

@@ -194,6 +194,10 @@ class CausalLM(ConstrainedModel):
         return replace(super()._completer(stop), inputs=self.prompt_inputs)
 
     @property
+    def parts_objection(self) -> str:
+        return "" if self.grammar is None else "it has a grammar, which is of whole completions"
+
+    @property
     def prompt_inputs(self) -> PromptInputs | None:
         """What its prompts hold beside text."""
         return None

@@ -113,12 +113,31 @@ class CompletionEncoder:
         texts = [value] if isinstance(value, str) else [str(m.get("content", "")) for m in value]
         return sum(len(self.tokenizer(text, add_special_tokens=False)["input_ids"]) + 1 for text in texts)
 
+    def opened(self, prompt: Prompt) -> list[int]:
+        """The tokens of a chat's prompt that its template writes of the turn which is gone on with."""
+        chat = prompt.given
+        assert isinstance(chat, ChatPrompt)
+        before = list(chat.messages)[: -1 if prompt.is_open else None]
+        shared = shared_tokens(self.template.ids(replace(chat, messages=before)), prompt.ids) if before else 0
+        return prompt.ids[shared:]
+
+    def end_behind(self, prompt: Prompt) -> list[int]:
+        """The token that ends a completion of a prompt; none where its chat template ends turns without."""
+        if isinstance(prompt.given, str):
+            return [self.tokenizer.eos_token_id]
+        messages, _ = self._conversation(prompt, "x")
+        turn = replace(prompt.given, messages=messages)
+        whole = self.template.ids(turn)
+        start = shared_tokens(prompt.ids, whole)
+        stop = self._end_of_turn(whole, start, len(whole), turn)
+        return [whole[stop - 1]] if whole[stop - 1] in {*self.ends, *self._controls()} else []
+
     def _say(self, kind: str, text: str) -> None:
         if kind not in self._said:
             self._said.add(kind)
             logger.warning("%s: %s; further cases are not reported.", self.owner, text)
 
-    def _spelled_end(self, text: str) -> str:
+    def spelled_end(self, text: str) -> str:
         """The end token that a text ends in, as it is spelled; "" without one."""
         spelled = [self.tokenizer.convert_ids_to_tokens(end) for end in self.ends]
         return max((end for end in spelled if end and text.endswith(end)), key=len, default="")
@@ -132,13 +151,13 @@ class CompletionEncoder:
             )
         before = spelled_in(text)
         spelled = [*before, *((len(text) + start, len(text) + end) for start, end in self._only_spelled(value))]
-        if self._spelled_end(value):
+        if self.spelled_end(value):
             whole = self.prompts.text_ids(text + value, spelled)
         else:
             whole = self.prompts.text_ids(text + value + self.tokenizer.eos_token, spelled)
         if whole[-1] not in self.ends:  # a tokenizer that splits special tokens
             whole = [*self.prompts.text_ids(text + value, spelled), self.tokenizer.eos_token_id]
-        return whole, _shared(prompt.ids if not prompt.lost else self.prompts.text_ids(text, before), whole)
+        return whole, shared_tokens(prompt.ids if not prompt.lost else self.prompts.text_ids(text, before), whole)
 
     def _only_spelled(self, text: str) -> list[tuple[int, int]]:
         """Where a completion only spells a special token: those that it ends in are meant."""
@@ -163,14 +182,14 @@ class CompletionEncoder:
         conversation = replace(chat, messages=messages[: own[-1] + 1])
         self.template.check(conversation, answer_from=first)
         whole = self.template.ids(conversation)
-        shared = _shared(prompt.ids, whole)
+        shared = shared_tokens(prompt.ids, whole)
         if shared < len(prompt.ids):
             self._check_history(replace(chat, messages=messages[:first]), prompt.ids, shared)
         spans: list[tuple[int, int]] = []
         for number, place in enumerate(own):
             upto = replace(chat, messages=messages[:place])
             header = prompt.ids if place == first else self.template.ids(upto, header=True)
-            start = _shared(header, whole)
+            start = shared_tokens(header, whole)
             if place != first and start < len(header):
                 self._check_history(upto, header, start)
             if number and start < spans[-1][0]:
@@ -194,7 +213,7 @@ class CompletionEncoder:
         for message in added:
             content = message.get("content")
             if message["role"] == "assistant" and isinstance(content, str):
-                message["content"] = content.removesuffix(self._spelled_end(content))
+                message["content"] = content.removesuffix(self.spelled_end(content))
         if not prompt.is_open:
             return [*before, *added], len(before)
         if added[0]["role"] != "assistant":
@@ -209,7 +228,7 @@ class CompletionEncoder:
 
     def _check_history(self, chat: ChatPrompt, header: Sequence[int], shared: int) -> None:
         """Refuses a conversation that reads otherwise, before the answer begins, once the answer is there."""
-        if chat.messages and shared < _shared(self.template.ids(chat), header):
+        if chat.messages and shared < shared_tokens(self.template.ids(chat), header):
             raise DataError(
                 f"{self.owner}: with an answer its chat template writes the messages before it otherwise than without, "
                 f"from token {shared} on, so there is no prompt that the answer continues. Sample with "
@@ -228,7 +247,7 @@ class CompletionEncoder:
             end = next((place + 1 for place in range(start, stop) if whole[place] in self.ends), None)
             if end is not None:
                 return end
-            stop = _shared(self.template.ids(turn), whole)
+            stop = shared_tokens(self.template.ids(turn), whole)
         trailing = stop
         while trailing > start and self._says_nothing(whole[trailing - 1]):
             trailing -= 1
@@ -261,7 +280,7 @@ class CompletionEncoder:
         return token in self.ends or token in self._controls() or not self.tokenizer.decode([token]).strip()
 
 
-def _shared(one: Sequence[int], other: Sequence[int]) -> int:
+def shared_tokens(one: Sequence[int], other: Sequence[int]) -> int:
     """How many tokens two sequences begin with alike."""
     for place, (token, counterpart) in enumerate(zip(one, other, strict=False)):
         if token != counterpart:
@@ -291,7 +310,7 @@ def check_token_draws(owner: str, draws: Sequence[Draw], vocabulary: int | None,
         overlap: Any = draw.record.get("prompt_overlap", 0)
         if not any_value and not isinstance(draw.value, (str, list)):
             raise DataError(f"{owner}: a draw's value is its text, got {shown(draw.value)}.", element=element)
-        is_list = isinstance(ids, (list, tuple)) and bool(ids)
+        is_list = isinstance(ids, (list, tuple)) and (bool(ids) or draw.value == "")  # of a part that was not come to
         if not is_list or not all(type(token) is int and token >= 0 for token in ids):
             raise DataError(
                 f"{owner}: a draw needs its token_ids, a list of integers, got {shown(ids)}.", element=element
@@ -307,7 +326,7 @@ def check_token_draws(owner: str, draws: Sequence[Draw], vocabulary: int | None,
             raise DataError(
                 f"{owner}: a draw's prompt_overlap is a number of tokens, got {shown(overlap)}.", element=element
             )
-        if vocabulary is not None and max(ids) >= vocabulary:
+        if vocabulary is not None and max(ids, default=0) >= vocabulary:
             raise DataError(
                 f"{owner}: a draw has the token id {max(ids)}, but the model has {vocabulary}; another model made it. "
                 "Give its text instead.",

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import inspect
 from abc import abstractmethod
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -19,14 +20,17 @@ from sysdag.components.decoding import check_truncation
 from sysdag.components.language.chat_template import RESERVED, schemas
 from sysdag.components.language.completer import Completer
 from sysdag.components.language.non_finite import first_non_finite
+from sysdag.components.language.part_encoder import of_places, positions_of
 from sysdag.components.language.pretrained import PretrainedLM
 from sysdag.components.language.stop_strings import StopStrings, stop_strings
 from sysdag.components.language.text_component import TextComponent
 from sysdag.components.random_streams import RowGenerator, row_seeds
 from sysdag.errors import PlanError, SerializationError
 from sysdag.files.saved_files import only
+from sysdag.graph.parts import PartPrompt
 from sysdag.traces.cells import Draw
 
+Found = TypeVar("Found")
 _NUMBER, _MAYBE_INT = (int, float), (int, type(None))
 
 
@@ -104,14 +108,57 @@ class LanguageModel(TextComponent):
     ) -> list[Draw]:
         """See `Component`; `stop` as for the component, whose own are left by None and put off by an empty list."""
         check_truncation(repr(self), temperature, top_p, top_k)
-        prompts = self.prompt_ids(inputs)
         options: dict[str, Any] = {
             "temperature": self.temperature if temperature is None else temperature,
             "top_p": self.top_p if top_p is None else top_p,
             "top_k": self.top_k if top_k is None else top_k,
-            "seeds": row_seeds(generator, len(prompts)),
         }
-        return self._sampled(self._completer(stop), prompts, options)
+        seeds = row_seeds(generator, len(inputs))
+
+        def sampled(completer: Completer, prompts: Sequence[Sequence[int]], places: Sequence[int]) -> list[Draw]:
+            return self._sampled(completer, prompts, {**options, "seeds": [seeds[place] for place in places]})
+
+        return self._completed(
+            inputs, self._completer(stop), sampled, lambda part, draw: self._parts().drawn(part, draw),
+            lambda part: self._parts().unwritten(part),
+        )  # fmt: skip
+
+    def _completed(
+        self,
+        inputs: Sequence[Any],
+        completer: Completer,
+        complete: Callable[[Completer, Sequence[Sequence[int]], Sequence[int]], list[Found]],
+        read: Callable[[PartPrompt, Found], Found],
+        nothing: Callable[[PartPrompt], Found],
+    ) -> list[Found]:
+        """What completes the inputs; those that ask for a part of a completion apart from others.
+
+        Args:
+            completer: of whole completions.
+            complete: gets what completes, prompts, and these prompts' places among the inputs.
+            read: makes of what completes a part's prompt what is found for the part.
+            nothing: what is found for a part that its completion does not come to.
+        """
+        found: dict[int, Found] = {}
+        for part, places in positions_of(inputs):
+            over = [place for place in places if self.is_over(inputs[place])]
+            found |= {place: nothing(inputs[place]) for place in over}
+            places = [place for place in places if place not in over]
+            if not places:
+                continue
+            with of_places(places):
+                prompts = self.prompt_ids([inputs[place] for place in places])
+                made = complete(completer if part is None else self._part_completer(completer, part), prompts, places)
+            found |= {
+                place: each if part is None else read(inputs[place], each)
+                for place, each in zip(places, made, strict=True)
+            }
+        return [found[place] for place in range(len(inputs))]
+
+    def _part_completer(self, completer: Completer, part: PartPrompt) -> Completer:
+        texts = [*([] if part.marker is None else [part.marker]), *completer.stop_texts]
+        stops = StopStrings(texts, self.tokenizer) if texts else None
+        return dataclasses.replace(completer, max_new_tokens=self._parts().budget(part), stops=stops)
 
     def _sampled(
         self, completer: Completer, prompts: Sequence[Sequence[int]], options: Mapping[str, Any]
@@ -134,20 +181,52 @@ class LanguageModel(TextComponent):
         Groups may end in the same text, since an end of sequence is not penalised. A prompt that is left with fewer
         than `num_candidates` distinct ones is searched again with 2, then 4 beams a group, and topped up from those.
         """
-        return self._completer().search(self.prompt_ids(inputs), num_candidates, diversity_penalty, ngram_size)
+
+        def searched(completer: Completer, prompts: Sequence[Sequence[int]], _: Sequence[int]) -> list[list[Draw]]:
+            return completer.search(prompts, num_candidates, diversity_penalty, ngram_size)
+
+        return self._completed(
+            inputs, self._completer(), searched,
+            lambda part, found: [self._parts().drawn(part, draw) for draw in found],
+            lambda part: [self._parts().unwritten(part)],
+        )  # fmt: skip
 
     def log_prob(self, inputs: Sequence[Any], draws: Sequence[Draw]) -> Float[Tensor, " n"]:
-        """Sum of the log-probabilities of the completion's tokens, its end of sequence included where it has one."""
-        return self._scored(inputs, draws)
+        """Sum of the log-probabilities of the completion's tokens, its end of sequence included where it has one.
+
+        0 of a part that the completion does not come to.
+        """
+        return self._scored_if_written(inputs, draws)
 
     def weighted_score(
         self, inputs: Sequence[Any], draws: Sequence[Draw], heads: Sequence[int], tail: float
     ) -> Float[Tensor, " n"]:
-        return self._scored(inputs, draws, weights=(heads, tail))
+        return self._scored_if_written(inputs, draws, heads=heads, tail=tail)
 
     @torch.no_grad()
     def typicality(self, inputs: Sequence[Any], draws: Sequence[Draw]) -> Float[Tensor, " n"]:
-        return self._scored(inputs, draws, typicality=True)
+        return self._scored_if_written(inputs, draws, typicality=True)
+
+    def _scored_if_written(
+        self, inputs: Sequence[Any], draws: Sequence[Draw], *, heads: Sequence[int] | None = None, tail: float = 1.0,
+        typicality: bool = False,
+    ) -> Float[Tensor, " n"]:  # fmt: skip
+        """As `_scored`, with 0 for each part that a completion does not come to."""
+        written = [place for place, given in enumerate(inputs) if not self.is_over(given)]
+        if len(written) == len(inputs):
+            weights = None if heads is None else (heads, tail)
+            return self._scored(inputs, draws, weights=weights, typicality=typicality)
+        self._sequences(inputs, draws)  # which refuses draws that are none of such parts
+        if not written:  # the model runs all the same: processes that share it call it equally often
+            first = inputs[0].before[0]
+            found = self._scored([dataclasses.replace(inputs[0], place=0, before=())], [first], typicality=typicality)
+            self.take_auxiliary_loss()
+            return 0.0 * found.expand(len(inputs))
+        weights = None if heads is None else ([heads[place] for place in written], tail)
+        chosen = [inputs[place] for place in written], [draws[place] for place in written]
+        with of_places(written):
+            found = self._scored(*chosen, weights=weights, typicality=typicality)
+        return found.new_zeros(len(inputs)).index_copy(0, torch.tensor(written, device=found.device), found)
 
     @abstractmethod
     def _scored(
@@ -174,8 +253,13 @@ class LanguageModel(TextComponent):
         check_max_tokens(max_tokens)
         if max_tokens is None or not draws:
             return [list(range(len(draws)))] if draws else []
+        sequences = self._sequences(inputs, draws)
+        written = [place for place, (_, completion) in enumerate(sequences) if completion]
         with self.lm.at_work() as model:
-            return self._scorer_of(model).groups(self._sequences(inputs, draws), max_tokens)
+            found = self._scorer_of(model).groups([sequences[place] for place in written], max_tokens)
+        groups = [[written[place] for place in group] for group in found]
+        others = [place for place, (_, completion) in enumerate(sequences) if not completion]  # which take no room
+        return [[*groups[0], *others], *groups[1:]] if groups else [others]
 
     @abstractmethod
     def _scorer_of(self, model: Any) -> Any:
@@ -184,6 +268,8 @@ class LanguageModel(TextComponent):
     def locate_non_finite(self, input: Any, draw: Draw) -> str:
         """The first token whose log-probability is not finite given what precedes it alone."""
         [(prompt, completion)] = self._sequences([input], [draw])
+        if not completion:
+            return ""
         with self.lm.at_work() as model:
             place = first_non_finite(partial(self._logits_after, model, prompt), completion)
         if place is None:

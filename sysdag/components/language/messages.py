@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from sysdag.errors import DataError, shown
+from sysdag.graph.parts import PartPrompt
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 """Roles of the field; a template may name others."""
@@ -50,6 +51,8 @@ def with_row_options(prompt: Any, options: Mapping[str, Any]) -> Any:
 
     What the node's function gives in a `ChatPrompt` of its own comes first.
     """
+    if isinstance(prompt, PartPrompt):
+        return replace(prompt, prompt=with_row_options(prompt.prompt, options))
     if isinstance(prompt, list):
         prompt = ChatPrompt(prompt)
     if not isinstance(prompt, ChatPrompt):

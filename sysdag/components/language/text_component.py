@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -12,19 +13,25 @@ from sysdag.components.component import Component, Takes
 from sysdag.components.input_reader import Argument
 from sysdag.components.language.chat_template import ChatTemplate, schemas
 from sysdag.components.language.completions import CompletionEncoder, check_token_draws, scored_tokens, tokenizer_hash
-from sysdag.components.language.messages import ROW_OPTIONS, completion_value, is_blank
+from sysdag.components.language.messages import REASONING, ROW_OPTIONS, completion_value, is_blank, is_conversation
+from sysdag.components.language.part_encoder import PartEncoder, of_places
 from sysdag.components.language.pretrained import PretrainedLM
 from sysdag.components.language.prompts import Prompt, PromptEncoder
 from sysdag.components.language.stop_strings import stop_strings
 from sysdag.components.language.text_prompts import PromptReader
 from sysdag.components.language.text_screen import TextScreen
-from sysdag.errors import DataError, PlanError
+from sysdag.errors import DataError, GraphError, PlanError
+from sysdag.graph.parts import Partition, PartPrompt
 from sysdag.traces.cells import Draw
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
+_MISPLACED = (
+    "a part of a completion is empty exactly where the parts before it ended without their markers, and this draw was "
+    "made behind others. Give its text instead of a draw."
+)
 
 
 class TextComponent(Component):
@@ -105,7 +112,13 @@ class TextComponent(Component):
             DataError: for a prompt that is neither a string nor chat messages, or that has no tokens; for messages that
                 the chat template refuses or leaves out, or that are too long without the turns that they can lose.
         """
-        return [prompt.ids for prompt in self._prompts(prompts)]
+        if not any(isinstance(each, PartPrompt) for each in prompts):
+            return [prompt.ids for prompt in self._prompts(prompts)]
+        found = []
+        for element, (given, prompt) in enumerate(zip(prompts, self._prompts(prompts), strict=True)):
+            with of_places([element]):
+                found.append(self._parts().ids(given) if isinstance(given, PartPrompt) else prompt.ids)
+        return found
 
     def screen(self) -> Takes | None:
         """See `Component`; of plain texts, by their characters (see `sysdag.components.language.text_screen`)."""
@@ -132,7 +145,7 @@ class TextComponent(Component):
         return room
 
     def _prompts(self, prompts: Sequence[Any]) -> list[Prompt]:
-        found = self._encoder()(prompts, self._room)
+        found = self._encoded(prompts)
         for element, prompt in enumerate(found):
             self.lm.check_ids(prompt.ids, "a prompt", element)
             if prompt.lost:
@@ -143,6 +156,50 @@ class TextComponent(Component):
                 )
                 self._warn_once("prompt", f"a prompt of {left + prompt.lost} tokens was {how} ({self.limits_prompts})")
         return found
+
+    def _encoded(self, prompts: Sequence[Any]) -> list[Prompt]:
+        if not any(isinstance(each, PartPrompt) for each in prompts):
+            return self._encoder()(prompts, self._room)
+        found = []
+        for element, given in enumerate(prompts):
+            with of_places([element]):
+                is_part = isinstance(given, PartPrompt)
+                found.append(self._parts().prompt(given) if is_part else self._encoder()([given], self._room)[0])
+        return found
+
+    def _parts(self) -> PartEncoder:
+        """What reads and writes completions in parts."""
+        return PartEncoder(
+            repr(self), self._completion_encoder(), max_new_tokens=self.max_new_tokens, max_length=self.max_length
+        )
+
+    def part_values(self, value: Any, partition: Partition) -> list[Any] | None:
+        """See `Component`; of a text, of one message of the assistant with its reasoning, or of a draw's tokens."""
+        if isinstance(value, Draw):
+            is_whole = "token_ids" in value.record and "part" not in value.record
+            return self._parts().parted(partition, value) if is_whole else None
+        if isinstance(value, str) or not is_conversation(value):
+            return partition.texts(value) if isinstance(value, str) else None
+        completion = completion_value(value)
+        if isinstance(completion, str):
+            return partition.texts(completion)
+        reasoning = next((completion[0][key] for key in REASONING if completion[0].get(key)), None)
+        content = completion[0].get("content", "")
+        if len(completion) > 1 or "tool_calls" in completion[0] or len(partition.markers) > 1 or reasoning is None:
+            return None
+        if not isinstance(reasoning, str) or not isinstance(content, str):
+            return None
+        return [partition.thought(reasoning), partition.value(content)]
+
+    def check_partition(self, partition: Partition) -> None:
+        """Refuses stop strings that a marker is a part of, or ends in the beginning of one."""
+        for marker, stop in itertools.product(partition.markers, self.stop):
+            ends = (marker[start:] for start in range(len(marker)))
+            if marker in stop or stop in marker or any(stop.startswith(end) for end in ends):
+                raise GraphError(
+                    f"@split: the stop string {stop!r} of {self!r} and the marker {marker!r} may be written by the "
+                    "same characters, so that which of them ends a part cannot be told; leave the stop string out."
+                )
 
     def _encoder(self) -> PromptEncoder:
         if self._prompt_encoder is None:
@@ -183,13 +240,17 @@ class TextComponent(Component):
         found = list(draws)
         places = [place for place, draw in enumerate(draws) if "token_ids" not in draw.record]
         for place in places:
-            try:
-                [prompt] = self._prompts([inputs[place]])
+            given = inputs[place]
+            with of_places([place]):
+                if isinstance(given, PartPrompt):
+                    found[place] = self._parts().behind(given, draws[place])
+                    continue
+                [prompt] = self._prompts([given])
                 found[place] = self._behind(prompt, draws[place])
-            except DataError as error:
-                error.element = place
-                raise
         return found
+
+    def is_over(self, input: Any) -> bool:
+        return isinstance(input, PartPrompt) and self._parts().is_over(input)
 
     def _observed(self, value: Any) -> Draw:
         return Draw(completion_value(value))
@@ -211,7 +272,8 @@ class TextComponent(Component):
 
     def tell_apart(self, input: Any, function: Callable[..., Any], arguments: Mapping[str, Argument]) -> Any:
         """See `Component`; of a text, what values spell in it (see `sysdag.components.language.text_prompts`)."""
-        if not isinstance(input, str) or not self.sanitize_control_tokens:
+        is_part = isinstance(input, PartPrompt)
+        if not is_part and (not isinstance(input, str) or not self.sanitize_control_tokens):
             return input
         return self.input_reader().tell_apart(input, function, arguments)
 
@@ -239,7 +301,10 @@ class TextComponent(Component):
     def _in_room(self, inputs: Sequence[Any], draws: Sequence[Draw]) -> list[tuple[list[int], list[int]]]:
         """Prompts and completions, whose tokens are known, as far as there is room for both."""
         prompts = self.prompt_ids(inputs)
-        for element, draw in enumerate(draws):
+        for element, (given, draw) in enumerate(zip(inputs, draws, strict=True)):
+            if bool(draw.record["token_ids"]) == self.is_over(given):
+                why = _MISPLACED if isinstance(given, PartPrompt) else "a draw needs its token_ids, and this has none."
+                raise DataError(f"{self!r}: {why}", element=element)
             self.lm.check_target_ids(draw.record["token_ids"], element)
         return [self._fit(prompt, draw) for prompt, draw in zip(prompts, draws, strict=True)]
 

@@ -25,6 +25,7 @@ from sysdag.components.input_reader import Argument, InputReader
 from sysdag.components.language.control_tokens import NONCHARACTERS, Spellings, any_of, texts_of
 from sysdag.components.language.messages import ROW_OPTIONS, with_row_options
 from sysdag.errors import DataError
+from sysdag.graph.parts import PartPrompt
 
 logger = logging.getLogger(__name__)
 _PLANES = (0xF0000, 0x100000)  # two of Unicode for private use, as large as that of the usual characters
@@ -76,7 +77,15 @@ class PromptReader(InputReader):
         return with_row_options(input, options)
 
     def tell_apart(self, input: Any, function: Callable[..., Any], arguments: Mapping[str, Argument]) -> Any:
-        """Of a text, a `TextPrompt` where values spell control tokens in it; messages as they are."""
+        """Of a text, a `TextPrompt` where values spell control tokens in it; messages as they are.
+
+        A part of a completion gets the draws of the parts before it.
+        """
+        if isinstance(input, PartPrompt):
+            own = {name: argument for name, argument in arguments.items() if name not in input.earlier}
+            prompt = self.tell_apart(input.prompt, lambda **given: function(**given).prompt, own)
+            before = tuple(arguments[name].draw for name in input.earlier)
+            return dataclasses.replace(input, prompt=prompt, before=before)
         if self.spellings is None or not isinstance(input, str):
             return input
         there = set(self.spellings.control.findall(input))

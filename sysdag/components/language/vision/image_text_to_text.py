@@ -54,6 +54,7 @@ class ImageTextToText(CausalLM):
     """
 
     pretrained = PretrainedVLM
+    parts_objection = "its prompts hold images, which parts do not read yet; CausalLM can"
     lm: PretrainedVLM
     not_taken: ClassVar[Mapping[str, str]] = {
         "tokenizer": "its processor has one; give processor=",
