@@ -236,7 +236,8 @@ def diffusion_table(folder: Path = measure.RESULTS) -> str:
         peak = f"{float(row['peak_mib']):.0f} MiB" if row["peak_mib"] else ""
         lines.append([what, row["name"], duration(float(row["median_ms"])), ratio, peak])
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    return f"{measure.described(rows[0], 'cpu')}; `python -m bench diffusion --threads {rows[0]['threads']} --csv`:\n\n{table}"
+    command = f"python -m bench diffusion --threads {rows[0]['threads']} --csv"
+    return f"{measure.described(rows[0], 'cpu')}; `{command}`:\n\n{table}"
 
 
 def decode_table(folder: Path = measure.RESULTS) -> str:
