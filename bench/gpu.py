@@ -3,10 +3,10 @@
     python -m bench gpu [--seconds 520] [--parts NAME ...] [--list] [--again]
 
 Parts run one after the other, each in a process of its own: the tests on a GPU, then the benchmarks, those of small
-problems first. A part that ended is written at once into a CSV of its own in bench/results, with the device's name and the
-commit, and a benchmark's figures into its own CSV; so a run that is cut off keeps what it had. A part is begun while
-there is time for it (by the seconds that it is given), is stopped at its own limit, and runs again only where it has
-not passed on this device at this commit, or with --again. Ends with 1 where a part failed or was stopped.
+problems first. How a part ended is written at once into a CSV in bench/results, with the device's name and the commit,
+and a benchmark's figures into its own; so a run that is cut off keeps what it had. A part is begun while there is time
+for it (by the seconds that it is given), is stopped at its own limit, and runs again only where it has not passed on
+this device at this commit, or with --again. Ends with 1 where a part failed or was stopped.
 """
 
 from __future__ import annotations
