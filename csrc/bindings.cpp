@@ -16,7 +16,7 @@ STABLE_TORCH_LIBRARY(sysdag_C, m) {
 #ifdef SYSDAG_WITH_CUDA
   m.def("top_log_probs(Tensor logits, int count) -> (Tensor, Tensor)");
 #endif
-  m.def("token_logprob(Tensor logits, Tensor labels, int ignore_index) -> (Tensor, Tensor)");
+  m.def("token_logprob_forward(Tensor logits, Tensor labels, int ignore_index) -> (Tensor, Tensor)");
   m.def(
       "token_logprob_backward(Tensor grad, Tensor logits, Tensor labels, Tensor stats, int ignore_index, "
       "Tensor(a!) out) -> ()");

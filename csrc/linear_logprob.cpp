@@ -10,10 +10,6 @@
 #include <algorithm>
 #include <optional>
 
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
-
 namespace sysdag {
 namespace {
 
@@ -343,20 +339,6 @@ void linear_logprob_combine(Tensor unit, Tensor weight, Tensor offsets, Tensor l
     torch::stable::parallel_for(0, out.size(0), grain(out.size(1)), [&](Range a, Range b) { combine(c, a, b); });
   };
   out.scalar_type() == torch::headeronly::ScalarType::Double ? run(0.0) : run(0.0f);
-}
-
-// Asks for huge pages under memory that nobody has touched: writing 100 MiB of fresh memory in pages of 4 KiB takes as long
-// as a tenth of a product. A hint; what the system makes of it changes no result.
-void advise_huge_pages(Tensor memory) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr std::uintptr_t kPage = 4096;
-  const auto start = reinterpret_cast<std::uintptr_t>(memory.data_ptr());
-  const std::uintptr_t first = (start + kPage - 1) / kPage * kPage;
-  const std::uintptr_t last = (start + memory.numel() * memory.element_size()) / kPage * kPage;
-  if (last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-#else
-  static_cast<void>(memory);
-#endif
 }
 
 }  // namespace
