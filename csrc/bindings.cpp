@@ -23,6 +23,7 @@ STABLE_TORCH_LIBRARY(sysdag_C, m) {
   m.def("diffusion_error(Tensor eps, Tensor policy, Tensor? reference, Tensor? mask) -> Tensor");
   m.def("diffusion_error_backward(Tensor grad, Tensor eps, Tensor policy, Tensor? mask) -> Tensor");
   m.def("advise_huge_pages(Tensor(a!) memory) -> ()");
+  m.def("discard_pages(Tensor(a!) memory) -> ()");
   m.def(
       "linear_logprob_stats(Tensor z, float scale, Tensor? bias, float softcap, int start, Tensor offsets, "
       "Tensor labels, Tensor(a!) top, Tensor(b!) total, Tensor(c!) chosen) -> ()");

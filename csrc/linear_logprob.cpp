@@ -341,11 +341,21 @@ void linear_logprob_combine(Tensor unit, Tensor weight, Tensor offsets, Tensor l
   out.scalar_type() == torch::headeronly::ScalarType::Double ? run(0.0) : run(0.0f);
 }
 
+// Gives the pages that lie wholly inside of `memory` back to the system; what they held is gone.
+void discard_pages(Tensor memory) {
+#if defined(__linux__) && defined(MADV_DONTNEED)
+  if (const Pages pages = pages_inside(memory); pages.bytes) madvise(pages.start, pages.bytes, MADV_DONTNEED);
+#else
+  static_cast<void>(memory);
+#endif
+}
+
 }  // namespace
 }  // namespace sysdag
 
 STABLE_TORCH_LIBRARY_IMPL(sysdag_C, CPU, m) {
   m.impl("advise_huge_pages", TORCH_BOX(&sysdag::advise_huge_pages));
+  m.impl("discard_pages", TORCH_BOX(&sysdag::discard_pages));
   m.impl("linear_logprob_stats", TORCH_BOX(&sysdag::linear_logprob_stats));
   m.impl("linear_logprob_unit", TORCH_BOX(&sysdag::linear_logprob_unit));
   m.impl("linear_logprob_slope", TORCH_BOX(&sysdag::linear_logprob_slope));

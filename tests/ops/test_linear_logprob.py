@@ -90,7 +90,7 @@ def test_odd_sizes(backend, shape, trained):
 def test_several_tiles_kept_or_not(backend, budget, monkeypatch):
     """Many small tiles, the last ones ragged: none, some or all are kept for the backward."""
     monkeypatch.setattr(_head_walk, "tile_shape", lambda *_: (8, 256))
-    monkeypatch.setattr(_head_walk, "keep_budget", lambda _: budget)
+    monkeypatch.setattr(_head_walk, "keep_budget", lambda *_: budget)
     shape = (13, 16, 515, 30) if backend.interpreted else (29, 16, 1003, 60)
     for options in ({}, {"softcap": 2.0, "logit_scale": 1.5}):
         assert_accurate(problem(*shape, device=backend.device, bias=bool(options)), trained=True, **options)
