@@ -35,7 +35,7 @@ IMPLEMENTATIONS: dict[str, tuple[Backend, ...]] = {
     "diverse_beam_step": ("cpp", "cuda", "triton"),
     "diffusion_error": ("cpp", "triton"),
 }
-_ORDINARY = (Tensor, torch.nn.Parameter, type(None))
+_ORDINARY = frozenset((Tensor, torch.nn.Parameter, type(None)))
 _forced: ContextVar[Backend | None] = ContextVar("sysdag_backend", default=None)
 
 
@@ -113,10 +113,14 @@ def runs_eagerly(*tensors: Tensor | None) -> bool:
         return False
     if is_in_torch_dispatch_mode() or torch._C._are_functorch_transforms_active():
         return False
-    for tensor in tensors:
-        if type(tensor) not in _ORDINARY:
-            return False
-    return True
+    return _ORDINARY.issuperset(map(type, tensors))
+
+
+def derives_eagerly(grad: Tensor, *tensors: Tensor | None) -> bool:
+    """`runs_eagerly` for a backward, whose result nobody differentiates and whose gradient is one, no batch of them."""
+    if torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(grad):  # create_graph, is_grads_batched
+        return False
+    return runs_eagerly(grad, *tensors)
 
 
 def refuse_tangents(op: str, *tensors: Tensor | None) -> None:

@@ -194,7 +194,10 @@ def forward(
     steps = folds(backend)
     top = hidden.new_full((capacity,), -torch.inf, dtype=walk.dtype)
     total = torch.zeros_like(top)
-    chosen = hidden.new_zeros(len(labels), dtype=walk.dtype)
+    of_label = grouped.of_label
+    # Places past those of the labels that are scored have to be filled up.
+    labels_filled = hidden.new_empty if len(of_label) == len(labels) else hidden.new_zeros
+    chosen = labels_filled(len(labels), dtype=walk.dtype)
     acc = hidden.new_zeros(capacity if unit else 0, hidden.shape[1], dtype=walk.dtype)
     kept = _large(hidden.new_empty(keep, walk.elements if keep else 0, dtype=walk.dtype), backend)
     seen = 0
@@ -211,18 +214,18 @@ def forward(
             if span.place < keep:
                 kept[span.place, tile.z.numel() :].zero_()
             seen = span.place + 1
-        kept[seen:].zero_()
+        if seen < keep:
+            kept[seen:].zero_()
     else:
         count = len(grouped.rows)
         problem = Problem(walk.hidden.contiguous(), head.weight, head.bias, head.scale, head.softcap, grouped.targets)
         statistics(problem, backend, functools.partial(_chunked, walk, steps), top[:count], total[:count], chosen)
     log_total = total.log()
     if unit:
-        count = len(grouped.rows)
-        acc[:count].mul_((head.scale / total[:count])[:, None])
-    of_label = grouped.of_label
+        means, sums = acc[: len(grouped.rows)], total[: len(grouped.rows), None]
+        means.div_(sums) if head.scale == 1 else means.mul_(head.scale / sums)
     found = chosen[: len(of_label)] - top[of_label] - log_total[of_label]
-    log_probs = hidden.new_zeros(len(labels), dtype=walk.dtype)
+    log_probs = labels_filled(len(labels), dtype=walk.dtype)
     log_probs[grouped.places] = found
     return Forward(log_probs, top, total, chosen, acc, kept, *arranged)
 
@@ -246,14 +249,14 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden, weight and bias; of what needs none, a tensor without elements.
 
-    With `release` the kept tiles' memory is given back once they are used, on a CPU tile by tile, so that dW takes their
-    place; another backward computes them again.
+    With `release` the kept tiles' memory is given back once they are used, on a CPU tile by tile, so that dW takes
+    their place; another backward computes them again.
     """
     capacity, dtype = len(saved.top), compute_dtype(hidden.dtype)
     grouped = Layout(saved.packed, saved.counts).grouped(capacity, len(grad))
     grads = grad[grouped.places].to(dtype)
     row_grads = segment_sums(grads, grouped.targets.offsets)
-    grads = sums_of_equals(grads, grouped.first)
+    grads = grads if grouped.distinct else sums_of_equals(grads, grouped.first)
     if len(saved.unit) or not (needs.weight or needs.bias):
         found = _scale_units(grouped, head, saved, grads, row_grads, folds(backend), hidden.dtype)
         return _spread(found, grouped.rows, hidden), hidden.new_empty(0, dtype=dtype), hidden.new_empty(0, dtype=dtype)
@@ -274,7 +277,11 @@ def _scale_units(
     of_label = grouped.of_label
     chosen = saved.chosen[: len(of_label)]
     p = (chosen - saved.top[of_label]).exp() / saved.total[of_label]
-    coefficients = ((grads - row_grads[of_label] * p) * head.scale).where(grouped.first, 0.0)
+    coefficients = grads - row_grads[of_label] * p
+    if head.scale != 1:
+        coefficients = coefficients * head.scale
+    if not grouped.distinct:
+        coefficients = coefficients.where(grouped.first, 0.0)
     if head.softcap:
         coefficients = coefficients * (1 - (chosen / head.softcap) ** 2)
     count = len(grouped.rows)

@@ -15,7 +15,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sysdag.ops._dispatch import (
-    Backend, extension_raises, forced_backend, refuse_tangents, resolve, runs_eagerly, use_backend,
+    Backend,
+    derives_eagerly,
+    extension_raises,
+    forced_backend,
+    refuse_tangents,
+    resolve,
+    runs_eagerly,
+    use_backend,
 )  # fmt: skip
 
 _CPP = (torch.float32, torch.float64)
@@ -174,7 +181,7 @@ class _DiffusionError(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:  # type: ignore[override]
         eps, policy, mask = ctx.saved_tensors
-        if torch.is_grad_enabled() or not runs_eagerly(grad, policy):  # the operator has an answer, or a refusal
+        if not derives_eagerly(grad, policy):  # the operator has an answer, or a refusal
             found = _backward(grad, eps, policy, mask, ctx.backend)
         else:
             found = _gradient(grad, eps, policy, mask, ctx.backend)

@@ -18,7 +18,14 @@ from torch import Tensor
 
 from sysdag.ops import _head_walk as walk
 from sysdag.ops._dispatch import (
-    IMPLEMENTATIONS, Backend, forced_backend, refuse_tangents, resolve, runs_eagerly, use_backend,
+    IMPLEMENTATIONS,
+    Backend,
+    derives_eagerly,
+    forced_backend,
+    refuse_tangents,
+    resolve,
+    runs_eagerly,
+    use_backend,
 )  # fmt: skip
 from sysdag.ops._head_labels import Layout
 
@@ -40,9 +47,9 @@ def linear_logprob(
 
     Operations, with 2NHV for one product: 1 product without gradients, 2 in all if only `hidden` needs one, 3 to 4 in
     all if the head needs one (`SYSDAG_KEPT_LOGITS_MB` is the memory that buys the lower figure; by default
-    2.25 (1 + H/N) times the weight in fp32 on a CPU, a sixteenth of the device's memory on a GPU). There `SYSDAG_HEAD_FORWARD` may ask for
-    a fused kernel where the forward keeps nothing for a backward (`_head_fused.py`). Under autocast the operands are
-    cast as nn.Linear's are.
+    2.25 (1 + H/N) times the weight in fp32 on a CPU, a sixteenth of the device's memory on a GPU). There
+    `SYSDAG_HEAD_FORWARD` may ask for a fused kernel where the forward keeps nothing for a backward (`_head_fused.py`).
+    Under autocast the operands are cast as nn.Linear's are.
 
     Args:
         hidden: (N, H) in fp16, bf16, fp32 or fp64.
@@ -184,7 +191,7 @@ class _LinearLogprob(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         hidden, weight, bias, *left = ctx.saved_tensors
         needs = ctx.needs_input_grad[:3]
-        if torch.is_grad_enabled() or not runs_eagerly(grad, hidden, weight, *left):  # the operator knows, or refuses
+        if not derives_eagerly(grad, hidden, weight, *left):  # the operator has an answer, or a refusal
             found = torch.ops.sysdag.linear_logprob_backward(
                 grad, hidden, weight, bias, *left, *ctx.options, *needs, ctx.backend
             )
@@ -219,7 +226,7 @@ def _(hidden, weight, bias, rows, labels, softcap, logit_scale, ignore_index, un
         hidden.new_empty(capacity if unit else 0, hidden.shape[1], dtype=dtype),
         hidden.new_empty(keep, tile[0] * tile[1] if keep else 0, dtype=dtype),
         hidden.new_empty(Layout.size(capacity, labels.shape[0]), dtype=torch.int64),
-        torch.empty(2, dtype=torch.int64, device="cpu"),
+        torch.empty(3, dtype=torch.int64, device="cpu"),
     )
 
 

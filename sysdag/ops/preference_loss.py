@@ -21,7 +21,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sysdag.ops._dispatch import (
-    IMPLEMENTATIONS, Backend, extension_raises, refuse_tangents, resolve, runs_eagerly,
+    IMPLEMENTATIONS,
+    Backend,
+    derives_eagerly,
+    extension_raises,
+    refuse_tangents,
+    resolve,
+    runs_eagerly,
 )  # fmt: skip
 
 LossType = Literal["sigmoid", "ipo", "hinge", "robust"]
@@ -213,7 +219,12 @@ class _PreferenceLoss(torch.autograd.Function):
                 "preference_loss: its gradient cannot be differentiated again (create_graph=True); plain torch can: "
                 "`with use_backend('reference')`."
             )
-        found = None if grad is None else _backward(ctx.backend)(grad, *ctx.saved_tensors)
+        if grad is None:
+            found = None
+        elif derives_eagerly(grad):
+            found = _backward(ctx.backend)(grad, *ctx.saved_tensors)
+        else:
+            found = _backward_op(grad, *ctx.saved_tensors)
         return found, None, None, None, None, None, None, None
 
 

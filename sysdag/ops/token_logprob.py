@@ -17,7 +17,14 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sysdag.ops._dispatch import (
-    Backend, extension_raises, forced_backend, refuse_tangents, resolve, runs_eagerly, use_backend,
+    Backend,
+    derives_eagerly,
+    extension_raises,
+    forced_backend,
+    refuse_tangents,
+    resolve,
+    runs_eagerly,
+    use_backend,
 )  # fmt: skip
 
 _CPP = (torch.float32, torch.float64, torch.bfloat16)
@@ -177,9 +184,7 @@ class _TokenLogprob(torch.autograd.Function):
     """The eager path: a third of the overhead of the operator below, which tracing needs."""
 
     @staticmethod
-    def forward(
-        ctx: Any, logits: Tensor, labels: Tensor, ignore_index: int, inplace: bool, backend: Backend
-    ) -> Tensor:
+    def forward(ctx: Any, logits: Tensor, labels: Tensor, ignore_index: int, inplace: bool, backend: Backend) -> Tensor:
         logp, stats = _statistics(logits, labels, ignore_index, backend)
         ctx.save_for_backward(logits, labels, stats)
         ctx.options = ignore_index, inplace, backend
@@ -189,7 +194,7 @@ class _TokenLogprob(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:  # type: ignore[override]
         logits, labels, stats = ctx.saved_tensors
         ignore_index, inplace, backend = ctx.options
-        if torch.is_grad_enabled() or not runs_eagerly(grad, logits):  # then the operator has an answer, or a refusal
+        if not derives_eagerly(grad, logits):  # the operator has an answer, or a refusal
             found = _differentiated(grad, logits, labels, stats, ignore_index, backend, inplace)
         elif inplace:
             found = _gradient(grad, logits, labels, stats, ignore_index, backend, logits.detach())
