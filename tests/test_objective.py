@@ -42,7 +42,6 @@ rewards = st.floats(-20, 20)
 smoothing = st.floats(0, 0.49)
 
 
-@given(rewards, rewards, rewards, rewards, smoothing)
 def test_without_smoothing_a_margin_without_end_is_no_nan():
     """0 times the infinite loss of the flipped label would be."""
     found = LOSSES["sigmoid"](pair_scores([math.inf, 1.0], [0.0, 0.0]), 0.1, 0.0)
@@ -57,6 +56,7 @@ def test_one_loss_of_weight_one_is_the_loss_itself():
     assert both.tolist() == pytest.approx([0.25 - 2 * log_sigmoid(0.5), 3.0 - 2 * log_sigmoid(-5.0)])
 
 
+@given(rewards, rewards, rewards, rewards, smoothing)
 def test_losses_equal_their_formulas(c, r, pc, pr, e):
     beta, m = 0.2, c - r
     scores = pair_scores([c], [r], [4.0], [5.0], nll=1.25, policies=([pc], [pr]))

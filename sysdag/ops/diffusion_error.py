@@ -57,8 +57,8 @@ def diffusion_error(
     if not runs_eagerly(eps, policy, reference, mask):
         _check(eps, policy, reference, mask)
         refuse_tangents("diffusion_error", policy)
-        eps, reference, mask = _detached(eps), _detached(reference), _detached(mask)
-        return torch.ops.sysdag.diffusion_error(eps, policy, reference, mask)
+        arguments = _detached(eps), policy, _detached(reference), _detached(mask)
+        return torch.ops.sysdag.diffusion_error(*arguments)
     try:
         backend = _backend(eps, policy, reference)
         if mask is not None or backend != "cpp" or not extension_raises():
