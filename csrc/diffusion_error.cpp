@@ -169,7 +169,9 @@ Tensor diffusion_error_backward(Tensor grad, Tensor eps, Tensor policy, std::opt
   STD_TORCH_CHECK(grad.is_contiguous() && grad.numel() == eps.size(0) && grad.scalar_type() == eps.scalar_type(),
                   "diffusion_error: the gradient must be contiguous (B,) of the tensors' dtype");
   Tensor out = torch::stable::empty_like(policy);
-  advise_huge_pages(out);
+  // Where memory is short, the system may take longer to find hundreds of huge pages than small ones cost.
+  constexpr std::int64_t kMost = 64 << 20;
+  if (out.numel() * out.element_size() <= kMost) advise_huge_pages(out);
   if (eps.scalar_type() == ScalarType::Float)
     backward_typed<float>(grad, eps, policy, mask, out);
   else if (eps.scalar_type() == ScalarType::Double)

@@ -228,7 +228,6 @@ void token_logprob_backward(Tensor grad, Tensor logits, Tensor labels, Tensor st
                   "token_logprob: the gradient must be contiguous and of the statistics' dtype");
   STD_TORCH_CHECK(out.is_contiguous() && out.scalar_type() == logits.scalar_type() && out.numel() == logits.numel(),
                   "token_logprob: out must be contiguous and like logits");
-  if (out.const_data_ptr() != logits.const_data_ptr()) advise_huge_pages(out);
   const ScalarType kind = logits.scalar_type();
   if (kind == ScalarType::Float)
     backward_typed<float>(grad, logits, labels, stats, ignored, out);
