@@ -24,6 +24,7 @@ OPS = {
     "preference_loss": "the candidate loss and its derivative against its eager reference",
     "diverse_beam_step": "one step of diverse beam search against per-group processing",
     "diffusion_error": "the denoising error and its gradient against eager torch",
+    "overhead": "host time of the ops on tiny tensors, as a ratio to plain torch's",
 }
 COMMANDS = OPS | {
     "step": "one optimisation step of a system against a straightforward implementation, and TRL",
@@ -75,6 +76,9 @@ def run_group(group: str, given: Sequence[str]) -> None:
     for name in names:
         if name in ("diffusion", "decode") and options.device != "cpu":
             print(f"{name} is left out: it measures on a CPU", flush=True)
+            continue
+        if name == "overhead" and options.device != "cpu":
+            print("overhead is left out: it measures the host, on tensors of a CPU", flush=True)
             continue
         if name == "beam_search" and (options.device != "cpu" or not options.peer_python):
             print("beam_search is left out: it needs a CPU and --peer-python, see its --help", flush=True)

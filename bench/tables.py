@@ -223,6 +223,25 @@ def counts_table(folder: Path = measure.RESULTS) -> str:
     return f"{measure.described(rows[0], 'cpu')}; `python -m bench counts --csv`:\n\n{table}"
 
 
+def overhead_table(folder: Path = measure.RESULTS) -> str:
+    """What a call of an op costs the host: a line for each case, with the ratio to plain torch's from the same run."""
+    file = folder / "overhead-cpu.csv"
+    if not file.exists():
+        return "Host time: not measured on a CPU yet."
+    rows = measure.read(file)
+    by_case: dict[tuple[str, str], dict[str, Row]] = {}
+    for row in rows:
+        by_case.setdefault((row["op"], row["what"]), {})[row["name"]] = row
+    lines = [["op", "arguments", "sysdag", "plain torch", "of plain torch's", "torch's shortest way"]]
+    lines.append(["---"] * 2 + ["---:"] * 4)
+    for (op, what), ways in by_case.items():
+        shown = [duration(float(ways[name]["median_ms"])) for name in ("sysdag", "plain torch")]
+        shorter = duration(float(ways["shorter"]["median_ms"])) if "shorter" in ways else ""
+        lines.append([f"`{op}`", what, *shown, f"{float(ways['sysdag']['ratio']):.2f}x", shorter])
+    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return f"{measure.described(rows[0], 'cpu')}; `python -m bench overhead --csv`:\n\n{table}"
+
+
 def diffusion_table(folder: Path = measure.RESULTS) -> str:
     """The diffusion step's and sampling's table: times as a ratio to diffusers' own way, and peak memory."""
     file = folder / "diffusion-cpu.csv"
@@ -313,6 +332,7 @@ def written(text: str) -> str:
     """The page with all its tables made anew."""
     text = replaced(replaced(text, render()), step_table(), "step")
     text = replaced(replaced(text, counts_table(), "counts"), growth_table(), "growth")
+    text = replaced(text, overhead_table(), "overhead")
     return replaced(replaced(text, diffusion_table(), "diffusion"), decode_table(), "decode")
 
 

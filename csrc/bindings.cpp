@@ -16,13 +16,14 @@ STABLE_TORCH_LIBRARY(sysdag_C, m) {
 #ifdef SYSDAG_WITH_CUDA
   m.def("top_log_probs(Tensor logits, int count) -> (Tensor, Tensor)");
 #endif
-  m.def("token_logprob(Tensor logits, Tensor labels, int ignore_index) -> (Tensor, Tensor)");
+  m.def("token_logprob_forward(Tensor logits, Tensor labels, int ignore_index) -> (Tensor, Tensor)");
   m.def(
       "token_logprob_backward(Tensor grad, Tensor logits, Tensor labels, Tensor stats, int ignore_index, "
       "Tensor(a!) out) -> ()");
   m.def("diffusion_error(Tensor eps, Tensor policy, Tensor? reference, Tensor? mask) -> Tensor");
   m.def("diffusion_error_backward(Tensor grad, Tensor eps, Tensor policy, Tensor? mask) -> Tensor");
   m.def("advise_huge_pages(Tensor(a!) memory) -> ()");
+  m.def("discard_pages(Tensor(a!) memory) -> ()");
   m.def(
       "linear_logprob_stats(Tensor z, float scale, Tensor? bias, float softcap, int start, Tensor offsets, "
       "Tensor labels, Tensor(a!) top, Tensor(b!) total, Tensor(c!) chosen) -> ()");

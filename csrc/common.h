@@ -12,6 +12,10 @@
 #include <cstring>
 #include <limits>
 
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
 namespace sysdag {
 
 using torch::stable::Tensor;
@@ -24,6 +28,33 @@ using torch::stable::Tensor;
 #endif
 
 #define SYSDAG_INLINE inline __attribute__((always_inline))
+
+inline Tensor packed(const Tensor& tensor) { return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor); }
+
+struct Pages {
+  void* start;
+  std::size_t bytes;
+};
+
+// The pages of 4 KiB that lie wholly inside of a tensor's memory.
+inline Pages pages_inside(const Tensor& memory) {
+  constexpr std::uintptr_t kPage = 4096;
+  const auto start = reinterpret_cast<std::uintptr_t>(memory.data_ptr());
+  const std::uintptr_t first = (start + kPage - 1) / kPage * kPage;
+  const std::uintptr_t last = (start + memory.numel() * memory.element_size()) / kPage * kPage;
+  return {reinterpret_cast<void*>(first), last > first ? last - first : 0};
+}
+
+// Asks for huge pages under memory that nobody has touched: its first writing then takes a sixth of the time that it takes
+// in pages of 4 KiB. A hint; what the system makes of it changes no result. Small tensors lie in memory that is there.
+inline void advise_huge_pages(const Tensor& memory) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr std::size_t kLarge = 1 << 21;
+  if (const Pages pages = pages_inside(memory); pages.bytes >= kLarge) madvise(pages.start, pages.bytes, MADV_HUGEPAGE);
+#else
+  static_cast<void>(memory);
+#endif
+}
 
 // exp(x) for x <= 88, relative error below 2e-7, 0 for x < -87 (so for -inf). Cody-Waite reduction by ln 2, then a
 // polynomial of degree 6 on [-ln2/2, ln2/2]; straight-line code, so that loops around it vectorise.

@@ -97,7 +97,8 @@ const T* offset(const T* start, std::int64_t by) {
 template <class T>
 void forward_typed(const Tensor& eps, const Tensor& policy, const std::optional<Tensor>& reference,
                    const std::optional<Tensor>& mask, Tensor& out) {
-  const std::int64_t samples = eps.size(0), size = eps.size(1), chunks = (size + kChunk - 1) / kChunk;
+  const std::int64_t samples = eps.size(0), size = samples ? eps.numel() / samples : 0;
+  const std::int64_t chunks = (size + kChunk - 1) / kChunk;
   const auto* e = static_cast<const T*>(eps.const_data_ptr());
   const auto* p = static_cast<const T*>(policy.const_data_ptr());
   const T *r = pointer<T>(reference), *m = pointer<T>(mask);
@@ -118,7 +119,8 @@ void forward_typed(const Tensor& eps, const Tensor& policy, const std::optional<
 template <class T>
 void backward_typed(const Tensor& grad, const Tensor& eps, const Tensor& policy, const std::optional<Tensor>& mask,
                     Tensor& out) {
-  const std::int64_t samples = eps.size(0), size = eps.size(1), chunks = (size + kChunk - 1) / kChunk;
+  const std::int64_t samples = eps.size(0), size = samples ? eps.numel() / samples : 0;
+  const std::int64_t chunks = (size + kChunk - 1) / kChunk;
   const auto* g = static_cast<const T*>(grad.const_data_ptr());
   const auto* e = static_cast<const T*>(eps.const_data_ptr());
   const auto* p = static_cast<const T*>(policy.const_data_ptr());
@@ -133,17 +135,23 @@ void backward_typed(const Tensor& grad, const Tensor& eps, const Tensor& policy,
 
 using torch::headeronly::ScalarType;
 
+// What is wrong with the arguments is said in Python, which looks for it when this raises.
 void check(const Tensor& eps, const Tensor& other) {
-  STD_TORCH_CHECK(eps.dim() == 2 && other.dim() == 2 && eps.is_contiguous() && other.is_contiguous() &&
-                      eps.size(0) == other.size(0) && eps.size(1) == other.size(1) &&
-                      eps.scalar_type() == other.scalar_type(),
-                  "diffusion_error: tensors must be contiguous (B, elements) of one dtype");
+  bool fits = eps.dim() > 0 && eps.dim() == other.dim() && eps.scalar_type() == other.scalar_type();
+  for (std::int64_t i = 0; fits && i < eps.dim(); ++i) fits = eps.size(i) == other.size(i);
+  STD_TORCH_CHECK(fits, "diffusion_error: tensors must have one shape (B, ...) and one dtype");
+}
+
+Tensor checked(const Tensor& eps, const Tensor& other) {
+  check(eps, other);
+  return packed(other);
 }
 
 Tensor diffusion_error(Tensor eps, Tensor policy, std::optional<Tensor> reference, std::optional<Tensor> mask) {
-  check(eps, policy);
-  if (reference) check(eps, *reference);
-  if (mask) check(eps, *mask);
+  policy = checked(eps, policy);
+  if (reference) reference = checked(eps, *reference);
+  if (mask) mask = checked(eps, *mask);
+  eps = packed(eps);
   Tensor out = torch::stable::new_empty(eps, {eps.size(0)});
   if (eps.scalar_type() == ScalarType::Float)
     forward_typed<float>(eps, policy, reference, mask, out);
@@ -155,11 +163,15 @@ Tensor diffusion_error(Tensor eps, Tensor policy, std::optional<Tensor> referenc
 }
 
 Tensor diffusion_error_backward(Tensor grad, Tensor eps, Tensor policy, std::optional<Tensor> mask) {
-  check(eps, policy);
-  if (mask) check(eps, *mask);
+  policy = checked(eps, policy);
+  if (mask) mask = checked(eps, *mask);
+  eps = packed(eps);
   STD_TORCH_CHECK(grad.is_contiguous() && grad.numel() == eps.size(0) && grad.scalar_type() == eps.scalar_type(),
                   "diffusion_error: the gradient must be contiguous (B,) of the tensors' dtype");
   Tensor out = torch::stable::empty_like(policy);
+  // Where memory is short, the system may take longer to find hundreds of huge pages than small ones cost.
+  constexpr std::int64_t kMost = 64 << 20;
+  if (out.numel() * out.element_size() <= kMost) advise_huge_pages(out);
   if (eps.scalar_type() == ScalarType::Float)
     backward_typed<float>(grad, eps, policy, mask, out);
   else if (eps.scalar_type() == ScalarType::Double)

@@ -10,10 +10,6 @@
 #include <algorithm>
 #include <optional>
 
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
-
 namespace sysdag {
 namespace {
 
@@ -345,15 +341,10 @@ void linear_logprob_combine(Tensor unit, Tensor weight, Tensor offsets, Tensor l
   out.scalar_type() == torch::headeronly::ScalarType::Double ? run(0.0) : run(0.0f);
 }
 
-// Asks for huge pages under memory that nobody has touched: writing 100 MiB of fresh memory in pages of 4 KiB takes as long
-// as a tenth of a product. A hint; what the system makes of it changes no result.
-void advise_huge_pages(Tensor memory) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr std::uintptr_t kPage = 4096;
-  const auto start = reinterpret_cast<std::uintptr_t>(memory.data_ptr());
-  const std::uintptr_t first = (start + kPage - 1) / kPage * kPage;
-  const std::uintptr_t last = (start + memory.numel() * memory.element_size()) / kPage * kPage;
-  if (last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+// Gives the pages that lie wholly inside of `memory` back to the system; what they held is gone.
+void discard_pages(Tensor memory) {
+#if defined(__linux__) && defined(MADV_DONTNEED)
+  if (const Pages pages = pages_inside(memory); pages.bytes) madvise(pages.start, pages.bytes, MADV_DONTNEED);
 #else
   static_cast<void>(memory);
 #endif
@@ -364,6 +355,7 @@ void advise_huge_pages(Tensor memory) {
 
 STABLE_TORCH_LIBRARY_IMPL(sysdag_C, CPU, m) {
   m.impl("advise_huge_pages", TORCH_BOX(&sysdag::advise_huge_pages));
+  m.impl("discard_pages", TORCH_BOX(&sysdag::discard_pages));
   m.impl("linear_logprob_stats", TORCH_BOX(&sysdag::linear_logprob_stats));
   m.impl("linear_logprob_unit", TORCH_BOX(&sysdag::linear_logprob_unit));
   m.impl("linear_logprob_slope", TORCH_BOX(&sysdag::linear_logprob_slope));

@@ -231,8 +231,6 @@ std::int64_t common_size(const std::int64_t* offsets, std::int64_t segments, std
   return same ? size : 0;
 }
 
-Tensor packed(const Tensor& tensor) { return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor); }
-
 template <typename T>
 void forward(const Tensor& logps, const Tensor& ref_logps, const Tensor& offsets, const std::optional<Tensor>& lengths,
              double beta, std::int64_t loss, double smoothing, Tensor& loss_out, Tensor& coefficients) {

@@ -192,18 +192,24 @@ void backward_typed(const Tensor& grad, const Tensor& logits, const Tensor& labe
 using torch::headeronly::ScalarType;
 
 void check(const Tensor& logits, const Tensor& labels) {
-  STD_TORCH_CHECK(logits.dim() == 2 && logits.is_contiguous(), "token_logprob: logits must be contiguous (N, V)");
-  STD_TORCH_CHECK(labels.dim() == 1 && labels.is_contiguous() && labels.size(0) == logits.size(0) &&
-                      labels.scalar_type() == ScalarType::Long,
-                  "token_logprob: labels must be contiguous int64 (N,)");
+  STD_TORCH_CHECK(logits.dim() == 2, "token_logprob: logits must be (N, V)");
+  STD_TORCH_CHECK(labels.dim() == 1 && labels.size(0) == logits.size(0) && labels.scalar_type() == ScalarType::Long,
+                  "token_logprob: labels must be int64 (N,)");
 }
 
-std::tuple<Tensor, Tensor> token_logprob(Tensor logits, Tensor labels, std::int64_t ignored) {
+// What is wrong with the arguments is said in Python, which looks for it when this raises.
+std::tuple<Tensor, Tensor> token_logprob_forward(Tensor logits, Tensor labels, std::int64_t ignored) {
   check(logits, labels);
+  logits = packed(logits);
+  labels = packed(labels);
+  const auto* y = static_cast<const std::int64_t*>(labels.const_data_ptr());
+  const std::int64_t rows = logits.size(0), width = logits.size(1);
+  for (std::int64_t row = 0; row < rows; ++row)
+    STD_TORCH_CHECK(y[row] == ignored || (y[row] >= 0 && y[row] < width), "token_logprob: a label is out of range");
   const ScalarType kind = logits.scalar_type();
   const ScalarType accumulated = kind == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-  Tensor logp = torch::stable::new_empty(logits, {logits.size(0)}, accumulated);
-  Tensor stats = torch::stable::new_empty(logits, {logits.size(0), 2}, accumulated);
+  Tensor logp = torch::stable::new_empty(logits, {rows}, accumulated);
+  Tensor stats = torch::stable::new_empty(logits, {rows, 2}, accumulated);
   if (kind == ScalarType::Float)
     forward_typed<float>(logits, labels, ignored, logp, stats);
   else if (kind == ScalarType::Double)
@@ -217,6 +223,7 @@ std::tuple<Tensor, Tensor> token_logprob(Tensor logits, Tensor labels, std::int6
 
 void token_logprob_backward(Tensor grad, Tensor logits, Tensor labels, Tensor stats, std::int64_t ignored, Tensor out) {
   check(logits, labels);
+  STD_TORCH_CHECK(logits.is_contiguous() && labels.is_contiguous(), "token_logprob: logits and labels must be contiguous");
   STD_TORCH_CHECK(grad.is_contiguous() && stats.is_contiguous() && grad.scalar_type() == stats.scalar_type(),
                   "token_logprob: the gradient must be contiguous and of the statistics' dtype");
   STD_TORCH_CHECK(out.is_contiguous() && out.scalar_type() == logits.scalar_type() && out.numel() == logits.numel(),
@@ -235,7 +242,7 @@ void token_logprob_backward(Tensor grad, Tensor logits, Tensor labels, Tensor st
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(sysdag_C, CPU, m) {
-  m.impl("token_logprob", TORCH_BOX(&token_logprob));
+  m.impl("token_logprob_forward", TORCH_BOX(&token_logprob_forward));
   m.impl("token_logprob_backward", TORCH_BOX(&token_logprob_backward));
 }
 

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # bench/ is no installed package
 
 from bench import __main__ as front  # noqa: E402
-from bench import linear_logprob, measure, plots, sweep, tables, token_logprob  # noqa: E402
+from bench import linear_logprob, measure, overhead, plots, sweep, tables, token_logprob  # noqa: E402
 from sysdag.ops import _head_walk  # noqa: E402
 
 
@@ -75,6 +75,37 @@ def test_a_gpus_rows_appear_once_its_file_is_there(tmp_path):
     assert "| 2.0 ms | 4.0 ms (2.0x) |" in gpu
     assert gpu.endswith("`diverse_beam_step`: not run on a GPU yet.")
     assert "diffusion_error`:" not in gpu
+
+
+def test_host_times_are_ratios_of_one_run(tmp_path, capsys):
+    overhead.main(["--repeats", "3", "--csv", str(tmp_path)])
+    rows = read(tmp_path / "overhead-cpu.csv")
+    assert {row["op"] for row in rows} == {"token_logprob", "diffusion_error", "preference_loss"}
+    for row in rows:
+        assert float(row["ratio"]) == pytest.approx(1 / float(row["times_plain torch"]))
+        assert row["threads"] == "1"
+    assert {row["name"] for row in rows} == {"sysdag", "plain torch", "shorter"}
+
+
+def test_a_host_time_of_a_wrong_result_is_not_reported(tmp_path, monkeypatch):
+    monkeypatch.setattr(overhead.ops, "token_logprob", lambda logits, labels: logits.sum(1))
+    with pytest.raises(AssertionError, match="not close"):
+        overhead.main(["--repeats", "1", "--csv", str(tmp_path)])
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_table_of_host_times(tmp_path):
+    head = "op,what,in a row,name,median_ms,ratio,cpu,cores,threads,torch"
+    line = "token_logprob,logits 4x16,100,{},{},{},A CPU,2,1,2.13"
+    rows = [line.format(*each) for each in (("sysdag", 0.1, 1.25), ("plain torch", 0.08, 1), ("shorter", 0.06, 0.75))]
+    rows.append("preference_loss,2 pairs,100,sysdag,0.03,0.5,A CPU,2,1,2.13")
+    rows.append("preference_loss,2 pairs,100,plain torch,0.06,1,A CPU,2,1,2.13")
+    (tmp_path / "overhead-cpu.csv").write_text("\n".join([head, *rows]))
+    text = tables.overhead_table(tmp_path).splitlines()
+    assert text[0] == "A CPU, 1 of 2 cores, torch 2.13; `python -m bench overhead --csv`:"
+    assert text[-2] == "| `token_logprob` | logits 4x16 | 100 µs | 80 µs | 1.25x | 60 µs |"
+    assert text[-1] == "| `preference_loss` | 2 pairs | 30 µs | 60 µs | 0.50x |  |"
+    assert tables.overhead_table(tmp_path / "none") == "Host time: not measured on a CPU yet."
 
 
 def test_markers():

@@ -32,10 +32,14 @@ def machine(monkeypatch):
         if extension is not None:
             monkeypatch.setattr(_dispatch, "extension_loaded", lambda: extension)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+        forget()
+
+    def forget():
         _dispatch.why_unavailable.cache_clear()
+        _dispatch._chosen.cache_clear()
 
     yield pretend
-    _dispatch.why_unavailable.cache_clear()
+    forget()
 
 
 def run(*arguments):

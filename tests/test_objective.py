@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sysdag.errors import LoadingError, PlanError
+from sysdag.objectives import losses
 from sysdag.objectives.candidate_sums import candidate_log_sum, effective_sample_size, responsibilities
 from sysdag.objectives.losses import KINDS, LOSSES, Kind, PairScores, preference_loss
 from sysdag.objectives.options import ObjectiveOptions
@@ -39,6 +40,20 @@ def sigmoid(x):
 
 rewards = st.floats(-20, 20)
 smoothing = st.floats(0, 0.49)
+
+
+def test_without_smoothing_a_margin_without_end_is_no_nan():
+    """0 times the infinite loss of the flipped label would be."""
+    found = LOSSES["sigmoid"](pair_scores([math.inf, 1.0], [0.0, 0.0]), 0.1, 0.0)
+    assert found.tolist() == pytest.approx([0.0, -log_sigmoid(1.0)])
+
+
+def test_one_loss_of_weight_one_is_the_loss_itself():
+    scores = pair_scores([1.0, -2.0], [0.5, 3.0])
+    alone = losses.pair_losses(scores, ["hinge"], [1.0], beta=0.1, label_smoothing=0.0)
+    assert alone.tolist() == [0.5, 6.0]
+    both = losses.pair_losses(scores, ["hinge", "sigmoid"], [0.5, 2.0], beta=0.1, label_smoothing=0.0)
+    assert both.tolist() == pytest.approx([0.25 - 2 * log_sigmoid(0.5), 3.0 - 2 * log_sigmoid(-5.0)])
 
 
 @given(rewards, rewards, rewards, rewards, smoothing)

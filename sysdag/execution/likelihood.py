@@ -39,7 +39,9 @@ def sum_by_row(parts: Sequence[Tensor], rows: Sequence[int], count: int, device:
     """Scores of elements as scores of rows: a plate's elements are summed, a row without any has 0."""
     if not parts:
         return torch.zeros(count, device=device)
-    scores = torch.cat(list(parts))
+    scores = parts[0] if len(parts) == 1 else torch.cat(list(parts))
+    if list(rows) == list(range(count)):
+        return scores
     return scores.new_zeros(count).index_add(0, torch.tensor(rows, device=scores.device), scores)
 
 

@@ -10,6 +10,8 @@ give one), P_c and P_r the policy's parts of the rewards, |c| and |r| the length
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -67,7 +69,7 @@ class PairScores:
 
 def _smoothed(margins: Float[Tensor, " P"], e: float) -> Float[Tensor, " P"]:
     """-(1 - e) log sigmoid(m) - e log sigmoid(-m)."""
-    return -(1 - e) * F.logsigmoid(margins) - e * F.logsigmoid(-margins)
+    return -(1 - e) * F.logsigmoid(margins) - e * F.logsigmoid(-margins) if e else -F.logsigmoid(margins)
 
 
 def sigmoid_loss(scores: PairScores, beta: float, label_smoothing: float) -> Float[Tensor, " P"]:
@@ -280,15 +282,15 @@ def pair_losses(
         PlanError: for a loss that does not return one number a pair.
     """
     shape = scores.chosen_rewards.shape
-    total = torch.zeros_like(scores.chosen_rewards)
+    weighted = []
     for name, weight in zip(loss_types, loss_weights, strict=True):
         own = {key: (constants or {})[key] for key in KINDS[name].constants if key in (constants or {})}
         loss = LOSSES[name](scores, beta, label_smoothing, **own)
         if not isinstance(loss, Tensor) or loss.shape != shape:
             got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
             raise PlanError(f"loss_type {name!r} must return one loss a pair, shape {tuple(shape)}, got {got}.")
-        total = total + weight * loss
-    return total
+        weighted.append(loss if weight == 1 else weight * loss)
+    return functools.reduce(operator.add, weighted)
 
 
 def preference_loss(

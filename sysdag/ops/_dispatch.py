@@ -18,6 +18,9 @@ from pathlib import Path
 from typing import Literal, get_args
 
 import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from sysdag.errors import SysdagError
 
@@ -32,6 +35,7 @@ IMPLEMENTATIONS: dict[str, tuple[Backend, ...]] = {
     "diverse_beam_step": ("cpp", "cuda", "triton"),
     "diffusion_error": ("cpp", "triton"),
 }
+_ORDINARY = frozenset((Tensor, torch.nn.Parameter, type(None)))
 _forced: ContextVar[Backend | None] = ContextVar("sysdag_backend", default=None)
 
 
@@ -78,7 +82,11 @@ def resolve(op: str, device: torch.device, preference: Sequence[Backend]) -> Bac
     Raises:
         BackendError: if the forced backend does not implement the op for these arguments, or is not available there.
     """
-    forced = forced_backend()
+    return _chosen(op, device, tuple(preference), forced_backend())
+
+
+@functools.cache
+def _chosen(op: str, device: torch.device, preference: tuple[Backend, ...], forced: Backend | None) -> Backend:
     if forced is not None:
         if forced != "reference" and forced not in preference:
             raise BackendError(
@@ -93,6 +101,38 @@ def resolve(op: str, device: torch.device, preference: Sequence[Backend]) -> Bac
         if not interpreted and why_unavailable(name, device.type) is None:
             return name
     return "reference"
+
+
+def runs_eagerly(*tensors: Tensor | None) -> bool:
+    """Whether a call needs no more than autograd: ordinary tensors that nothing traces, intercepts or transforms.
+
+    Such a call goes through an `autograd.Function` straight to its backend. All others go through the registered
+    operator, the one node that torch.compile, fake tensors, dispatch modes, torch.func and tensor subclasses see.
+    """
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False
+    if is_in_torch_dispatch_mode() or torch._C._are_functorch_transforms_active():
+        return False
+    return _ORDINARY.issuperset(map(type, tensors))
+
+
+def derives_eagerly(grad: Tensor, *tensors: Tensor | None) -> bool:
+    """`runs_eagerly` for a backward, whose result nobody differentiates and whose gradient is one, no batch of them."""
+    if torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(grad):  # create_graph, is_grads_batched
+        return False
+    return runs_eagerly(grad, *tensors)
+
+
+def refuse_tangents(op: str, *tensors: Tensor | None) -> None:
+    """For calls of a registered operator, which would lose them.
+
+    Raises:
+        NotImplementedError: a tensor carries a forward-mode tangent.
+    """
+    if torch.compiler.is_compiling():
+        return
+    if any(tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
+        raise NotImplementedError(f"{op} has no forward-mode derivative; differentiate in reverse mode.")
 
 
 @functools.cache

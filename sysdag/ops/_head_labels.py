@@ -30,19 +30,21 @@ class Grouped(NamedTuple):
     places: Tensor  # (L,) of the labels, among the M that were given
     first: Tensor  # (L,) whether a label is the first of its row's equal ones
     of_label: Tensor  # (L,) the place of a label's row among the R
+    distinct: bool  # whether no row has equal labels
 
 
 class Layout(NamedTuple):
     """A `Grouped` in tensors whose sizes depend on those of the arguments alone, for a backward."""
 
     packed: Tensor  # its tensors one after the other, filled up to capacity rows and M labels
-    counts: Tensor  # R and L, on the CPU
+    counts: Tensor  # R, L, and how many of the L are the first of their row's equal ones; on the CPU
 
     def grouped(self, capacity: int, num_labels: int) -> Grouped:
-        R, L = self.counts.tolist()
+        R, L, firsts = self.counts.tolist()
         sizes = [capacity, capacity + 1, *[num_labels] * 4]
         rows, offsets, labels, places, first, of_label = self.packed.split(sizes)
-        return Grouped(rows[:R], Labels(offsets[: R + 1], labels[:L]), places[:L], first[:L].bool(), of_label[:L])
+        targets = Labels(offsets[: R + 1], labels[:L])
+        return Grouped(rows[:R], targets, places[:L], first[:L].bool(), of_label[:L], firsts == L)
 
     def to(self, device: torch.device) -> Layout:
         """The same with what kernels read on a device."""
@@ -61,7 +63,7 @@ def layout(rows: Tensor, labels: Tensor, ignore_index: int, num_rows: int, vocab
     """
     capacity, count = min(num_rows, len(labels)), len(labels)
     if count == 0:
-        return Layout(rows.new_zeros(Layout.size(0, 0), dtype=torch.int64), torch.zeros(2, dtype=torch.int64))
+        return Layout(rows.new_zeros(Layout.size(0, 0), dtype=torch.int64), torch.zeros(3, dtype=torch.int64))
     ignored, rows, labels = labels == ignore_index, rows.long(), labels.long()
     keys, places = (rows * vocabulary + labels).masked_fill(ignored, num_rows * vocabulary).sort()
     row_of = torch.div(keys, vocabulary, rounding_mode="floor")
@@ -70,16 +72,17 @@ def layout(rows: Tensor, labels: Tensor, ignore_index: int, num_rows: int, vocab
     of_label = begins.cumsum(0) - 1
     offsets = torch.searchsorted(of_label, torch.arange(capacity + 1, device=keys.device))
     ends = [*rows.masked_fill(ignored, 0).aminmax(), *labels.masked_fill(ignored, 0).aminmax()]
-    counts = torch.stack([(begins & (row_of < num_rows)).sum(), count - ignored.sum(), *ends]).cpu()
+    kept = row_of < num_rows
+    counts = torch.stack([(begins & kept).sum(), count - ignored.sum(), (first & kept).sum(), *ends]).cpu()
     if counts[1] > 0:
-        for what, at, end in (("rows", 2, num_rows), ("labels", 4, vocabulary)):
+        for what, at, end in (("rows", 3, num_rows), ("labels", 5, vocabulary)):
             low, high = counts[at : at + 2].tolist()
             if low < 0 or high >= end:
                 wrong = low if low < 0 else high
                 raise ValueError(f"linear_logprob: {what} must be in [0, {end}), got {wrong}.")
     distinct = row_of[offsets[:-1].clamp(max=count - 1)]
     parts = [distinct, offsets, keys - row_of * vocabulary, places, first.long(), of_label]
-    return Layout(torch.cat(parts), counts[:2].clone())
+    return Layout(torch.cat(parts), counts[:3].clone())
 
 
 def sums_of_equals(values: Tensor, first: Tensor) -> Tensor:

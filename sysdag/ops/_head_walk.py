@@ -50,24 +50,26 @@ def tile_shape(capacity: int, vocabulary: int, device_type: str) -> tuple[int, i
     return rows, max(1, min(tokens, vocabulary))
 
 
-def keep_budget(weight: Tensor) -> int:
-    """Bytes of logits that the forward may keep for a trained head's backward.
+def keep_budget(weight: Tensor, capacity: int) -> int:
+    """Bytes of logits that the forward may keep for a trained head's backward, of at most `capacity` rows.
 
-    `SYSDAG_KEPT_LOGITS_MB` says it; by default 2.25 times the weight's gradient in fp32 on a CPU, and a sixteenth of
-    the device's memory on a GPU.
+    `SYSDAG_KEPT_LOGITS_MB` says it; by default 2.25 (1 + H / capacity) times the weight's gradient in fp32 on a CPU,
+    where the tiles give way to the gradient, and a sixteenth of the device's memory on a GPU.
     """
     index = weight.device.index if weight.device.type == "cuda" else None
-    return _keep_budget(weight.device.type, index, weight.shape[0] * weight.shape[1])
+    budget = _keep_budget(weight.device.type, index)
+    if budget is None:
+        rows, (vocabulary, width) = max(capacity, 1), weight.shape
+        budget = 9 * vocabulary * width * (rows + width) // rows
+    return budget
 
 
 @functools.cache
-def _keep_budget(device_type: str, index: int | None, elements: int) -> int:
+def _keep_budget(device_type: str, index: int | None) -> int | None:
     named = os.environ.get(KEEP_VARIABLE)
     if named is not None:
         return int(float(named) * 2**20)
-    if device_type == "cuda":
-        return int(torch.cuda.get_device_properties(index).total_memory // 16)
-    return 9 * elements
+    return torch.cuda.get_device_properties(index).total_memory // 16 if device_type == "cuda" else None
 
 
 # What torch.compiler.assume_constant_result sets; calling that would import torch._dynamo and triton here.
@@ -109,8 +111,8 @@ def _spans(num_rows: int, capacity: int, vocabulary: int, device_type: str) -> I
 class _Walk:
     """Hidden rows, weight slices and tile buffers in the dtypes that the products need."""
 
-    def __init__(self, hidden: Tensor, head: Head, grouped: Grouped, capacity: int) -> None:
-        self.head, self.grouped, self.capacity = head, grouped, capacity
+    def __init__(self, hidden: Tensor, head: Head, grouped: Grouped, capacity: int, backend: Backend) -> None:
+        self.head, self.grouped, self.capacity, self.backend = head, grouped, capacity, backend
         self.dtype = compute_dtype(hidden.dtype)
         self.tensor_cores = hidden.is_cuda and hidden.dtype != self.dtype  # half in, fp32 out
         every = len(grouped.rows) == len(hidden)
@@ -151,7 +153,7 @@ class _Walk:
     def buffer(self, dtype: torch.dtype) -> Tensor:
         """One tile's memory for each dtype: a tile of logits that is kept elsewhere leaves it to what comes of them."""
         if dtype not in self._buffers:
-            self._buffers[dtype] = self.hidden.new_empty(self.elements, dtype=dtype)
+            self._buffers[dtype] = _large(self.hidden.new_empty(self.elements, dtype=dtype), self.backend)
         return self._buffers[dtype]
 
     def product(self, a: Tensor, b: Tensor, out: Tensor, add: bool) -> None:
@@ -188,11 +190,14 @@ def forward(
     capacity = min(len(hidden), len(labels))
     arranged = layout(rows, labels, ignore_index, len(hidden), len(head.weight)).to(hidden.device)
     grouped = arranged.grouped(capacity, len(labels))
-    walk = _Walk(hidden, head, grouped, capacity)
+    walk = _Walk(hidden, head, grouped, capacity, backend)
     steps = folds(backend)
     top = hidden.new_full((capacity,), -torch.inf, dtype=walk.dtype)
     total = torch.zeros_like(top)
-    chosen = hidden.new_zeros(len(labels), dtype=walk.dtype)
+    of_label = grouped.of_label
+    # Places past those of the labels that are scored have to be filled up.
+    labels_filled = hidden.new_empty if len(of_label) == len(labels) else hidden.new_zeros
+    chosen = labels_filled(len(labels), dtype=walk.dtype)
     acc = hidden.new_zeros(capacity if unit else 0, hidden.shape[1], dtype=walk.dtype)
     kept = _large(hidden.new_empty(keep, walk.elements if keep else 0, dtype=walk.dtype), backend)
     seen = 0
@@ -209,18 +214,18 @@ def forward(
             if span.place < keep:
                 kept[span.place, tile.z.numel() :].zero_()
             seen = span.place + 1
-        kept[seen:].zero_()
+        if seen < keep:
+            kept[seen:].zero_()
     else:
         count = len(grouped.rows)
         problem = Problem(walk.hidden.contiguous(), head.weight, head.bias, head.scale, head.softcap, grouped.targets)
         statistics(problem, backend, functools.partial(_chunked, walk, steps), top[:count], total[:count], chosen)
     log_total = total.log()
     if unit:
-        count = len(grouped.rows)
-        acc[:count].mul_((head.scale / total[:count])[:, None])
-    of_label = grouped.of_label
+        means, sums = acc[: len(grouped.rows)], total[: len(grouped.rows), None]
+        means.div_(sums) if head.scale == 1 else means.mul_(head.scale / sums)
     found = chosen[: len(of_label)] - top[of_label] - log_total[of_label]
-    log_probs = hidden.new_zeros(len(labels), dtype=walk.dtype)
+    log_probs = labels_filled(len(labels), dtype=walk.dtype)
     log_probs[grouped.places] = found
     return Forward(log_probs, top, total, chosen, acc, kept, *arranged)
 
@@ -244,13 +249,14 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden, weight and bias; of what needs none, a tensor without elements.
 
-    With `release` the kept tiles' memory is given back once they are used; another backward computes them again.
+    With `release` the kept tiles' memory is given back once they are used, on a CPU tile by tile, so that dW takes
+    their place; another backward computes them again.
     """
     capacity, dtype = len(saved.top), compute_dtype(hidden.dtype)
     grouped = Layout(saved.packed, saved.counts).grouped(capacity, len(grad))
     grads = grad[grouped.places].to(dtype)
     row_grads = segment_sums(grads, grouped.targets.offsets)
-    grads = sums_of_equals(grads, grouped.first)
+    grads = grads if grouped.distinct else sums_of_equals(grads, grouped.first)
     if len(saved.unit) or not (needs.weight or needs.bias):
         found = _scale_units(grouped, head, saved, grads, row_grads, folds(backend), hidden.dtype)
         return _spread(found, grouped.rows, hidden), hidden.new_empty(0, dtype=dtype), hidden.new_empty(0, dtype=dtype)
@@ -271,7 +277,11 @@ def _scale_units(
     of_label = grouped.of_label
     chosen = saved.chosen[: len(of_label)]
     p = (chosen - saved.top[of_label]).exp() / saved.total[of_label]
-    coefficients = ((grads - row_grads[of_label] * p) * head.scale).where(grouped.first, 0.0)
+    coefficients = grads - row_grads[of_label] * p
+    if head.scale != 1:
+        coefficients = coefficients * head.scale
+    if not grouped.distinct:
+        coefficients = coefficients.where(grouped.first, 0.0)
     if head.softcap:
         coefficients = coefficients * (1 - (chosen / head.softcap) ** 2)
     count = len(grouped.rows)
@@ -285,7 +295,7 @@ def _retrace(
     backend: Backend, needs: Needs, release: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """A trained head: tile by tile from the logits, kept or computed again."""
-    walk, steps = _Walk(hidden, head, grouped, capacity), folds(backend)
+    walk, steps = _Walk(hidden, head, grouped, capacity, backend), folds(backend)
     count, (vocabulary, width) = len(grouped.rows), head.weight.shape
     dh = hidden.new_zeros(count if needs.hidden else 0, width, dtype=walk.dtype)
     dw = _large(hidden.new_empty(vocabulary if needs.weight else 0, width, dtype=head.weight.dtype), backend)
@@ -297,26 +307,33 @@ def _retrace(
     if count == 0:
         dw.zero_()
     held = len(saved.kept) if saved.kept.untyped_storage().nbytes() else 0  # 0: an earlier backward released them
-    for span in walk.spans():
-        known = span.place < held
-        if release and not known and held:
-            saved.kept.untyped_storage().resize_(0)  # the rest of dw may have their place
-            held = 0
-        tile = walk.tile(span, saved.kept[span.place] if known else None, known)
-        at = span.rows
-        dz = walk.output(tile, known)
-        steps.slope(tile, saved.top[at], saved.total[at], saved.chosen, grads, row_grads[at], dz)
-        if needs.hidden:
-            walk.product(dz, walk.weight(span.tokens), dh[at], add=True)
-        if needs.weight:
-            into = dw[span.tokens] if direct else summed[: span.tokens.stop - span.tokens.start]
-            walk.product(dz.t(), walk.hidden[at], into, add=at.start > 0)
-            if at.stop == count and head.scale != 1:
-                into.mul_(head.scale)
-            if at.stop == count and not direct:
-                dw[span.tokens] = into
-        if needs.bias:
-            db[span.tokens] += dz.sum(0, dtype=walk.dtype)
+    consumes = release and backend == "cpp"
+    try:
+        for span in walk.spans():
+            known = span.place < held
+            if release and not known and held:
+                saved.kept.untyped_storage().resize_(0)  # the rest of dw may have their place
+                held = 0
+            tile = walk.tile(span, saved.kept[span.place] if known else None, known)
+            at = span.rows
+            dz = walk.output(tile, known and not consumes)
+            steps.slope(tile, saved.top[at], saved.total[at], saved.chosen, grads, row_grads[at], dz)
+            if needs.hidden:
+                walk.product(dz, walk.weight(span.tokens), dh[at], add=True)
+            if needs.weight:
+                into = dw[span.tokens] if direct else summed[: span.tokens.stop - span.tokens.start]
+                walk.product(dz.t(), walk.hidden[at], into, add=at.start > 0)
+                if at.stop == count and head.scale != 1:
+                    into.mul_(head.scale)
+                if at.stop == count and not direct:
+                    dw[span.tokens] = into
+            if needs.bias:
+                db[span.tokens] += dz.sum(0, dtype=walk.dtype)
+            if known and consumes:
+                torch.ops.sysdag_C.discard_pages(saved.kept[span.place])
+    finally:
+        if consumes and held:  # what is gone must not be read again, whatever ended the walk
+            saved.kept.untyped_storage().resize_(0)
     if head.scale != 1:
         dh.mul_(head.scale)
     found = _spread(dh.to(hidden.dtype), grouped.rows, hidden) if needs.hidden else hidden.new_empty(0)

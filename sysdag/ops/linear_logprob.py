@@ -8,6 +8,7 @@ walked, and what the backward costs, is in `_head_walk.py`; what happens inside 
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,7 +17,16 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sysdag.ops import _head_walk as walk
-from sysdag.ops._dispatch import IMPLEMENTATIONS, Backend, forced_backend, resolve, use_backend
+from sysdag.ops._dispatch import (
+    IMPLEMENTATIONS,
+    Backend,
+    derives_eagerly,
+    forced_backend,
+    refuse_tangents,
+    resolve,
+    runs_eagerly,
+    use_backend,
+)  # fmt: skip
 from sysdag.ops._head_labels import Layout
 
 _HOST = torch.device("cpu")
@@ -36,10 +46,10 @@ def linear_logprob(
     """log softmax(softcap(logit_scale * hidden @ weight.T + bias))[rows[m], labels[m]], in nats.
 
     Operations, with 2NHV for one product: 1 product without gradients, 2 in all if only `hidden` needs one, 3 to 4 in
-    all if the head needs one (`SYSDAG_KEPT_LOGITS_MB` is the memory that buys the lower figure; by default 2.25 times
-    the weight in fp32 on a CPU, a sixteenth of the device's memory on a GPU). There `SYSDAG_HEAD_FORWARD` may ask for
-    a fused kernel where the forward keeps nothing for a backward (`_head_fused.py`). Under autocast the operands are
-    cast as nn.Linear's are.
+    all if the head needs one (`SYSDAG_KEPT_LOGITS_MB` is the memory that buys the lower figure; by default
+    2.25 (1 + H/N) times the weight in fp32 on a CPU, a sixteenth of the device's memory on a GPU). There
+    `SYSDAG_HEAD_FORWARD` may ask for a fused kernel where the forward keeps nothing for a backward (`_head_fused.py`).
+    Under autocast the operands are cast as nn.Linear's are.
 
     Args:
         hidden: (N, H) in fp16, bf16, fp32 or fp64.
@@ -70,12 +80,13 @@ def linear_logprob(
     keep = 0
     if head:
         size = walk.compute_dtype(hidden.dtype).itemsize
-        keep = walk.tiles_kept(capacity, len(weight), hidden.device.type, size, walk.keep_budget(weight))
+        keep = walk.tiles_kept(capacity, len(weight), hidden.device.type, size, walk.keep_budget(weight, capacity))
     unit = wanted and hidden.requires_grad and not head
-    found = torch.ops.sysdag.linear_logprob(
-        hidden, weight, bias, rows, labels, softcap or 0.0, logit_scale, ignore_index, unit, keep
-    )
-    return found[0]
+    arguments = hidden, weight, bias, rows, labels, softcap or 0.0, logit_scale, ignore_index, unit, keep
+    if runs_eagerly(hidden, weight, bias, rows, labels):
+        return _LinearLogprob.apply(*arguments, _backend(hidden))
+    refuse_tangents("linear_logprob", hidden, weight, bias)
+    return torch.ops.sysdag.linear_logprob(*arguments)[0]
 
 
 def _check(
@@ -134,15 +145,72 @@ def _backend(hidden: Tensor) -> Backend:
     return resolve("linear_logprob", hidden.device, IMPLEMENTATIONS["linear_logprob"])
 
 
+Options = tuple[float, float]  # softcap, logit_scale
+
+
+def _scored(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor, labels: Tensor, options: Options,
+    ignore_index: int, unit: bool, keep: int, backend: Backend,
+) -> walk.Forward:  # fmt: skip
+    softcap, logit_scale = options
+    with torch.cuda.device_of(hidden):  # Triton launches on the current device
+        head = walk.Head(weight, bias, logit_scale, softcap)
+        return walk.forward(hidden, head, rows, labels, ignore_index, backend, unit=unit, keep=keep)
+
+
+def _gradients(
+    grad: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, left: Sequence[Tensor], options: Options,
+    needs: Sequence[bool], backend: Backend, release: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of hidden, weight and bias; without elements where they are not needed.
+
+    Args:
+        left: the fields of `_head_walk.Forward` after the first.
+    """
+    softcap, logit_scale = options
+    with torch.cuda.device_of(hidden):
+        head = walk.Head(weight, bias, logit_scale, softcap)
+        saved = walk.Forward(grad, *left)
+        return walk.backward(grad, hidden, head, saved, backend, walk.Needs(*needs), release)
+
+
+class _LinearLogprob(torch.autograd.Function):
+    """The eager path; the operator below is for what traces."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor, labels: Tensor, softcap: float,
+        logit_scale: float, ignore_index: int, unit: bool, keep: int, backend: Backend,
+    ) -> Tensor:  # fmt: skip
+        ctx.options, ctx.backend = (softcap, logit_scale), backend
+        found = _scored(hidden, weight, bias, rows, labels, ctx.options, ignore_index, unit, keep, backend)
+        ctx.save_for_backward(hidden, weight, bias, *found[1:])
+        return found.log_probs
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        hidden, weight, bias, *left = ctx.saved_tensors
+        needs = ctx.needs_input_grad[:3]
+        if not derives_eagerly(grad, hidden, weight, *left):  # the operator has an answer, or a refusal
+            found = torch.ops.sysdag.linear_logprob_backward(
+                grad, hidden, weight, bias, *left, *ctx.options, *needs, ctx.backend
+            )
+        else:
+            found = _gradients(grad, hidden, weight, bias, left, ctx.options, needs, ctx.backend, release=True)
+        return (*(each if needed else None for each, needed in zip(found, needs, strict=True)), *[None] * 8)
+
+
+# The registered operators, for everything that traces.
+
+
 @torch.library.custom_op("sysdag::linear_logprob", mutates_args=())
 def _forward(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor, labels: Tensor, softcap: float,
     logit_scale: float, ignore_index: int, unit: bool, keep: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The fields of `_head_walk.Forward`; `unit` and `keep` say what is left for the backward."""
-    head = walk.Head(weight, bias, logit_scale, softcap)
-    with torch.cuda.device_of(hidden):  # Triton launches on the current device
-        return walk.forward(hidden, head, rows, labels, ignore_index, _backend(hidden), unit=unit, keep=keep)
+    options = softcap, logit_scale
+    return _scored(hidden, weight, bias, rows, labels, options, ignore_index, unit, keep, _backend(hidden))
 
 
 @_forward.register_fake
@@ -158,7 +226,7 @@ def _(hidden, weight, bias, rows, labels, softcap, logit_scale, ignore_index, un
         hidden.new_empty(capacity if unit else 0, hidden.shape[1], dtype=dtype),
         hidden.new_empty(keep, tile[0] * tile[1] if keep else 0, dtype=dtype),
         hidden.new_empty(Layout.size(capacity, labels.shape[0]), dtype=torch.int64),
-        torch.empty(2, dtype=torch.int64, device="cpu"),
+        torch.empty(3, dtype=torch.int64, device="cpu"),
     )
 
 
@@ -166,23 +234,18 @@ def _(hidden, weight, bias, rows, labels, softcap, logit_scale, ignore_index, un
 def _backward(
     grad: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, top: Tensor, total: Tensor, chosen: Tensor,
     unit: Tensor, kept: Tensor, packed: Tensor, counts: Tensor, softcap: float, logit_scale: float, needs_hidden: bool,
-    needs_weight: bool, needs_bias: bool, forced: str | None, release: bool,
+    needs_weight: bool, needs_bias: bool, forced: str | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of hidden, weight and bias; without elements where they are not needed."""
     # Autograd runs the backward of CUDA tensors in threads of its own, which do not inherit the forced backend.
     with use_backend(forced) if forced else contextlib.nullcontext():  # type: ignore[arg-type]
         backend = _backend(hidden)
-    with torch.cuda.device_of(hidden):
-        return walk.backward(
-            grad, hidden, walk.Head(weight, bias, logit_scale, softcap),
-            walk.Forward(grad, top, total, chosen, unit, kept, packed, counts), backend,
-            walk.Needs(needs_hidden, needs_weight, needs_bias), release,
-        )  # fmt: skip
+    left, needs = (top, total, chosen, unit, kept, packed, counts), (needs_hidden, needs_weight, needs_bias)
+    return _gradients(grad, hidden, weight, bias, left, (softcap, logit_scale), needs, backend, release=False)
 
 
 @_backward.register_fake
 def _(grad, hidden, weight, bias, top, total, chosen, unit, kept, packed, counts, softcap, logit_scale, needs_hidden,
-      needs_weight, needs_bias, forced, release):  # type: ignore[no-untyped-def] # fmt: skip
+      needs_weight, needs_bias, forced):  # type: ignore[no-untyped-def] # fmt: skip
     dtype = walk.compute_dtype(hidden.dtype)
     return (
         torch.empty_like(hidden, memory_format=torch.contiguous_format) if needs_hidden else hidden.new_empty(0),
@@ -204,9 +267,8 @@ def _differentiate(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
         return (None,) * 10
     hidden, weight, bias, *left = ctx.saved_tensors
     needs = ctx.needs_input_grad[:3]
-    release = type(left[-1]) is Tensor  # not while torch.compile traces: it plans the memory itself
     found = torch.ops.sysdag.linear_logprob_backward(
-        grad, hidden, weight, bias, *left, *ctx.options, *needs, ctx.forced, release
+        grad, hidden, weight, bias, *left, *ctx.options, *needs, ctx.forced
     )
     return (*(each if needed else None for each, needed in zip(found, needs, strict=True)), *[None] * 7)
 

@@ -20,7 +20,15 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sysdag.ops._dispatch import IMPLEMENTATIONS, Backend, extension_raises, resolve
+from sysdag.ops._dispatch import (
+    IMPLEMENTATIONS,
+    Backend,
+    derives_eagerly,
+    extension_raises,
+    refuse_tangents,
+    resolve,
+    runs_eagerly,
+)  # fmt: skip
 
 LossType = Literal["sigmoid", "ipo", "hinge", "robust"]
 LOSS_TYPES = ("sigmoid", "ipo", "hinge", "robust")  # kernels get the position
@@ -67,11 +75,10 @@ def preference_loss(
     ref_logps = ref_logps if ref_logps.dtype == dtype else ref_logps.to(dtype)
     offsets = offsets if offsets.dtype == torch.int64 else offsets.to(torch.int64)
     lengths = lengths if lengths is None or lengths.dtype == dtype else lengths.to(dtype)
-    if torch.compiler.is_compiling():
-        _check_shapes(logps, ref_logps, offsets, lengths)
-        return _op(logps, ref_logps, offsets, lengths, beta, loss_index, label_smoothing)
-    backend = resolve("preference_loss", logps.device, IMPLEMENTATIONS["preference_loss"])
-    if backend == "cpp" and extension_raises():
+    ref_logps = ref_logps.detach() if ref_logps.requires_grad else ref_logps
+    eager = runs_eagerly(logps, ref_logps, offsets, lengths)
+    backend = None if torch.compiler.is_compiling() else _backend(logps)
+    if backend == "cpp" and eager and extension_raises():
         try:
             return _PreferenceLoss.apply(logps, ref_logps, offsets, lengths, beta, loss_index, label_smoothing, backend)
         except RuntimeError:  # the extension looks first, at no cost; this says what is wrong
@@ -79,12 +86,15 @@ def preference_loss(
             _check_offsets(offsets, len(logps))
             raise
     _check_shapes(logps, ref_logps, offsets, lengths)
-    if backend == "cpp":
-        _check_offsets(offsets, len(logps))
     if backend == "reference":
         return preference_loss_reference(
             logps, ref_logps, offsets, beta, loss_type=loss_type, label_smoothing=label_smoothing, lengths=lengths
         )
+    if not eager:
+        refuse_tangents("preference_loss", logps)
+        return _op(logps, ref_logps, offsets, lengths, beta, loss_index, label_smoothing)
+    if backend == "cpp":
+        _check_offsets(offsets, len(logps))
     return _PreferenceLoss.apply(logps, ref_logps, offsets, lengths, beta, loss_index, label_smoothing, backend)
 
 
@@ -148,6 +158,10 @@ def _hinge(margin: Tensor, e: float) -> tuple[Tensor, Tensor]:
 _MARGIN_LOSSES = {"sigmoid": _sigmoid, "robust": _robust, "hinge": _hinge}
 
 
+def _backend(logps: Tensor) -> Backend:
+    return resolve("preference_loss", logps.device, IMPLEMENTATIONS["preference_loss"])
+
+
 # What a backend computes without autograd: arguments as of the op below.
 
 
@@ -205,7 +219,12 @@ class _PreferenceLoss(torch.autograd.Function):
                 "preference_loss: its gradient cannot be differentiated again (create_graph=True); plain torch can: "
                 "`with use_backend('reference')`."
             )
-        found = None if grad is None else _backward(ctx.backend)(grad, *ctx.saved_tensors)
+        if grad is None:
+            found = None
+        elif derives_eagerly(grad):
+            found = _backward(ctx.backend)(grad, *ctx.saved_tensors)
+        else:
+            found = _backward_op(grad, *ctx.saved_tensors)
         return found, None, None, None, None, None, None, None
 
 
@@ -219,8 +238,7 @@ def _op(
     logps: Tensor, ref_logps: Tensor, offsets: Tensor, lengths: Tensor | None, beta: float, loss_index: int,
     label_smoothing: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    backend = resolve("preference_loss", logps.device, IMPLEMENTATIONS["preference_loss"])
-    return _forward(backend)(logps, ref_logps, offsets, lengths, beta, loss_index, label_smoothing)
+    return _forward(_backend(logps))(logps, ref_logps, offsets, lengths, beta, loss_index, label_smoothing)
 
 
 @torch.library.custom_op(
@@ -229,9 +247,7 @@ def _op(
     schema="(Tensor grad, Tensor coefficients, Tensor offsets) -> Tensor",
 )
 def _backward_op(grad: Tensor, coefficients: Tensor, offsets: Tensor) -> Tensor:
-    return _backward(resolve("preference_loss", grad.device, IMPLEMENTATIONS["preference_loss"]))(
-        grad, coefficients, offsets
-    )
+    return _backward(_backend(grad))(grad, coefficients, offsets)
 
 
 def _fake(logps: Tensor, ref_logps: Tensor, offsets: Tensor, *_: Any) -> tuple[Tensor, Tensor]:

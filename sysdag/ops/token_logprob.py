@@ -7,6 +7,8 @@ and those, in the logits' own memory if asked.
 from __future__ import annotations
 
 import contextlib
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,7 +16,16 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sysdag.ops._dispatch import Backend, forced_backend, resolve, use_backend
+from sysdag.ops._dispatch import (
+    Backend,
+    derives_eagerly,
+    extension_raises,
+    forced_backend,
+    refuse_tangents,
+    resolve,
+    runs_eagerly,
+    use_backend,
+)  # fmt: skip
 
 _CPP = (torch.float32, torch.float64, torch.bfloat16)
 
@@ -45,6 +56,22 @@ def token_logprob(
             label's result is nan, and torch's own kernels assert), or logits that `inplace_backward` cannot take.
         BackendError: if the forced backend cannot serve.
     """
+    if not runs_eagerly(logits, labels):
+        _check(logits, labels, inplace_backward)
+        refuse_tangents("token_logprob", logits)
+        return torch.ops.sysdag.token_logprob(logits, labels, ignore_index, inplace_backward)[0]
+    try:
+        backend = _backend(logits)
+        if inplace_backward or backend != "cpp" or not extension_raises():
+            _check(logits, labels, inplace_backward)
+        return _TokenLogprob.apply(logits, labels, ignore_index, inplace_backward, backend)
+    except RuntimeError:  # the extension looks first, at no cost; this says what is wrong
+        _check(logits, labels, inplace_backward)
+        _check_labels(labels, logits.shape[1], ignore_index)
+        raise
+
+
+def _check(logits: Tensor, labels: Tensor, inplace_backward: bool) -> None:
     if logits.dim() != 2 or labels.shape != logits.shape[:1] or labels.dtype != torch.int64:
         raise ValueError(
             f"token_logprob needs logits (N, V) and int64 labels (N,), got {tuple(logits.shape)} and "
@@ -57,7 +84,6 @@ def token_logprob(
         )
     if inplace_backward and logits.requires_grad:
         _check_inplace(logits)
-    return torch.ops.sysdag.token_logprob(logits, labels, ignore_index, inplace_backward)[0]
 
 
 def _check_inplace(logits: Tensor) -> None:
@@ -87,14 +113,13 @@ def _backend(logits: Tensor) -> Backend:
     return resolve("token_logprob", logits.device, preference)
 
 
-@torch.library.custom_op("sysdag::token_logprob", mutates_args=())
-def _forward(logits: Tensor, labels: Tensor, ignore_index: int, inplace_backward: bool) -> tuple[Tensor, Tensor]:
+def _statistics(logits: Tensor, labels: Tensor, ignore_index: int, backend: Backend) -> tuple[Tensor, Tensor]:
     """The log-probabilities, and for each row the largest logit m and sum_v exp(x_v - m)."""
-    backend = _backend(logits)
-    _check_labels(labels, logits.shape[1], ignore_index)
-    logits, labels = logits.contiguous(), labels.contiguous()
+    if backend != "cpp" or not extension_raises():
+        _check_labels(labels, logits.shape[1], ignore_index)
     if backend == "cpp":
-        return torch.ops.sysdag_C.token_logprob(logits, labels, ignore_index)
+        return _cpp_forward()(logits, labels, ignore_index)
+    logits, labels = logits.contiguous(), labels.contiguous()
     if backend == "triton":
         from sysdag.kernels.token_logprob import forward
 
@@ -119,43 +144,13 @@ def _check_labels(labels: Tensor, width: int, ignore_index: int) -> None:
         )
 
 
-@_forward.register_fake
-def _(logits: Tensor, labels: Tensor, ignore_index: int, inplace_backward: bool) -> tuple[Tensor, Tensor]:
-    rows, dtype = logits.shape[0], _statistics_dtype(logits)
-    return logits.new_empty(rows, dtype=dtype), logits.new_empty(rows, 2, dtype=dtype)
-
-
-@torch.library.custom_op("sysdag::token_logprob_backward", mutates_args=())
-def _backward(
-    grad: Tensor, logits: Tensor, labels: Tensor, stats: Tensor, ignore_index: int, forced: str | None
+def _gradient(
+    grad: Tensor, logits: Tensor, labels: Tensor, stats: Tensor, ignore_index: int, backend: Backend, out: Tensor
 ) -> Tensor:
-    out = torch.empty_like(logits, memory_format=torch.contiguous_format)
-    _write_gradient(grad, logits.contiguous(), labels, stats, ignore_index, forced, out)
-    return out
-
-
-@_backward.register_fake
-def _(grad: Tensor, logits: Tensor, labels: Tensor, stats: Tensor, ignore_index: int, forced: str | None) -> Tensor:
-    return torch.empty_like(logits, memory_format=torch.contiguous_format)
-
-
-@torch.library.custom_op("sysdag::token_logprob_backward_", mutates_args=("logits",))
-def _backward_inplace(
-    grad: Tensor, logits: Tensor, labels: Tensor, stats: Tensor, ignore_index: int, forced: str | None
-) -> None:
-    _write_gradient(grad, logits, labels, stats, ignore_index, forced, logits)
-
-
-def _write_gradient(
-    grad: Tensor, logits: Tensor, labels: Tensor, stats: Tensor, ignore_index: int, forced: str | None, out: Tensor
-) -> None:
-    """Writes g ([v = y] - softmax(x)_v) to `out`, which may be the logits."""
-    # Autograd runs the backward of CUDA tensors in threads of its own, which do not inherit the forced backend.
-    with use_backend(forced) if forced else contextlib.nullcontext():  # type: ignore[arg-type]
-        backend = _backend(logits)
-    grad, labels = grad.contiguous(), labels.contiguous()
+    """g ([v = y] - softmax(x)_v), written to `out`, which may be the logits."""
+    logits, grad, labels = logits.contiguous(), grad.contiguous(), labels.contiguous()
     if backend == "cpp":
-        torch.ops.sysdag_C.token_logprob_backward(grad, logits, labels, stats, ignore_index, out)
+        _cpp_backward()(grad, logits, labels, stats, ignore_index, out)
     elif backend == "triton":
         from sysdag.kernels.token_logprob import backward
 
@@ -168,6 +163,97 @@ def _write_gradient(
         if logits.shape[1]:
             onehot.scatter_(1, labels.where(kept, 0)[:, None], 1)
         out.copy_(((onehot - probabilities) * factor).where(kept[:, None], 0))
+    return out
+
+
+@functools.cache
+def _cpp_forward() -> Callable[..., tuple[Tensor, Tensor]]:
+    return torch.ops.sysdag_C.token_logprob_forward.default
+
+
+@functools.cache
+def _cpp_backward() -> Callable[..., None]:
+    return torch.ops.sysdag_C.token_logprob_backward.default
+
+
+def _empty(logits: Tensor) -> Tensor:
+    return torch.empty_like(logits, memory_format=torch.contiguous_format)
+
+
+class _TokenLogprob(torch.autograd.Function):
+    """The eager path: a third of the overhead of the operator below, which tracing needs."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, labels: Tensor, ignore_index: int, inplace: bool, backend: Backend) -> Tensor:
+        logp, stats = _statistics(logits, labels, ignore_index, backend)
+        ctx.save_for_backward(logits, labels, stats)
+        ctx.options = ignore_index, inplace, backend
+        return logp
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:  # type: ignore[override]
+        logits, labels, stats = ctx.saved_tensors
+        ignore_index, inplace, backend = ctx.options
+        if not derives_eagerly(grad, logits):  # the operator has an answer, or a refusal
+            found = _differentiated(grad, logits, labels, stats, ignore_index, backend, inplace)
+        elif inplace:
+            found = _gradient(grad, logits, labels, stats, ignore_index, backend, logits.detach())
+            torch.autograd.graph.increment_version(logits)
+        else:
+            found = _gradient(grad, logits, labels, stats, ignore_index, backend, _empty(logits))
+        return found, None, None, None, None
+
+
+# The registered operators, for everything that traces.
+
+
+@torch.library.custom_op("sysdag::token_logprob", mutates_args=())
+def _forward(logits: Tensor, labels: Tensor, ignore_index: int, inplace_backward: bool) -> tuple[Tensor, Tensor]:
+    try:
+        return _statistics(logits, labels, ignore_index, _backend(logits))
+    except RuntimeError:
+        _check_labels(labels, logits.shape[1], ignore_index)
+        raise
+
+
+@_forward.register_fake
+def _(logits: Tensor, labels: Tensor, ignore_index: int, inplace_backward: bool) -> tuple[Tensor, Tensor]:
+    rows, dtype = logits.shape[0], _statistics_dtype(logits)
+    return logits.new_empty(rows, dtype=dtype), logits.new_empty(rows, 2, dtype=dtype)
+
+
+@torch.library.custom_op("sysdag::token_logprob_backward", mutates_args=())
+def _backward(
+    grad: Tensor, logits: Tensor, labels: Tensor, stats: Tensor, ignore_index: int, forced: str | None
+) -> Tensor:
+    return _gradient(grad, logits, labels, stats, ignore_index, _backend_as(forced, logits), _empty(logits))
+
+
+@_backward.register_fake
+def _(grad: Tensor, logits: Tensor, labels: Tensor, stats: Tensor, ignore_index: int, forced: str | None) -> Tensor:
+    return _empty(logits)
+
+
+@torch.library.custom_op("sysdag::token_logprob_backward_", mutates_args=("logits",))
+def _backward_inplace(
+    grad: Tensor, logits: Tensor, labels: Tensor, stats: Tensor, ignore_index: int, forced: str | None
+) -> None:
+    _gradient(grad, logits, labels, stats, ignore_index, _backend_as(forced, logits), logits)
+
+
+def _backend_as(forced: str | None, logits: Tensor) -> Backend:
+    """The backend as the forward's was forced: threads of autograd, which run CUDA's backward, do not inherit that."""
+    with use_backend(forced) if forced else contextlib.nullcontext():  # type: ignore[arg-type]
+        return _backend(logits)
+
+
+def _differentiated(
+    grad: Tensor, logits: Tensor, labels: Tensor, stats: Tensor, ignore_index: int, forced: str | None, inplace: bool
+) -> Tensor:
+    if not inplace:
+        return _backward(grad, logits, labels, stats, ignore_index, forced)
+    _backward_inplace(grad, logits, labels, stats, ignore_index, forced)
+    return logits.detach()
 
 
 def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, int, bool], output: tuple[Tensor, Tensor]) -> None:
@@ -179,10 +265,12 @@ def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, int, bool], output: t
 
 def _differentiate(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, None, None, None]:
     logits, labels, stats = ctx.saved_tensors
-    if not ctx.inplace:
-        return _backward(grad, logits, labels, stats, ctx.ignore_index, ctx.forced), None, None, None
-    _backward_inplace(grad, logits, labels, stats, ctx.ignore_index, ctx.forced)
-    return logits.detach(), None, None, None
+    return (
+        _differentiated(grad, logits, labels, stats, ctx.ignore_index, ctx.forced, ctx.inplace),
+        None,
+        None,
+        None,
+    )
 
 
 _forward.register_autograd(_differentiate, setup_context=_setup_context)

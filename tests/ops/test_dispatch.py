@@ -20,9 +20,11 @@ def available(monkeypatch):
     def pretend(*names):
         reason = lambda name, device_type: None if name in (*names, "reference") else "it is not here"
         monkeypatch.setattr(_dispatch, "why_unavailable", reason)
+        _dispatch._chosen.cache_clear()
 
     monkeypatch.delenv("SYSDAG_BACKEND", raising=False)
-    return pretend
+    yield pretend
+    _dispatch._chosen.cache_clear()
 
 
 def test_the_first_available_of_the_preferences_serves(available):

@@ -1,11 +1,16 @@
 import inspect
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from truth import assert_as_good_as_torch, max_error
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # bench/ is no installed package
+
+from bench import measure
 from sysdag.ops import _head_walk, linear_logprob
-from sysdag.ops._dispatch import BackendError, use_backend
+from sysdag.ops._dispatch import BackendError, use_backend, why_unavailable
 from sysdag.ops.linear_logprob import linear_logprob_reference
 
 IGNORED = -100
@@ -90,7 +95,7 @@ def test_odd_sizes(backend, shape, trained):
 def test_several_tiles_kept_or_not(backend, budget, monkeypatch):
     """Many small tiles, the last ones ragged: none, some or all are kept for the backward."""
     monkeypatch.setattr(_head_walk, "tile_shape", lambda *_: (8, 256))
-    monkeypatch.setattr(_head_walk, "keep_budget", lambda _: budget)
+    monkeypatch.setattr(_head_walk, "keep_budget", lambda *_: budget)
     shape = (13, 16, 515, 30) if backend.interpreted else (29, 16, 1003, 60)
     for options in ({}, {"softcap": 2.0, "logit_scale": 1.5}):
         assert_accurate(problem(*shape, device=backend.device, bias=bool(options)), trained=True, **options)
@@ -210,6 +215,76 @@ def test_the_backward_can_run_twice(backend):
         result = linear_logprob(leaves[0], leaves[1], rows, labels)
         first, again = (torch.autograd.grad(result, leaves[0], grad, retain_graph=True)[0] for _ in range(2))
         assert torch.equal(first, again)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpp"], indirect=True)
+@pytest.mark.parametrize("budget", [3 * 4 * 8 * 256, 1 << 30])
+def test_kept_tiles_are_used_once(backend, budget, monkeypatch):
+    """The backward writes over them and gives their memory back; another one, or one after an error, computes anew."""
+    monkeypatch.setattr(_head_walk, "tile_shape", lambda *_: (8, 256))
+    monkeypatch.setattr(_head_walk, "keep_budget", lambda *_: budget)
+    hidden, weight, _, rows, labels, grad = problem(29, 16, 1003, 60)
+    leaves = [hidden.requires_grad_(), weight.requires_grad_()]
+    expected = torch.autograd.grad(eager(*leaves, rows, labels), leaves, grad)
+    result = linear_logprob(*leaves, rows, labels)
+    plain, calls = _head_walk.folds, []
+
+    def failing(name):
+        steps = plain(name)
+
+        def slope(*arguments):
+            calls.append(arguments)
+            if len(calls) == 3:
+                raise ZeroDivisionError
+            steps.slope(*arguments)
+
+        return steps._replace(slope=slope)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(_head_walk, "folds", failing)
+        with pytest.raises(ZeroDivisionError):
+            torch.autograd.grad(result, leaves, grad, retain_graph=True)
+    for _ in range(2):
+        for found, own in zip(torch.autograd.grad(result, leaves, grad, retain_graph=True), expected, strict=True):
+            torch.testing.assert_close(found, own, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.skipif(why_unavailable("cpp", "cpu") is not None, reason="the extension is not built")
+def test_the_head_s_gradient_takes_the_place_of_kept_tiles(monkeypatch):
+    """Resident memory over a backward of 64 MiB of tiles and 16 MiB of gradient."""
+    monkeypatch.setattr(_head_walk, "keep_budget", lambda *_: 1 << 30)
+    code = """
+import torch
+from bench.measure import PeakMemory
+from sysdag.ops import linear_logprob
+torch.set_num_threads(1)
+hidden, weight = torch.randn(1024, 256).requires_grad_(), torch.randn(16384, 256).requires_grad_()
+rows = torch.arange(1024)
+small = linear_logprob(hidden[:8], weight[:64], rows[:8], rows[:8])
+torch.autograd.grad(small.sum(), (hidden, weight))
+result = linear_logprob(hidden, weight, rows, rows)
+with PeakMemory("cpu") as memory:
+    torch.autograd.grad(result.sum(), (hidden, weight))
+print(memory.mib)
+"""
+    monkeypatch.setenv(_head_walk.KEEP_VARIABLE, "1000")
+    assert measure.peak_in_a_process(code) < 12
+
+
+@pytest.mark.parametrize("equal", [False, True])
+def test_labels_of_a_row_that_are_equal_and_that_are_not(backend, equal):
+    rows, labels = torch.tensor([0, 0, 1, 2, 2, 2]), torch.tensor([3, 5, 1, 4, IGNORED, 0])
+    labels[1] = 3 if equal else 5
+    hidden, weight, _, _, _, _ = problem(3, 6, 11, 6, device=backend.device)
+    grad = torch.tensor([1.0, -2.0, 0.5, 3.0, 1.0, -1.0], device=backend.device)
+    parts = hidden, weight, None, rows.to(backend.device), labels.to(backend.device), grad
+    doubles = hidden.double(), weight.double(), *parts[2:]
+    for trained in TRAINED:
+        for scale in (0.5, 1.0):
+            found = run(linear_logprob, *parts, trained=trained, logit_scale=scale)
+            truth = run(eager, *doubles, trained=trained, logit_scale=scale)
+            for one, true in zip(found, truth, strict=True):
+                torch.testing.assert_close(one.double(), true, rtol=1e-5, atol=1e-5)
 
 
 def test_sums_over_a_sequence_keep_their_precision(backend):
