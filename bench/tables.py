@@ -293,8 +293,7 @@ def tries_table(folder: Path = measure.RESULTS) -> str:
     lines = [header, ["---"] * 4 + ["---:"] * 5]
     for row in rows:
         shares = [
-            f"{float(row[key]):.2f}" if row[key] else ""
-            for key in ("seconds_of_former", "seconds_of_unpacked", "peak_mib_of_former")
+            f"{float(row[key]):.2f}" for key in ("seconds_of_former", "seconds_of_unpacked", "peak_mib_of_former")
         ]
         time, peak = f"{float(row['seconds']):.1f} s", f"{float(row['peak_mib']):.0f} MiB"
         lines.append([row["model"], row["trained"], row["prompt"], row["name"], time, *shares[:2], peak, shares[2]])

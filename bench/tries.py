@@ -1,6 +1,6 @@
 """Scoring candidates that share their prompt, forward and backward, with a real language model on the CPU.
 
-    python -m bench tries --model FOLDER [--prompts N ...] [--former COMMIT] [--csv]
+    python -m bench tries --model FOLDER [--prompts N ...] [--former COMMIT] [--unpacked N] [--csv]
 
 FOLDER holds a causal language model, such as SmolLM2-135M-Instruct, in fp32. Of k = 8 candidates of 64 tokens after one
 prompt, all of random tokens, the log-probabilities are computed with the gradients of their weighted sum. Each way runs
@@ -8,12 +8,13 @@ in a process of its own, in turns:
 
 - sysdag: one packed row, whose attention is computed in pieces;
 - former: one packed row with a dense mask, by the package as it was at --former, taken from git;
-- unpacked: one row after another, each a forward and a backward.
+- unpacked: one row after another, each a forward and a backward. They are equally long, so the time of the first
+  `--unpacked N` stands for that of all.
 
-The scores, and of each parameter the gradient's norm and its product with a random vector, are compared with those of
-unpacked first, to 1e-5 of the largest score and of the norm. Seconds are by the clock, `cpu_seconds` by the processor
-time of the process; peak memory is what is needed beyond the weights, gradients included. `--ways` leaves others out,
-and where unpacked is left out former is what the rest is held against.
+The scores, and of each parameter the gradient's norm and its product with a random vector, are compared first: to 1e-5
+of the largest score and of the norm, with those of unpacked; of the gradient with former's where N is not all. Seconds
+are by the clock, `cpu_seconds` by the processor time of the process; peak memory is what is needed beyond the weights,
+gradients included.
 """
 
 from __future__ import annotations
@@ -89,8 +90,9 @@ def work(folder: str, trained: str) -> None:
     for line in sys.stdin:
         asked = json.loads(line)
         wanted = sequences(asked["prompt"], model.config.vocab_size)
-        groups = [[number] for number in range(CANDIDATES)] if asked["unpacked"] else [list(range(CANDIDATES))]
-        scorer = PrefixScorer(model, pack_prefixes=not asked["unpacked"])
+        alone = asked["alone"]  # how many are scored one after another; 0 for all in one row
+        groups = [[number] for number in range(alone)] if alone else [list(range(CANDIDATES))]
+        scorer = PrefixScorer(model, pack_prefixes=not alone)
         scorer.groups(wanted, 1)  # its probe is not measured
         scores: list[float] = []
         with PeakMemory("cpu") as memory:
@@ -99,7 +101,10 @@ def work(folder: str, trained: str) -> None:
                 found = scorer([wanted[number] for number in group], 0)
                 (found @ weights[group]).backward()
                 scores += found.tolist()
-            taken = {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - cpu_start}
+            part = sum(map(len, groups)) / CANDIDATES
+            taken = {
+                "seconds": (time.perf_counter() - start) / part, "cpu_seconds": (time.process_time() - cpu_start) / part
+            }  # fmt: skip
         answer = {"scores": scores, "gradients": digests(model), **taken, "peak_mib": memory.mib}
         print(json.dumps(answer), file=answers, flush=True)
 
@@ -114,33 +119,40 @@ def process_of(root: Path, folder: str, trained: str, threads: int) -> JsonProce
     return JsonProcess([sys.executable, str(Path(__file__)), folder, trained], os.environ | own)
 
 
-def errors(found: Answer, wanted: Answer) -> dict[str, float]:
-    """How far scores and gradients are from another way's: of the largest score, and of each gradient's norm."""
-    largest = max(map(abs, wanted["scores"]))
-    scores = max(abs(own - other) for own, other in zip(found["scores"], wanted["scores"], strict=True)) / largest
+def score_error(found: Answer, wanted: Answer) -> float:
+    """The largest difference of the scores that both have, over the largest score."""
+    pairs = zip(found["scores"], wanted["scores"], strict=False)
+    return max(abs(own - other) for own, other in pairs) / max(map(abs, wanted["scores"]))
+
+
+def gradient_error(found: Answer, wanted: Answer) -> float:
+    """The largest difference of a gradient's digest, over its norm."""
     every = math.sqrt(sum(norm**2 for norm, _ in wanted["gradients"].values()))
-    gradients = max(
+    return max(
         max(abs(own - other) for own, other in zip(found["gradients"][name], value, strict=True))
         / max(value[0], 1e-5 * every)
         for name, value in wanted["gradients"].items()
     )
-    return {"score_error": scores, "gradient_error": gradients}
 
 
 def compare(
-    prompt: int, trained: str, workers: Mapping[str, JsonProcess], repeats: int, model: str
+    prompt: int, trained: str, workers: Mapping[str, JsonProcess], repeats: int, model: str, alone: int
 ) -> list[dict[str, Any]]:
     """A row for each way."""
     answers: dict[str, list[Answer]] = {way: [] for way in workers}
     for _ in range(repeats):
         for way, worker in workers.items():
-            answers[way].append(worker.run(prompt=prompt, unpacked=way == "unpacked"))
-    last = list(workers)[-1]
+            answers[way].append(worker.run(prompt=prompt, alone=alone if way == "unpacked" else 0))
+    unpacked, former = answers["unpacked"][0], answers["former"][0]
     rows = []
     for way, each in answers.items():
-        differs = errors(each[0], answers[last][0])
+        differs = {"score_error": score_error(each[0], unpacked)}
+        if len(unpacked["scores"]) == CANDIDATES:
+            differs["gradient_error"] = gradient_error(each[0], unpacked)
+        else:
+            differs["gradient_error"] = 0.0 if way == "unpacked" else gradient_error(each[0], former)
         if max(differs.values()) > 1e-5:
-            raise SystemExit(f"{way}, prompt {prompt}: {differs} from {last}; no speed is reported for a wrong result.")
+            raise SystemExit(f"{way}, prompt {prompt}: {differs}; no speed is reported for a wrong result.")
         row = {"model": model, "trained": trained, "prompt": prompt, "name": way}
         row |= {what: statistics.median(answer[what] for answer in each) for what in ("seconds", "cpu_seconds")}
         rows.append(row | {"peak_mib": max(answer["peak_mib"] for answer in each), **differs})
@@ -148,8 +160,7 @@ def compare(
     for row in rows:
         for other in ("former", "unpacked"):
             for what in ("seconds", "cpu_seconds", "peak_mib"):
-                there = by_name.get(other)
-                row[f"{what}_of_{other}"] = row[what] / there[what] if there else ""
+                row[f"{what}_of_{other}"] = row[what] / by_name[other][what]
         row["repeats"] = repeats
     return rows
 
@@ -160,20 +171,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--prompts": {"metavar": "N", "type": int, "nargs": "+", "default": [256, 2048], "help": "tokens of prompts"},
         "--former": {"metavar": "COMMIT", "default": FORMER},
         "--trained": {"nargs": "+", "choices": TRAINED, "default": ["full"]},
-        "--ways": {"nargs": "+", "choices": WAYS, "default": list(WAYS)},
+        "--unpacked": {"metavar": "N", "type": int, "choices": range(1, CANDIDATES + 1), "default": CANDIDATES},
     }
     options = measure.options(__doc__, "tries", arguments, devices=["cpu"], threads=1, repeats=1, own=own)
     name = Path(options.model).resolve().name
     rows = []
     with tempfile.TemporaryDirectory() as temporary:
-        ways = [way for way in WAYS if way in options.ways]
-        trees = {"former": former_tree(options.former, Path(temporary))} if "former" in ways else {}
+        trees = {"former": former_tree(options.former, Path(temporary))}
         for trained in options.trained:
             workers = {
-                way: process_of(trees.get(way, ROOT), options.model, trained, options.threads or 1) for way in ways
+                way: process_of(trees.get(way, ROOT), options.model, trained, options.threads or 1) for way in WAYS
             }
             for prompt in options.prompts:
-                rows += compare(prompt, trained, workers, options.repeats, name)
+                rows += compare(prompt, trained, workers, options.repeats, name, options.unpacked)
             for worker in workers.values():
                 worker.stop()
     measure.report("tries", rows, options.csv)

@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sysdag.components import acceleration, adapter
 from sysdag.components.footprint import Footprint, bytes_of, make_fake
-from sysdag.components.language import key_value_slabs
+from sysdag.components.language import key_value_slabs, packed_inputs, trie_pieces
 from sysdag.components.language.language_head import TokenScorer
 from sysdag.components.memory import SavedBytes
 from sysdag.components.precision import optimizer_bytes
@@ -59,7 +59,9 @@ def of_language_model(
     def score(model: Any) -> None:
         inputs = {
             "input_ids": torch.zeros(1, tokens, dtype=torch.int64),
-            "attention_mask": torch.zeros(1, 1, tokens, tokens, dtype=dtype),
+            "attention_mask": packed_inputs.tries_mask(
+                model, torch.zeros(1, tokens, dtype=torch.int64), trie_pieces.one_branch(tokens - labels, tokens)
+            ),
             "position_ids": torch.zeros(1, tokens, dtype=torch.int64),
         }
         rows = torch.zeros(labels, dtype=torch.int64)

@@ -8,15 +8,18 @@ one); for everything else, and for models under `torch.compile`, a dense tensor.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from sysdag.components.language import trie_pieces
 from sysdag.components.language.language_head import inner_model
 from sysdag.components.language.token_trie import TokenTrie
 from sysdag.components.language.trie_mask import TrieMask, dense_mask
+from sysdag.components.language.trie_pieces import Piece
 
 
 def config_of(model: Any) -> Any:
@@ -34,7 +37,7 @@ def device_of(model: Any) -> torch.device:
 
 
 def model_inputs(
-    model: Any, trie: TokenTrie, device: torch.device, *, by_pieces: bool = True, call: float = trie_pieces.CALL
+    model: Any, trie: TokenTrie, device: torch.device, *, by_pieces: bool = True, call: float | None = None
 ) -> dict[str, Any]:
     """The arguments of the model's forward for a trie's rows.
 
@@ -43,7 +46,7 @@ def model_inputs(
         trie: what its rows hold.
         device: where they go.
         by_pieces: False for a dense mask.
-        call: what a piece more costs, see `trie_pieces.pieces`.
+        call: see `trie_pieces.pieces`.
     """
     ids = trie.tokens.to(device)
     # A model that would return its routers' logits would also make a loss of them, for which it takes no such mask.
@@ -58,11 +61,24 @@ def model_inputs(
         rows, width = ids.shape
         mask: Any = create_block_mask(subtree_mask(end), rows, None, width, width, device=device)
     else:
-        dtype = inner_model(model).get_input_embeddings().weight.dtype
-        config = config_of(model)
-        pieces = trie_pieces.pieces(trie, config.hidden_size, call) if by_pieces and takes_pieces(model, device) else ()
-        mask = TrieMask(end, pieces, dtype=dtype, groups=_groups(config)) if pieces else dense_mask(end, dtype)
+        mask = tries_mask(
+            model, end, trie_pieces.pieces(trie, config_of(model).hidden_size, call) if by_pieces else ()
+        )
     return {"input_ids": ids, "attention_mask": mask, "position_ids": trie.depth.to(device), **others}
+
+
+def tries_mask(model: Any, end: Int[Tensor, "R T"], pieces: Sequence[Piece]) -> Float[Tensor, "R 1 T T"]:
+    """The mask of packed rows for a model: by these pieces, where its attention takes that, else dense.
+
+    Args:
+        model: perhaps inside a PeftModel.
+        end: see `TokenTrie`, on the model's device.
+        pieces: none for a dense mask.
+    """
+    dtype = inner_model(model).get_input_embeddings().weight.dtype
+    if pieces and takes_pieces(model, end.device):
+        return TrieMask(end, pieces, dtype=dtype, groups=_groups(config_of(model)))
+    return dense_mask(end, dtype)
 
 
 def takes_pieces(model: Any, device: torch.device) -> bool:

@@ -33,7 +33,8 @@ def obstacle(query: Tensor, key: Tensor, value: Tensor) -> str:
         return f"its queries, keys and values are {query.dtype}, {key.dtype} and {value.dtype}"
     if query.ndim != 4 or query.shape != key.shape or key.shape != value.shape:
         return f"its queries, keys and values are {tuple(query.shape)}, {tuple(key.shape)} and {tuple(value.shape)}"
-    if torch._fused_sdp_choice(query, key, value, is_causal=True) != _FLASH:
+    is_fake = isinstance(query, FakeTensor)  # of which torch gives no choice
+    if not is_fake and torch._fused_sdp_choice(query, key, value, is_causal=True) != _FLASH:
         return "no flash kernel takes its heads"
     return ""
 

@@ -9,7 +9,7 @@ is an argument, gradient checkpoints that compute a layer anew see what the firs
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -38,6 +38,15 @@ class Use:
     dense_because: str = ""
 
 
+@dataclass
+class _Content:
+    """What masks share that share their memory, as detached ones do."""
+
+    pieces: Sequence[Piece]
+    dense: Tensor | None = None
+    squares: dict[tuple[int, int, int, torch.dtype], Tensor] = field(default_factory=dict)
+
+
 class TrieMask(Tensor):
     """What is added to the scores (R, 1, T, T) of packed rows: 0 where a token attends, the dtype's least elsewhere.
 
@@ -49,11 +58,9 @@ class TrieMask(Tensor):
     """
 
     end: Tensor
-    pieces: Sequence[Piece]
     groups: Sequence[int]
     use: Use
-    _dense: Tensor | None
-    _squares: dict[tuple[int, int, int, torch.dtype], Tensor]
+    _content: _Content
 
     @staticmethod
     def __new__(
@@ -62,8 +69,7 @@ class TrieMask(Tensor):
     ) -> TrieMask:  # fmt: skip
         rows, width = end.shape
         made = Tensor._make_wrapper_subclass(cls, (rows, 1, width, width), dtype=dtype, device=end.device)
-        made.end, made.pieces, made.groups = end, pieces, groups
-        made.use, made._dense, made._squares = use or Use(), None, {}
+        made.end, made.groups, made.use, made._content = end, groups, use or Use(), _Content(pieces)
         return made
 
     def __init__(self, *_: Any, **__: Any) -> None: ...
@@ -71,18 +77,23 @@ class TrieMask(Tensor):
     def __repr__(self, **_: Any) -> str:
         return f"TrieMask({tuple(self.shape)}, {self.dtype}, {len(self.pieces)} pieces)"
 
+    @property
+    def pieces(self) -> Sequence[Piece]:
+        return self._content.pieces
+
     def dense(self) -> Tensor:
         """The mask as an ordinary tensor."""
-        if self._dense is None:
-            self._dense = dense_mask(self.end, self.dtype)
-        return self._dense
+        if self._content.dense is None:
+            self._content.dense = dense_mask(self.end, self.dtype)
+        return self._content.dense
 
     def square(self, piece: Piece, dtype: torch.dtype) -> Tensor:
         """(1, 1, n, n) of a masked piece."""
         key = (piece.row, piece.queries.start, piece.queries.stop, dtype)
-        if key not in self._squares:
-            self._squares[key] = _added(subtrees(self.end[piece.row, piece.queries], piece.queries.start), dtype)[None, None]
-        return self._squares[key]
+        squares = self._content.squares
+        if key not in squares:
+            squares[key] = _added(subtrees(self.end[piece.row, piece.queries], piece.queries.start), dtype)[None, None]
+        return squares[key]
 
     def _give_up(self, reason: str) -> Tensor:
         self.use.dense_because = self.use.dense_because or reason
@@ -132,13 +143,18 @@ class TrieMask(Tensor):
         cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if args and isinstance(mask := args[0], TrieMask) and (func in _SAME or func in _COPIES):
-            return mask._copied(**kwargs)
+        if args and isinstance(mask := args[0], TrieMask):
+            if func in _SAME:
+                same = TrieMask(mask.end, (), dtype=mask.dtype, groups=mask.groups, use=mask.use)
+                same._content = mask._content
+                return same
+            if func in _COPIES:
+                return mask._copied(**kwargs)
         name = func.overloadpacket.__name__
 
         def read(mask: TrieMask) -> Tensor:
             found = mask._give_up(f"its mask is read by {name}")
-            mask.pieces = ()  # what was read may be written to
+            mask._content.pieces = ()  # what was read may be written to
             return found
 
         return func(*tree_map_only(TrieMask, read, tuple(args)), **tree_map_only(TrieMask, read, kwargs))

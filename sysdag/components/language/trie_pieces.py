@@ -47,14 +47,15 @@ class Piece:
     opens: bool
 
 
-def pieces(trie: TokenTrie, width: int, call: float = CALL) -> tuple[Piece, ...]:
+def pieces(trie: TokenTrie, width: int, call: float | None = None) -> tuple[Piece, ...]:
     """The pieces of a trie's rows, padding included; none where one square for each whole row is no more work.
 
     Args:
         trie: in host memory.
         width: of the queries.
-        call: see `CALL`. With 0 nothing that can do without a mask has one.
+        call: instead of `CALL`. With 0 nothing has a mask.
     """
+    call = CALL if call is None else call
     rows, columns = trie.tokens.shape
     price = call / width
     found: list[Piece] = []
@@ -68,6 +69,15 @@ def pieces(trie: TokenTrie, width: int, call: float = CALL) -> tuple[Piece, ...]
             found.append(Piece(row, padding, padding, Kind.CAUSAL, True))
             work += _triangle(columns - length, price)
     return tuple(found) if work < price + rows * columns**2 or not call else ()
+
+
+def one_branch(stem: int, tokens: int) -> tuple[Piece, ...]:
+    """The pieces of a row of a stem of so many tokens and a branch with the rest."""
+    first, rest = slice(0, max(stem, 1)), slice(max(stem, 1), tokens)
+    opening = Piece(0, first, first, Kind.CAUSAL, True)
+    if rest.start >= tokens:
+        return (opening,)
+    return opening, Piece(0, rest, first, Kind.ALL, True), Piece(0, rest, rest, Kind.CAUSAL, False)
 
 
 def _triangle(tokens: int, price: float) -> float:
