@@ -97,7 +97,7 @@ class _TrieAttention(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, out, total = ctx.saved_tensors
         key, value = (each.repeat_interleave(ctx.groups, 1) if ctx.groups > 1 else each for each in (key, value))
-        found = [torch.zeros_like(each) for each in (query, key, value)]
+        found = [torch.zeros_like(each, dtype=total.dtype) for each in (query, key, value)]
         for piece in ctx.pieces:
             of_queries = [_part(each, piece, piece.queries) for each in (gradient, query, out, total)]
             parts = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
@@ -107,7 +107,7 @@ class _TrieAttention(torch.autograd.Function):
             )  # fmt: skip
             for whole, part, columns in zip(found, parts, (piece.queries, piece.keys, piece.keys), strict=True):
                 _part(whole, piece, columns).add_(part)
-        return (*found, None, None, None, None)
+        return (*(each.to(query.dtype) for each in found), None, None, None, None)
 
 
 def _part(tensor: Tensor, piece: Piece, columns: slice) -> Tensor:
