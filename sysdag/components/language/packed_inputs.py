@@ -61,9 +61,7 @@ def model_inputs(
         rows, width = ids.shape
         mask: Any = create_block_mask(subtree_mask(end), rows, None, width, width, device=device)
     else:
-        mask = tries_mask(
-            model, end, trie_pieces.pieces(trie, config_of(model).hidden_size, call) if by_pieces else ()
-        )
+        mask = tries_mask(model, end, trie_pieces.pieces(trie, config_of(model).hidden_size, call) if by_pieces else ())
     return {"input_ids": ids, "attention_mask": mask, "position_ids": trie.depth.to(device), **others}
 
 

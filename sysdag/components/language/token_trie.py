@@ -67,7 +67,7 @@ class TokenTrie:
 
 
 def subtrees(end: Int[Tensor, "*R T"], first: int = 0) -> Bool[Tensor, "*R T T"]:
-    """True where a token (second last axis) is in the subtree of another (last axis), whose columns begin at `first`."""
+    """True where a token (second last axis) is in the subtree of another (last axis); columns begin at `first`."""
     place = torch.arange(first, first + end.shape[-1], device=end.device)
     return (place <= place[:, None]) & (place[:, None] < end[..., None, :])
 

@@ -183,4 +183,6 @@ def _as_under_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     if not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
-    return tuple(each.to(dtype) if each.is_floating_point() and each.dtype != torch.float64 else each for each in tensors)
+    return tuple(
+        each.to(dtype) if each.is_floating_point() and each.dtype != torch.float64 else each for each in tensors
+    )
