@@ -14,7 +14,7 @@ in a process of its own, in turns:
 The scores, and of each parameter the gradient's norm and its product with a random vector, are compared first: to 1e-5
 of the largest score and of the norm, with those of unpacked; of the gradient with former's where N is not all. Seconds
 are by the clock, `cpu_seconds` by the processor time of the process; peak memory is what is needed beyond the weights,
-gradients included.
+gradients included, measured in processes of their own that give freed memory back at once.
 """
 
 from __future__ import annotations
@@ -109,13 +109,13 @@ def work(folder: str, trained: str) -> None:
         print(json.dumps(answer), file=answers, flush=True)
 
 
-def process_of(root: Path, folder: str, trained: str, threads: int) -> JsonProcess:
+# Freed memory goes back to the system at once, so that what is resident is what is in use; that takes time.
+LEAN = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+
+
+def process_of(root: Path, folder: str, trained: str, threads: int, environment: Mapping[str, str]) -> JsonProcess:
     """One that holds a model and scores with it, by the package below `root`."""
-    own = {
-        "SYSDAG_ROOT": str(root), "PYTHONPATH": str(root), "OMP_NUM_THREADS": str(threads),
-        # Freed memory goes back to the system at once, so that what is resident is what is in use.
-        "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536",
-    }  # fmt: skip
+    own = {"SYSDAG_ROOT": str(root), "PYTHONPATH": str(root), "OMP_NUM_THREADS": str(threads), **environment}
     return JsonProcess([sys.executable, str(Path(__file__)), folder, trained], os.environ | own)
 
 
@@ -136,10 +136,13 @@ def gradient_error(found: Answer, wanted: Answer) -> float:
 
 
 def compare(
-    prompt: int, trained: str, workers: Mapping[str, JsonProcess], repeats: int, model: str, alone: int
-) -> list[dict[str, Any]]:
-    """A row for each way."""
+    prompt: int, trained: str, workers: Mapping[str, JsonProcess], peaks: Mapping[str, float], repeats: int,
+    model: str, alone: int,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """A row for each way, whose first call is not timed."""
     answers: dict[str, list[Answer]] = {way: [] for way in workers}
+    for way, worker in workers.items():
+        worker.run(prompt=16, alone=1 if way == "unpacked" else 0)
     for _ in range(repeats):
         for way, worker in workers.items():
             answers[way].append(worker.run(prompt=prompt, alone=alone if way == "unpacked" else 0))
@@ -155,7 +158,7 @@ def compare(
             raise SystemExit(f"{way}, prompt {prompt}: {differs}; no speed is reported for a wrong result.")
         row = {"model": model, "trained": trained, "prompt": prompt, "name": way}
         row |= {what: statistics.median(answer[what] for answer in each) for what in ("seconds", "cpu_seconds")}
-        rows.append(row | {"peak_mib": max(answer["peak_mib"] for answer in each), **differs})
+        rows.append(row | {"peak_mib": peaks[way], **differs})
     by_name = {row["name"]: row for row in rows}
     for row in rows:
         for other in ("former", "unpacked"):
@@ -179,11 +182,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         trees = {"former": former_tree(options.former, Path(temporary))}
         for trained in options.trained:
-            workers = {
-                way: process_of(trees.get(way, ROOT), options.model, trained, options.threads or 1) for way in WAYS
-            }
+
+            def started(environment: Mapping[str, str], trained: str = trained) -> dict[str, JsonProcess]:
+                threads = options.threads or 1
+                return {
+                    way: process_of(trees.get(way, ROOT), options.model, trained, threads, environment) for way in WAYS
+                }
+
+            peaks: dict[int, dict[str, float]] = {prompt: {} for prompt in options.prompts}
+            for way, worker in started(LEAN).items():
+                for prompt in options.prompts:
+                    peaks[prompt][way] = worker.run(prompt=prompt, alone=1 if way == "unpacked" else 0)["peak_mib"]
+                worker.stop()
+            workers = started({})
             for prompt in options.prompts:
-                rows += compare(prompt, trained, workers, options.repeats, name, options.unpacked)
+                rows += compare(prompt, trained, workers, peaks[prompt], options.repeats, name, options.unpacked)
             for worker in workers.values():
                 worker.stop()
     measure.report("tries", rows, options.csv)

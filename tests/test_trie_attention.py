@@ -312,7 +312,7 @@ def test_read_as_a_tensor_it_is_the_dense_mask():
     trie = pack(DEEP, float("inf"))
     want = torch.where(prefixes(trie), 0.0, torch.finfo(torch.float32).min)[:, None]
     mask = TrieMask(trie.end, pieces(trie, 16, 0), dtype=torch.float32)
-    assert torch.equal(dense_mask(trie.end, torch.float32), want)
+    assert torch.equal(dense_mask(trie.end, torch.float32, trie.end.device), want)
     assert (mask.shape, mask.dtype, mask.ndim, mask.device) == (want.shape, want.dtype, 4, want.device)
     for same in (mask.detach(), mask.clone(), mask.to(torch.bfloat16).float(), mask.to("cpu"), mask.double()):
         assert isinstance(same, TrieMask)

@@ -60,7 +60,10 @@ def of_language_model(
         inputs = {
             "input_ids": torch.zeros(1, tokens, dtype=torch.int64),
             "attention_mask": packed_inputs.tries_mask(
-                model, torch.zeros(1, tokens, dtype=torch.int64), trie_pieces.one_branch(tokens - labels, tokens)
+                model,
+                torch.zeros(1, tokens, dtype=torch.int64),
+                trie_pieces.one_branch(tokens - labels, tokens),
+                torch.device(device),
             ),
             "position_ids": torch.zeros(1, tokens, dtype=torch.int64),
         }

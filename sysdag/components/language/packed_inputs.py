@@ -54,29 +54,32 @@ def model_inputs(
     if trie.is_chains:
         place = torch.arange(ids.shape[1])
         return {"input_ids": ids, "attention_mask": (place < trie.lengths[:, None]).long().to(device), **others}
-    end = trie.end.to(device)
     if implementation(model) == "flex_attention" and device.type == "cuda":
         from torch.nn.attention.flex_attention import create_block_mask
 
         rows, width = ids.shape
-        mask: Any = create_block_mask(subtree_mask(end), rows, None, width, width, device=device)
+        mask: Any = create_block_mask(subtree_mask(trie.end.to(device)), rows, None, width, width, device=device)
     else:
-        mask = tries_mask(model, end, trie_pieces.pieces(trie, config_of(model).hidden_size, call) if by_pieces else ())
+        pieces = trie_pieces.pieces(trie, config_of(model).hidden_size, call) if by_pieces else ()
+        mask = tries_mask(model, trie.end, pieces, device)
     return {"input_ids": ids, "attention_mask": mask, "position_ids": trie.depth.to(device), **others}
 
 
-def tries_mask(model: Any, end: Int[Tensor, "R T"], pieces: Sequence[Piece]) -> Float[Tensor, "R 1 T T"]:
+def tries_mask(
+    model: Any, end: Int[Tensor, "R T"], pieces: Sequence[Piece], device: torch.device
+) -> Float[Tensor, "R 1 T T"]:
     """The mask of packed rows for a model: by these pieces, where its attention takes that, else dense.
 
     Args:
         model: perhaps inside a PeftModel.
-        end: see `TokenTrie`, on the model's device.
+        end: see `TokenTrie`, in host memory.
         pieces: none for a dense mask.
+        device: the model's.
     """
     dtype = inner_model(model).get_input_embeddings().weight.dtype
-    if pieces and takes_pieces(model, end.device):
-        return TrieMask(end, pieces, dtype=dtype, groups=_groups(config_of(model)))
-    return dense_mask(end, dtype)
+    if pieces and takes_pieces(model, device):
+        return TrieMask(end, pieces, dtype=dtype, device=device, groups=_groups(config_of(model)))
+    return dense_mask(end, dtype, device)
 
 
 def takes_pieces(model: Any, device: torch.device) -> bool:

@@ -55,6 +55,10 @@ class TrieMask(Tensor):
         pieces: of its rows; empty once the mask is dense alone.
         groups: how many heads may share their keys and values.
         use: what became of it.
+
+    Args:
+        end: of the `TokenTrie`, in host memory as a rule.
+        device: of the mask.
     """
 
     end: Tensor
@@ -64,11 +68,11 @@ class TrieMask(Tensor):
 
     @staticmethod
     def __new__(
-        cls, end: Tensor, pieces: Sequence[Piece], *, dtype: torch.dtype, groups: Sequence[int] = (),
-        use: Use | None = None,
+        cls, end: Tensor, pieces: Sequence[Piece], *, dtype: torch.dtype, device: torch.device | None = None,
+        groups: Sequence[int] = (), use: Use | None = None,
     ) -> TrieMask:  # fmt: skip
         rows, width = end.shape
-        made = Tensor._make_wrapper_subclass(cls, (rows, 1, width, width), dtype=dtype, device=end.device)
+        made = Tensor._make_wrapper_subclass(cls, (rows, 1, width, width), dtype=dtype, device=device or end.device)
         made.end, made.groups, made.use, made._content = end, groups, use or Use(), _Content(pieces)
         return made
 
@@ -84,7 +88,7 @@ class TrieMask(Tensor):
     def dense(self) -> Tensor:
         """The mask as an ordinary tensor."""
         if self._content.dense is None:
-            self._content.dense = dense_mask(self.end, self.dtype)
+            self._content.dense = dense_mask(self.end, self.dtype, self.device)
         return self._content.dense
 
     def square(self, piece: Piece, dtype: torch.dtype) -> Tensor:
@@ -92,7 +96,8 @@ class TrieMask(Tensor):
         key = (piece.row, piece.queries.start, piece.queries.stop, dtype)
         squares = self._content.squares
         if key not in squares:
-            squares[key] = _added(subtrees(self.end[piece.row, piece.queries], piece.queries.start), dtype)[None, None]
+            seen = subtrees(self.end[piece.row, piece.queries], piece.queries.start)
+            squares[key] = _added(seen.to(self.device), dtype)[None, None]
         return squares[key]
 
     def _give_up(self, reason: str) -> Tensor:
@@ -145,7 +150,7 @@ class TrieMask(Tensor):
         kwargs = kwargs or {}
         if args and isinstance(mask := args[0], TrieMask):
             if func in _SAME:
-                same = TrieMask(mask.end, (), dtype=mask.dtype, groups=mask.groups, use=mask.use)
+                same = mask._like(mask.dtype, mask.device)
                 same._content = mask._content
                 return same
             if func in _COPIES:
@@ -160,18 +165,21 @@ class TrieMask(Tensor):
         return func(*tree_map_only(TrieMask, read, tuple(args)), **tree_map_only(TrieMask, read, kwargs))
 
     def _copied(self, *, dtype: torch.dtype | None = None, device: Any = None, **_: Any) -> Tensor:
-        dtype, end = dtype or self.dtype, self.end if device is None else self.end.to(device)
+        dtype, device = dtype or self.dtype, torch.device(device) if device is not None else self.device
         if not self.pieces or not dtype.is_floating_point:
             return self._give_up(f"its mask is made {dtype}").to(device=device, dtype=dtype, copy=True)
-        return TrieMask(end, self.pieces, dtype=dtype, groups=self.groups, use=self.use)
+        return self._like(dtype, device)
+
+    def _like(self, dtype: torch.dtype, device: torch.device) -> TrieMask:
+        return TrieMask(self.end, self.pieces, dtype=dtype, device=device, groups=self.groups, use=self.use)
 
 
 _ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 
 
-def dense_mask(end: Int[Tensor, "R T"], dtype: torch.dtype) -> Float[Tensor, "R 1 T T"]:
+def dense_mask(end: Int[Tensor, "R T"], dtype: torch.dtype, device: torch.device) -> Float[Tensor, "R 1 T T"]:
     """What a `TrieMask` stands for."""
-    return _added(subtrees(end), dtype)[:, None]
+    return _added(subtrees(end).to(device), dtype)[:, None]
 
 
 def _added(seen: Tensor, dtype: torch.dtype) -> Tensor:
