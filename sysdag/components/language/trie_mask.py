@@ -8,7 +8,7 @@ is an argument, gradient checkpoints that compute a layer anew see what the firs
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -78,7 +78,7 @@ class TrieMask(Tensor):
 
     def __init__(self, *_: Any, **__: Any) -> None: ...
 
-    def __repr__(self, **_: Any) -> str:
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return f"TrieMask({tuple(self.shape)}, {self.dtype}, {len(self.pieces)} pieces)"
 
     @property
@@ -91,7 +91,7 @@ class TrieMask(Tensor):
             self._content.dense = dense_mask(self.end, self.dtype, self.device)
         return self._content.dense
 
-    def square(self, piece: Piece, dtype: torch.dtype) -> Tensor:
+    def of_piece(self, piece: Piece, dtype: torch.dtype) -> Tensor:
         """(1, 1, n, n) of a masked piece."""
         key = (piece.row, piece.queries.start, piece.queries.stop, dtype)
         squares = self._content.squares
@@ -118,7 +118,7 @@ class TrieMask(Tensor):
                 return nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=dense, **options)
         self.use.by_pieces += 1
         return trie_attention.trie_attention(
-            query, key, value, self.pieces, self.square, scale=options.get("scale"), groups=self.groups
+            query, key, value, self.pieces, self.of_piece, scale=options.get("scale"), groups=self.groups
         )
 
     def _why_dense(self, query: Tensor, key: Tensor, value: Tensor, options: Mapping[str, Any]) -> str:
@@ -144,8 +144,8 @@ class TrieMask(Tensor):
             return func(*args, **(kwargs or {}))
 
     @classmethod
-    def __torch_dispatch__(
-        cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
         if args and isinstance(mask := args[0], TrieMask):
@@ -162,7 +162,7 @@ class TrieMask(Tensor):
             mask._content.pieces = ()  # what was read may be written to
             return found
 
-        return func(*tree_map_only(TrieMask, read, tuple(args)), **tree_map_only(TrieMask, read, kwargs))
+        return func(*tree_map_only(TrieMask, read, args), **tree_map_only(TrieMask, read, kwargs))
 
     def _copied(self, *, dtype: torch.dtype | None = None, device: Any = None, **_: Any) -> Tensor:
         dtype, device = dtype or self.dtype, torch.device(device) if device is not None else self.device
