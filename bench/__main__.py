@@ -31,6 +31,7 @@ COMMANDS = OPS | {
     "counts": "what such a step asks of its device, counted: launches, synchronisations, tokens, head rows",
     "diffusion": "a Diffusion-DPO step, and sampling, of a pipeline against diffusers' own",
     "decode": "sampling and search with a language model against generate, generate_batch and a former build",
+    "tries": "scoring candidates that share a prompt against a former build and unpacked rows; needs --model",
     "beam_search": "diverse beam search against transformers 4.56's group beam search; needs --peer-python",
     "sweep": "linear_logprob over the number of rows and the vocabulary",
     "gpu": "what a GPU has to show, in the minutes there are: tests, then times; each part is kept as it ends",

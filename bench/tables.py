@@ -303,6 +303,24 @@ def exponent(at: Sequence[float], values: Sequence[float]) -> float:
     return math.log(high / low) / math.log(last / first) if min(low, high) > 0 else math.nan
 
 
+def tries_table(folder: Path = measure.RESULTS) -> str:
+    """Scoring of candidates that share a prompt: a line for each prompt and way, with the ratios to the other ways."""
+    file = folder / "tries-cpu.csv"
+    if not file.exists():
+        return "Tries: not measured on a CPU yet."
+    rows = measure.read(file)
+    header = ["model", "trained", "prompt", "way", "time", "of former's", "of unpacked's", "peak memory", "of former's"]
+    lines = [header, ["---"] * 4 + ["---:"] * 5]
+    for row in rows:
+        shares = [
+            f"{float(row[key]):.2f}" for key in ("seconds_of_former", "seconds_of_unpacked", "peak_mib_of_former")
+        ]
+        time, peak = f"{float(row['seconds']):.1f} s", f"{float(row['peak_mib']):.0f} MiB"
+        lines.append([row["model"], row["trained"], row["prompt"], row["name"], time, *shares[:2], peak, shares[2]])
+    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return f"{measure.described(rows[0], 'cpu')}; `python -m bench tries --model FOLDER --csv`:\n\n{table}"
+
+
 def render(folder: Path = measure.RESULTS) -> str:
     """What stands between the ops' markers."""
     drawn = sorted(FIGURES.glob("linear_logprob-*.svg"))
@@ -332,7 +350,7 @@ def written(text: str) -> str:
     """The page with all its tables made anew."""
     text = replaced(replaced(text, render()), step_table(), "step")
     text = replaced(replaced(text, counts_table(), "counts"), growth_table(), "growth")
-    text = replaced(text, overhead_table(), "overhead")
+    text = replaced(replaced(text, overhead_table(), "overhead"), tries_table(), "tries")
     return replaced(replaced(text, diffusion_table(), "diffusion"), decode_table(), "decode")
 
 

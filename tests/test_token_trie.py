@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.attention.flex_attention import create_block_mask, create_mask, flex_attention
 
-from sysdag.components.language.prefix_scorer import subtree_mask
+from sysdag.components.language.packed_inputs import subtree_mask
 from sysdag.components.language.token_trie import groups, pack
 
 TOKENS = st.integers(0, 2)  # few, so that prefixes collide

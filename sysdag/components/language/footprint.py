@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sysdag.components import acceleration, adapter
 from sysdag.components.footprint import Footprint, bytes_of, make_fake
-from sysdag.components.language import key_value_slabs, prefix_scorer
+from sysdag.components.language import key_value_slabs, packed_inputs, prefix_scorer, trie_pieces
 from sysdag.components.language.language_head import TokenScorer, argument_names, output_embedding
 from sysdag.components.memory import PeakBytes, SavedBytes
 from sysdag.components.precision import optimizer_bytes
@@ -70,7 +70,11 @@ def of_language_model(
         given = torch.zeros(rows, length, dtype=torch.int64) if ids is None else ids
         inputs = {"input_ids": given, "attention_mask": torch.ones_like(given)}
         if tries:
-            mask = output_embedding(model).weight.new_zeros(rows, 1, length, length, dtype=dtype)
+            if rows == 1 and packed_inputs.takes_pieces(model, torch.device(device)):
+                pieces = trie_pieces.one_branch(tokens - labels, tokens)
+                mask = packed_inputs.tries_mask(model, torch.zeros_like(given), pieces, torch.device(device))
+            else:
+                mask = output_embedding(model).weight.new_zeros(rows, 1, length, length, dtype=dtype)
             inputs |= {"attention_mask": mask, "position_ids": torch.arange(length).expand(rows, length)}
         at = torch.zeros(labels, dtype=torch.int64)
         return TokenScorer(model, is_checked=True)(inputs, at, at, constrain if constrained else None)

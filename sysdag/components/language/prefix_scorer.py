@@ -1,14 +1,13 @@
 """Log-probabilities of completions from a causal language model, shared prefixes computed once where the model can.
 
-A packed row holds tries (`token_trie`): its attention mask lets a token see its ancestors, its positions are depths.
-Dense (R, 1, T, T) masks serve eager and sdpa attention; a model that was loaded with
-`attn_implementation="flex_attention"` gets a BlockMask on a GPU, which skips what is masked (this has not run on a GPU
-yet; the function behind the mask is tested against the dense one).
+A packed row holds tries (`token_trie`): its attention mask lets a token see its ancestors (`packed_inputs`), its
+positions are depths.
 
 A model qualifies by its config and structure: attention that takes such masks, positions that are arguments, nothing
 that depends on a token's place in the row or on the row's length. What config cannot tell, a probe does: a few tokens
 as tries, and each from nothing but the tokens before it. Models that do not qualify are scored in rows of their own;
-where padding on the right changes them, too, in rows of one length.
+where padding on the right changes them, too, in rows of one length. The probe also says whether attention may be
+computed piece by piece (`trie_mask`); where it may not, the mask is dense.
 """
 
 from __future__ import annotations
@@ -28,10 +27,12 @@ from torch import Tensor, nn
 
 from sysdag.components.language import token_trie
 from sysdag.components.language.language_head import TokenScorer, inner_model
+from sysdag.components.language.packed_inputs import config_of, device_of, implementation, model_inputs
 from sysdag.components.language.probe import forwards, probing, token_ids
 from sysdag.components.language.router_loss import RouterLoss
 from sysdag.components.language.token_grammar import TokenGrammar
 from sysdag.components.language.token_trie import Ids, TokenTrie
+from sysdag.components.language.trie_mask import TrieMask
 from sysdag.errors import PlanError
 
 logger = logging.getLogger(__name__)
@@ -61,15 +62,15 @@ class PrefixScorer:
         self.model, self._opening = model, opening
         self._tokens = TokenScorer(model)
         self.router_loss = RouterLoss.of(model)
-        self._implementation = _implementation(model)
+        self._implementation = implementation(model)
         self._may_pack = pack_prefixes
-        self._packs = self._pads = False
+        self._packs = self._pads = self._by_pieces = False
         self._decided = False
         self._longest = math.inf
 
     def fits(self, model: Any) -> bool:
         """Whether this was made for the model as it is now."""
-        return self._tokens.fits(model) and self._implementation == _implementation(model)
+        return self._tokens.fits(model) and self._implementation == implementation(model)
 
     def __call__(
         self,
@@ -127,8 +128,8 @@ class PrefixScorer:
         grammar: TokenGrammar | None,
     ) -> Float[Tensor, " n"]:
         trie = token_trie.pack(sequences, hidden_size, pad, masks)
-        device = _device(self.model)
-        inputs = model_inputs(self.model, trie, device)
+        device = device_of(self.model)
+        inputs = model_inputs(self.model, trie, device, by_pieces=self._by_pieces)
         records = self.router_loss.recording(trie) if balances and self.router_loss else contextlib.nullcontext()
         with records:
             score = self._tokens.typicality if typicality else self._tokens
@@ -139,6 +140,7 @@ class PrefixScorer:
                 rows, labels = trie.rows[trie.label], trie.labels[trie.label]
                 states = _states(trie, sequences, masks, grammar)
                 found = score(inputs, rows, labels, lambda logits: grammar.constrained(logits, states))
+        _say_dense(self.model, inputs["attention_mask"])
         sequence = trie.sequence.to(found.device)
         values = found if weights is None else found * _tail_weights(trie, *weights).to(found)
         return found.new_zeros(trie.num_sequences).index_add(0, sequence, values)
@@ -154,7 +156,7 @@ class PrefixScorer:
         longest = max((len(prompt) + len(completion) for prompt, completion in sequences), default=0)
         if self._packs and longest > self._longest:
             _say_unpacked(self.model, f"some sequences are longer than its attention's {self._longest:g} tokens")
-        return _config(self.model).hidden_size if self._packs and longest <= self._longest else 0
+        return config_of(self.model).hidden_size if self._packs and longest <= self._longest else 0
 
     def _decide(self) -> None:
         reason = obstacle(self.model) if self._may_pack else None
@@ -163,11 +165,14 @@ class PrefixScorer:
         self._decided = found is not None  # weights that are not finite tell nothing; another call may
         self._pads = found is None or not found.padding
         self._packs = found is not None and tries and not found.tries
+        self._by_pieces = found is not None and not found.pieces
         if found is None:
             return
-        self._longest = window(_config(self.model))
+        self._longest = window(config_of(self.model))
         if self._packs:
             _say(self.model, logging.INFO, "computes shared prefixes once: a probe agreed")
+            if not self._by_pieces:
+                _say(self.model, logging.INFO, f"attends to shared prefixes through dense masks: {found.pieces}")
         elif self._may_pack:
             _say_unpacked(self.model, reason or found.tries)
         if not self._pads:
@@ -198,48 +203,17 @@ def _tail_weights(trie: TokenTrie, heads: Sequence[int], tail: float) -> Float[T
     return torch.where(whole, 1.0, torch.tensor(tail, dtype=torch.float64))
 
 
-def model_inputs(model: Any, trie: TokenTrie, device: torch.device) -> dict[str, Any]:
-    """The arguments of the model's forward for a trie's rows."""
-    ids = trie.tokens.to(device)
-    # A model that would return its routers' logits would also make a loss of them, for which it takes no such mask.
-    others = {"output_router_logits": False} if getattr(_config(model), "output_router_logits", False) else {}
-    if trie.is_chains:
-        place = torch.arange(ids.shape[1])
-        return {"input_ids": ids, "attention_mask": (place < trie.lengths[:, None]).long().to(device), **others}
-    end = trie.end.to(device)
-    if _implementation(model) == "flex_attention" and device.type == "cuda":
-        from torch.nn.attention.flex_attention import create_block_mask
-
-        rows, width = ids.shape
-        mask: Any = create_block_mask(subtree_mask(end), rows, None, width, width, device=device)
-    else:
-        dtype = inner_model(model).get_input_embeddings().weight.dtype
-        blocked = ~trie.mask().to(device)
-        mask = torch.zeros(blocked.shape, dtype=dtype, device=device).masked_fill_(blocked, torch.finfo(dtype).min)
-        mask = mask[:, None]
-    return {"input_ids": ids, "attention_mask": mask, "position_ids": trie.depth.to(device), **others}
-
-
-def subtree_mask(end: Tensor) -> Any:
-    """FlexAttention's mask_mod of `TokenTrie.mask`."""
-
-    def mask_mod(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return (key <= query) & (query < end[row, key])
-
-    return mask_mod
-
-
 def obstacle(model: Any) -> str | None:
     """Why the model's config or structure does not allow tries, or None."""
-    inner, config = inner_model(model), _config(model)
+    inner, config = inner_model(model), config_of(model)
     if any(getattr(each, "is_prompt_learning", False) for each in getattr(model, "peft_config", {}).values()):
         return "its adapter puts virtual tokens before each row"
     if getattr(config, "is_encoder_decoder", False):
         return "it is an encoder-decoder"
     if "position_ids" not in inspect.signature(inner.forward).parameters:
         return "its forward takes no position_ids"
-    if _implementation(model) not in _MASKABLE:
-        return f"its attention is {_implementation(model)!r}, which takes no such mask; {list(_MASKABLE)} do"
+    if implementation(model) not in _MASKABLE:
+        return f"its attention is {implementation(model)!r}, which takes no such mask; {list(_MASKABLE)} do"
     for name, does in _BY_PLACE.items():
         if getattr(config, name, None):
             return f"it {does} ({name})"
@@ -250,18 +224,6 @@ def obstacle(model: Any) -> str | None:
         return "it convolves over the row, as state space and recurrent layers do"
     scaled = [kind for kind in _rope_types(config) if "dynamic" in kind or kind == "longrope"]
     return f"its rotary embedding depends on the row's length ({scaled[0]})" if scaled else None
-
-
-def _config(model: Any) -> Any:
-    return inner_model(model).config.get_text_config(decoder=True)
-
-
-def _implementation(model: Any) -> str | None:
-    return getattr(_config(model), "_attn_implementation", None)
-
-
-def _device(model: Any) -> torch.device:
-    return next(model.parameters()).device
 
 
 def _layer_types(config: Any) -> list[str]:
@@ -294,10 +256,12 @@ class _Found:
     Attributes:
         padding: what differs in rows that are padded on the right; "" where nothing does.
         tries: what differs in rows of tries; "" where nothing does, or where none were tried.
+        pieces: what differs where attention to tries is computed by pieces; "" where nothing does, or none were tried.
     """
 
     padding: str
     tries: str
+    pieces: str = ""
 
 
 _probed: weakref.WeakKeyDictionary[Any, dict[tuple[str | None, bool, bool], _Found]] = weakref.WeakKeyDictionary()
@@ -310,7 +274,7 @@ def _found(model: Any, *, tries: bool, opening: Ids = ()) -> _Found | None:
         PlanError: for a model whose logits depend on the tokens behind them: a forward of a text is no likelihood.
     """
     known = _probed.setdefault(inner_model(model), {})
-    key = (_implementation(model), tries, bool(opening))
+    key = (implementation(model), tries, bool(opening))
     if key not in known:
         found = _probe(model, tries=tries, opening=opening)
         if found is None:
@@ -320,11 +284,11 @@ def _found(model: Any, *, tries: bool, opening: Ids = ()) -> _Found | None:
 
 
 def _probe(model: Any, *, tries: bool, opening: Ids = ()) -> _Found | None:
-    a, b, c, d, e, f, g, h = token_ids(_config(model), 8)
+    a, b, c, d, e, f, g, h = token_ids(config_of(model), 8)
     sequences = [([a, b], [c, d, e]), ([a, b], [c, f]), ([a, b], [g, h, c]), ([d, e], [a, g, b]), ([b], [f, d])]
     sequences = [([*opening, *prompt], completion) for prompt, completion in sequences]
     before = [(*prompt, *completion[:place]) for prompt, completion in sequences for place in range(len(completion))]
-    device = _device(model)
+    device = device_of(model)
 
     def alone() -> Tensor:
         """Each label's logits from what stands before it, and nothing else."""
@@ -336,9 +300,10 @@ def _probe(model: Any, *, tries: bool, opening: Ids = ()) -> _Found | None:
         logits = forwards(model, [[*prompt, *completion] for prompt, completion in sequences])
         return torch.cat([logits[*prompt, *completion][len(prompt) - 1 : -1] for prompt, completion in sequences])
 
-    def packed(width: float) -> Tensor:
+    def packed(width: float, *, by_pieces: bool = False) -> Tensor:
         trie = token_trie.pack(sequences, width)
-        logits = model(**model_inputs(model, trie, device), use_cache=False).logits
+        inputs = model_inputs(model, trie, device, by_pieces=by_pieces, call=0)
+        logits = model(**inputs, use_cache=False).logits
         return logits.flatten(0, 1)[trie.rows.to(device)[trie.label.to(device)]]
 
     with probing(model, alone, together) as wanted:
@@ -351,11 +316,17 @@ def _probe(model: Any, *, tries: bool, opening: Ids = ()) -> _Found | None:
                 "their config."
             )
         padding = wanted.complaint(lambda: packed(0))
-        return _Found(padding, wanted.complaint(lambda: packed(math.inf)) if tries else "")
+        pieces = wanted.complaint(lambda: packed(math.inf, by_pieces=True)) if tries else ""
+        return _Found(padding, wanted.complaint(lambda: packed(math.inf)) if pieces else "", pieces)
 
 
 def _say_unpacked(model: Any, reason: str) -> None:
     _say(model, logging.WARNING, f"computes shared prefixes for each sequence anew: {reason}")
+
+
+def _say_dense(model: Any, mask: Any) -> None:
+    if isinstance(mask, TrieMask) and mask.use.dense_because:
+        _say(model, logging.INFO, f"attends to shared prefixes through dense masks: {mask.use.dense_because}")
 
 
 def _say(model: Any, level: int, text: str) -> None:

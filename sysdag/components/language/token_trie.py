@@ -63,8 +63,13 @@ class TokenTrie:
 
     def mask(self) -> Bool[Tensor, "R T T"]:
         """True where a token (second axis) attends to another (third axis): to itself and its ancestors."""
-        place = torch.arange(self.end.shape[1], device=self.end.device)
-        return (place <= place[:, None]) & (place[:, None] < self.end[:, None, :])
+        return subtrees(self.end)
+
+
+def subtrees(end: Int[Tensor, "*R T"], first: int = 0) -> Bool[Tensor, "*R T T"]:
+    """True where a token (second last axis) is in the subtree of another (last axis); columns begin at `first`."""
+    place = torch.arange(first, first + end.shape[-1], device=end.device)
+    return (place <= place[:, None]) & (place[:, None] < end[..., None, :])
 
 
 def pack(
