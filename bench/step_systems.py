@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import tempfile
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -184,7 +185,10 @@ class Step:
         self.pairs = encode_pairs(plan, rows, objective)
         policy = self.model.components["node0"]
         assert isinstance(policy, CausalLM)
-        self._trl = TrlStep(policy, rows, case) if with_trl else None
+        # Its tokens are those of prompt + completion: the space keeps words apart.
+        data = [{"prompt": r["question"], "chosen": " " + r["chosen"], "rejected": " " + r["rejected"]} for r in rows]
+        made = partial(model, 0, size, policy.device.type)
+        self._trl = TrlStep(policy, data, made, adapter(size) if case.lora else None) if with_trl else None
 
     def cast(self, dtype: torch.dtype) -> None:
         """Weights in another dtype; in bf16 adapters stay in fp32, as PEFT keeps them."""
@@ -212,7 +216,7 @@ class Step:
             assert self._trl is not None
             return self._trl()
         if name == "straightforward":
-            return self._straightforward()
+            return straightforward_step(self.model, self.pairs)
         self.model.budget.keeps_graphs = name == "one pass"
         output = self.model(self.pairs)
         accumulate_gradients(self.model, output)
@@ -225,28 +229,33 @@ class Step:
             return {f"policies.node0.{our_name(n)}": p.grad.clone() for n, p in theirs if p.grad is not None}
         return {n: p.grad.clone() for n, p in self.model.named_parameters() if p.grad is not None}
 
-    def _straightforward(self) -> Tensor:
-        """Scores of all runs with their graphs, then one backward."""
-        plan, case = self.model.plan, self.case
-        comparison = self.model.compare(self.pairs, None, None)
-        joint: Any = 0.0
-        reference: Any = 0.0
-        for term in comparison.terms:
-            key = next(key for key, own in self.model.components.items() if own is plan.system[term.name].component)
-            elements, draws = aligned(plan, term.trace, term.name)
-            sides = []
-            for scorer in (self.model.components[key], self.model.references[key]):
-                assert isinstance(scorer, CausalLM)
-                with torch.set_grad_enabled(not sides), scorer.lm.at_work() as module:
-                    scores = concatenated_forward(scorer, module, elements.values, draws)
-                is_latent = isinstance(comparison, SamplingComparison) and term.name in comparison.latents
-                sides.append(scores.repeat(2) if is_latent else scores)
-            joint, reference = joint + sides[0], reference + sides[1]
-        joint, reference = (each.view(2, case.pairs, -1).logsumexp(-1) for each in (joint, reference))
-        margins = BETA * ((joint[0] - reference[0]) - (joint[1] - reference[1]))
-        loss = -torch.nn.functional.logsigmoid(margins).mean()
-        loss.backward()
-        return loss.detach()
+
+def straightforward_step(model: SystemModel, pairs: Sequence[Any]) -> Tensor:
+    """Scores of all runs with their graphs, then one backward; the loss.
+
+    Args:
+        model: its language models' components; every prompt has equally many candidates.
+    """
+    plan = model.plan
+    comparison = model.compare(pairs, None, None)
+    joint: Any = 0.0
+    reference: Any = 0.0
+    for term in comparison.terms:
+        key = next(key for key, own in model.components.items() if own is plan.system[term.name].component)
+        elements, draws = aligned(plan, term.trace, term.name)
+        sides = []
+        for scorer in (model.components[key], model.references[key]):
+            assert isinstance(scorer, CausalLM)
+            with torch.set_grad_enabled(not sides), scorer.lm.at_work() as module:
+                scores = concatenated_forward(scorer, module, elements.values, draws)
+            is_latent = isinstance(comparison, SamplingComparison) and term.name in comparison.latents
+            sides.append(scores.repeat(2) if is_latent else scores)
+        joint, reference = joint + sides[0], reference + sides[1]
+    joint, reference = (each.view(2, len(pairs), -1).logsumexp(-1) for each in (joint, reference))
+    margins = model.options.beta * ((joint[0] - reference[0]) - (joint[1] - reference[1]))
+    loss = -torch.nn.functional.logsigmoid(margins).mean()
+    loss.backward()
+    return loss.detach()
 
 
 def our_name(trl_name: str) -> str:
@@ -258,25 +267,29 @@ class TrlStep:
     """TRL's loss and gradients for the same policy, reference and preferences, on models of its own.
 
     (`DPOTrainer` patches the forward of the model that it is given.)
+
+    Args:
+        policy: whose weights, or whose adapter's, are copied.
+        rows: one batch, as its dataset has them.
+        made: loads the model once more; without an adapter it is asked twice.
+        peft_config: of the adapter, or None.
     """
 
-    def __init__(self, policy: CausalLM, rows: list[dict[str, str]], case: Case) -> None:
+    def __init__(
+        self, policy: CausalLM, rows: Sequence[Mapping[str, Any]], made: Callable[[], Any], peft_config: Any = None
+    ) -> None:
         from datasets import Dataset
         from trl import DPOConfig, DPOTrainer
 
-        made = partial(model, 0, size_of(case.size), policy.device.type)
         with tempfile.TemporaryDirectory() as folder:
             args = DPOConfig(
                 output_dir=folder, beta=BETA, per_device_train_batch_size=len(rows), max_length=None, report_to=[],
                 bf16=False, gradient_checkpointing=False, use_cpu=policy.device.type == "cpu", disable_tqdm=True,
             )  # fmt: skip
-            # Its tokens are those of prompt + completion: the space keeps words apart.
-            data = [
-                {"prompt": r["question"], "chosen": " " + r["chosen"], "rejected": " " + r["rejected"]} for r in rows
-            ]
             self.trainer = DPOTrainer(
-                made(), ref_model=None if case.lora else made(), args=args, train_dataset=Dataset.from_list(data),
-                processing_class=policy.tokenizer, peft_config=adapter(size_of(case.size)) if case.lora else None,
+                made(), ref_model=None if peft_config else made(), args=args,
+                train_dataset=Dataset.from_list([dict(row) for row in rows]), processing_class=policy.tokenizer,
+                peft_config=peft_config,
             )  # fmt: skip
         ours = dict(policy.module.named_parameters())
         self.trained = [(name, p) for name, p in self.trainer.model.named_parameters() if p.requires_grad]

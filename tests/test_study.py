@@ -30,7 +30,7 @@ from sysdag.components.diffusion.images import to_pil
 @pytest.fixture(autouse=True)
 def loud(monkeypatch):
     """This process keeps its threads and its logs."""
-    monkeypatch.setattr(cells, "_quieten", lambda: None)
+    monkeypatch.setattr(cells, "quieten", lambda: None)
 
 
 def cells_of(table, size="full"):

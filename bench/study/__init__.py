@@ -2,7 +2,8 @@
 
 Every table is made of cells (one method on one seed) that are kept in the cache; what is there is not computed again,
 so a study that is stopped goes on where it was. Results go to bench/results/study, one CSV a table and one for its
-learning curves; docs/study.md, its figures and the lines in README.md are written from them.
+learning curves; docs/study.md, its figures and the lines in README.md are written from them. `--real` has a command
+line of its own: the same on a pretrained model, see `python -m bench study --real --help`.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from bench.measure import RESULTS
 from bench.study import document
 from bench.study.cells import machines, results, run_cells
 from bench.study.compare import Comparison, best_rates, curves, rows
+from bench.study.real import command
 from bench.study.tables import TABLES
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -27,6 +29,8 @@ PAGE, README = ROOT / "docs" / "study.md", ROOT / "README.md"
 
 
 def main(given: Sequence[str]) -> None:
+    if "--real" in given:
+        return command.main([each for each in given if each != "--real"], RESULTS / "study", write_documents)
     parser = argparse.ArgumentParser(prog="python -m bench study", description=__doc__)
     served = [name for name, table in TABLES.items() if table.device == "cpu" or torch.cuda.is_available()]
     parser.add_argument("--tables", nargs="+", choices=list(TABLES), default=served, help="only these")
@@ -44,8 +48,13 @@ def main(given: Sequence[str]) -> None:
     folder = options.results or (options.cache / "quick" if options.quick else RESULTS / "study")
     for name in () if options.document_only else options.tables:
         run_table(TABLES[name], size, options.cache, folder, options.workers)
-    document.write(folder, folder / "study.md" if options.quick else PAGE)
-    if not options.quick:
+    return write_documents(folder, options.quick)
+
+
+def write_documents(folder: Path, quick: bool) -> None:
+    """The page, and README.md's lines about it; of a quick look the page alone, beside its CSVs."""
+    document.write(folder, folder / "study.md" if quick else PAGE)
+    if not quick:
         README.write_text(document.in_readme(README.read_text(), folder))
 
 

@@ -72,11 +72,11 @@ def run_cells(cells: Sequence[Cell], cache: Path, *, workers: int, title: str) -
     failed: list[str] = []
     with tqdm(total=len(missing), desc=title, smoothing=0.1) as bar, contextlib.ExitStack() as stack:
         if workers == 1:
-            _quieten()
+            quieten()
             done: Iterable[tuple[Cell, str | None]] = ((cell, _compute(cell, cache)) for cell in missing)
         else:
             context = multiprocessing.get_context("spawn")
-            pool = stack.enter_context(ProcessPoolExecutor(workers, mp_context=context, initializer=_quieten))
+            pool = stack.enter_context(ProcessPoolExecutor(workers, mp_context=context, initializer=quieten))
             waiting = {pool.submit(_compute, cell, cache): cell for cell in missing}
             done = ((waiting[future], future.result()) for future in as_completed(waiting))
         for cell, problem in done:
@@ -102,7 +102,7 @@ def _file(cache: Path, cell: Cell) -> Path:
     return cache / "results" / f"{cell.key}.json"
 
 
-def _quieten() -> None:
+def quieten() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     import warnings
 

@@ -11,6 +11,7 @@ The text is in study.md beside this file, and that of README.md's lines in readm
     {{claim NAME | method | other | metric}}                       "held", "open" or "the reverse": is `method` better?
     {{figure NAME}}                                                the figure of that name
     {{machine}}                                                    what the cells ran on
+    {{real}}                                                       the pretrained model's section, if there is any
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ from scipy import stats
 
 from bench.study import figures
 from bench.study.compare import RATES
+from bench.study.real import command
+from bench.study.real import document as real
 from bench.study.tables import TABLES
 from bench.study.written import NOT_MEASURED, Table, signed
 from bench.tables import replaced
@@ -149,6 +152,9 @@ class Results:
     def figure(self, name: str) -> str:
         return f"![{name}](images/study/{name}.svg)" if name in self.figures else NOT_MEASURED
 
+    def real(self) -> str:
+        return real.section(self.folder / command.FOLDER)
+
     def rates(self) -> str:
         return f"{len(RATES)} learning rates, a factor of {round(RATES[1] / RATES[0])} apart"
 
@@ -165,11 +171,22 @@ def written(results: Results, template: str) -> str:
         arguments = [part.strip() for part in rest.split("|")] if rest else []
         known: Mapping[str, Callable[..., str]] = {
             name: getattr(results, name)
-            for name in ("table", "mean", "difference", "correlation", "claim", "wins", "figure", "machine", "rates")
+            for name in (
+                "table",
+                "mean",
+                "difference",
+                "correlation",
+                "claim",
+                "wins",
+                "figure",
+                "machine",
+                "real",
+                "rates",
+            )
         }
         if what not in known:
             raise ValueError(f"{TEMPLATE.name}: {match[0]} is none of {', '.join(known)}")
-        if what not in ("figure", "machine", "rates") and arguments[0] not in results.tables:
+        if what not in ("figure", "machine", "real", "rates") and arguments[0] not in results.tables:
             if arguments[0] not in TABLES:
                 raise ValueError(f"{TEMPLATE.name}: {match[0]} names no table; there are {', '.join(TABLES)}")
             return NOT_MEASURED

@@ -1,0 +1,135 @@
+"""Instructions with constraints that a program checks: preferences among the system's own runs, by constraints met."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy
+
+from bench.study.real.constraints import Demand, demands
+from bench.study.real.setting import QUICK, UNTRAINED, Setting, Size, aligned, outcome
+from bench.study.training import Curve, favourites, ranked_pairs, runs, shared
+from sysdag import System, Trace
+
+VERSION = 1
+SIZES = {
+    "cpu": Size(),
+    "gpu": Size(runs=6, measured_runs=2, batch=16, steps=200, every=25, draft=96, answer=192),
+    "quick": QUICK,
+}
+ROUNDS = 3
+METRICS = ("constraints met", "wholly right", "draft constraints met")
+
+
+class Constrained(Setting):
+    """See the module."""
+
+    @cached_property
+    def demands(self) -> dict[str, list[Demand]]:
+        return demands(self.size.training, self.size.choosing, self.size.heldout)
+
+    def asked(self, part: str) -> list[str]:
+        return [demand.text for demand in self.demands[part]]
+
+    def met(self, trace: Trace, name: str = "answer") -> numpy.ndarray:
+        """Of each run's constraints, the share that a node's text meets."""
+        by_text = {demand.text: demand for part in self.demands.values() for demand in part}
+        return numpy.array(
+            [by_text[asked].share(text) for asked, text in zip(trace["question"], trace[name], strict=True)]
+        )
+
+    def base_runs(self, outline: str = "draft -> refine") -> Trace:
+        """Runs of the untrained system on the training instructions, those of an instruction one after the other."""
+
+        def build(file: Path) -> None:
+            asked = {"question": self.asked("training")}
+            runs(self.system(outline), asked, self.size.runs, self.seed).to_jsonl(file)
+
+        size = self.size
+        kind = outline.replace(" -> ", "-").replace(" ", "-")
+        about = f"{self.sources.label}-{size.training}-{size.runs}-{size.draft}-{size.answer}"
+        return Trace.from_jsonl(shared(self.cache, f"constrained-{VERSION}-{kind}-{self.seed}-{about}.jsonl", build))
+
+    @cached_property
+    def pairs(self) -> list[dict[str, Any]]:
+        return self.preferred(self.base_runs())
+
+    def preferred(self, trace: Trace) -> list[dict[str, Any]]:
+        """Of each instruction its run that meets most constraints against the one that meets fewest, where they differ.
+
+        Raises:
+            ValueError: if all runs of every instruction meet equally many.
+        """
+        latents = [name for name in trace.cells if name != "answer"]
+        found = []
+        for pair in ranked_pairs(trace, self.met(trace), self.size.runs, 1):
+            sides = dict(zip(("chosen", "rejected"), pair, strict=True))
+            row = {"question": trace["question"][pair[0]]}
+            row |= {side: trace.cells["answer"][at] for side, at in sides.items()}
+            if latents:
+                row |= {f"{side}_intermediates": {name: trace.cells[name][at] for name in latents}
+                        for side, at in sides.items()}  # fmt: skip
+            found.append(row)
+        if not found:
+            raise ValueError(
+                f"seed {self.seed}: no two runs of an instruction differ in the constraints that they meet."
+            )
+        return found
+
+    def validate(self, system: System) -> float:
+        return float(self.met(runs(system, {"question": self.asked("choosing")}, 1, 17)).mean())
+
+    def measured(self, system: System, best_of: int = 1) -> dict[str, list[float]]:
+        """With `best_of`, of the run that the checker itself likes best."""
+        times = self.size.measured_runs
+        trace = runs(system, {"question": self.asked("heldout")}, times * best_of, 23 + self.seed)
+        trace = favourites(trace, self.met(trace), best_of)
+        met = self.met(trace)
+        found = {"constraints met": met, "wholly right": (met == 1).astype(float)}
+        if "draft" in trace.cells:
+            found["draft constraints met"] = self.met(trace, "draft")
+        return {name: values.reshape(-1, times).mean(1).tolist() for name, values in found.items()}
+
+    def base_drafts(self, part: str) -> Mapping[str, str]:
+        assert part == "training"
+        trace = self.base_runs()
+        return dict(zip(trace["question"], trace["draft"], strict=True))
+
+    def in_rounds(self, rate: float) -> tuple[System, list[Curve]]:
+        """Direct in rounds, each on new runs of the system as it is for its own part of the instructions, and with that
+        system as its reference; as many steps and runs as one training."""
+        system, curves = self.system(), []
+        for number in range(ROUNDS):
+            asked = {"question": self.asked("training")[number::ROUNDS]}
+            rows = self.preferred(runs(system, asked, self.size.runs, self.seed + 1000 * number))
+            curves.append(self.train(system, self.nodes, rate=rate, candidates=None, share=1 / ROUNDS, rows=rows))
+        return system, curves
+
+    def one_node(self, rate: float) -> tuple[System, list[Curve]]:
+        """Plain DPO of the model alone, on its own runs."""
+        system = self.system("one node")
+        rows = self.preferred(self.base_runs("one node"))
+        return system, [self.train(system, ["answer"], rate=rate, candidates=None, rows=rows)]
+
+
+def align(cache: Path, *, method: str, seed: int, size: str, model: str, rate: float = 1.0) -> dict[str, Any]:
+    """One method on one seed.
+
+    Args:
+        method: one of the table's.
+        size: one of `SIZES`.
+        model: what the tables call the model; where it is, the cache's sources say.
+        rate: factor on the learning rate.
+    """
+    setting = Constrained(cache, seed, SIZES[size])
+    if method in UNTRAINED:
+        outline, best_of = UNTRAINED[method]
+        return outcome(setting, setting.system(outline), [], best_of)
+    if method == "one node, before":
+        return outcome(setting, setting.system("one node"), [])
+    ways = {"one node": setting.one_node, "direct, three rounds": setting.in_rounds}
+    system, curves = ways[method](rate) if method in ways else aligned(setting, method, rate)
+    return outcome(setting, system, curves)

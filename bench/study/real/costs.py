@@ -1,0 +1,168 @@
+"""What one step costs on the pretrained model and real pairs: sysdag, TRL's DPOTrainer and the straightforward step.
+
+The same pairs, drafts and adapters for all, moved away from their start; seconds are of scoring and gradients without
+the optimizer's update, taken in turns. Before anything is timed, loss and gradients must agree to 1e-4 of the largest
+gradient. Peak memory is of one step beyond what was there after a first one, in a process of its own.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench import measure
+from bench.step_systems import TrlStep, move, our_name, straightforward_step
+from bench.study.real import models
+from bench.study.real.reward import SIDES
+from bench.study.real.setting import BETA, Size
+from bench.study.real.sources import Sources, read_pairs
+from sysdag.components import CausalLM
+from sysdag.data import encode_pairs
+from sysdag.engine import SystemModel, accumulate_gradients
+from sysdag.objectives import Candidates, EngineOptions, MonteCarlo, ObjectiveOptions
+
+VERSION = 1
+SIZES = {"cpu": 2, "gpu": 16, "quick": 2}  # pairs of a step
+REPEATS = {"cpu": 3, "gpu": 5, "quick": 1}
+SYSTEMS: dict[str, tuple[str, int]] = {  # outline, candidates
+    "one model, DPO": ("one node", 0),
+    "draft -> refine, Direct": ("draft -> refine", 0),
+    **{f"draft -> refine, Sampling, k = {k}": ("draft -> refine", k) for k in (2, 4)},
+}
+OURS, PLAIN, TRL = "sysdag", "straightforward", "TRL"
+
+
+class GivenDrafts(MonteCarlo):
+    """The same k texts for every prompt."""
+
+    def __init__(self, texts: Sequence[str]) -> None:
+        super().__init__(num_candidates=len(texts))
+        self.texts = texts
+
+    def paths(self, plan: Any, rows: Any, latents: Any, generator: Any) -> Candidates:
+        prompt = tuple(p for p in range(len(rows)) for _ in self.texts)
+        drafts = plan.system["draft"].component.observe([text for _ in range(len(rows)) for text in self.texts])
+        return Candidates(rows.select(prompt).updated({"draft": drafts}), prompt)
+
+
+class RealStep:
+    """One system, ready to be computed in each way on the same models and data.
+
+    Args:
+        system: of `SYSTEMS`.
+        size: of `SIZES`.
+    """
+
+    def __init__(self, cache: Path, system: str, size: str, with_trl: bool) -> None:
+        sources = Sources.kept(cache)
+        outline, candidates = SYSTEMS[system]
+        rows = read_pairs(sources.pairs[0])
+        random.Random(0).shuffle(rows)
+        pairs, others = rows[: SIZES[size]], rows[SIZES[size] :]
+        drafts = [each["chosen"] for each in others[: max(candidates, 2 * len(pairs))]]
+        made = models.adapted(
+            models.OUTLINES[outline], sources.model, sources.device, Size().lengths, 0, loads=models.load
+        )
+        objective = "sampling" if candidates else "direct"
+        self.model = SystemModel(
+            made.compile(), ObjectiveOptions(objective=objective, beta=BETA), None,
+            GivenDrafts(drafts[:candidates]) if candidates else None, EngineOptions(engine="two_pass"),
+        ).to(sources.device)  # fmt: skip
+        self.model.move_references(torch.device(sources.device))
+        for component in self.model.components.values():
+            move(component.module)
+        if outline != "one node" and not candidates:
+            pairs = [
+                row | {f"{side}_intermediates": {"draft": drafts[2 * at + place]} for place, side in enumerate(SIDES)}
+                for at, row in enumerate(pairs)
+            ]
+        self.pairs = encode_pairs(self.model.plan, pairs, objective)
+        self.trl: TrlStep | None = None
+        if with_trl:
+            (policy,) = self.model.components.values()
+            assert isinstance(policy, CausalLM)
+            load = partial(models.load, sources.model, sources.device)
+            self.trl = TrlStep(
+                policy, [trl_row(row, policy.tokenizer) for row in pairs], lambda: load()[0], models.lora()
+            )
+
+    def clear(self) -> None:
+        self.model.zero_grad(set_to_none=False)
+        if self.trl is not None:
+            self.trl.trainer.model.zero_grad(set_to_none=False)
+
+    def run(self, way: str) -> Tensor:
+        """Adds the step's gradients and returns its loss."""
+        if way == PLAIN:
+            return straightforward_step(self.model, self.pairs)
+        if way == TRL:
+            assert self.trl is not None
+            return self.trl()
+        output = self.model(self.pairs)
+        accumulate_gradients(self.model, output)
+        return output.loss.detach()
+
+    def gradients(self, way: str) -> dict[str, Tensor]:
+        """By our names."""
+        if way == TRL and self.trl is not None:
+            theirs = self.trl.trainer.model.named_parameters()
+            return {f"policies.answer.{our_name(n)}": p.grad.clone() for n, p in theirs if p.grad is not None}
+        return {n: p.grad.clone() for n, p in self.model.named_parameters() if p.grad is not None}
+
+    def check(self, way: str) -> None:
+        """The gate: loss and gradients of sysdag's step against those of another way."""
+        seen = []
+        for each in (OURS, way):
+            self.clear()
+            seen.append((self.run(each), self.gradients(each)))
+        measure.gate_step("real pairs", way, *seen)
+
+
+def trl_row(row: Mapping[str, str], tokenizer: Any) -> dict[str, str]:
+    """The conversation of the system's node as texts: with messages TRL would score what the template writes behind
+    the end of the turn, too (a newline in ChatML)."""
+    prompt = tokenizer.apply_chat_template(models.said(row["question"]), add_generation_prompt=True, tokenize=False)
+    return {"prompt": prompt, "chosen": row["chosen"], "rejected": row["rejected"]}
+
+
+def ways(system: str) -> list[str]:
+    return [OURS, PLAIN, *([TRL] if SYSTEMS[system][0] == "one node" else [])]
+
+
+def peak(cache: str, system: str, size: str, way: str) -> None:
+    """Prints the MiB of one step beyond what is there after a first one; for a process of its own."""
+    torch.set_num_threads(1)
+    step = RealStep(Path(cache), system, size, with_trl=way == TRL)
+    step.run(way)
+    step.clear()
+    with measure.PeakMemory(Sources.kept(Path(cache)).device) as memory:
+        step.run(way)
+    print(memory.mib)
+
+
+def steps(cache: Path, *, method: str, seed: int, size: str, model: str, pairs: str) -> dict[str, Any]:
+    """One system in every way.
+
+    Args:
+        method: of `SYSTEMS`.
+        seed: must be 0: there is one run.
+        size: of `SIZES`.
+        model, pairs: what tells these rows from those of another model and other data.
+    """
+    step = RealStep(cache, method, size, with_trl=TRL in ways(method))
+    for way in ways(method)[1:]:
+        step.check(way)
+    timed = measure.interleave(
+        {way: partial(step.run, way) for way in ways(method)}, REPEATS[size], before=step.clear, warmup=1
+    )
+    found: dict[str, list[float]] = {f"{way}, seconds": list(each.seconds) for way, each in timed.items()}
+    for way in ways(method):
+        code = f"from bench.study.real.costs import peak; peak({str(cache)!r}, {method!r}, {size!r}, {way!r})"
+        found[f"{way}, MiB"] = [measure.peak_in_a_process(code)]
+    return {"values": found}
