@@ -6,10 +6,14 @@ BIN := .venv/bin
 # What was compiled is kept: the tests start many processes, and compiling transformers takes longer than importing it.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-all test-oldest test-newest build bench gpu gpu-wheels study lint docs clean
+.PHONY: demo demo-real test test-all test-oldest test-newest build bench gpu gpu-wheels study lint docs clean
 
 demo: .venv/ready
 	$(BIN)/python -m examples.demo --seed $(SEED) --output demo-output
+
+# The real draft -> refine, on a pretrained model that is had beforehand; without MODEL it says where.
+demo-real: .venv/ready
+	$(BIN)/python -m bench.study.real.demo --model $(or $(MODEL),./SmolLM2-135M-Instruct) --seed $(SEED)
 
 test: .venv/ready
 	@if command -v c++ > /dev/null; then $(MAKE) --no-print-directory build; else echo "no C++ compiler: testing on plain torch"; fi
@@ -49,8 +53,9 @@ gpu-wheels: .venv/ready
 	  --platform manylinux_2_28_x86_64 --platform manylinux2014_x86_64 --platform any --dest wheels $(GPU_WHEELS)
 
 # The paper's experiments on small systems: hours on 2 cores, goes on where it was stopped. QUICK=1: everything tiny.
+# MODEL=FOLDER PAIRS="TRAIN TEST": those on a pretrained model.
 study: .venv/ready
-	$(BIN)/python -m bench study $(if $(QUICK),--quick)
+	$(BIN)/python -m bench study $(if $(QUICK),--quick) $(if $(MODEL),--real --model $(MODEL) --workers 2 $(if $(PAIRS),--pairs $(PAIRS)))
 
 lint: .venv/ready
 	$(BIN)/ruff check .

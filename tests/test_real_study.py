@@ -16,13 +16,17 @@ from tokenizer_families import CHATML, IM, bytes_with
 
 from bench import study
 from bench.study.compare import RATES, TUNING_SEED
-from bench.study.real import constraints, models, setting, store
+from bench.study.real import constraints, costs, demo, document, models, setting, store
+from bench.study.real.constrained import Constrained
 from bench.study.real.constraints import CONFLICTS, FUNCTION_WORDS, KINDS, demands
 from bench.study.real.pairs import by_instruction, repeats
 from bench.study.real.reward import ImplicitReward
-from bench.study.real.sources import read_pairs
-from bench.study.real.store import Found, Share
+from bench.study.real.sources import Sources, read_pairs
+from bench.study.real.statistics import difference_of, mean_of
+from bench.study.real.store import Found, Share, Store
 from bench.study.real.tables import TABLES
+from sysdag import System, Trace
+from sysdag.evaluation import cluster_bootstrap
 
 PROMPTS = [f"Say {word}." for word in ("one", "two", "three", "four", "five", "six", "seven", "eight")]
 
@@ -232,6 +236,79 @@ def test_a_share_ends_by_number_and_by_time():
     assert not Share(until=0).take()
 
 
+@pytest.mark.parametrize("system", ["one model, DPO", "draft -> refine, Direct", "draft -> refine, Sampling, k = 2"])
+def test_a_step_is_that_of_others_before_it_is_timed(system, model, files, tmp_path):
+    """TRL's loss and gradients for one model, not those of other pairs; those of plain padded batches for two."""
+    Sources(model=str(model), pairs=files).keep(tmp_path)
+    step = costs.RealStep(tmp_path, system, "quick", with_trl=costs.TRL in costs.ways(system))
+    for way in costs.ways(system)[1:]:
+        step.check(way)
+    step.pairs = step.pairs[::-1][:1]
+    if costs.TRL in costs.ways(system):
+        with pytest.raises(SystemExit, match="no speed is reported for a wrong result"):
+            step.check(costs.TRL)
+
+
+def test_an_interval_is_of_instructions_and_of_seeds():
+    """Of one seed as the paired bootstrap has it; what only seeds differ in widens it."""
+    values = {0: [0.0, 1.0, 1.0, 0.0, 1.0, 0.0]}
+    assert mean_of(values) == cluster_bootstrap(values[0])
+    same = mean_of({0: [0.25] * 40, 1: [0.75] * 40})
+    assert (same.estimate, same.low, same.high) == (0.5, 0.25, 0.75)
+    change = difference_of({0: [1.0, 0.5], 1: [0.0, 0.0]}, {0: [0.5, 0.0], 2: [1.0, 1.0]})
+    assert (change.seeds, change.interval.estimate, change.interval.low, change.interval.high) == ([0], 0.5, 0.5, 0.5)
+    assert difference_of({0: [1.0]}, {1: [1.0]}) is None
+
+
+def test_the_page_says_what_is_missing_and_has_no_part_without_cells(tmp_path):
+    assert document.section(tmp_path) == ""
+    table, about = TABLES["preferences"], {"model": "m", "size": "cpu", "pairs": "x"}
+    kept = Store(tmp_path, "preferences")
+    curve = {"steps": [0, 2], "validation": [-0.69, -0.6], "logs": [{"step": 2, "loss": 0.6}], "cpu_seconds": 7.0,
+             "best_step": 2}  # fmt: skip
+    shared = {"seconds": 9.0, "peak_mib": 100.0, "machine": "a machine"}
+    for method, accuracy in (("joint", [1.0, 1.0, 0.0, 0.5]), ("separate", [0.0, 1.0, 0.0, 0.5])):
+        values = {"accuracy": accuracy, "log-loss": [0.5] * 4, "validation": [-0.6]}
+        kept.add(table.cell(method, 0, 1.0, about), shared | {"values": values, "curves": [curve]})
+    page = document.section(tmp_path)
+    assert page.count("### ") == 1
+    lines = {line.split(" | ")[0]: line.split(" | ") for line in page.split("\n") if line.startswith("| ")}
+    bounds = cluster_bootstrap([1.0, 1.0, 0.0, 0.5])
+    assert lines["| joint"][1:3] == [f"62.5 [{100 * bounds.low:.1f}, {100 * bounds.high:.1f}]", "0.500 [0.500, 0.500]"]
+    assert lines["| separate"][3].startswith("\N{MINUS SIGN}25.0 [")
+    assert lines["| separate"][4:] == ["2", "7", "100", "1, untuned", "1 |"]
+    assert "Every row is a single seed of the 3 that are planned" in page
+    assert "Not tuned yet, at the usual learning rate: separate, joint." in page
+    assert "Not measured yet: prompting, one node, only draft, only answer, stage by stage, joint, beams, k = 2" in page
+    (row,) = [row for row in kept.curves() if row["step"] == "2" and row["method"] == "joint"]
+    assert (row["validation"], row["loss"]) == ("-0.6", "0.6")
+
+
+def test_the_demo_shows_before_and_after_and_saves_the_system(model, tmp_path, capsys):
+    metrics = demo.main(["--model", str(model), "--output", str(tmp_path)], setting.QUICK)
+    assert json.loads((tmp_path / "metrics.json").read_text()) == metrics
+    assert metrics["interval_95"][0] <= metrics["difference"] <= metrics["interval_95"][1]
+    shares = [
+        setting_of.met(Trace.load(tmp_path / f"{name}.jsonl")).mean()
+        for setting_of in [Constrained(tmp_path / "cache", 0, setting.QUICK)]
+        for name in ("before", "after")
+    ]
+    assert shares == pytest.approx([metrics["before"], metrics["after"]])
+    assert "points (95 % interval" in capsys.readouterr().out
+    aligned = System.from_pretrained(tmp_path / "system").compile()
+    asked = {"question": [demands(9, 2, 3)["heldout"][0].text]}
+    assert aligned.sample(asked, seed=1)["answer"]
+
+
+def test_what_is_not_there_is_named_with_where_it_is_had(tmp_path, files, capsys):
+    with pytest.raises(SystemExit, match=r"no folder of a model(.|\n)*hf download"):
+        study.main(["--real", "--model", str(tmp_path), "--pairs", *files, "--cache", str(tmp_path)])
+    with pytest.raises(SystemExit, match=r"there is no file nowhere.jsonl(.|\n)*AlpacaEval"):
+        study.main(["--real", "--model", "a/b", "--pairs", "nowhere.jsonl", files[1], "--cache", str(tmp_path)])
+    with pytest.raises(SystemExit, match="need --pairs TRAIN.jsonl TEST.jsonl"):
+        study.main(["--real", "--model", "a/b", "--cache", str(tmp_path)])
+
+
 def arguments(model, files, tmp_path, *more):
     return ["--real", "--quick", "--model", str(model), "--pairs", *files, "--cache", str(tmp_path), *more]
 
@@ -244,11 +321,17 @@ def rows_of(folder, name):
 QUICK = {
     "costs": ["one model, DPO", "draft -> refine, Direct", "draft -> refine, Sampling, k = 2"],
     "constraints": ["best of 4", "direct, three rounds", "one node"],
+    "critic-loop": ["unrolled, n = 1", "naive, n = 2"],
     "preferences": ["prompting", "separate", "joint, importance sampling, k = 4", "one node"],
 }
 
 
-@pytest.mark.parametrize("name", QUICK)
+RELEASE = pytest.mark.release("the study is run by its authors, not by users")
+
+
+@pytest.mark.parametrize(
+    "name", [name if name == "preferences" else pytest.param(name, marks=RELEASE) for name in QUICK]
+)
 def test_a_table_from_end_to_end(name, model, files, tmp_path, capsys):
     given = arguments(model, files, tmp_path, "--tables", name, "--judge", str(model), "--methods", *QUICK[name])
     study.main([*given, "--cells", "1"])

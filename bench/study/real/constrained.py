@@ -34,14 +34,17 @@ class Constrained(Setting):
     def asked(self, part: str) -> list[str]:
         return [demand.text for demand in self.demands[part]]
 
-    def met(self, trace: Trace, name: str = "answer") -> numpy.ndarray:
-        """Of each run's constraints, the share that a node's text meets."""
+    def met(self, trace: Trace, name: str = "") -> numpy.ndarray:
+        """Of each run's constraints, the share that a node's text meets, by default the last one's."""
         by_text = {demand.text: demand for part in self.demands.values() for demand in part}
         return numpy.array(
-            [by_text[asked].share(text) for asked, text in zip(trace["question"], trace[name], strict=True)]
+            [
+                by_text[asked].share(text)
+                for asked, text in zip(trace["question"], trace[name or last(trace)], strict=True)
+            ]
         )
 
-    def base_runs(self, outline: str = "draft -> refine") -> Trace:
+    def base_runs(self, outline: str | System = "draft -> refine") -> Trace:
         """Runs of the untrained system on the training instructions, those of an instruction one after the other."""
 
         def build(file: Path) -> None:
@@ -49,7 +52,8 @@ class Constrained(Setting):
             runs(self.system(outline), asked, self.size.runs, self.seed).to_jsonl(file)
 
         size = self.size
-        kind = outline.replace(" -> ", "-").replace(" ", "-")
+        kind = outline if isinstance(outline, str) else "-".join(node.name for node in outline.nodes)
+        kind = kind.replace(" -> ", "-").replace(" ", "-")
         about = f"{self.sources.label}-{size.training}-{size.runs}-{size.draft}-{size.answer}"
         return Trace.from_jsonl(shared(self.cache, f"constrained-{VERSION}-{kind}-{self.seed}-{about}.jsonl", build))
 
@@ -63,12 +67,13 @@ class Constrained(Setting):
         Raises:
             ValueError: if all runs of every instruction meet equally many.
         """
-        latents = [name for name in trace.cells if name != "answer"]
+        output = last(trace)
+        latents = [name for name in trace.cells if name != output]
         found = []
         for pair in ranked_pairs(trace, self.met(trace), self.size.runs, 1):
             sides = dict(zip(("chosen", "rejected"), pair, strict=True))
             row = {"question": trace["question"][pair[0]]}
-            row |= {side: trace.cells["answer"][at] for side, at in sides.items()}
+            row |= {side: trace.cells[output][at] for side, at in sides.items()}
             if latents:
                 row |= {f"{side}_intermediates": {name: trace.cells[name][at] for name in latents}
                         for side, at in sides.items()}  # fmt: skip
@@ -113,6 +118,11 @@ class Constrained(Setting):
         system = self.system("one node")
         rows = self.preferred(self.base_runs("one node"))
         return system, [self.train(system, ["answer"], rate=rate, candidates=None, rows=rows)]
+
+
+def last(trace: Trace) -> str:
+    """The node whose text is the system's answer."""
+    return list(trace.cells)[-1]
 
 
 def align(cache: Path, *, method: str, seed: int, size: str, model: str, rate: float = 1.0) -> dict[str, Any]:

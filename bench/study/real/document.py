@@ -20,10 +20,11 @@ from sysdag.evaluation.statistics import Interval
 HEAD = """## A pretrained model
 
 The same questions asked of a pretrained chat model: all nodes are one base model, each with a LoRA adapter (r = 8) of
-its own, in fp32. `python -m bench study --real` computes what is missing, cell by cell, and says where the model and the
-pairs are had; the rows of the cells are in `bench/results/study/real`. Intervals are 95 %, of resampled instructions,
-and where a row has several seeds, of resampled seeds too; a row of one seed says nothing about another seed. Steps and
-learning rates are chosen on instructions that are neither trained nor measured on; the measured ones are seen once a cell.
+its own, in fp32. `python -m bench study --real` computes what is missing, cell by cell, and says where the model and
+the pairs are had; the rows of the cells are in `bench/results/study/real`. Intervals are 95 %, of resampled
+instructions, and where a row has several seeds, of resampled seeds too; a row of one seed says nothing about another
+seed. Steps and learning rates are chosen on instructions that are neither trained nor measured on; the measured ones
+are seen once a cell.
 """
 PARTS = {
     "constraints": """### Constraints that a program checks
@@ -42,6 +43,12 @@ take the same four drafts of the untrained drafter for every row. The wins are o
 untrained system's, ties half, by two judges that no row trains on and that are weak: rules of form, and the likelihood
 a token under another language model. *One node* is the model alone, without a draft; *joint* is Sampling with diverse
 beam search, k = 4, where nothing else is said.
+""",
+    "critic-loop": """### A critic loop
+
+Generator → (critic → generator) n times, on the instructions of the first table, by Sampling with Monte Carlo, k = 4.
+*Unrolled* trains the graph of n rounds; *naive* drops the arrow back and puts the same preferences to a graph of one
+round. What is measured has n rounds.
 """,
     "costs": """### What a step costs
 

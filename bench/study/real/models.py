@@ -12,7 +12,7 @@ from sysdag import Input, System, loop, node
 from sysdag.components import CausalLM
 
 RANK, ALPHA = 8, 16
-question, note, given_draft = Input("question", str), Input("note", str), Input("draft", str)
+question, given_draft = Input("question", str), Input("draft", str)
 
 
 def said(text: str) -> list[dict[str, str]]:
@@ -50,16 +50,6 @@ def only_answer(question):
 
 
 @node(CausalLM("unset"))
-def summary(note):
-    return said(f"Sum up in one sentence:\n{note}")
-
-
-@node(CausalLM("unset"), name="answer")
-def rewrite_summary(summary, question):
-    return said(f"{summary}\n\n{question}")
-
-
-@node(CausalLM("unset"))
 def critic(question, draft):
     return said(f"Instruction: {question}\nAnswer: {draft}\nSay in one sentence what the answer lacks.")
 
@@ -75,17 +65,13 @@ OUTLINES = {
     "one node": System(question >> only_answer),
     "drafter": System(question >> draft),
     "refiner": System((question & given_draft) >> answer),
-    "summarise -> rewrite": System(note >> summary, (summary & question) >> rewrite_summary),
 }
 
 
 def critic_loop(rounds: int) -> System:
-    """Generator, then so often a critic and a generator that reads it."""
-    return System(
-        question >> draft,
-        loop((question & draft) >> critic, (question & draft & critic) >> rewrite, carry={"draft": rewrite},
-             times=rounds),
-    )  # fmt: skip
+    """Generator, then so often a critic and a generator that reads it; one critic and one rewriter for all rounds."""
+    feedback = loop(critic >> rewrite, carry={"draft": rewrite}, times=rounds)
+    return System(question >> draft, (question & draft) >> critic, (question & draft) >> rewrite, feedback)
 
 
 def load(name: str, device: str) -> tuple[Any, Any]:

@@ -48,9 +48,7 @@ class Size:
     @property
     def lengths(self) -> dict[str, int]:
         """Most new tokens of each node, by base name."""
-        return dict.fromkeys(("draft", "summary", "critic"), self.draft) | dict.fromkeys(
-            ("answer", "rewrite"), self.answer
-        )
+        return dict.fromkeys(("draft", "critic"), self.draft) | dict.fromkeys(("answer", "rewrite"), self.answer)
 
 
 QUICK = Size(training=9, choosing=2, heldout=3, runs=6, steps=2, every=1, batch=2, draft=4, answer=6)
@@ -102,11 +100,10 @@ class Setting(ABC):
     def base_drafts(self, part: str) -> Mapping[str, str]:
         """One draft of the untrained drafter for each instruction of a part, by instruction."""
 
-    def system(self, outline: str = "draft -> refine") -> System:
+    def system(self, outline: str | System = "draft -> refine") -> System:
         """On the pretrained model, with new adapters."""
-        return models.adapted(
-            models.OUTLINES[outline], self.sources.model, self.sources.device, self.size.lengths, self.seed
-        )
+        made = models.OUTLINES[outline] if isinstance(outline, str) else outline
+        return models.adapted(made, self.sources.model, self.sources.device, self.size.lengths, self.seed)
 
     def train(
         self,

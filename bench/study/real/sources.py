@@ -52,7 +52,7 @@ class Sources:
     def check(self, needs_pairs: bool) -> None:
         """Ends the program, with where things are had, if something is not there."""
         folder = Path(self.model)
-        if not (folder / "config.json").exists() and (folder.exists() or self.model.startswith((".", "/"))):
+        if not (folder / "config.json").exists() and (folder.exists() or self.model.startswith((".", "/", "~"))):
             sys.exit(f"--model: {self.model} is no folder of a model: it has no config.json.\n\n{HOW_TO_GET}")
         if needs_pairs and len(self.pairs) != 2:
             sys.exit(f"The preference tables need --pairs TRAIN.jsonl TEST.jsonl.\n\n{HOW_TO_GET}")

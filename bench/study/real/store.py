@@ -120,7 +120,7 @@ def computed(cell: Cell, cache: Path) -> dict[str, Any]:
     try:
         with PeakMemory(cell.device) as memory:
             result = dict(cell(cache))
-    except Exception:  # noqa: BLE001 - told by the parent, with the others' results kept
+    except (Exception, SystemExit):  # noqa: BLE001 - told by the parent, with the others' results kept
         return {"problem": traceback.format_exc()}
     return result | {
         "seconds": time.perf_counter() - started, "peak_mib": memory.mib, "machine": described(machine(), cell.device),

@@ -8,7 +8,7 @@ from typing import Any
 
 from bench.study.cells import Cell
 from bench.study.compare import RATES, TUNING_SEED
-from bench.study.real import constrained, costs, pairs
+from bench.study.real import constrained, costs, critic, pairs
 from bench.study.real.setting import SAMPLING, TUNED_AS, UNTRAINED, VALIDATION
 from bench.study.real.store import Found
 
@@ -119,6 +119,11 @@ TABLES = {
             tuned_as=TUNED_OTHERS, metrics=pairs.METRICS,
             percentages=("accuracy", "win by rules", "win by likelihood"), reference="joint",
             first=("one node", "joint"), needs_pairs=True,
+        ),
+        Table(
+            name="critic-loop", function="real.critic:align", methods=tuple(critic.METHODS),
+            untrained=tuple(name for name, (way, _) in critic.METHODS.items() if way == "before"),
+            metrics=constrained.METRICS, percentages=constrained.METRICS, reference=critic.named("unrolled", 1),
         ),
     )
 }  # fmt: skip
