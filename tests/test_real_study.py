@@ -264,7 +264,9 @@ def test_the_page_says_what_is_missing_and_has_no_part_without_cells(tmp_path):
     assert document.section(tmp_path) == ""
     table, about = TABLES["preferences"], {"model": "m", "size": "cpu", "pairs": "x"}
     kept = Store(tmp_path, "preferences")
-    curve = {"steps": [0, 2], "validation": [-0.69, -0.6], "logs": [{"step": 2, "loss": 0.6}], "cpu_seconds": 7.0,
+    log = {"step": 2, "loss": 0.6, "candidates/effective_sample_size": 1.5}
+    log |= {"nodes/draft/rewards/margins": 0.1, "nodes/answer/rewards/margins": 0.3}
+    curve = {"steps": [0, 2], "validation": [-0.69, -0.6], "logs": [log], "cpu_seconds": 7.0,
              "best_step": 2}  # fmt: skip
     shared = {"seconds": 9.0, "peak_mib": 100.0, "machine": "a machine"}
     for method, accuracy in (("joint", [1.0, 1.0, 0.0, 0.5]), ("separate", [0.0, 1.0, 0.0, 0.5])):
@@ -276,7 +278,7 @@ def test_the_page_says_what_is_missing_and_has_no_part_without_cells(tmp_path):
     bounds = cluster_bootstrap([1.0, 1.0, 0.0, 0.5])
     assert lines["| joint"][1:3] == [f"62.5 [{100 * bounds.low:.1f}, {100 * bounds.high:.1f}]", "0.500 [0.500, 0.500]"]
     assert lines["| separate"][3].startswith("\N{MINUS SIGN}25.0 [")
-    assert lines["| separate"][4:] == ["2", "7", "100", "1, untuned", "1 |"]
+    assert lines["| separate"][4:] == ["1.50", "0.25", "2", "7", "100", "1, untuned", "1 |"]
     assert "Every row is a single seed of the 3 that are planned" in page
     assert "Not tuned yet, at the usual learning rate: separate, joint." in page
     assert "Not measured yet: prompting, one node, only draft, only answer, stage by stage, joint, beams, k = 2" in page

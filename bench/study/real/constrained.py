@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy
 
-from bench.study.real.constraints import Demand, demands
+from bench.study.real.constraints import Demand, demands, words
 from bench.study.real.setting import QUICK, UNTRAINED, Setting, Size, aligned, outcome
 from bench.study.training import Curve, favourites, ranked_pairs, runs, shared
 from sysdag import System, Trace
@@ -21,7 +21,8 @@ SIZES = {
     "quick": QUICK,
 }
 ROUNDS = 3
-METRICS = ("constraints met", "wholly right", "draft constraints met")
+SHARES = ("constraints met", "wholly right", "draft constraints met")
+METRICS = (*SHARES, "words")
 
 
 class Constrained(Setting):
@@ -93,7 +94,8 @@ class Constrained(Setting):
         trace = runs(system, {"question": self.asked("heldout")}, times * best_of, 23 + self.seed)
         trace = favourites(trace, self.met(trace), best_of)
         met = self.met(trace)
-        found = {"constraints met": met, "wholly right": (met == 1).astype(float)}
+        lengths = numpy.array([len(words(text)) for text in trace[last(trace)]], dtype=float)
+        found = {"constraints met": met, "wholly right": (met == 1).astype(float), "words": lengths}
         if "draft" in trace.cells:
             found["draft constraints met"] = self.met(trace, "draft")
         return {name: values.reshape(-1, times).mean(1).tolist() for name, values in found.items()}

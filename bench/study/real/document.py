@@ -26,6 +26,13 @@ instructions, and where a row has several seeds, of resampled seeds too; a row o
 seed. Steps and learning rates are chosen on instructions that are neither trained nor measured on; the measured ones
 are seen once a cell.
 """
+DRAFT_MARGIN, DRAFT_SHARE = "nodes/draft/rewards/margins", "draft share"
+LOGS = {  # means over a training, and what the page calls them
+    "candidates/effective_sample_size": "ESS",
+    "candidates/responsibility_gap": "gap",
+    "candidates/coverage": "coverage",
+    DRAFT_SHARE: "draft's share of the margin",
+}
 PARTS = {
     "constraints": """### Constraints that a program checks
 
@@ -33,7 +40,9 @@ Draft → refine answers instructions with two or three constraints: lengths, wo
 format, ending, language. Preferences are among the system's own runs: the one that meets more constraints against the
 one that meets fewer. *Constraints met*: share of each answer's constraints; *wholly right*: share of answers that meet
 all. *Best of 4* picks by the very checker that measures, at four times the price of a run. *Direct* observes the drafts
-of both runs; *joint* is Sampling with diverse beam search, k = 4, where nothing else is said.
+of both runs; *joint* is Sampling with diverse beam search, k = 4, where nothing else is said. Of the training: *ESS*,
+the effective number of candidates; *gap*, how differently chosen and rejected answers weigh them; *coverage*, the
+probability that they have together.
 """,
     "preferences": """### Real preferences
 
@@ -77,7 +86,7 @@ def _part(table: Table, store: Store) -> str:
     for about in _kinds(found):
         rows = table.shown(about, found)
         if rows:
-            body = _costs(rows) if table.name == "costs" else _methods(table, about, found, rows)
+            body = _costs(rows) if table.name == "costs" else _methods(table, store, about, rows)
             shown.append(f"{_about(about, rows)}\n\n{body}\n")
     return "\n".join([PARTS[table.name], *shown]) if shown else ""
 
@@ -95,15 +104,12 @@ def _about(about: Mapping[str, str], rows: Mapping[str, Mapping[int, Found]]) ->
     return f"{about['model']}{pairs}; {machines}."
 
 
-def _methods(
-    table: Table, about: Mapping[str, str], found: Mapping[str, Found], rows: Mapping[str, Mapping[int, Found]]
-) -> str:
+def _methods(table: Table, store: Store, about: Mapping[str, str], rows: Mapping[str, Mapping[int, Found]]) -> str:
+    found, logged = store.found(), _logged(store, rows)
     metrics = [m for m in table.metrics if any(m in cell.values for cells in rows.values() for cell in cells.values())]
-    head = [
-        "",
-        *(f"{m}, %" if m in table.percentages else m for m in metrics),
-        f"{metrics[0]} against {table.reference}",
-    ]
+    logs = [name for name in LOGS if any(name in of_row for of_row in logged.values())]
+    head = ["", *(f"{m}, %" if m in table.percentages else m for m in metrics)]
+    head += [f"{metrics[0]} against {table.reference}", *(LOGS[name] for name in logs)]
     head += ["best step", "training, CPU s", "peak, MiB", "rate", "seeds"]
     lines = [head, ["---", *["---:"] * (len(head) - 1)]]
     for method, cells in rows.items():
@@ -111,10 +117,33 @@ def _methods(
         line.append(
             _change(table, metrics[0], cells, rows.get(table.reference, {})) if method != table.reference else ""
         )
+        line += [format(logged[method][name], ".2f") if name in logged[method] else "" for name in logs]
         line += [_mean(cells, "best_step", ".0f"), _mean(cells, "cpu_seconds", ".0f"), _mean(cells, "peak_mib", ".0f")]
         line += [_rate(table, method, about, found, cells), str(len(cells))]
         lines.append(line)
     return "\n".join([*_table(lines), "", " ".join(_missing(table, about, found, rows))])
+
+
+def _logged(store: Store, rows: Mapping[str, Mapping[int, Found]]) -> dict[str, dict[str, float]]:
+    """By method the means over a training's logs, of what `LOGS` names and each node's part of the margin."""
+    of_cell: dict[str, list[dict[str, float]]] = {}
+    for row in store.curves():
+        numbers = {name: float(value) for name, value in row.items() if value and name.count("/")}
+        if numbers:
+            of_cell.setdefault(row["cell"], []).append(numbers)
+    found = {}
+    for method, cells in rows.items():
+        logs = [log for cell in cells.values() for log in of_cell.get(cell.row["cell"], [])]
+        found[method] = {
+            name: sum(log[name] for log in logs) / len(logs)
+            for name in LOGS
+            if logs and all(name in log for log in logs)
+        }
+        margins = [{n: v for n, v in log.items() if n.startswith("nodes/") and n.endswith("/margins")} for log in logs]
+        total = sum(sum(each.values()) for each in margins)
+        if any(DRAFT_MARGIN in each for each in margins) and total:
+            found[method][DRAFT_SHARE] = sum(each.get(DRAFT_MARGIN, 0.0) for each in margins) / total
+    return found
 
 
 def _table(lines: Sequence[Sequence[str]]) -> list[str]:

@@ -17,6 +17,7 @@ import numpy
 import torch
 
 from bench.study.real import models
+from bench.study.real.constraints import words
 from bench.study.real.reward import ImplicitReward
 from bench.study.real.setting import BETA, QUICK, Setting, Size, aligned, outcome
 from bench.study.real.sources import read_pairs
@@ -30,7 +31,7 @@ SIZES = {
     "quick": QUICK,
 }
 OF_ONE, DRAFTS = 2, 4  # pairs of an instruction that are scored, and drafts that this takes
-METRICS = ("accuracy", "log-loss", "win by rules", "win by likelihood")
+METRICS = ("accuracy", "log-loss", "win by rules", "win by likelihood", "words")
 
 
 class RealPairs(Setting):
@@ -89,6 +90,7 @@ class RealPairs(Setting):
         found = {name: by_instruction(values, asked) for name, values in by_pair.items()}
         questions = list(dict.fromkeys(asked))
         ours, theirs = runs(system, {"question": questions}, 1, 23 + self.seed), self.base_runs(questions)
+        found["words"] = [float(len(words(text))) for text in ours["answer"]]
         found["win by rules"] = wins(form(ours), form(theirs)).tolist()
         if self.sources.judge:
             judged = [fluency(trace, self.sources.judge, self.sources.device) for trace in (ours, theirs)]

@@ -112,7 +112,7 @@ TABLES = {
                 *UNTRAINED, "one node, before", *OF_ONE[1:], "direct", "direct, three rounds",
             ),
             untrained=(*UNTRAINED, "one node, before"), tuned_as=TUNED_OTHERS, metrics=constrained.METRICS,
-            percentages=constrained.METRICS, reference="before", first=("before", "direct", "joint"),
+            percentages=constrained.SHARES, reference="before", first=("before", "direct", "joint"),
         ),
         Table(
             name="preferences", function="real.pairs:align", methods=OF_ONE, untrained=("prompting",),
@@ -123,7 +123,7 @@ TABLES = {
         Table(
             name="critic-loop", function="real.critic:align", methods=tuple(critic.METHODS),
             untrained=tuple(name for name, (way, _) in critic.METHODS.items() if way == "before"),
-            metrics=constrained.METRICS, percentages=constrained.METRICS, reference=critic.named("unrolled", 1),
+            metrics=constrained.METRICS, percentages=constrained.SHARES, reference=critic.named("unrolled", 1),
         ),
     )
 }  # fmt: skip
