@@ -298,7 +298,7 @@ def test_the_demo_shows_before_and_after_and_saves_the_system(model, tmp_path, c
     assert shares == pytest.approx([metrics["before"], metrics["after"]])
     assert "points (95 % interval" in capsys.readouterr().out
     aligned = System.from_pretrained(tmp_path / "system").compile()
-    asked = {"question": [demands(9, 2, 3)["heldout"][0].text]}
+    asked = {"question": [demands(12, 2, 3)["heldout"][0].text]}
     assert aligned.sample(asked, seed=1)["answer"]
 
 

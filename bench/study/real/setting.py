@@ -51,7 +51,7 @@ class Size:
         return dict.fromkeys(("draft", "critic"), self.draft) | dict.fromkeys(("answer", "rewrite"), self.answer)
 
 
-QUICK = Size(training=9, choosing=2, heldout=3, runs=6, steps=2, every=1, batch=2, draft=4, answer=6)
+QUICK = Size(training=12, choosing=2, heldout=3, runs=16, steps=2, every=1, batch=2, draft=4, answer=10)
 NODES = ("draft", "answer")
 UNTRAINED = {"before": ("draft -> refine", 1), "prompting": ("careful", 1), "best of 4": ("draft -> refine", 4)}
 SAMPLING: dict[str, Any] = {
