@@ -24,7 +24,7 @@ from bench.study.real.reward import ImplicitReward
 from bench.study.real.sources import Sources, read_pairs
 from bench.study.real.statistics import difference_of, mean_of
 from bench.study.real.store import Found, Share, Store
-from bench.study.real.tables import TABLES
+from bench.study.real.tables import PHASES, TABLES
 from sysdag import System, Trace
 from sysdag.evaluation import cluster_bootstrap
 
@@ -207,26 +207,39 @@ def found(values, **row):
 
 def test_the_plan_tunes_every_row_alike_and_ends_at_the_tuned_rates():
     table, about = TABLES["preferences"], {"model": "m", "size": "cpu", "pairs": "x"}
-    first = list(table.planned(about, {}))
-    assert [cell.options["method"] for cell in first[:2]] == ["one node", "joint"]
-    assert {cell.options["method"] for cell in first if cell.options["seed"] == 0} == set(table.methods)
-    tuning = [cell for cell in first if cell.options["seed"] == TUNING_SEED]
+    look, tuning, nothing = (table.planned(phase, about, {}, "cpu") for phase in PHASES)
+    assert [cell.options["method"] for cell in look[:2]] == ["one node", "joint"]
+    assert {cell.options["method"] for cell in look} == set(table.methods)
+    assert {cell.options["seed"] for cell in look} == {0}
+    assert nothing == []
     trained = set(table.methods) - set(table.untrained) - set(table.tuned_as)
     assert {cell.options["method"] for cell in tuning} == trained
+    assert {cell.options["seed"] for cell in tuning} == {TUNING_SEED}
     assert len(tuning) == len(RATES) * len(trained)
-    assert {cell.options["seed"] for cell in first} == {0, TUNING_SEED}
     scores = {1 / 3: -0.6, 1.0: -0.69, 3.0: -0.7}
     there = {cell.key: found({"validation": [scores[cell.options["rate"]]]}) for cell in tuning}
-    then = list(table.planned(about, there))[len(first) :]
+    assert table.planned("seeds", about, dict(list(there.items())[1:]), "cpu") == []
+    then = table.planned("seeds", about, there, "cpu")
     assert len(then) == 3 * len(table.methods)
     assert all(cell.options.get("rate", 1 / 3) == 1 / 3 for cell in then)
     assert table.rate("joint, Monte Carlo, k = 2", about, there) == 1 / 3
-    untuned = first[1]
+    untuned = look[1]
     shown = table.shown(about, there | {untuned.key: found({"accuracy": [0.5]})})
     assert shown["joint"][0].values == {"accuracy": [0.5]}
     tuned = next(cell for cell in then if cell.options["method"] == "joint")
     shown = table.shown(about, there | {untuned.key: found({"accuracy": [0.5]}), tuned.key: found({"accuracy": [1.0]})})
     assert shown["joint"][0].values == {"accuracy": [1.0]}
+
+
+def test_of_several_trainings_the_last_decides_where_each_goes_on_from_the_one_before():
+    table, about = TABLES["preferences"], {"model": "m", "size": "cpu", "pairs": "x"}
+    parts = {1 / 3: [-0.3, -0.6], 1.0: [-0.5, -0.5], 3.0: [-0.4, -0.4]}
+    for method, rate in (("separate", 3.0), ("stage by stage", 3.0)):
+        there = {table.cell(method, TUNING_SEED, each, about).key: found({"validation": parts[each]}) for each in RATES}
+        assert table.tuned(method, about, there) == rate
+    parts[1 / 3] = [-0.1, -0.6]
+    there = {table.cell("separate", TUNING_SEED, r, about).key: found({"validation": parts[r]}) for r in RATES}
+    assert table.tuned("separate", about, there) == 1 / 3
 
 
 def test_a_share_ends_by_number_and_by_time():

@@ -4,7 +4,8 @@
 
 Cells (one method on one seed at one learning rate, under 15 minutes each on a CPU) are rows of CSVs in
 bench/results/study/real, which are committed: what has rows is not computed again, here or on another machine, and
-the study goes on where it was stopped. The page is written from them each time. --device cuda has sizes of its own and
+the study goes on where it was stopped. First comes one seed of every row at the usual learning rate, then the tuning,
+then all seeds. The page is written from them each time. --device cuda has sizes of its own and
 rows of its own, whatever the model; --quick is everything tiny, on whatever model it is given.
 """
 
@@ -21,7 +22,7 @@ import torch
 
 from bench.study.real.sources import HOW_TO_GET, Sources
 from bench.study.real.store import Share, Store, run
-from bench.study.real.tables import TABLES, Table
+from bench.study.real.tables import PHASES, TABLES, Table
 
 FOLDER = "real"
 
@@ -73,9 +74,14 @@ def main(given: Sequence[str], results: Path, write_page: Callable[[Path, bool],
         share = Share(cells=math.inf if options.cells is None else options.cells, until=until)
         size = "quick" if options.quick else {"cpu": "cpu", "cuda": "gpu"}[options.device]
         workers = 0 if options.quick else options.workers
-        for name in options.tables:
-            store = Store(folder / FOLDER, name)
-            failed += compute(TABLES[name], store, sources, size, cache, share, workers, options.methods)
+        for phase in PHASES[:1] if options.quick else PHASES:
+            for name in options.tables:
+                table, store = TABLES[name], Store(folder / FOLDER, name)
+                planned = table.planned(phase, about(table, sources, size), store.found(), options.device)
+                wanted = [cell for cell in planned if cell.options["method"] in (options.methods or table.methods)]
+                failed += run(store, wanted, cache, share, workers)
+            if failed:
+                break
     write_page(folder, options.quick)
     if failed:
         sys.exit(f"{len(failed)} cells failed; the others are kept.\n\n" + "\n\n".join(failed))
@@ -85,28 +91,3 @@ def about(table: Table, sources: Sources, size: str) -> dict[str, str]:
     """What tells a table's cells from those of another model, other data or another size."""
     found = {"model": sources.label, "size": size}
     return found | ({"pairs": sources.fingerprint()} if table.needs_pairs else {})
-
-
-def compute(
-    table: Table,
-    store: Store,
-    sources: Sources,
-    size: str,
-    cache: Path,
-    share: Share,
-    workers: int,
-    methods: Sequence[str] | None = None,
-) -> list[str]:
-    """Computes what is missing of a table, as far as the share goes; what went wrong, a text a cell."""
-    options = about(table, sources, size)
-    failed: list[str] = []
-    for _ in range(2):  # with the tuning done there are more cells than before
-        planned = list(table.planned(options, store.found(), sources.device))
-        if size == "quick":
-            planned = [cell for cell in planned if cell.options["seed"] == 0]
-        if methods is not None:
-            planned = [cell for cell in planned if cell.options["method"] in methods]
-        failed += run(store, planned, cache, share, workers)
-        if failed:
-            break
-    return failed

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +13,7 @@ from bench.study.real.setting import SAMPLING, TUNED_AS, UNTRAINED, VALIDATION
 from bench.study.real.store import Found
 
 SEEDS = 3
+PHASES = ("look", "tuning", "seeds")
 STAGED = ("stage by stage", "direct, three rounds")
 
 
@@ -66,23 +67,28 @@ class Table:
         tuned = self.tuned(method, about, found)
         return 1.0 if tuned is None else tuned
 
-    def planned(self, about: Mapping[str, Any], found: Mapping[str, Found], device: str = "cpu") -> Iterator[Cell]:
-        """All cells, in the order in which they tell most: the first seed of every row at the usual rate, those in
-        `first` before others; then the tuning; then every seed at the tuned rate.
+    def planned(self, phase: str, about: Mapping[str, Any], found: Mapping[str, Found], device: str) -> list[Cell]:
+        """The cells of a phase, those of `first` before others.
 
-        What comes after the tuning depends on it, so that the plan is made anew when that is there.
+        Args:
+            phase: of `PHASES`. "look" is the first seed of every row at the usual rate; "tuning" every rate on the
+                tuning seed; "seeds" every seed at the tuned rate, and nothing before the tuning is there.
         """
         order = [*self.first, *(method for method in self.methods if method not in self.first)]
-        yield from (self.cell(method, 0, 1.0, about, device) for method in order)
-        if self.seeds == 1:
-            return
         rows = [method for method in order if method not in self.untrained and method not in self.tuned_as]
-        for method in rows:
-            yield from (self.cell(method, TUNING_SEED, rate, about, device) for rate in RATES)
+        if phase == "look":
+            return [self.cell(method, 0, 1.0, about, device) for method in order]
+        if self.seeds == 1:
+            return []
+        if phase == "tuning":
+            return [self.cell(method, TUNING_SEED, rate, about, device) for method in rows for rate in RATES]
         if any(self.tuned(method, about, found) is None for method in rows):
-            return
-        for seed in range(self.seeds):
-            yield from (self.cell(m, seed, self.rate(m, about, found), about, device) for m in order)
+            return []
+        return [
+            self.cell(method, seed, self.rate(method, about, found), about, device)
+            for seed in range(self.seeds)
+            for method in order
+        ]
 
     def shown(self, about: Mapping[str, Any], found: Mapping[str, Found]) -> dict[str, dict[int, Found]]:
         """By method and seed, the cells that the page tells of: those at the tuned rate; while there is none, or no
