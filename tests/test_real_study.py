@@ -4,6 +4,7 @@ import csv
 import itertools
 import json
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -16,10 +17,11 @@ from tokenizer_families import CHATML, IM, bytes_with
 
 from bench import study
 from bench.study.compare import RATES, TUNING_SEED
-from bench.study.real import constraints, costs, demo, document, models, setting, store
+from bench.study.real import constraints, costs, demo, document, models, pairs, setting, store
 from bench.study.real.constrained import Constrained
 from bench.study.real.constraints import CONFLICTS, FUNCTION_WORDS, KINDS, demands
 from bench.study.real.pairs import by_instruction, repeats
+from bench.study.real.reports import reports
 from bench.study.real.reward import ImplicitReward
 from bench.study.real.sources import Sources, read_pairs
 from bench.study.real.statistics import difference_of, mean_of
@@ -90,6 +92,19 @@ def test_a_constraint_holds_of_what_it_asks_for_alone(name):
     constraint, right, wrong = MET[name]
     assert [constraint.met(text) for text in right] == [True] * len(right)
     assert [constraint.met(text) for text in [*wrong, ""]] == [False] * (len(wrong) + 1)
+
+
+def test_a_report_holds_what_is_asked_of_it_and_no_two_are_alike():
+    parts = reports(300, 100, 200)
+    assert [len(part) for part in parts.values()] == [300, 100, 200]
+    every = list(itertools.chain.from_iterable(parts.values()))
+    assert len({report.text for report in every}) == 600
+    for report in every:
+        facts = [constraint for constraint in report.constraints if constraint.asks.startswith("Name the")]
+        assert len(facts) == 2
+        assert all(constraint.met(report.text) for constraint in facts)
+        assert not any(constraint.met(report.question) for constraint in facts)
+        assert all(constraint.asks in report.question for constraint in report.constraints)
 
 
 @pytest.mark.parametrize(("text", "name"), [
@@ -242,6 +257,31 @@ def test_of_several_trainings_the_last_decides_where_each_goes_on_from_the_one_b
     assert table.tuned("separate", about, there) == 1 / 3
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_cells_are_kept_one_by_one_and_a_failure_keeps_the_others(workers, tmp_path, monkeypatch):
+    monkeypatch.setattr(store, "ProcessPoolExecutor", lambda count, **_: ThreadPoolExecutor(count))
+    computed = []
+
+    def align(cache, *, method, seed, **about):
+        computed.append(method)
+        if method == "separate":
+            raise ValueError("no such thing")
+        return {"values": {"accuracy": [float(len(method)), 0.0]}}
+
+    monkeypatch.setattr(pairs, "align", align)
+    table, about, kept = TABLES["preferences"], {"model": "m"}, Store(tmp_path, "preferences")
+    cells = [table.cell(method, 0, 1.0, about) for method in ("joint", "separate", "prompting")]
+    assert store.run(kept, [*cells, cells[0]], tmp_path, Share(cells=1), workers) == []
+    (failed,) = store.run(kept, cells, tmp_path, Share(), workers)
+    assert "'method': 'separate'" in failed
+    assert "no such thing" in failed
+    assert sorted(computed) == ["joint", "prompting", "separate"]
+    found = kept.found()
+    assert [found[cells[at].key].values["accuracy"] for at in (0, 2)] == [[5.0, 0.0], [9.0, 0.0]]
+    assert [row.row["method"] for row in found.values()] == ["joint", "prompting"]
+    assert float(found[cells[0].key].row["mean"]) == 2.5
+
+
 def test_a_share_ends_by_number_and_by_time():
     assert [Share(cells=2).take() for _ in range(2)] == [True, True]
     two = Share(cells=2)
@@ -311,7 +351,7 @@ def test_the_demo_shows_before_and_after_and_saves_the_system(model, tmp_path, c
     assert shares == pytest.approx([metrics["before"], metrics["after"]])
     assert "points (95 % interval" in capsys.readouterr().out
     aligned = System.from_pretrained(tmp_path / "system").compile()
-    asked = {"question": [demands(12, 2, 3)["heldout"][0].text]}
+    asked = {"question": [demands(24, 2, 3)["heldout"][0].text]}
     assert aligned.sample(asked, seed=1)["answer"]
 
 
@@ -336,6 +376,7 @@ def rows_of(folder, name):
 QUICK = {
     "costs": ["one model, DPO", "draft -> refine, Direct", "draft -> refine, Sampling, k = 2"],
     "constraints": ["best of 4", "direct, three rounds", "one node"],
+    "reports": ["before", "separate"],
     "critic-loop": ["unrolled, n = 1", "naive, n = 2"],
     "preferences": ["prompting", "separate", "joint, importance sampling, k = 4", "one node"],
 }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -32,8 +32,12 @@ class Constrained(Setting):
     def demands(self) -> dict[str, list[Demand]]:
         return demands(self.size.training, self.size.choosing, self.size.heldout)
 
-    def asked(self, part: str) -> list[str]:
-        return [demand.text for demand in self.demands[part]]
+    def inputs(self, demands: Sequence[Demand]) -> dict[str, list[str]]:
+        """What a system is given."""
+        return {"question": [demand.text for demand in demands]}
+
+    def asked(self, part: str) -> dict[str, list[str]]:
+        return self.inputs(self.demands[part])
 
     def met(self, trace: Trace, name: str = "") -> numpy.ndarray:
         """Of each run's constraints, the share that a node's text meets, by default the last one's."""
@@ -41,19 +45,19 @@ class Constrained(Setting):
         return numpy.array(
             [
                 by_text[asked].share(text)
-                for asked, text in zip(trace["question"], trace[name or last(trace)], strict=True)
+                for asked, text in zip(trace[self.key], trace[name or last(trace)], strict=True)
             ]
         )
 
-    def base_runs(self, outline: str | System = "draft -> refine") -> Trace:
+    def base_runs(self, outline: str | System | None = None) -> Trace:
         """Runs of the untrained system on the training instructions, those of an instruction one after the other."""
 
         def build(file: Path) -> None:
-            asked = {"question": self.asked("training")}
-            runs(self.system(outline), asked, self.size.runs, self.seed).to_jsonl(file)
+            runs(self.system(outline), self.asked("training"), self.size.runs, self.seed).to_jsonl(file)
 
         size = self.size
-        kind = outline if isinstance(outline, str) else "-".join(node.name for node in outline.nodes)
+        made = outline or self.outline
+        kind = made if isinstance(made, str) else "-".join(node.name for node in made.nodes)
         kind = kind.replace(" -> ", "-").replace(" ", "-")
         about = f"{self.sources.label}-{size.training}-{size.runs}-{size.draft}-{size.answer}"
         return Trace.from_jsonl(shared(self.cache, f"constrained-{VERSION}-{kind}-{self.seed}-{about}.jsonl", build))
@@ -73,7 +77,7 @@ class Constrained(Setting):
         found = []
         for pair in ranked_pairs(trace, self.met(trace), self.size.runs, 1):
             sides = dict(zip(("chosen", "rejected"), pair, strict=True))
-            row = {"question": trace["question"][pair[0]]}
+            row = {name: column[pair[0]] for name, column in trace.inputs.items()}
             row |= {side: trace.cells[output][at] for side, at in sides.items()}
             if latents:
                 row |= {f"{side}_intermediates": {name: trace.cells[name][at] for name in latents}
@@ -86,12 +90,12 @@ class Constrained(Setting):
         return found
 
     def validate(self, system: System) -> float:
-        return float(self.met(runs(system, {"question": self.asked("choosing")}, 1, 17)).mean())
+        return float(self.met(runs(system, self.asked("choosing"), 1, 17)).mean())
 
     def measured(self, system: System, best_of: int = 1) -> dict[str, list[float]]:
         """With `best_of`, of the run that the checker itself likes best."""
         times = self.size.measured_runs
-        trace = runs(system, {"question": self.asked("heldout")}, times * best_of, 23 + self.seed)
+        trace = runs(system, self.asked("heldout"), times * best_of, 23 + self.seed)
         trace = favourites(trace, self.met(trace), best_of)
         met = self.met(trace)
         lengths = numpy.array([len(words(text)) for text in trace[last(trace)]], dtype=float)
@@ -103,14 +107,14 @@ class Constrained(Setting):
     def base_drafts(self, part: str) -> Mapping[str, str]:
         assert part == "training"
         trace = self.base_runs()
-        return dict(zip(trace["question"], trace["draft"], strict=True))
+        return dict(zip(trace[self.key], trace["draft"], strict=True))
 
     def in_rounds(self, rate: float) -> tuple[System, list[Curve]]:
         """Direct in rounds, each on new runs of the system as it is for its own part of the instructions, and with that
         system as its reference; as many steps and runs as one training."""
         system, curves = self.system(), []
         for number in range(ROUNDS):
-            asked = {"question": self.asked("training")[number::ROUNDS]}
+            asked = self.inputs(self.demands["training"][number::ROUNDS])
             rows = self.preferred(runs(system, asked, self.size.runs, self.seed + 1000 * number))
             curves.append(self.train(system, self.nodes, rate=rate, candidates=None, share=1 / ROUNDS, rows=rows))
         return system, curves
@@ -136,12 +140,16 @@ def align(cache: Path, *, method: str, seed: int, size: str, model: str, rate: f
         model: what the tables call the model; where it is, the cache's sources say.
         rate: factor on the learning rate.
     """
-    setting = Constrained(cache, seed, SIZES[size])
+    return align_in(Constrained(cache, seed, SIZES[size]), method, rate)
+
+
+def align_in(setting: Constrained, method: str, rate: float) -> dict[str, Any]:
+    """One method in a setting."""
     if method in UNTRAINED:
-        outline, best_of = UNTRAINED[method]
-        return outcome(setting, setting.system(outline), [], best_of)
-    if method == "one node, before":
-        return outcome(setting, setting.system("one node"), [])
+        return outcome(setting, setting.system(), [], UNTRAINED[method])
+    others = {"prompting": "careful", "one node, before": "one node"}
+    if method in others:
+        return outcome(setting, setting.system(others[method]), [])
     ways = {"one node": setting.one_node, "direct, three rounds": setting.in_rounds}
     system, curves = ways[method](rate) if method in ways else aligned(setting, method, rate)
     return outcome(setting, system, curves)

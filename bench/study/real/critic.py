@@ -6,7 +6,7 @@ n-round system's answers are put to a graph of one round. What is deployed and m
 
 from __future__ import annotations
 
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,15 +39,7 @@ class CriticLoop(Constrained):
 
     def __init__(self, cache: Path, seed: int, size: Any, rounds: int) -> None:
         super().__init__(cache, seed, size)
-        self.rounds = rounds
-
-    @cached_property
-    def outline(self) -> System:
-        return models.critic_loop(self.rounds)
-
-    @cached_property
-    def pairs(self) -> list[dict[str, Any]]:
-        return self.preferred(self.base_runs(self.outline))
+        self.outline = models.critic_loop(rounds)
 
 
 def align(cache: Path, *, method: str, seed: int, size: str, model: str, rate: float = 1.0) -> dict[str, Any]:
@@ -58,7 +50,7 @@ def align(cache: Path, *, method: str, seed: int, size: str, model: str, rate: f
     """
     way, rounds = METHODS[method]
     setting = CriticLoop(cache, seed, SIZES[size], rounds)
-    system = setting.system(setting.outline)
+    system = setting.system()
     if way == "before":
         return outcome(setting, system, [])
     trained = system

@@ -77,7 +77,7 @@ def main(arguments: Sequence[str] | None = None, size: Size = SIZE) -> dict[str,
 
 
 def _heldout(setting: Constrained, system: System) -> Trace:
-    return runs(system, {"question": setting.asked("heldout")}, 1, 23)
+    return runs(system, setting.asked("heldout"), 1, 23)
 
 
 def _beside(before: Trace, after: Trace, count: int, width: int = 56) -> list[str]:

@@ -53,6 +53,11 @@ untrained system's, ties half, by two judges that no row trains on and that are 
 a token under another language model. *One node* is the model alone, without a draft; *joint* is Sampling with diverse
 beam search, k = 4, where nothing else is said.
 """,
+    "reports": """### Summarise → rewrite
+
+Reports of six to nine sentences; a summary of one sentence is all that the writer sees beside what is demanded: to name
+two of place, day and number, and a form. Preferences and measures are as above; *draft* is the summary.
+""",
     "critic-loop": """### A critic loop
 
 Generator → (critic → generator) n times, on the instructions of the first table, by Sampling with Monte Carlo, k = 4.

@@ -12,7 +12,7 @@ from sysdag import Input, System, loop, node
 from sysdag.components import CausalLM
 
 RANK, ALPHA = 8, 16
-question, given_draft = Input("question", str), Input("draft", str)
+question, note, given_draft = Input("question", str), Input("note", str), Input("draft", str)
 
 
 def said(text: str) -> list[dict[str, str]]:
@@ -49,6 +49,16 @@ def only_answer(question):
     return said(question)
 
 
+@node(CausalLM("unset"), name="draft")
+def summary(note):
+    return said(f"Sum up in one sentence, with place, day and numbers:\n{note}")
+
+
+@node(CausalLM("unset"), name="answer")
+def told(question, draft):
+    return said(f"The news: {draft}\n\n{question}")
+
+
 @node(CausalLM("unset"))
 def critic(question, draft):
     return said(f"Instruction: {question}\nAnswer: {draft}\nSay in one sentence what the answer lacks.")
@@ -65,6 +75,9 @@ OUTLINES = {
     "one node": System(question >> only_answer),
     "drafter": System(question >> draft),
     "refiner": System((question & given_draft) >> answer),
+    "summarise -> rewrite": System(note >> summary, (question & summary) >> told),
+    "summariser": System(note >> summary),
+    "writer": System((question & given_draft) >> told),
 }
 
 

@@ -38,7 +38,7 @@ class RealPairs(Setting):
     """See the module."""
 
     @cached_property
-    def parts(self) -> dict[str, list[dict[str, str]]]:
+    def rows(self) -> dict[str, list[dict[str, str]]]:
         """The pairs to train on, to choose by and to measure on; no instruction is in two parts. The last two are the
         same for every seed, and have at most `OF_ONE` pairs of an instruction."""
         training, heldout = (read_pairs(path) for path in self.sources.pairs)
@@ -57,17 +57,17 @@ class RealPairs(Setting):
 
     @property
     def pairs(self) -> list[dict[str, Any]]:
-        return self.parts["training"]
+        return self.rows["training"]
 
     def margins(self, system: System, part: str) -> tuple[numpy.ndarray, list[str]]:
         """Of each pair the difference of implicit rewards, and its instruction."""
         latent = "draft" in {node.base_name for node in system.nodes}
-        rows = self.parts[part]
+        rows = self.rows[part]
         reward = ImplicitReward(rows, drafts=DRAFTS if latent else 0, beta=BETA)
         kind = "draft-refine" if latent else "one-node"
         folder = shared(
             self.cache, f"pairs-{VERSION}-{kind}-{part}-{self._about}",
-            lambda place: reward.prepare(self.system("draft -> refine" if latent else "one node"), place),
+            lambda place: reward.prepare(self.system(None if latent else "one node"), place),
         )  # fmt: skip
         return reward.margins(system, folder), [row["question"] for row in rows]
 
@@ -106,7 +106,7 @@ class RealPairs(Setting):
         return Trace.from_jsonl(shared(self.cache, f"pairs-{VERSION}-heldout-{self.seed}-{self._about}.jsonl", build))
 
     def base_drafts(self, part: str) -> Mapping[str, str]:
-        questions = list(dict.fromkeys(row["question"] for row in self.parts[part]))
+        questions = list(dict.fromkeys(row["question"] for row in self.rows[part]))
 
         def build(file: Path) -> None:
             runs(self.system("drafter"), {"question": questions}, 1, self.seed).to_jsonl(file)

@@ -51,9 +51,9 @@ class Size:
         return dict.fromkeys(("draft", "critic"), self.draft) | dict.fromkeys(("answer", "rewrite"), self.answer)
 
 
-QUICK = Size(training=12, choosing=2, heldout=3, runs=16, steps=2, every=1, batch=2, draft=4, answer=10)
+QUICK = Size(training=24, choosing=2, heldout=3, runs=8, steps=2, every=1, batch=2, draft=4, answer=10)
 NODES = ("draft", "answer")
-UNTRAINED = {"before": ("draft -> refine", 1), "prompting": ("careful", 1), "best of 4": ("draft -> refine", 4)}
+UNTRAINED = {"before": 1, "best of 4": 4}  # of how many runs the best
 SAMPLING: dict[str, Any] = {
     "joint": partial(DiverseBeamSearch, num_candidates=4),
     "joint, beams, k = 2": partial(DiverseBeamSearch, num_candidates=2),
@@ -78,6 +78,9 @@ class Setting(ABC):
     """
 
     nodes: Sequence[str] = NODES
+    outline: str | System = "draft -> refine"
+    parts: Mapping[str, str] = {"draft": "drafter", "answer": "refiner"}  # its nodes, each a system by itself
+    key: str = "question"  # the input that tells instructions apart
 
     def __init__(self, cache: Path, seed: int, size: Size) -> None:
         self.cache, self.seed, self.size = cache, seed, size
@@ -98,11 +101,12 @@ class Setting(ABC):
 
     @abstractmethod
     def base_drafts(self, part: str) -> Mapping[str, str]:
-        """One draft of the untrained drafter for each instruction of a part, by instruction."""
+        """One draft of the untrained drafter for each instruction of a part, by its `key`."""
 
-    def system(self, outline: str | System = "draft -> refine") -> System:
-        """On the pretrained model, with new adapters."""
-        made = models.OUTLINES[outline] if isinstance(outline, str) else outline
+    def system(self, outline: str | System | None = None) -> System:
+        """On the pretrained model, with new adapters; by default the setting's own."""
+        made = outline or self.outline
+        made = models.OUTLINES[made] if isinstance(made, str) else made
         return models.adapted(made, self.sources.model, self.sources.device, self.size.lengths, self.seed)
 
     def train(
@@ -166,13 +170,16 @@ def separate(setting: Setting, system: System, rate: float) -> list[Curve]:
     that the base drafter wrote. Neither sees the other's training; each is chosen by the system with the other as it
     started."""
     drafts = setting.base_drafts("training")
-    plain = [{name: row[name] for name in ("question", "chosen", "rejected")} for row in setting.pairs]
-    given = [row | {"draft": drafts[row["question"]]} for row in plain]
     curves = []
-    for node, outline, rows in (("draft", "drafter", plain), ("answer", "refiner", given)):
+    for node, outline in setting.parts.items():
         part = models.OUTLINES[outline].with_components({node: system[node].component})
-        untrained = setting.system()
-        validated = untrained.with_components({node: system[node].component})
+        read = [each.name for each in part.inputs]
+        rows = [
+            {name: row[name] for name in (*read, "chosen", "rejected") if name in row}
+            | ({"draft": drafts[row[setting.key]]} if "draft" in read else {})
+            for row in setting.pairs
+        ]
+        validated = setting.system().with_components({node: system[node].component})
         curves.append(
             setting.train(
                 part, [node], rate=rate, candidates=None, rows=rows,

@@ -177,7 +177,8 @@ def run(store: Store, cells: Sequence[Cell], cache: Path, share: Share, workers:
     with ProcessPoolExecutor(workers, mp_context=context, max_tasks_per_child=1) as pool:
         while True:
             while waiting and len(running) < workers and share.take():
-                running[pool.submit(computed, waiting[0], cache)] = waiting.pop(0)
+                cell = waiting.pop(0)
+                running[pool.submit(computed, cell, cache)] = cell
             if not running:
                 return failed
             for future in wait(running, return_when=FIRST_COMPLETED).done:

@@ -8,7 +8,7 @@ from typing import Any
 
 from bench.study.cells import Cell
 from bench.study.compare import RATES, TUNING_SEED
-from bench.study.real import constrained, costs, critic, pairs
+from bench.study.real import constrained, costs, critic, pairs, reports
 from bench.study.real.setting import SAMPLING, TUNED_AS, UNTRAINED, VALIDATION
 from bench.study.real.store import Found
 
@@ -115,9 +115,9 @@ TABLES = {
         Table(
             name="constraints", function="real.constrained:align",
             methods=(
-                *UNTRAINED, "one node, before", *OF_ONE[1:], "direct", "direct, three rounds",
+                "before", "prompting", "best of 4", "one node, before", *OF_ONE[1:], "direct", "direct, three rounds",
             ),
-            untrained=(*UNTRAINED, "one node, before"), tuned_as=TUNED_OTHERS, metrics=constrained.METRICS,
+            untrained=(*UNTRAINED, "prompting", "one node, before"), tuned_as=TUNED_OTHERS, metrics=constrained.METRICS,
             percentages=constrained.SHARES, reference="before", first=("before", "direct", "joint"),
         ),
         Table(
@@ -125,6 +125,11 @@ TABLES = {
             tuned_as=TUNED_OTHERS, metrics=pairs.METRICS,
             percentages=("accuracy", "win by rules", "win by likelihood"), reference="joint",
             first=("one node", "joint"), needs_pairs=True,
+        ),
+        Table(
+            name="reports", function="real.reports:align", methods=reports.METHODS, untrained=tuple(UNTRAINED),
+            metrics=constrained.METRICS, percentages=constrained.SHARES, reference="before",
+            first=("before", "direct", "joint"),
         ),
         Table(
             name="critic-loop", function="real.critic:align", methods=tuple(critic.METHODS),
