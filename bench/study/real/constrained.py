@@ -40,12 +40,12 @@ class Constrained(Setting):
         return self.inputs(self.demands[part])
 
     def met(self, trace: Trace, name: str = "") -> numpy.ndarray:
-        """Of each run's constraints, the share that a node's text meets, by default the last one's."""
+        """Of each run's constraints, the share that a node's text meets, by default the output's."""
         by_text = {demand.text: demand for part in self.demands.values() for demand in part}
         return numpy.array(
             [
                 by_text[asked].share(text)
-                for asked, text in zip(trace[self.key], trace[name or last(trace)], strict=True)
+                for asked, text in zip(trace[self.key], trace[name or self.output], strict=True)
             ]
         )
 
@@ -72,7 +72,7 @@ class Constrained(Setting):
         Raises:
             ValueError: if all runs of every instruction meet equally many.
         """
-        output = last(trace)
+        output = self.output
         latents = [name for name in trace.cells if name != output]
         found = []
         for pair in ranked_pairs(trace, self.met(trace), self.size.runs, 1):
@@ -98,7 +98,7 @@ class Constrained(Setting):
         trace = runs(system, self.asked("heldout"), times * best_of, 23 + self.seed)
         trace = favourites(trace, self.met(trace), best_of)
         met = self.met(trace)
-        lengths = numpy.array([len(words(text)) for text in trace[last(trace)]], dtype=float)
+        lengths = numpy.array([len(words(text)) for text in trace[self.output]], dtype=float)
         found = {"constraints met": met, "wholly right": (met == 1).astype(float), "words": lengths}
         if "draft" in trace.cells:
             found["draft constraints met"] = self.met(trace, "draft")
@@ -124,11 +124,6 @@ class Constrained(Setting):
         system = self.system("one node")
         rows = self.preferred(self.base_runs("one node"))
         return system, [self.train(system, ["answer"], rate=rate, candidates=None, rows=rows)]
-
-
-def last(trace: Trace) -> str:
-    """The node whose text is the system's answer."""
-    return list(trace.cells)[-1]
 
 
 def align(cache: Path, *, method: str, seed: int, size: str, model: str, rate: float = 1.0) -> dict[str, Any]:

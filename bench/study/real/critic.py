@@ -40,6 +40,7 @@ class CriticLoop(Constrained):
     def __init__(self, cache: Path, seed: int, size: Any, rounds: int) -> None:
         super().__init__(cache, seed, size)
         self.outline = models.critic_loop(rounds)
+        (self.output,) = self.outline.outputs
 
 
 def align(cache: Path, *, method: str, seed: int, size: str, model: str, rate: float = 1.0) -> dict[str, Any]:

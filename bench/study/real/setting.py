@@ -78,6 +78,7 @@ class Setting(ABC):
     """
 
     nodes: Sequence[str] = NODES
+    output: str = "answer"
     outline: str | System = "draft -> refine"
     parts: Mapping[str, str] = {"draft": "drafter", "answer": "refiner"}  # its nodes, each a system by itself
     key: str = "question"  # the input that tells instructions apart
