@@ -333,8 +333,9 @@ def test_the_page_says_what_is_missing_and_has_no_part_without_cells(tmp_path):
     assert lines["| separate"][3].startswith("\N{MINUS SIGN}25.0 [")
     assert lines["| separate"][4:] == ["1.50", "0.25", "2", "7", "100", "1, untuned", "1 |"]
     assert "Every row is a single seed of the 3 that are planned" in page
-    assert "Not tuned yet, at the usual learning rate: separate, joint." in page
-    assert "Not measured yet: prompting, one node, only draft, only answer, stage by stage, joint, beams, k = 2" in page
+    assert "Not tuned yet, at the usual learning rate: separate; joint." in page
+    assert "Not measured yet: prompting; one node; only draft; only answer; stage by stage; joint, beams, k = 2" in page
+    assert "no part of this page: Constraints that a program checks; Summarise → rewrite; A critic loop; What" in page
     (row,) = [row for row in kept.curves() if row["step"] == "2" and row["method"] == "joint"]
     assert (row["validation"], row["loss"]) == ("-0.6", "0.6")
 

@@ -80,8 +80,12 @@ def section(folder: Path) -> str:
     Args:
         folder: of the real study's CSVs.
     """
-    parts = [text for name in PARTS if (text := _part(TABLES[name], Store(folder, name)))]
-    return "\n".join([HEAD, *parts]) + "\n" if parts else ""
+    parts = {name: text for name in PARTS if (text := _part(TABLES[name], Store(folder, name)))}
+    if not parts:
+        return ""
+    absent = [PARTS[name].splitlines()[0].removeprefix("### ") for name in PARTS if name not in parts]
+    told = [f"Not measured yet, and no part of this page: {'; '.join(absent)}.\n"] if absent else []
+    return "\n".join([HEAD, *told, *parts.values()]) + "\n"
 
 
 def _part(table: Table, store: Store) -> str:
@@ -91,7 +95,7 @@ def _part(table: Table, store: Store) -> str:
     for about in _kinds(found):
         rows = table.shown(about, found)
         if rows:
-            body = _costs(rows) if table.name == "costs" else _methods(table, store, about, rows)
+            body = _costs(about, rows) if table.name == "costs" else _methods(table, store, about, rows)
             shown.append(f"{_about(about, rows)}\n\n{body}\n")
     return "\n".join([PARTS[table.name], *shown]) if shown else ""
 
@@ -197,21 +201,23 @@ def _missing(
 ) -> Iterator[str]:
     """What the table lacks, in words."""
     if single := [method for method, cells in rows.items() if len(cells) == 1 < table.seeds]:
-        told = "Every row is" if len(single) == len(rows) else f"Of a single seed are: {', '.join(single)}. They are"
+        told = "Every row is" if len(single) == len(rows) else f"Of a single seed are: {'; '.join(single)}. They are"
         yield f"{told} a single seed of the {table.seeds} that are planned: a look, not a finding."
     untuned = [
         method for method in rows
         if method not in table.untrained and table.tuned(method, about, found) is None
     ]  # fmt: skip
     if untuned:
-        yield f"Not tuned yet, at the usual learning rate: {', '.join(untuned)}."
+        yield f"Not tuned yet, at the usual learning rate: {'; '.join(untuned)}."
     if absent := [method for method in table.methods if method not in rows]:
-        yield f"Not measured yet: {', '.join(absent)}."
+        yield f"Not measured yet: {'; '.join(absent)}."
 
 
-def _costs(rows: Mapping[str, Mapping[int, Found]]) -> str:
+def _costs(about: Mapping[str, str], rows: Mapping[str, Mapping[int, Found]]) -> str:
     ways = (costs.OURS, costs.PLAIN, costs.TRL)
-    lines = [["", *(f"{way}, s" for way in ways), *(f"{way}, MiB" for way in ways)]]
+    lines = [
+        [f"{costs.SIZES[about['size']]} pairs a step", *(f"{way}, s" for way in ways), *(f"{way}, MiB" for way in ways)]
+    ]
     lines.append(["---", *["---:"] * (2 * len(ways))])
     for method, cells in rows.items():
         values = cells[0].values
