@@ -294,12 +294,12 @@ def test_a_step_is_that_of_others_before_it_is_timed(system, model, files, tmp_p
     """TRL's loss and gradients for one model, not those of other pairs; those of plain padded batches for two."""
     Sources(model=str(model), pairs=files).keep(tmp_path)
     step = costs.RealStep(tmp_path, system, "quick", with_trl=costs.TRL in costs.ways(system))
-    for way in costs.ways(system)[1:]:
-        step.check(way)
+    step.check(costs.ways(system)[1:])
+    assert {parameter.dtype for parameter in step.model.parameters()} == {torch.float32}
     step.pairs = step.pairs[::-1][:1]
     if costs.TRL in costs.ways(system):
         with pytest.raises(SystemExit, match="no speed is reported for a wrong result"):
-            step.check(costs.TRL)
+            step.check([costs.TRL])
 
 
 def test_an_interval_is_of_instructions_and_of_seeds():

@@ -67,9 +67,9 @@ round. What is measured has n rounds.
     "costs": """### What a step costs
 
 Loss and gradients of the same real pairs on the same weights, adapters moved away from their start; that they agree (to
-1e-4 of the largest gradient) is checked before anything is timed. *Straightforward* pads all runs into batches and
-holds every graph until one backward; *TRL* is `DPOTrainer`'s own step, which there is for one model alone. Seconds are
-medians, without the optimizer's update; memory is what one step needs beyond weights and gradients.
+1e-4 of the largest gradient, in fp64) is checked before anything is timed. *Straightforward* pads all runs into batches
+and holds every graph until one backward; *TRL* is `DPOTrainer`'s own step, which there is for one model alone. Seconds
+are medians, without the optimizer's update; memory is what one step needs beyond weights and gradients.
 """,
 }
 
