@@ -36,7 +36,7 @@ COMMANDS = OPS | {
     "sweep": "linear_logprob over the number of rows and the vocabulary",
     "gpu": "what a GPU has to show, in the minutes there are: tests, then times; each part is kept as it ends",
     "growth": "time and memory of a step and of commands against k, nodes, the prompt's length and rows of data",
-    "study": "the paper's experiments on small systems that train from scratch here",
+    "study": "the paper's experiments on small systems that train from scratch here; --real: on a pretrained model",
     "reference_free": "a step, and its scores, of a loss without a reference against one with",
     "diversity": "what searches for candidates leave standing on a real language model; needs --model",
     "theory": "Theorem 1 and the bias of few candidates on an enumerable system",

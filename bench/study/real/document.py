@@ -156,6 +156,9 @@ def _logged(store: Store, rows: Mapping[str, Mapping[int, Found]]) -> dict[str, 
 
 
 def _table(lines: Sequence[Sequence[str]]) -> list[str]:
+    """In Markdown, without the columns that no row has."""
+    kept = [at for at in range(len(lines[0])) if at == 0 or any(line[at] for line in lines[2:])]
+    lines = [[line[at] for at in kept] for line in lines]
     return [f"| {' | '.join(line)} |" for line in lines]
 
 
