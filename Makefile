@@ -6,7 +6,7 @@ BIN := .venv/bin
 # What was compiled is kept: the tests start many processes, and compiling transformers takes longer than importing it.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo demo-real test test-all test-oldest test-newest build bench gpu gpu-wheels study lint docs clean
+.PHONY: demo demo-real test test-all test-oldest test-newest release-check build bench gpu gpu-wheels study lint docs clean
 
 demo: .venv/ready
 	$(BIN)/python -m examples.demo --seed $(SEED) --output demo-output
@@ -29,6 +29,10 @@ test-oldest test-newest: test-%:
 	.venv-$*/bin/python -m pip install --quiet --no-compile --constraint constraints-$*.txt --editable ".[dev]"
 	.venv-$*/bin/python setup.py --quiet build_ext --inplace
 	.venv-$*/bin/python -m pytest
+
+# What is published: built from what is committed, and installed where the checkout is not.
+release-check: .venv/ready
+	$(BIN)/python -m pytest --release -n 0 tests/test_release.py
 
 build: .venv/ready
 	$(BIN)/python setup.py --quiet build_ext --inplace
