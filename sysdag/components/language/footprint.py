@@ -21,6 +21,7 @@ from sysdag.components.language import key_value_slabs, packed_inputs, prefix_sc
 from sysdag.components.language.language_head import TokenScorer, argument_names, output_embedding
 from sysdag.components.memory import PeakBytes, SavedBytes
 from sysdag.components.precision import optimizer_bytes
+from sysdag.ops import _head_walk
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -70,8 +71,8 @@ def of_language_model(
         given = torch.zeros(rows, length, dtype=torch.int64) if ids is None else ids
         inputs = {"input_ids": given, "attention_mask": torch.ones_like(given)}
         if tries:
-            if rows == 1 and packed_inputs.takes_pieces(model, torch.device(device)):
-                pieces = trie_pieces.one_branch(tokens - labels, tokens)
+            if packed_inputs.takes_pieces(model, torch.device(device)):
+                pieces = trie_pieces.one_branch(length - labels // rows, length, rows)
                 mask = packed_inputs.tries_mask(model, torch.zeros_like(given), pieces, torch.device(device))
             else:
                 mask = output_embedding(model).weight.new_zeros(rows, 1, length, length, dtype=dtype)
@@ -146,6 +147,7 @@ def of_model(
                 scores.sum().backward()
         head = model.get_output_embeddings().weight
         tile = min(_TILE[device], scores.numel() * len(head) * torch.float32.itemsize)
+        of_head = (bytes_of(head) if head.requires_grad else 0) - _given_way(head, scores.numel(), device)
         weights = sum(bytes_of(parameter) for parameter in model.parameters())
         return Footprint(
             weights=weights,
@@ -154,8 +156,18 @@ def of_model(
             optimizer=optimizer_bytes(trained),
             reference=weights if trained and peft_config is None else 0,
             graph=graph,
-            working=max(tile + (bytes_of(head) if head.requires_grad else 0), peak.bytes - graph),
+            working=max(tile + of_head, peak.bytes - graph - _given_way(head, scores.numel(), device)),
         )
+
+
+def _given_way(head: torch.Tensor, labels: int, device: str) -> int:
+    """Bytes of kept tiles of logits, which count in the graph, whose place a trained head's gradient takes on a CPU."""
+    if not head.requires_grad or device != "cpu":
+        return 0
+    rows, tokens = _head_walk.tile_shape(labels, len(head), device)
+    element = _head_walk.compute_dtype(head.dtype).itemsize
+    kept = _head_walk.tiles_kept(labels, len(head), device, element, _head_walk.keep_budget(head, labels))
+    return min(kept * rows * tokens * element, bytes_of(head))
 
 
 def of_decoding(auto_class: Any, config: Any, dtype: torch.dtype, *, rows: int, longest: int, device: str) -> int:

@@ -71,13 +71,15 @@ def pieces(trie: TokenTrie, width: int, call: float | None = None) -> tuple[Piec
     return tuple(found) if work < price + rows * columns**2 or not call else ()
 
 
-def one_branch(stem: int, tokens: int) -> tuple[Piece, ...]:
-    """The pieces of a row of a stem of so many tokens and a branch with the rest."""
+def one_branch(stem: int, tokens: int, rows: int = 1) -> tuple[Piece, ...]:
+    """The pieces of rows that have, each, a stem of so many tokens and a branch with the rest."""
     first, rest = slice(0, max(stem, 1)), slice(max(stem, 1), tokens)
-    opening = Piece(0, first, first, Kind.CAUSAL, True)
-    if rest.start >= tokens:
-        return (opening,)
-    return opening, Piece(0, rest, first, Kind.ALL, True), Piece(0, rest, rest, Kind.CAUSAL, False)
+    found: list[Piece] = []
+    for row in range(rows):
+        found.append(Piece(row, first, first, Kind.CAUSAL, True))
+        if rest.start < tokens:
+            found += [Piece(row, rest, first, Kind.ALL, True), Piece(row, rest, rest, Kind.CAUSAL, False)]
+    return tuple(found)
 
 
 def _triangle(tokens: int, price: float) -> float:
