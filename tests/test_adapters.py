@@ -49,6 +49,7 @@ def test_a_refused_start_leaves_the_model_as_it_was_for_another_config():
     plain = scores(CausalLM(dense(), char_tokenizer()))
     with pytest.raises(PlanError, match="before it has trained"):
         CausalLM(model, char_tokenizer(), peft_config=LoraConfig(init_lora_weights=False, **ATTENTION)).module
+    assert [name for name, _ in model.named_parameters()] == [name for name, _ in dense().named_parameters()]
     lm = CausalLM(model, char_tokenizer(), peft_config=LoraConfig(**ATTENTION))
     assert torch.equal(scores(lm), plain)
     assert adapter.names(lm.module) == ["sysdag"]

@@ -248,6 +248,20 @@ def _drop(model: Any, name: str) -> None:
         layer.delete_adapter(name, *([[]] if hasattr(layer, "original_module") else []))
     del model.peft_config[name]
     model.__dict__.pop(_SHELL, None)
+    if not _all_names(model):
+        _unwrap(model)
+
+
+def _unwrap(model: nn.Module) -> None:
+    """Puts what peft's layers are around back into its place."""
+    layers = {id(layer) for layer in _layers(model)}
+    taken: list[str] = []
+    for name, layer in list(model.named_modules()):
+        if id(layer) in layers and not name.startswith(tuple(f"{outer}." for outer in taken)):
+            parent, _, own = name.rpartition(".")
+            base = layer.original_module if hasattr(layer, "original_module") else layer.get_base_layer()
+            setattr(model.get_submodule(parent), own, base)
+            taken.append(name)
 
 
 def disable_dropout(model: nn.Module) -> None:
