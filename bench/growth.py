@@ -23,16 +23,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bench import measure, step
-from bench.step_systems import NARROW, SIZES, Case, Size, Step, model, text, tokenizer
+from bench.step_systems import NARROW, PROMPTS, SIZES, Case, Size, Step, model, text, tokenizer
 
 PEERS = ("straightforward", "trl")
 BASELINE = "sysdag"
 STEPS = {
     "k": [Case("two LLMs", k, True) for k in (2, 4, 8, 16)],
     "nodes": [Case("chain", 2, True, nodes=nodes) for nodes in (1, 2, 4, 8, 12)],
-    "prompt": [
-        Case("one LLM", 1, True, nodes=1, pairs=2, size=f"prompt {tokens}") for tokens in (128, 512, 1024, 2048, 4096)
-    ],
+    "prompt": [Case("one LLM", 1, True, nodes=1, pairs=2, size=size) for size in PROMPTS],
 }
 WAYS = {"k": ("sysdag", "straightforward"), "nodes": ("sysdag", "straightforward"), "prompt": ("sysdag", "trl")}
 LINES = (*STEPS, "rows")

@@ -50,7 +50,8 @@ SIZES = {
     "narrow": Size(2048, 24, 8, 4096, {**NARROW, "num_hidden_layers": 4}, rank=1),
     "deep": Size(2048, 24, 8, 4096, {**NARROW, "num_hidden_layers": 24}, rank=1),
 }  # fmt: skip
-SIZES |= {f"prompt {tokens}": SIZES["small"]._replace(prompt=tokens) for tokens in (128, 512, 1024, 2048, 4096)}
+PROMPTS = {f"prompt {tokens}": SIZES["small"]._replace(prompt=tokens) for tokens in (128, 512, 1024, 2048, 4096)}
+SIZES |= PROMPTS
 
 
 def size_of(name: str) -> Size:

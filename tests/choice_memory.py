@@ -1,23 +1,14 @@
 """A step of a choice whose memory can be measured, in a process of its own, and estimated."""
 
-import sys
-from pathlib import Path
-
 import torch
 from peft import LoraConfig
+from step_memory import model_of, peak_of
 from tiny import char_tokenizer
 from transformers import BertConfig, BertForSequenceClassification, BertModel
 
 from sysdag import Input, System, node
 from sysdag.components import BiEncoder, Choice, CrossEncoder
 from sysdag.data.encoding import encode_pairs
-from sysdag.engine.replay import accumulate_gradients
-from sysdag.engine.step import SystemModel
-from sysdag.objectives.options import EngineOptions, ObjectiveOptions
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from bench import measure
 
 PAIRS, LENGTH, OPTIONS = 2, 160, 6  # whose tensors are large enough to be given back to the system when they are freed
 CONFIG = dict(
@@ -74,25 +65,14 @@ def measured(case):
     options = dict(CASES[case])
     engine, checkpointing = options.pop("engine", "two_pass"), options.pop("checkpointing", False)
     plan, kind = build(**options), options["kind"]
-    engine_options = EngineOptions(engine=engine, micro_batch_tokens=tokens(kind))
-    model = SystemModel(plan, ObjectiveOptions(beta=0.2), engine=engine_options)
-    if checkpointing:
-        model.activation_checkpointing_enable()
-    model.train()
+    model = model_of(plan, engine, tokens(kind), checkpointing)
     question, passages = texts(kind)
     rows = [
         {"question": question, "passages": [text[:-1] + mark for text in passages], "chosen": 0, "rejected": 1}
         for mark in "yz"[:PAIRS]
     ]
     pairs = encode_pairs(plan, rows, "direct")
-
-    def step():
-        accumulate_gradients(model, model(pairs))
-
-    step()
-    with measure.PeakMemory("cpu") as memory:
-        step()
-    return memory.mib * 2**20
+    return peak_of(model, lambda: model(pairs))
 
 
 def estimated(case):

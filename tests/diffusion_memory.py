@@ -1,23 +1,14 @@
 """A step of a diffusion model whose memory can be measured, in a process of its own, and estimated."""
 
-import sys
-from pathlib import Path
-
 import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
 from peft import LoraConfig
+from step_memory import model_of, peak_of
 from tiny_diffusion import clip, word_tokenizer
 
 from sysdag import Input, System, node
 from sysdag.components import Diffusion
 from sysdag.data.encoding import encode_pairs
-from sysdag.engine.replay import accumulate_gradients
-from sysdag.engine.step import SystemModel
-from sysdag.objectives.options import EngineOptions, ObjectiveOptions
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from bench import measure
 
 PAIRS = 2  # two micro-batches
 TOKENS = 2 * 32 * 32
@@ -55,23 +46,12 @@ def measured(case):
     options = dict(CASES[case])
     engine, checkpointing = options.pop("engine", "two_pass"), options.pop("checkpointing", False)
     plan = build(**options)
-    engine_options = EngineOptions(engine=engine, micro_batch_tokens=TOKENS)
-    model = SystemModel(plan, ObjectiveOptions(beta=0.2), engine=engine_options)
-    if checkpointing:
-        model.activation_checkpointing_enable()
-    model.train()
+    model = model_of(plan, engine, TOKENS, checkpointing)
     generator = torch.Generator().manual_seed(0)
     pictures = torch.rand(PAIRS, 2, 3, 32, 32, generator=generator).numpy()
     rows = [{"caption": "a dark square", "chosen": chosen, "rejected": rejected} for chosen, rejected in pictures]
     pairs = encode_pairs(plan, rows, "direct")
-
-    def step():
-        accumulate_gradients(model, model(pairs, torch.Generator().manual_seed(1)))
-
-    step()
-    with measure.PeakMemory("cpu") as memory:
-        step()
-    return memory.mib * 2**20
+    return peak_of(model, lambda: model(pairs, torch.Generator().manual_seed(1)))
 
 
 def estimated(case):

@@ -1,22 +1,13 @@
 """A step of a vision-language model whose memory can be measured, in a process of its own, and estimated."""
 
-import sys
-from pathlib import Path
-
 from peft import LoraConfig
+from step_memory import model_of, peak_of
 from tiny_vision import FAMILIES, picture
 from tiny_vision import build as build_model
 
 from sysdag import Input, System, node
 from sysdag.components import ImageTextToText
 from sysdag.data.encoding import encode_pairs
-from sysdag.engine.replay import accumulate_gradients
-from sysdag.engine.step import SystemModel
-from sysdag.objectives.options import EngineOptions, ObjectiveOptions
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from bench import measure
 
 SCALE = 4
 SIZE = (160, 120)
@@ -66,20 +57,9 @@ def measured(case):
     options = dict(CASES[case])
     engine, checkpointing = options.pop("engine", "two_pass"), options.pop("checkpointing", False)
     plan = build(**options)
-    engine_options = EngineOptions(engine=engine, micro_batch_tokens=micro_batch_tokens(plan))
-    model = SystemModel(plan, ObjectiveOptions(beta=0.2), engine=engine_options)
-    if checkpointing:
-        model.activation_checkpointing_enable()
-    model.train()
+    model = model_of(plan, engine, micro_batch_tokens(plan), checkpointing)
     pairs = encode_pairs(plan, rows(), "direct")
-
-    def step():
-        accumulate_gradients(model, model(pairs))
-
-    step()
-    with measure.PeakMemory("cpu") as memory:
-        step()
-    return memory.mib * 2**20
+    return peak_of(model, lambda: model(pairs))
 
 
 def estimated(case):

@@ -147,7 +147,7 @@ def of_model(
                 scores.sum().backward()
         head = model.get_output_embeddings().weight
         tile = min(_TILE[device], scores.numel() * len(head) * torch.float32.itemsize)
-        of_head = (bytes_of(head) if head.requires_grad else 0) - _given_way(head, scores.numel(), device)
+        of_head = tile + (bytes_of(head) if head.requires_grad else 0)
         weights = sum(bytes_of(parameter) for parameter in model.parameters())
         return Footprint(
             weights=weights,
@@ -156,7 +156,7 @@ def of_model(
             optimizer=optimizer_bytes(trained),
             reference=weights if trained and peft_config is None else 0,
             graph=graph,
-            working=max(tile + of_head, peak.bytes - graph - _given_way(head, scores.numel(), device)),
+            working=max(of_head, peak.bytes - graph) - _given_way(head, scores.numel(), device),
         )
 
 
