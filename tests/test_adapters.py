@@ -24,7 +24,7 @@ from tiny import char_tokenizer
 from tiny_diffusion import drift, images, scheduler_of, seed, text_unet, vectors
 
 from sysdag import PlanError
-from sysdag.components import CausalLM, Diffusion, adapter, adapter_files
+from sysdag.components import CausalLM, Diffusion, adapter, adapter_files, adapter_layers
 from sysdag.engine.precompute import weights_hash
 
 ATTENTION = {"target_modules": ["q_proj", "o_proj"]}
@@ -106,7 +106,7 @@ def test_dropout_is_off_for_every_kind_of_it(config):
     expected = scores(lm)
     lm.module.train()
     assert len({float(scores(lm).sum()) for _ in range(8)}) > 1
-    adapter.disable_dropout(lm.module)
+    adapter_layers.disable_dropout(lm.module)
     assert torch.equal(scores(lm), expected)
 
 

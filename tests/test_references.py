@@ -17,7 +17,7 @@ from trained_systems import answer_prompt, draft_prompt, question, rows, two_llm
 from transformers import AutoModelForCausalLM
 
 from sysdag import DiverseBeamSearch, Exhaustive, Input, PlanError, SerializationError, SysDPOTrainer, System, node
-from sysdag.components import Categorical, CausalLM, adapter
+from sysdag.components import Categorical, CausalLM, adapter, adapter_layers
 from sysdag.data.encoding import encode_pairs
 from sysdag.engine.precompute import weights_hash
 from sysdag.engine.step import SystemModel
@@ -112,7 +112,7 @@ def test_a_trained_adapters_reference_is_neither_trained_nor_saved(tmp_path):
 @pytest.mark.parametrize("trained_before", [False, True])
 def test_whole_modules_and_tokens_that_train_are_off_in_the_reference(tmp_path, options, trained_before):
     lm = adapted(**options)
-    assert adapter.is_identity(lm.module, lm.lm.adapter)
+    assert adapter_layers.is_identity(lm.module, lm.lm.adapter)
     if trained_before:
         move(lm, 1)
     before, plain = scores(lm).detach(), scores(CausalLM(llama(), char_tokenizer()))

@@ -1,37 +1,30 @@
-"""One adapter of the peft library inside a model: put on, switched, and told apart from the base.
+"""One adapter of the peft library on a model: put on, adopted, copied for a reference, taken off.
 
 The layers are injected in place, so the model keeps its class and any model of torch can carry one. Several components
-may put an adapter each on one base model. What is saved of one is `sysdag.components.adapter_files`'s.
+may put an adapter each on one base model. Its layers are `adapter_layers`'s, its tensors `adapter_weights`'s, and what
+is saved of one `adapter_files`'s.
 """
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import json
-import sys
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from sysdag.components import adapter_support as support
 from sysdag.components.adapter_effect import effect, is_rescaled
+from sysdag.components.adapter_layers import activate, all_names, layers_of, settle_modes
+from sysdag.components.adapter_weights import SHELL, base_storage, buffers, cast, fill, parameters, state
 from sysdag.errors import PlanError
 
 if TYPE_CHECKING:
     from peft import PeftConfig
 
-PEFT_PREFIX = "base_model.model."
-"""Of the names inside a PeftModel."""
 _NAME, _REFERENCE = "sysdag", "reference"
-_SHELL = "_sysdag_peft_model"  # where a model keeps the PeftModel around it, whose state its adapter's layers share
-_NO_MATTER = ("base_model_name_or_path", "inference_mode", "peft_version")  # of a config, to the scores
-_WRAPPED = ("base_layer", "original_module", "token_adapter")  # inside a layer of peft, what leads to the base's own
-_PROBABILITIES = ("dropout", "layerdrop", "dropout_p", "dropout_prob", "drop_prob", "pdrop")  # attributes of modules
 _ROUNDING, _UNITS = 1e-4, 4  # by which a new adapter may change a layer's output: relative, and in machine precisions
 _adopted: weakref.WeakKeyDictionary[Any, set[str]] = weakref.WeakKeyDictionary()  # what PeftModels brought, by model
 
@@ -52,7 +45,7 @@ def attach(model: Any, config: PeftConfig, owner: str = "", *, new: bool = True)
     owner = owner or f"The {type(model).__name__}"
     support.check_config(config, owner, new=new)
     name = _attach(model, config, owner)
-    size = effect(_layers(model), name) if new else 0
+    size = effect(layers_of(model), name) if new else 0
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     if size is not None and size > max(_ROUNDING, _UNITS * torch.finfo(dtype).eps):
         _drop(model, name)
@@ -61,7 +54,7 @@ def attach(model: Any, config: PeftConfig, owner: str = "", *, new: bool = True)
 
 
 def _attach(model: Any, config: PeftConfig, owner: str) -> str:
-    foreign = [name for name in _all_names(model) if name not in names(model)]
+    foreign = [name for name in all_names(model) if name not in names(model)]
     if foreign:
         raise PlanError(
             f"{owner}: the {type(model).__name__} already carries adapters {foreign} of its own. Merge them into its "
@@ -70,7 +63,7 @@ def _attach(model: Any, config: PeftConfig, owner: str) -> str:
     config = copy.deepcopy(config)  # peft writes into it, and several components may be given the same
     config.base_model_name_or_path = config.base_model_name_or_path or getattr(model, "name_or_path", None)
     config.inference_mode = False
-    before = _base_storage(model)
+    before = base_storage(model)
     name = _inject(model, config, _NAME, owner)
     if tied := getattr(config, "target_modules_to_tie", None):
         _drop(model, name)
@@ -79,7 +72,7 @@ def _attach(model: Any, config: PeftConfig, owner: str) -> str:
             "an adapter's tensors by views, which do not follow the model to a device or into a copy. Leave it out, or "
             "train the embeddings whole (modules_to_save)."
         )
-    after = _base_storage(model)
+    after = base_storage(model)
     changed = sorted(key for key in before.keys() | after.keys() if before.get(key) != after.get(key))
     if changed:
         raise PlanError(
@@ -103,7 +96,7 @@ def adopt(given: Any, owner: str = "") -> tuple[Any, str]:
         model = given.base_model.model
     for config in given.peft_config.values():
         support.check_config(config, owner, new=False)
-    layers = _layers(model)
+    layers = layers_of(model)
     active = sorted({name for layer in layers for name in layer.active_adapters})
     if len(active) != 1:
         raise PlanError(
@@ -119,14 +112,14 @@ def adopt(given: Any, owner: str = "") -> tuple[Any, str]:
     check_scale(model, active[0], owner)
     _adopted.setdefault(model, set()).add(active[0])
     if support.shares_state(config):
-        object.__setattr__(model, _SHELL, given)
-    _settle_modes(model)
+        object.__setattr__(model, SHELL, given)
+    settle_modes(model)
     return model, active[0]
 
 
 def check_scale(model: Any, name: str, owner: str) -> None:
     """Refuses an adapter whose scale was changed behind its config, which is all that a copy or a folder has of it."""
-    if is_rescaled(_layers(model), name, model.peft_config[name]):
+    if is_rescaled(layers_of(model), name, model.peft_config[name]):
         raise PlanError(
             f"{owner}: the scale of the adapter {name!r} was changed (set_scale, scale_layer; set_adapters in "
             "diffusers), which neither a saved adapter nor its reference would have. Set it back to 1, or put it into "
@@ -137,7 +130,7 @@ def check_scale(model: Any, name: str, owner: str) -> None:
 
 def check_not_emptied(model: Any, owner: str) -> None:
     """Refuses a model whose adapters were all deleted: peft's layers stay, and with them other names of its weights."""
-    if not _all_names(model) and _layers(model):
+    if not all_names(model) and layers_of(model):
         raise PlanError(
             f"{owner}: its adapters were deleted, and peft's layers are still around its weights, which would be saved "
             "under names that no library reads. Take them off as well (unload(); unload_lora_weights() in diffusers), "
@@ -148,16 +141,12 @@ def check_not_emptied(model: Any, owner: str) -> None:
 def names(model: Any) -> list[str]:
     """The adapters on the model that belong to components; not those that its owner put there."""
     adopted = _adopted.get(model, ())
-    return [name for name in _all_names(model) if name.startswith((_NAME, _REFERENCE)) or name in adopted]
+    return [name for name in all_names(model) if name.startswith((_NAME, _REFERENCE)) or name in adopted]
 
 
 def brought(model: Any) -> bool:
     """Whether the model carries adapters that no component put there: it is a PeftModel, or has used `add_adapter`."""
-    return any(not name.startswith((_NAME, _REFERENCE)) for name in _all_names(model))
-
-
-def _all_names(model: Any) -> list[str]:
-    return list(getattr(model, "peft_config", {}))
+    return any(not name.startswith((_NAME, _REFERENCE)) for name in all_names(model))
 
 
 def freeze_copy(model: Any, name: str) -> tuple[Any, str]:
@@ -195,7 +184,7 @@ def _inject(model: Any, config: PeftConfig, wanted: str, owner: str) -> str:
     """Adds an adapter under a free name; what trained before still does, beside it only the new one."""
     from peft import PeftModel, inject_adapter_in_model
 
-    taken, kind = _all_names(model), support.kind_of(config)
+    taken, kind = all_names(model), support.kind_of(config)
     free = [wanted, *(f"{wanted}_{number}" for number in range(1, len(taken) + 1))]
     name = next(candidate for candidate in free if candidate not in taken)
     others = {support.kind_of(other) for other in _configs(model)} - {kind}
@@ -213,7 +202,7 @@ def _inject(model: Any, config: PeftConfig, wanted: str, owner: str) -> str:
         try:
             if support.shares_state(config):
                 shell = PeftModel(model, config, adapter_name=name)
-                object.__setattr__(model, _SHELL, shell)  # no submodule of the model that it wraps
+                object.__setattr__(model, SHELL, shell)  # no submodule of the model that it wraps
             else:
                 inject_adapter_in_model(config, model, adapter_name=name)
         except torch.OutOfMemoryError:
@@ -224,7 +213,7 @@ def _inject(model: Any, config: PeftConfig, wanted: str, owner: str) -> str:
     for parameter in model.parameters():
         if id(parameter) in trained:  # some versions of peft freeze the adapters that were there
             parameter.requires_grad_(trained[id(parameter)])
-    _settle_modes(model)
+    settle_modes(model)
     return name
 
 
@@ -244,17 +233,17 @@ def _stands_alone(model: Any, config: Any) -> bool:
 
 def _drop(model: Any, name: str) -> None:
     """Takes a refused adapter off again."""
-    for layer in _layers(model):
+    for layer in layers_of(model):
         layer.delete_adapter(name, *([[]] if hasattr(layer, "original_module") else []))
     del model.peft_config[name]
-    model.__dict__.pop(_SHELL, None)
-    if not _all_names(model):
+    model.__dict__.pop(SHELL, None)
+    if not all_names(model):
         _unwrap(model)
 
 
 def _unwrap(model: nn.Module) -> None:
     """Puts what peft's layers are around back into its place."""
-    layers = {id(layer) for layer in _layers(model)}
+    layers = {id(layer) for layer in layers_of(model)}
     taken: list[str] = []
     for name, layer in list(model.named_modules()):
         if id(layer) in layers and not name.startswith(tuple(f"{outer}." for outer in taken)):
@@ -262,31 +251,6 @@ def _unwrap(model: nn.Module) -> None:
             base = layer.original_module if hasattr(layer, "original_module") else layer.get_base_layer()
             setattr(model.get_submodule(parent), own, base)
             taken.append(name)
-
-
-def disable_dropout(model: nn.Module) -> None:
-    """Sets the probability of every dropout in the model to 0, those of peft's layers included.
-
-    Beside torch's modules these are what modules of transformers keep as numbers (`attention_dropout`, `layerdrop`),
-    OFT's and BOFT's own, and what LoHa and LoKr draw by options of their layers.
-    """
-    for module in model.modules():
-        if "Dropout" in type(module).__name__ and hasattr(module, "p"):
-            module.p = 0.0  # type: ignore[assignment]
-        for name, value in list(vars(module).items()):
-            if isinstance(value, float) and name.endswith(_PROBABILITIES):
-                setattr(module, name, 0.0)
-    for layer in _layers(model):
-        for options in (getattr(layer, "rank_dropout", None), getattr(layer, "module_dropout", None)):
-            if isinstance(options, dict):
-                options.update(dict.fromkeys(options, 0.0))
-
-
-def _settle_modes(model: nn.Module) -> None:
-    """Puts each layer of an adapter into the mode of the layer that it adapts; new modules come in train mode."""
-    for layer in _layers(model):
-        base = layer.original_module if hasattr(layer, "original_module") else layer.get_base_layer()
-        layer.train(base.training)
 
 
 def _widen(model: Any, name: str) -> None:
@@ -312,177 +276,6 @@ def prepare_quantized(model: Any) -> None:
         model.enable_input_require_grads()
 
 
-def is_carried_by(model: nn.Module) -> bool:
-    """Whether any adapter is on the model or a part of it, whoever put it there."""
-    return any(getattr(part, "peft_config", None) for part in model.modules())
-
-
 def is_quantized(model: Any) -> bool:
     """Whether bitsandbytes holds the model's weights in 4 or 8 bits."""
     return bool(getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False))
-
-
-def _layers(model: nn.Module) -> list[Any]:
-    return [layer for _, layer in _named_layers(model)]
-
-
-def _named_layers(model: nn.Module) -> list[tuple[str, Any]]:
-    if "peft" not in sys.modules:  # an optional library; nothing is adapted before someone has imported it
-        return []
-    from peft.tuners.tuners_utils import BaseTunerLayer
-    from peft.utils.other import AuxiliaryTrainingWrapper
-
-    kinds = (BaseTunerLayer, AuxiliaryTrainingWrapper)
-    return [(prefix, layer) for prefix, layer in model.named_modules() if isinstance(layer, kinds)]
-
-
-def activate(model: nn.Module, name: str) -> None:
-    """Makes `name` the adapter that the model runs with; no parameter's `requires_grad` changes.
-
-    (peft's own `set_adapter` freezes every other adapter, so two adapters on one base could not train together.)
-    """
-    for layer in _layers(model):
-        layer._active_adapter = [name] if name in layer._get_available_adapters() else []
-
-
-@contextlib.contextmanager
-def activated(model: nn.Module, name: str) -> Iterator[None]:
-    """Runs the model with the adapter `name`, then with the one that was active before.
-
-    Where gradient checkpointing runs a forward again, in the backward, it must find the adapter of that forward.
-    """
-    before = [(layer, layer._active_adapter) for layer in _layers(model)]
-    activate(model, name)
-    try:
-        yield
-    finally:
-        for layer, active in before:
-            layer._active_adapter = active
-
-
-@contextlib.contextmanager
-def switched_off(model: nn.Module) -> Iterator[None]:
-    """Runs the model as it is without any adapter."""
-    layers = _layers(model)
-    before = [layer._disable_adapters for layer in layers]
-    for layer in layers:
-        layer._disable_adapters = True
-    try:
-        yield
-    finally:
-        for layer, was_off in zip(layers, before, strict=True):
-            layer._disable_adapters = was_off
-
-
-def is_identity(model: nn.Module, name: str) -> bool:
-    """Whether the model computes the same with the adapter as without, as a new LoRA adapter does; False if unsure."""
-    return effect(_layers(model), name) == 0
-
-
-def parameters(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
-    """The adapter's parameters, each once, under names that do not hold the adapter's own."""
-    return _own(model, name, lambda layer: layer.named_parameters())
-
-
-def buffers(model: nn.Module, name: str) -> dict[str, Tensor]:
-    """The adapter's tensors that never train, each once, named as its parameters are."""
-    return _own(model, name, lambda layer: layer.named_buffers())
-
-
-def _own(model: nn.Module, name: str, of: Callable[[Any], Iterable[tuple[str, Any]]]) -> dict[str, Any]:
-    found: dict[int, tuple[str, Any]] = {}
-    for prefix, layer in _named_layers(model):
-        for key, tensor in of(layer):
-            parts = key.split(".")
-            if name in parts:
-                parts.remove(name)
-                found.setdefault(id(tensor), (".".join([prefix, *parts]), tensor))  # layers may share it
-    return dict(found.values())
-
-
-def fingerprint(model: Any, own: Iterable[Tensor]) -> dict[str, Any]:
-    """What the scores of an adapter depend on beside its parameters: its config and buffers, by name.
-
-    Args:
-        own: the parameters of one component; adapters that hold none of them are left out.
-    """
-    held = {id(parameter) for parameter in own}
-    found: dict[str, Any] = {}
-    adapted = [("", model)] if _all_names(model) else [each for each in model.named_modules() if _all_names(each[1])]
-    for prefix, part in adapted:
-        for name in _all_names(part):
-            if any(id(parameter) in held for parameter in parameters(part, name).values()):
-                options = {k: v for k, v in part.peft_config[name].to_dict().items() if k not in _NO_MATTER}
-                config = json.dumps(options, sort_keys=True, default=_sorted)
-                found |= {f"{prefix}{key}": buffer for key, buffer in buffers(part, name).items()}
-                found["config"] = found.get("config", "") + config
-    return found
-
-
-def _sorted(value: Any) -> Any:
-    return sorted(value) if isinstance(value, (set, frozenset)) else str(value)
-
-
-def base_state(model: nn.Module) -> dict[str, Tensor]:
-    """The weights of the model without adapters, under the names they have there."""
-    base_name = _base_names(model)
-    return {name: tensor for key, tensor in model.state_dict().items() if (name := base_name(key)) is not None}
-
-
-def _base_names(model: nn.Module) -> Callable[[str], str | None]:
-    """From the name of a tensor to the one that it has without adapters, or None for one of an adapter."""
-    adapted = {id(layer) for layer in _layers(model)}
-
-    def name_of(key: str) -> str | None:
-        parts: list[str] = []
-        module: Any = model
-        for part in key.split("."):
-            if id(module) not in adapted:
-                parts.append(part)
-            elif part not in _WRAPPED:
-                return None
-            module = getattr(module, part, None)
-        return ".".join(parts)
-
-    return name_of
-
-
-def _base_storage(model: nn.Module) -> dict[str, Any]:
-    """Where the base's tensors lie and how often they were written to: the same, as long as nothing changes them."""
-    tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-    base_name = _base_names(model)
-    return {
-        name: (tensor.data_ptr(), tensor._version) for key, tensor in tensors if (name := base_name(key)) is not None
-    }
-
-
-def state(model: nn.Module, name: str) -> dict[str, Tensor]:
-    """The adapter's weights, under the names peft saves them by."""
-    from peft import get_peft_model_state_dict
-
-    # What peft adds by itself, embeddings that were resized or targeted, belongs to the base, which is frozen.
-    shell = model.__dict__.get(_SHELL)
-    own = get_peft_model_state_dict(shell or model, adapter_name=name, save_embedding_layers=False)
-    return own if shell is not None else {PEFT_PREFIX + key: value for key, value in own.items()}
-
-
-def inner_state(model: nn.Module, name: str) -> dict[str, Tensor]:
-    """The adapter's weights, under their names inside the model itself."""
-    return {key.removeprefix(PEFT_PREFIX): value for key, value in state(model, name).items()}
-
-
-def cast(model: nn.Module, own: dict[str, Tensor], dtypes: dict[str, torch.dtype]) -> None:
-    """Gives an adapter's weights, as `state` has them, other dtypes."""
-    wanted = {tensor.data_ptr(): dtypes[key] for key, tensor in own.items()}
-    for parameter in model.parameters():
-        dtype = wanted.get(parameter.data_ptr(), parameter.dtype)
-        if parameter.dtype != dtype:
-            parameter.data = parameter.data.to(dtype)
-
-
-@torch.no_grad()
-def fill(model: nn.Module, name: str, weights: dict[str, Tensor]) -> None:
-    """Replaces an adapter's weights in place by others that `state` names alike."""
-    # In place and not by `load_state_dict`, whose hooks would have sharded parameters under FSDP2.
-    for key, tensor in state(model, name).items():
-        tensor.copy_(weights[key])

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from sysdag.components.adapter import PEFT_PREFIX, base_state, cast, check_scale, fill, state
+from sysdag.components.adapter import check_scale
+from sysdag.components.adapter_weights import PEFT_PREFIX, base_state, cast, fill, state
 from sysdag.errors import SerializationError, shown
 from sysdag.files.atomic import write_text
 from sysdag.files.saved_files import is_a, read_strict_json

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from sysdag.components.constructor_options import ConstructorOptions
 from sysdag.components.input_reader import InputReader
+from sysdag.components.module_walk import modules_of
 from sysdag.components.random_streams import RowGenerator, seed_of
 from sysdag.errors import DeclarationNeeded, PlanError, shown
 from sysdag.graph.variables import LikelihoodKind
@@ -554,8 +555,9 @@ class Component(InputReader, ConstructorOptions, ABC):
 @contextlib.contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
     """Evaluation mode, with the mode of every module inside put back afterwards."""
-    training = [part for part in module.modules() if part.training]
-    module.eval()
+    training = [part for part in modules_of(module) if part.training]
+    if training:
+        module.eval()
     try:
         yield
     finally:

@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from sysdag.components.footprint import bytes_of
+from sysdag.components.module_walk import parameters_of
 
 
 class KeptGraph:
@@ -100,11 +101,12 @@ class Room:
 
         None where parameters have hooks, which must see each gradient once.
         """
-        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        every = list(parameters_of(model))
+        trained = [parameter for parameter in every if parameter.requires_grad]
         if any(parameter._backward_hooks or parameter._post_accumulate_grad_hooks for parameter in trained):
             return cls(trained, 0)
         missing = 0 if any(parameter.grad is not None for parameter in trained) else sum(map(bytes_of, trained))
-        return cls(trained, room_for_gradients(sum(map(bytes_of, model.parameters())), missing))
+        return cls(trained, room_for_gradients(sum(map(bytes_of, every)), missing))
 
     def take(self, parameters: Sequence[nn.Parameter]) -> bool:
         """Whether one more element's gradient by these parameters may wait, which is counted then.

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sysdag.components import adapter
+from sysdag.components import adapter_weights
 from sysdag.components.component import Component
 from sysdag.data.preferences import Feedback
 from sysdag.engine.scoring import Budget, score
@@ -215,10 +215,10 @@ def weights_hash(component: Component) -> str:
     weights: dict[str, Tensor] = dict(component.own_parameters())
     digest = hashlib.sha256()
     if component.module is not None:
-        beside = adapter.fingerprint(component.module, weights.values())
+        beside = adapter_weights.fingerprint(component.module, weights.values())
         digest.update(str(beside.pop("config", "")).encode())
         weights |= {f"beside.{name}": tensor for name, tensor in beside.items()}
-        weights |= {f"base.{name}": tensor for name, tensor in adapter.base_state(component.module).items()}
+        weights |= {f"base.{name}": tensor for name, tensor in adapter_weights.base_state(component.module).items()}
     for name in sorted(weights):
         tensor = weights[name].detach().cpu().contiguous()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())

@@ -257,8 +257,10 @@ def _what_is_kept(
         return None
     if is_last:
         return KeptGraph
+    if len(batch.rows) > 1:
+        return None
     trained = [parameter for parameter in component.own_parameters().values() if parameter.requires_grad]
-    return KeptGradient if len(batch.rows) == 1 and room.take(trained) else None
+    return KeptGradient if room.take(trained) else None
 
 
 @dataclass(frozen=True)

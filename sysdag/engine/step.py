@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from sysdag.components import acceleration, precision
 from sysdag.components.component import Component
 from sysdag.components.memory import SavedBytes
+from sysdag.components.module_walk import modules_of, parameters_of
 from sysdag.components.random_streams import RowGenerator, seed_of
 from sysdag.components.residence import Residence
 from sysdag.data.preferences import Feedback, UnpairedRun, collate
@@ -225,7 +226,7 @@ class SystemModel(nn.Module):
     gradient_checkpointing_enable = activation_checkpointing_enable
 
     def trained_parameters(self) -> list[nn.Parameter]:
-        return [parameter for parameter in self.parameters() if parameter.requires_grad]
+        return [parameter for parameter in parameters_of(self) if parameter.requires_grad]
 
     def forward(
         self,
@@ -383,7 +384,7 @@ class SystemModel(nn.Module):
         modules = [component.module for component in self.components.values() if component.module is not None]
         first = [id(next(module.parameters(), None)) for module in modules]
         return len(set(first)) < len(first) and any(
-            getattr(part, "gradient_checkpointing", False) for module in modules for part in module.modules()
+            getattr(part, "gradient_checkpointing", False) for module in modules for part in modules_of(module)
         )
 
     def compare(self, pairs: Sequence[Feedback], generator: Generators, step: int | None) -> Comparison:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sysdag.components import adapter
+from sysdag.components import adapter_layers
 from sysdag.engine.step import SystemModel
 
 OF_WEIGHTS = 1e-6
@@ -22,6 +22,6 @@ def learning_rates(model: SystemModel, given: float | None) -> dict[str, float]:
     found = {}
     for key in model.references:
         own, module = model.learning_rate(key), model.components[key].module
-        usual = OF_ADAPTERS if module is not None and adapter.is_carried_by(module) else OF_WEIGHTS
+        usual = OF_ADAPTERS if module is not None and adapter_layers.is_carried_by(module) else OF_WEIGHTS
         found[key] = next(rate for rate in (own, given, usual) if rate is not None)
     return found

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from transformers.trainer_callback import TrainerCallback
 
-from sysdag.components import acceleration, adapter
+from sysdag.components import acceleration, adapter_layers
 from sysdag.components.precision import keep_fp32_copies
 from sysdag.data.encoding import encode_rows
 from sysdag.data.preferences import Feedback, PreferencePair, UnpairedRun
@@ -109,7 +109,7 @@ class SysDPOTrainer(CheckpointTrainer):
             args = copy.copy(args)
             args.learning_rate = min(self.learning_rates.values())
         if args.disable_dropout:
-            adapter.disable_dropout(system_model)
+            adapter_layers.disable_dropout(system_model)
         self._steps, self._evaluated = StepMeans(self._added_up), PairMeans()
         self._warned_of_collapse = self._said_scales = False
         self._encode = functools.partial(_encoded, plan, args)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from sysdag.components import acceleration, adapter, adapter_files
+from sysdag.components import acceleration, adapter_files, adapter_weights
 from sysdag.components.adapter_support import needs_numbers
 from sysdag.components.diffusion import pipeline_folder
 from sysdag.components.diffusion.pipeline import Pipeline
@@ -119,7 +119,9 @@ def of_diffusion(
         if mode is None:
             make_fake(module)
         trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-        own = [] if pipeline.adapter is None else adapter.parameters(pipeline.denoiser, pipeline.adapter).values()
+        own = (
+            [] if pipeline.adapter is None else adapter_weights.parameters(pipeline.denoiser, pipeline.adapter).values()
+        )
         base = sum(map(bytes_of, pipeline.denoiser.parameters())) - sum(map(bytes_of, own))
         for parameter in trained:
             parameter.grad = torch.zeros_like(parameter)

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
-from sysdag.components import adapter as adapters
+from sysdag.components import adapter_weights
 from sysdag.components.diffusion import pipeline_folder
 from sysdag.components.diffusion.pipeline import Pipeline
 
@@ -88,7 +88,7 @@ def _writer(pipeline: Pipeline) -> Any:
 
 def _weights(pipeline: Pipeline) -> dict[str, Tensor]:
     assert pipeline.adapter is not None
-    own = adapters.inner_state(pipeline.denoiser, pipeline.adapter)
+    own = adapter_weights.inner_state(pipeline.denoiser, pipeline.adapter)
     return {key: tensor.detach().cpu().contiguous() for key, tensor in own.items()}
 
 

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from sysdag.components import adapter as adapters
-from sysdag.components import adapter_files, precision
+from sysdag.components import adapter_files, adapter_layers, precision
 from sysdag.components.component import evaluating
 from sysdag.components.diffusion import autoencoder, pipeline_folder, rows
 from sysdag.components.diffusion.lora_targets import with_targets
@@ -192,11 +192,11 @@ class Pipeline:
         """
         with contextlib.ExitStack() as stack:
             if self.adapter_off:
-                stack.enter_context(adapters.switched_off(self.denoiser))
+                stack.enter_context(adapter_layers.switched_off(self.denoiser))
             elif self.adapter is not None and self.frozen:
-                stack.enter_context(adapters.activated(self.denoiser, self.adapter))
+                stack.enter_context(adapter_layers.activated(self.denoiser, self.adapter))
             elif self.adapter is not None:
-                adapters.activate(self.denoiser, self.adapter)
+                adapter_layers.activate(self.denoiser, self.adapter)
             if evaluate or self.frozen:
                 stack.enter_context(evaluating(self.module))
                 stack.enter_context(torch.no_grad())
@@ -236,7 +236,7 @@ class Pipeline:
         for name in self.trained:
             parts[name] = copy.deepcopy(parts[name]).requires_grad_(False).eval()
         if self.adapter is not None:
-            adapter_off = not moves and adapters.is_identity(self.denoiser, self.adapter)
+            adapter_off = not moves and adapter_layers.is_identity(self.denoiser, self.adapter)
             if not adapter_off:
                 parts[pipeline_folder.denoiser_name(parts)], adapter = adapters.freeze_copy(self.denoiser, self.adapter)
         return replace(

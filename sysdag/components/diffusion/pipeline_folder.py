@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from sysdag.components import adapter as adapters
-from sysdag.components import adapter_files
+from sysdag.components import adapter_files, adapter_weights
 from sysdag.components.loading_info import complete
 from sysdag.components.precision import dtype_named
 from sysdag.errors import PlanError, SerializationError, shown
@@ -233,7 +233,7 @@ def without_adapters(model: Any) -> Any:
     with torch.device("meta"):
         bare = type(model).from_config(model.config)
     # Buffers that are not saved stay on the meta device.
-    bare.load_state_dict(adapters.base_state(model), assign=True)
+    bare.load_state_dict(adapter_weights.base_state(model), assign=True)
     return bare
 
 
@@ -250,7 +250,7 @@ def load_models(models: Mapping[str, nn.Module], folder: Path) -> None:
         options[_dtype_option(made)] = getattr(torch, _dtype_name(part))
         loaded = made.from_pretrained(folder, output_loading_info=True, **options)
         saved = complete(loaded, folder / name).state_dict()
-        own = adapters.base_state(part)
+        own = adapter_weights.base_state(part)
         adapter_files.check_same_tensors(own, saved, folder / name)
         for key, tensor in own.items():
             tensor.copy_(saved[key])

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from torch import nn
 
-from sysdag.components import adapter, adapter_files
+from sysdag.components import adapter_files, adapter_weights
 from sysdag.components.component import Component, named_source
 from sysdag.components.diffusion import component_folder, pipeline_folder, watching, whole_folder
 from sysdag.components.diffusion.conditioning import Hook
@@ -219,7 +219,7 @@ class PretrainedDiffusion(Component):
         pipeline = self.pipeline
         if pipeline.adapter is None:
             return super().own_parameters()
-        found = {} if pipeline.adapter_off else adapter.parameters(pipeline.denoiser, pipeline.adapter)
+        found = {} if pipeline.adapter_off else adapter_weights.parameters(pipeline.denoiser, pipeline.adapter)
         own = {f"denoiser.{name}": parameter for name, parameter in found.items()}
         for encoder in pipeline.text_encoders if self.train_text_encoder else ():
             own |= {f"{encoder}.{name}": p for name, p in pipeline.parts[encoder].named_parameters()}

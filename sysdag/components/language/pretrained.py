@@ -16,7 +16,7 @@ from typing import Any, Self
 import torch
 from torch import nn
 
-from sysdag.components import adapter, adapter_files
+from sysdag.components import adapter, adapter_files, adapter_layers, adapter_weights
 from sysdag.components.language import model_source
 from sysdag.components.language.model_description import ModelDescription, num_embeddings_of
 from sysdag.components.loading_info import complete
@@ -143,21 +143,23 @@ class PretrainedLM(ModelDescription):
         if self.adapter_off:
             return {}
         model = self.module
-        return dict(model.named_parameters()) if self.adapter is None else adapter.parameters(model, self.adapter)
+        return (
+            dict(model.named_parameters()) if self.adapter is None else adapter_weights.parameters(model, self.adapter)
+        )
 
     @contextlib.contextmanager
     def at_work(self) -> Iterator[Any]:
         """The model with this component's own adapter in charge, or none."""
         model = self.module
         if self.adapter_off or (self.adapter is None and adapter.names(model)):
-            with adapter.switched_off(model):
+            with adapter_layers.switched_off(model):
                 yield model
         elif self.is_reference and self.adapter is not None:
-            with adapter.activated(model, self.adapter):
+            with adapter_layers.activated(model, self.adapter):
                 yield model
         else:
             if self.adapter is not None:
-                adapter.activate(model, self.adapter)
+                adapter_layers.activate(model, self.adapter)
             yield model
 
     def reference(self, *, moves: bool = False) -> Self:
@@ -182,7 +184,7 @@ class PretrainedLM(ModelDescription):
             if adapter.is_quantized(model):
                 raise PlanError(f"{self!r}: quantised weights cannot train. Pass a peft_config, or trainable=False.")
             view._model = copy.deepcopy(model).requires_grad_(False).eval()
-        elif not moves and adapter.is_identity(model, self.adapter):
+        elif not moves and adapter_layers.is_identity(model, self.adapter):
             view.adapter_off = True
         else:
             view._model, view.adapter = adapter.freeze_copy(model, self.adapter)
@@ -234,7 +236,7 @@ class PretrainedLM(ModelDescription):
         model = self.module
         carries = bool(self.adapter or adapter.names(model))
         with _as_a_whole(model):
-            model.save_pretrained(folder, **({"state_dict": adapter.base_state(model)} if carries else {}))
+            model.save_pretrained(folder, **({"state_dict": adapter_weights.base_state(model)} if carries else {}))
 
     @classmethod
     def load(cls, folder: Path, saved: Mapping[str, Any]) -> Self:
@@ -313,7 +315,7 @@ class PretrainedLM(ModelDescription):
         if self.adapter is not None:
             adapter_files.load(model, self.adapter, folder)
             return
-        own = adapter.base_state(model)
+        own = adapter_weights.base_state(model)
         options = {"dtype": model.dtype, "use_safetensors": True, "output_loading_info": True}
         loaded = type(model).from_pretrained(folder, config=copy.deepcopy(model.config), **options)
         saved = complete(loaded, folder).state_dict()

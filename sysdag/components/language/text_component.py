@@ -137,11 +137,10 @@ class TextComponent(Component):
     @property
     def _room(self) -> int | None:
         """Most tokens of a prompt."""
-        room = None if self.max_length is None else self.max_length - self.max_new_tokens
+        longest = self.max_length
+        room = None if longest is None else longest - self.max_new_tokens
         if room is not None and room < 1:
-            raise PlanError(
-                f"{self!r}: max_new_tokens={self.max_new_tokens} leaves no room in {self.max_length} positions."
-            )
+            raise PlanError(f"{self!r}: max_new_tokens={self.max_new_tokens} leaves no room in {longest} positions.")
         return room
 
     def _prompts(self, prompts: Sequence[Any]) -> list[Prompt]:
@@ -238,15 +237,16 @@ class TextComponent(Component):
     def in_context(self, inputs: Sequence[Any], draws: Sequence[Draw]) -> list[Draw]:
         """Observed completions with the tokens that say them behind their prompts (see `completions`)."""
         found = list(draws)
-        places = [place for place, draw in enumerate(draws) if "token_ids" not in draw.record]
-        for place in places:
-            given = inputs[place]
+        unread = [place for place, draw in enumerate(draws) if "token_ids" not in draw.record]
+        whole = [place for place in unread if not isinstance(inputs[place], PartPrompt)]
+        with of_places(whole):
+            prompts = dict(zip(whole, self._prompts([inputs[place] for place in whole]), strict=True))
+        for place in unread:
             with of_places([place]):
-                if isinstance(given, PartPrompt):
-                    found[place] = self._parts().behind(given, draws[place])
-                    continue
-                [prompt] = self._prompts([given])
-                found[place] = self._behind(prompt, draws[place])
+                if place in prompts:
+                    found[place] = self._behind(prompts[place], draws[place])
+                else:
+                    found[place] = self._parts().behind(inputs[place], draws[place])
         return found
 
     def is_over(self, input: Any) -> bool:
@@ -306,12 +306,13 @@ class TextComponent(Component):
                 why = _MISPLACED if isinstance(given, PartPrompt) else "a draw needs its token_ids, and this has none."
                 raise DataError(f"{self!r}: {why}", element=element)
             self.lm.check_target_ids(draw.record["token_ids"], element)
-        return [self._fit(prompt, draw) for prompt, draw in zip(prompts, draws, strict=True)]
+        longest = self.max_length
+        return [self._fit(prompt, draw, longest) for prompt, draw in zip(prompts, draws, strict=True)]
 
-    def _fit(self, prompt: list[int], draw: Draw) -> tuple[list[int], list[int]]:
+    def _fit(self, prompt: list[int], draw: Draw, longest: int | None) -> tuple[list[int], list[int]]:
         completion: Sequence[int] = draw.record["token_ids"]
         prompt = prompt[: len(prompt) - draw.record.get("prompt_overlap", 0)]
-        room = None if self.max_length is None else self.max_length - len(prompt)
+        room = None if longest is None else longest - len(prompt)
         if room is not None and len(completion) > room:
             self._warn_once("completion", f"a completion of {len(completion)} tokens was cut to {room} (max_length)")
             completion = completion[:room]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from sysdag.components import acceleration, adapter
+from sysdag.components import acceleration, adapter, adapter_layers
 from sysdag.components.adapter_support import needs_numbers
 from sysdag.components.footprint import Footprint, bytes_of, make_fake
 from sysdag.components.memory import PeakBytes, SavedBytes
@@ -130,7 +130,7 @@ def _of(
     if not trains:
         model.requires_grad_(False)
     model.train()
-    adapter.disable_dropout(model)
+    adapter_layers.disable_dropout(model)
     length = min(tokens, longest or tokens)
     with FakeTensorMode(), torch.device(device):
         make_fake(model)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from sysdag.components import adapter
+from sysdag.components import adapter_weights
 from sysdag.components.component import evaluating
 from sysdag.components.precision import widened
 from sysdag.components.selection import sentence_folder
@@ -156,10 +156,10 @@ class TextEncoder:
     def _state(self) -> tuple[Any, ...]:
         model = self.model
         own: list[Tensor] = [*self.layers.parameters()]
-        own += adapter.base_state(model).values()
+        own += adapter_weights.base_state(model).values()
         if self.lm.adapter is not None and not self.lm.adapter_off:
-            own += adapter.parameters(model, self.lm.adapter).values()
-            own += adapter.buffers(model, self.lm.adapter).values()
+            own += adapter_weights.parameters(model, self.lm.adapter).values()
+            own += adapter_weights.buffers(model, self.lm.adapter).values()
         kind = own[0].device.type
         cast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         return (cast, *state_of(own))

@@ -168,12 +168,11 @@ class Seq2Seq(LanguageModel):
         """See `Component`; what is longer loses tokens at its end."""
         return self.max_length
 
-    def _fit(self, prompt: list[int], draw: Draw) -> tuple[list[int], list[int]]:
+    def _fit(self, prompt: list[int], draw: Draw, longest: int | None) -> tuple[list[int], list[int]]:
         target: Sequence[int] = draw.record["token_ids"]
-        room = self.max_length
-        if room is not None and len(target) > room:
-            self._warn_once("completion", f"a target of {len(target)} tokens was cut to {room} (max_target_length)")
-            target = target[:room]
+        if longest is not None and len(target) > longest:
+            self._warn_once("completion", f"a target of {len(target)} tokens was cut to {longest} (max_target_length)")
+            target = target[:longest]
         return prompt, list(target)
 
     def _scored(

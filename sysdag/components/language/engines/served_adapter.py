@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from sysdag.components import adapter, adapter_files
+from sysdag.components import adapter_files, adapter_weights
 from sysdag.components.language.engines.choice import Server
 from sysdag.components.language.engines.completions_api import Served
 from sysdag.components.language.pretrained import PretrainedLM
@@ -111,7 +111,7 @@ def _digest(model: Any, name: str) -> str:
     """Of an adapter's config and weights."""
     digest = hashlib.sha256()
     digest.update(json.dumps(model.peft_config[name].to_dict(), sort_keys=True, default=str).encode())
-    for key, tensor in sorted(adapter.state(model, name).items()):
+    for key, tensor in sorted(adapter_weights.state(model, name).items()):
         digest.update(key.encode())
         digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from sysdag.components import adapter
+from sysdag.components import adapter_weights
 from sysdag.components.language.completer import Completer
 from sysdag.components.language.engines.choice import Server
 from sysdag.components.language.engines.completions_api import (
@@ -182,9 +182,9 @@ def _fingerprint(model: Any, own: str | None) -> str:
     Args:
         own: the name of the component's adapter.
     """
-    tensors = dict(adapter.base_state(model))
+    tensors = dict(adapter_weights.base_state(model))
     if own is not None:
-        tensors |= {f"adapter {key}": tensor for key, tensor in adapter.state(model, own).items()}
+        tensors |= {f"adapter {key}": tensor for key, tensor in adapter_weights.state(model, own).items()}
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         flat = tensor.detach().reshape(-1)
