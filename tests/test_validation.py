@@ -22,7 +22,7 @@ from sysdag.cli import app
 from sysdag.components import CausalLM
 from sysdag.components.component import Component
 from sysdag.data.checks import check_row
-from sysdag.data.preferences import encode_row
+from sysdag.data.row_encoding import encode_row
 from sysdag.data.screening import Screen
 from sysdag.data.validation import validate_rows
 from sysdag.traces.cells import Draw

@@ -29,7 +29,8 @@ from typing import Any
 from sysdag.components.component import Component
 from sysdag.data.branches import told_function
 from sysdag.data.columns import is_unpaired, read_columns
-from sysdag.data.preferences import Feedback, PreferencePair, Problem, UnpairedRun, encode_row
+from sysdag.data.preferences import Feedback, PreferencePair, Problem, UnpairedRun
+from sysdag.data.row_encoding import encode_row
 from sysdag.errors import DataError, PlanError
 from sysdag.execution.execute import flat_draws, node_inputs, resolved
 from sysdag.files.encoding import encode_value

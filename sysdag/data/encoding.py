@@ -9,7 +9,8 @@ from typing import Any
 
 from sysdag.data.checks import DROPPED, NOTED, Wanted, check_row
 from sysdag.data.columns import advice_on, told_unread, unread_columns
-from sysdag.data.preferences import Feedback, PreferencePair, Problem, encode_row
+from sysdag.data.preferences import Feedback, PreferencePair, Problem
+from sysdag.data.row_encoding import encode_row
 from sysdag.errors import DataError
 from sysdag.graph.plan import Objective, Plan
 from sysdag.traces.dataset_rows import rows_of

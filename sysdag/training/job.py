@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from sysdag.data.preferences import encode_row
+from sysdag.data.row_encoding import encode_row
 from sysdag.data.validation import validate_rows
 from sysdag.engine.step import SystemModel, options_by_node
 from sysdag.errors import OptionError
