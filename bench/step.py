@@ -7,9 +7,9 @@ GPU of Qwen2.5-0.5B's size, in bf16, prompts of 512, completions of 128. `two LL
 answer with the skip edge over k given drafts; `chain` is n models in a row and k paths; `one LLM` is DPO of a single
 model. `straightforward` is the same step in TRL's style: all runs padded and concatenated, logits materialised, every
 graph held until the backward; `trl` is `DPOTrainer`'s own step. The gate compares loss and gradients with them on the
-small models, in fp32 (on a GPU in fp64), to 1e-4 of the largest gradient. Times are of scoring and gradients without
-the optimizer's update, interleaved. `peak_mib` is what one step needs beyond weights, gradients and optimizer state: on
-a CPU (Linux) the high-water mark of resident memory, in a process of its own; on a GPU that of torch's allocator.
+small models, in fp64, to 1e-4 of the largest gradient. Times are of scoring and gradients without the optimizer's
+update, interleaved. `peak_mib` is what one step needs beyond weights, gradients and optimizer state: on a CPU (Linux)
+the high-water mark of resident memory, in a process of its own; on a GPU that of torch's allocator.
 """
 
 from __future__ import annotations
@@ -45,12 +45,17 @@ def names(case: Case, peers: Sequence[str] | None) -> list[str]:
 
 
 def check(step: Step, name: str) -> None:
-    """The gate: loss and gradients of sysdag's step against another way to them."""
+    """The gate: loss and gradients of sysdag's step against another way to them, in fp64.
+
+    In fp32 a product rounds otherwise in another shape, and a chain of models adds that up.
+    """
+    step.cast(torch.float64)
     seen = []
     for each in ("sysdag", name):
         step.clear()
         seen.append((step.run(each), step.gradients(each)))
     measure.gate_step(step.case, name, *seen)
+    step.cast(torch.float32)
 
 
 def peak_of(step: Step, name: str, device: str) -> float:
@@ -78,8 +83,6 @@ def measured(case: Case, peers: Sequence[str] | None, options: Any) -> list[dict
     """The table's rows for one case."""
     wanted, on_gpu = names(case, peers), options.device == "cuda"
     step = Step(case._replace(size="small"), options.device, with_trl="trl" in wanted)
-    if on_gpu:
-        step.cast(torch.float64)  # what fp32 products round differs with their shapes
     for name in wanted[1:]:
         check(step, name)
     if on_gpu:

@@ -192,7 +192,7 @@ class Step:
         self._trl = TrlStep(policy, data, made, adapter(size) if case.lora else None) if with_trl else None
 
     def cast(self, dtype: torch.dtype) -> None:
-        """Weights in another dtype; in bf16 adapters stay in fp32, as PEFT keeps them."""
+        """Weights in another dtype, without gradients; in bf16 adapters stay in fp32, as PEFT keeps them."""
         models = [component.module for component in self.model.components.values()]
         models += [reference.module for reference in self.model.references.values() if isinstance(reference, CausalLM)]
         if self._trl is not None:
@@ -202,6 +202,7 @@ class Step:
                 continue
             each.config.dtype = dtype
             for parameter in each.parameters():
+                parameter.grad = None
                 if not (self.case.lora and parameter.requires_grad and dtype == torch.bfloat16):
                     parameter.data = parameter.data.to(dtype)
 
