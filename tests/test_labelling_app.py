@@ -200,7 +200,7 @@ def test_bodies_that_are_no_label(client, change):
 
 def test_a_label_that_cannot_be_written_is_not_acknowledged(make):
     client = make()
-    client.headers |= COOKIE | {"origin": ORIGIN}
+    client.headers.update(COOKIE | {"origin": ORIGIN})
     pair = post(client, "queue", annotator="Ann").json()["task"]["pair"]
     client.store._database.execute("PRAGMA query_only = ON")
     answer = post(client, "label", annotator="Ann", pair=pair, choice="left", request="request-1")
@@ -237,7 +237,7 @@ def test_values_as_the_page_shows_them():
 def test_plates_and_images_are_shown_as_lists(make):
     images = [tuple(Draw(Image.new("L", (8, 8), shade + run)) for shade in (10, 200)) for run in range(2)]
     client = make(Trace({"x": [1, 1]}, {"image": images}))
-    client.headers |= COOKIE | {"origin": ORIGIN}
+    client.headers.update(COOKIE | {"origin": ORIGIN})
     view = post(client, "queue", annotator="Ann").json()["task"]["left"]["outputs"][0]["view"]
     assert [item["kind"] for item in view["items"]] == ["image", "image"]
     assert view["items"][0]["source"] != view["items"][1]["source"]
@@ -259,7 +259,7 @@ def test_a_choice_is_shown_with_its_options(make):
     one = [Draw(f"passage {run}", {"options": ["passage 0", "passage 1"], "index": run}) for run in range(2)]
     few = [Draw(["c", "a"], {"options": ["a", "b", "c"], "indices": [2, 0]})] * 2
     client = make(Trace({"x": [1, 1]}, {"one": one, "few": few, "each": [(draw, draw) for draw in one]}))
-    client.headers |= COOKIE | {"origin": ORIGIN}
+    client.headers.update(COOKIE | {"origin": ORIGIN})
     sides = post(client, "queue", annotator="Ann").json()["task"]
     seen = {part["name"]: part["view"] for kind in ("outputs", "intermediates") for part in sides["left"][kind]}
     names = [item["name"] for item in seen["one"]["items"]]

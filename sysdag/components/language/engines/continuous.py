@@ -82,10 +82,11 @@ def _generate(
         pad_token_id=completer.lm.pad_token_id, temperature=sampling["temperature"], top_p=sampling["top_p"],
         top_k=sampling["top_k"] or 0, num_return_sequences=1,
     )  # fmt: skip
-    batching = ContinuousBatchingConfig(
-        return_logprobs=True, seed=seed, page_size=_PAGE, max_requests_per_batch=at_once,
+    batching: Any = ContinuousBatchingConfig(
+        return_logprobs=True, seed=seed, max_requests_per_batch=at_once,
         num_blocks=(at_once + 1) * (-(-longest // _PAGE) + 1), max_batch_tokens=_BATCH_TOKENS.get(model.device.type),
     )  # fmt: skip
+    setattr(batching, "page_size" if hasattr(batching, "page_size") else "block_size", _PAGE)  # as older releases say
     try:
         found = model.generate_batch(
             [list(prompt) for prompt in prompts], generation_config=generation, continuous_batching_config=batching
