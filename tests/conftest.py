@@ -2,6 +2,7 @@ import functools
 import gc
 import os
 import threading
+from collections.abc import Generator
 
 # Of this process and of those that tests start, before any of them counts the cores: two workers, a thread each.
 os.environ |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
@@ -102,6 +103,17 @@ def _freeze() -> None:
 def _frozen_afterwards():
     yield
     _freeze()  # what a file's tests were the first to import
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Generator[None, object, object]:
+    """Skips what needs transformers' own `add_adapter` where it asks for a newer peft than there is (5.24: 0.22)."""
+    try:
+        return (yield)
+    except ValueError as error:
+        if "version of PEFT you are using is not compatible" in str(error):
+            pytest.skip(str(error))
+        raise
 
 
 def pytest_unconfigure() -> None:

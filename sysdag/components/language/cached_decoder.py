@@ -12,10 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sysdag.components.language import key_value_slabs
+from sysdag.components.language import key_value_slabs, model_cache
 from sysdag.components.language.language_head import argument_names
-
-_CACHES = ("past_key_values", "cache_params", "state")  # the names that forwards have for it
 
 
 class CachedDecoder:
@@ -47,9 +45,11 @@ class CachedDecoder:
                 "call model.eval() before the search."
             )
         self.model, self.accepts = model, argument_names(model)
-        name = next((each for each in _CACHES if each in self.accepts), None)
+        name = model_cache.argument_of(self.accepts)
         if name is None:
-            raise ValueError(f"model: expected a forward that takes a cache ({', '.join(_CACHES)}), got none of them.")
+            raise ValueError(
+                f"model: expected a forward that takes a cache ({', '.join(model_cache.NAMES)}), got none of them."
+            )
         if not pass_positions:
             self.accepts = self.accepts - {"position_ids"}
         self._name: str = name
@@ -187,11 +187,11 @@ class CachedDecoder:
 
     def _forward(self, input_ids: Tensor, mask: Tensor, positions: Tensor, cache: Any) -> tuple[Tensor, Any]:
         options: dict[str, Any] = {"position_ids": positions, "logits_to_keep": 1, self._name: cache}
-        if self._name == "past_key_values" or cache is None:  # states hold no padding
+        if cache is None or model_cache.takes_mask(self._name, cache):
             options["attention_mask"] = mask
         options = {name: value for name, value in options.items() if name in self.accepts}
         output = self.model(input_ids=input_ids, use_cache=True, **options)
-        return output.logits[:, -1].to(input_ids.device), getattr(output, self._name, None)
+        return output.logits[:, -1].to(input_ids.device), model_cache.cache_of(output)
 
 
 def _common(first: Sequence[int], second: Sequence[int]) -> int:
@@ -217,7 +217,7 @@ def _expanded(cache: Any, rows: int, tokens: int) -> Any:
     found.layer_class_to_replicate = None
     for layer in cache.layers:
         made = DynamicLayer()
-        made.dtype, made.device, made.is_initialized = layer.dtype, layer.device, True
+        made.dtype, made.device, made.is_initialized = layer.keys.dtype, layer.device, True
         made.keys, made.values = (part[:, :, :tokens].expand(rows, -1, -1, -1) for part in (layer.keys, layer.values))
         found.layers.append(made)
     return found

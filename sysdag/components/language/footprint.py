@@ -19,6 +19,7 @@ from sysdag.components import acceleration, adapter
 from sysdag.components.footprint import Footprint, bytes_of, make_fake
 from sysdag.components.language import key_value_slabs, packed_inputs, prefix_scorer, trie_pieces
 from sysdag.components.language.language_head import TokenScorer, argument_names, output_embedding
+from sysdag.components.language.model_cache import cache_of
 from sysdag.components.memory import PeakBytes, SavedBytes
 from sysdag.components.precision import optimizer_bytes
 from sysdag.ops import _head_walk
@@ -182,7 +183,7 @@ def of_decoding(auto_class: Any, config: Any, dtype: torch.dtype, *, rows: int, 
     with FakeTensorMode(), torch.device(device), torch.no_grad():
         make_fake(model)
         output = model(input_ids=torch.zeros(1, read, dtype=torch.int64), use_cache=True)
-        cache, vocabulary = getattr(output, "past_key_values", None), output.logits.shape[-1]
+        cache, vocabulary = cache_of(output), output.logits.shape[-1]
         grows, stays = [0], 0
         for layer in getattr(cache, "layers", ()):
             tensors = [

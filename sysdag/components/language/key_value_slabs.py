@@ -112,7 +112,7 @@ def _slab_classes() -> tuple[Any, Any]:
             """Takes over the rows of the layer before, if any, and the entering ones of a layer that read prompts."""
             kept = 0 if before is None else len(before.keys)
             rows, columns = kept + len(entering.rows), entering.columns
-            self.dtype, self.device, self.is_initialized = layer.dtype, layer.device, True
+            self.dtype, self.device, self.is_initialized = layer.keys.dtype, layer.device, True
             self.slabs = []
             for name in ("keys", "values"):
                 part = getattr(layer, name)

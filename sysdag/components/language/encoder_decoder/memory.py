@@ -13,6 +13,7 @@ from sysdag.components.language import key_value_slabs
 from sysdag.components.language.encoder_decoder.generation_rules import GenerationRules
 from sysdag.components.language.encoder_decoder.target_scorer import TargetScorer
 from sysdag.components.language.footprint import of_model
+from sysdag.components.language.model_cache import cache_of
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -87,7 +88,7 @@ def of_decoding(config: Any, dtype: torch.dtype, *, rows: int, source: int, targ
         make_fake(model)
         ids = torch.zeros(1, read, dtype=torch.int64)
         output = model(input_ids=ids, decoder_input_ids=ids, use_cache=True)
-        cache = output.past_key_values
+        cache = cache_of(output)
         sizes = [
             [sum(map(bytes_of, (layer.keys, layer.values))) // read for layer in part.layers]
             for part in (cache.self_attention_cache, cache.cross_attention_cache)

@@ -25,7 +25,8 @@ from sysdag.components.language import key_value_slabs
 from sysdag.components.language.decoder import ByLength, Decoder
 from sysdag.components.language.encoder_decoder.generation_rules import GenerationRules, Ngrams
 from sysdag.components.language.key_value_slabs import Entering
-from sysdag.components.language.language_head import inner_model
+from sysdag.components.language.language_head import argument_names, inner_model
+from sysdag.components.language.model_cache import argument_of, cache_of
 from sysdag.components.language.probe import probing, token_ids
 from sysdag.errors import PlanError
 
@@ -59,6 +60,7 @@ class SourceRows:
     def __init__(self, model: nn.Module, start: int) -> None:
         self.model, self.start = model, start
         self._device = next(model.parameters()).device
+        self._name = argument_of(argument_names(model)) or "past_key_values"
         self._clear()
 
     def _clear(self) -> None:
@@ -105,12 +107,12 @@ class SourceRows:
         from transformers.modeling_outputs import BaseModelOutput
 
         assert self._read is not None
-        options = {} if self._cache is None else {"past_key_values": self._cache}
+        options = {} if self._cache is None else {self._name: self._cache}
         output = self.model(
             encoder_outputs=BaseModelOutput(last_hidden_state=self._read[0]), attention_mask=self._read[1],
             decoder_input_ids=targets, use_cache=True, **options,
         )  # fmt: skip
-        self._cache = output.past_key_values
+        self._cache = cache_of(output)
         if not hasattr(self._cache, "cross_attention_cache"):
             raise TypeError(f"its cache is a {type(self._cache).__name__}, not one of an encoder and a decoder")
         return output.logits[:, -1]

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from sysdag.components.language.language_head import argument_names, inner_model
+from sysdag.components.language.model_cache import OF_KEYS
 from sysdag.components.language.probe import probing
 from sysdag.components.language.vision.image_parts import HeldImage
 from sysdag.components.language.vision.prompt_images import FIRST, TOKEN_TYPES, ImageProcessing, PromptImages
@@ -52,7 +53,7 @@ class ImageForward:
         made = {**given, "input_ids": ids.masked_fill(stands, placeholder)}
         if self._written is not None:
             made["input_ids"] = made["input_ids"].masked_fill(written, 0 if placeholder else 1)
-        cache = given.get("past_key_values")
+        cache = next((given[name] for name in OF_KEYS if name in given), None)
         starts = cache is None or cache.get_seq_length() == 0
         rows = self._images(ids) if bool(stands.any()) else []
         if not starts and rows and "token_type_ids" in self._accepts:
