@@ -51,7 +51,7 @@ gpu:
 	PYTHONPATH=$(CURDIR)/wheels/site:$(CURDIR) $(GPU_PYTHON) setup.py --quiet build_ext --inplace
 	PYTHONPATH=$(CURDIR)/wheels/site:$(CURDIR) $(GPU_PYTHON) -m bench gpu
 
-GPU_WHEELS ?= accelerate beartype datasets diffusers dill multiprocess peft transformers trl
+GPU_WHEELS ?= accelerate beartype datasets diffusers dill liger-kernel multiprocess peft transformers trl
 gpu-wheels: .venv/ready
 	$(BIN)/python -m pip download --no-deps --only-binary=:all: --constraint constraints.txt --python-version 3.12 \
 	  --platform manylinux_2_28_x86_64 --platform manylinux2014_x86_64 --platform any --dest wheels $(GPU_WHEELS)

@@ -11,8 +11,8 @@ mark of resident memory, in a process of its own; on a GPU that of torch's alloc
 "sysdag, all tiles kept" has SYSDAG_KEPT_LOGITS_MB so large that a trained head's backward computes no logits again;
 "sysdag, fused forward" has SYSDAG_HEAD_FORWARD=fused.
 F.linear_cross_entropy is torch's chunked one (2.13 or newer); without `options` torch computes what "eager" does. The
-kernels of liger-kernel and cut-cross-entropy need CUDA; cut-cross-entropy leaves small gradients out (filter_eps, as
-its default says).
+kernels of liger-kernel, QuACK and cut-cross-entropy need CUDA; Liger's are in CuTe DSL where nvidia-cutlass-dsl is
+installed, QuACK's always; cut-cross-entropy leaves small gradients out (filter_eps, as its default says).
 """
 
 from __future__ import annotations
@@ -147,6 +147,20 @@ def liger(p: Problem) -> Tensor:
     return -LigerFusedLinearCrossEntropyLoss()(p.weight, p.hidden, p.labels)
 
 
+def liger_by_token(p: Problem) -> Tensor:
+    """Each token's gradient is folded in by a second forward, which its backward makes."""
+    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+    return -LigerFusedLinearCrossEntropyLoss(reduction="none")(p.weight, p.hidden, p.labels)
+
+
+def quack(p: Problem) -> Tensor:
+    """With a sum it computes the gradients in the forward; for log-probabilities by label it has nothing fused."""
+    from quack.linear_cross_entropy import chunked_linear_cross_entropy
+
+    return -chunked_linear_cross_entropy(p.hidden, p.weight, p.labels, reduction="sum")
+
+
 def cut_cross_entropy(p: Problem) -> Tensor:
     from cut_cross_entropy import linear_cross_entropy
 
@@ -163,12 +177,15 @@ FUNCTIONS: dict[str, Callable[[Problem], Tensor]] = {
     "F.linear_cross_entropy, chunked": chunked,
     "F.linear_cross_entropy, chunked (mean only)": chunked_mean,
     "trl": trl,
+    "liger-kernel": liger_by_token,
     "liger-kernel (mean only)": liger,
+    "quack (sum only)": quack,
     "cut-cross-entropy": cut_cross_entropy,
 }
 BASELINE = "eager"
 PEERS = [name for name in FUNCTIONS if name != BASELINE and not name.startswith("sysdag")]
-CUDA_ONLY = ("liger-kernel (mean only)", "cut-cross-entropy")
+CUDA_ONLY = ("liger-kernel", "liger-kernel (mean only)", "quack (sum only)", "cut-cross-entropy")
+PACKAGES = ("trl", "liger-kernel", "quack-kernels", "nvidia-cutlass-dsl", "cut-cross-entropy")
 PRODUCTS = {"no grad": 1, "frozen": 2, "trained": 3}
 
 
@@ -273,5 +290,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
         special["sysdag, fused forward"] = case.mode == "no grad" and case.device == "cuda"
         own = {name: function for name, function in functions.items() if special.get(name, True)}
         rows += measured(case, own, options.repeats, notes)
-    notes.append(f"trl {measure.version('trl')}")
+    notes.append(", ".join(f"{name} {version}" for name in PACKAGES if (version := measure.version(name))))
     measure.report("linear_logprob", rows, options.csv, notes)

@@ -7,8 +7,10 @@ largest gradient. Peak memory is of one step beyond what was there after a first
 
 from __future__ import annotations
 
+import contextlib
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,10 +32,29 @@ from sysdag.objectives import Candidates, EngineOptions, MonteCarlo, ObjectiveOp
 VERSION = 1
 SIZES = {"cpu": 2, "gpu": 16, "quick": 2}  # pairs of a step
 REPEATS = {"cpu": 3, "gpu": 5, "quick": 1}
-SYSTEMS: dict[str, tuple[str, int]] = {  # outline, candidates
-    "one model, DPO": ("one node", 0),
-    "draft -> refine, Direct": ("draft -> refine", 0),
-    **{f"draft -> refine, Sampling, k = {k}": ("draft -> refine", k) for k in (2, 4)},
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A row.
+
+    Attributes:
+        outline: one of `models.OUTLINES`.
+        candidates: of Sampling; 0 for Direct.
+        dtype: of the base model's weights; adapters are in fp32.
+    """
+
+    outline: str
+    candidates: int = 0
+    dtype: torch.dtype = torch.float32
+
+
+SYSTEMS = {
+    "one model, DPO": Measured("one node"),
+    "draft -> refine, Direct": Measured("draft -> refine"),
+    **{f"draft -> refine, Sampling, k = {k}": Measured("draft -> refine", k) for k in (2, 4)},
+    "one model, DPO, bf16": Measured("one node", dtype=torch.bfloat16),
+    "draft -> refine, Direct, bf16": Measured("draft -> refine", dtype=torch.bfloat16),
 }
 OURS, PLAIN, TRL = "sysdag", "straightforward", "TRL"
 
@@ -61,14 +82,14 @@ class RealStep:
 
     def __init__(self, cache: Path, system: str, size: str, with_trl: bool) -> None:
         sources = Sources.kept(cache)
-        outline, candidates = SYSTEMS[system]
+        measured = SYSTEMS[system]
+        outline, candidates = measured.outline, measured.candidates
         rows = read_pairs(sources.pairs[0])
         random.Random(0).shuffle(rows)
         pairs, others = rows[: SIZES[size]], rows[SIZES[size] :]
         drafts = [each["chosen"] for each in others[: max(candidates, 2 * len(pairs))]]
-        made = models.adapted(
-            models.OUTLINES[outline], sources.model, sources.device, Size().lengths, 0, loads=models.load
-        )
+        load = partial(models.load, dtype=measured.dtype)
+        made = models.adapted(models.OUTLINES[outline], sources.model, sources.device, Size().lengths, 0, loads=load)
         objective = "sampling" if candidates else "direct"
         self.model = SystemModel(
             made.compile(), ObjectiveOptions(objective=objective, beta=BETA), None,
@@ -87,10 +108,8 @@ class RealStep:
         if with_trl:
             (policy,) = self.model.components.values()
             assert isinstance(policy, CausalLM)
-            load = partial(models.load, sources.model, sources.device)
-            self.trl = TrlStep(
-                policy, [trl_row(row, policy.tokenizer) for row in pairs], lambda: load()[0], models.lora()
-            )
+            rows = [trl_row(row, policy.tokenizer) for row in pairs]
+            self.trl = TrlStep(policy, rows, lambda: load(sources.model, sources.device)[0], models.lora())
 
     def clear(self) -> None:
         self.model.zero_grad(set_to_none=False)
@@ -115,33 +134,68 @@ class RealStep:
             return {f"policies.answer.{our_name(n)}": p.grad.clone() for n, p in theirs if p.grad is not None}
         return {n: p.grad.clone() for n, p in self.model.named_parameters() if p.grad is not None}
 
-    def cast(self, dtype: torch.dtype) -> None:
-        """All weights in another dtype, and no gradients."""
+    def weights(self) -> list[torch.nn.Module]:
+        """The modules of all ways."""
         modules = [component.module for component in self.model.components.values()]
-        if self.trl is not None:
-            modules.append(self.trl.trainer.model)
-        for module in modules:
-            module.config.dtype = dtype
-            for parameter in module.parameters():
-                parameter.grad = None
-                parameter.data = parameter.data.to(dtype)
+        return modules if self.trl is None else [*modules, self.trl.trainer.model]
 
-    def check(self, ways: Sequence[str]) -> None:
+    @contextlib.contextmanager
+    def in_fp64(self) -> Iterator[None]:
+        """All weights in fp64 for a while, then each in its own dtype again; no gradients before and after."""
+        configs = [(module.config, module.config.dtype) for module in self.weights()]
+        parameters = [(p, p.dtype) for module in self.weights() for p in module.parameters()]
+        wide = torch.float64
+        try:
+            _cast([(config, wide) for config, _ in configs], [(parameter, wide) for parameter, _ in parameters])
+            yield
+        finally:
+            _cast(configs, parameters)
+
+    def seen(self, ways: Sequence[str]) -> dict[str, tuple[Tensor, dict[str, Tensor]]]:
+        """Loss and gradients by way."""
+        found = {}
+        for way in ways:
+            self.clear()
+            found[way] = self.run(way), self.gradients(way)
+        return found
+
+    def check(self, others: Sequence[str]) -> None:
         """The gate: loss and gradients of sysdag's step against those of other ways.
 
-        In fp64: what products of 30 layers round in fp32 differs with their shapes by more than the gate allows.
+        In fp64: what products of 30 layers round in fp32 differs with their shapes by more than the gate allows. Where
+        weights are in bf16, sysdag's gradients in bf16 are besides at most twice as far from those in fp64 as the
+        straightforward step's.
         """
-        self.cast(torch.float64)
-        seen, pairs = {}, self.pairs
-        if TRL not in ways:  # all graphs of several pairs and candidates in fp64 are more than a machine has
+        pairs = self.pairs
+        if TRL not in others:  # all graphs of several pairs and candidates in fp64 are more than a machine has
             self.pairs = pairs[:1]
-        for way in (OURS, *ways):
-            self.clear()
-            seen[way] = self.run(way), self.gradients(way)
+        with self.in_fp64():
+            exact = self.seen((OURS, *others))
+        for way in others:
+            measure.gate_step("real pairs", way, exact[OURS], exact[way])
+        if any(parameter.dtype == torch.bfloat16 for parameter in self.model.parameters()):
+            rounded = {way: _error(own, exact[OURS]) for way, own in self.seen((OURS, PLAIN)).items()}
+            if not rounded[OURS] <= 2 * rounded[PLAIN]:
+                raise SystemExit(
+                    f"real pairs in bf16: gradients {rounded[OURS]:.2g} of the largest off, {PLAIN} "
+                    f"{rounded[PLAIN]:.2g}; no speed is reported for a wrong result."
+                )
         self.pairs = pairs
-        for way in ways:
-            measure.gate_step("real pairs", way, seen[OURS], seen[way])
-        self.cast(torch.float32)
+
+
+def _cast(configs: Sequence[tuple[Any, torch.dtype]], parameters: Sequence[tuple[Tensor, torch.dtype]]) -> None:
+    for config, dtype in configs:
+        config.dtype = dtype
+    for parameter, dtype in parameters:
+        parameter.grad = None
+        parameter.data = parameter.data.to(dtype)
+
+
+def _error(own: tuple[Tensor, dict[str, Tensor]], exact: tuple[Tensor, dict[str, Tensor]]) -> float:
+    """The largest error of a gradient, as a share of the largest gradient."""
+    (_, ours), (_, wanted) = own, exact
+    largest = max(float(gradient.abs().max()) for gradient in wanted.values())
+    return max(float((ours[name] - wanted[name]).abs().max()) for name in wanted) / largest
 
 
 def trl_row(row: Mapping[str, str], tokenizer: Any) -> dict[str, str]:
@@ -152,7 +206,7 @@ def trl_row(row: Mapping[str, str], tokenizer: Any) -> dict[str, str]:
 
 
 def ways(system: str) -> list[str]:
-    return [OURS, PLAIN, *([TRL] if SYSTEMS[system][0] == "one node" else [])]
+    return [OURS, PLAIN, *([TRL] if SYSTEMS[system].outline == "one node" else [])]
 
 
 def peak(cache: str, system: str, size: str, way: str) -> None:

@@ -69,7 +69,9 @@ round. What is measured has n rounds.
 Loss and gradients of the same real pairs on the same weights, adapters moved away from their start; that they agree (to
 1e-4 of the largest gradient, in fp64) is checked before anything is timed. *Straightforward* pads all runs into batches
 and holds every graph until one backward; *TRL* is `DPOTrainer`'s own step, which there is for one model alone. Seconds
-are medians, without the optimizer's update; memory is what one step needs beyond weights and gradients.
+are medians, without the optimizer's update; memory is what one step needs beyond weights and gradients. With *bf16* the
+base model's weights are in bf16 and the adapters in fp32, and sysdag's gradients must besides be at most twice as far
+from those in fp64 as the straightforward step's; a CPU without arithmetic for bf16 takes longer so.
 """,
 }
 

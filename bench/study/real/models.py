@@ -87,11 +87,11 @@ def critic_loop(rounds: int) -> System:
     return System(question >> draft, (question & draft) >> critic, (question & draft) >> rewrite, feedback)
 
 
-def load(name: str, device: str) -> tuple[Any, Any]:
-    """Model in fp32, and tokenizer."""
+def load(name: str, device: str, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
+    """Model and tokenizer."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).to(device).eval()
+    model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype).to(device).eval()
     return model, AutoTokenizer.from_pretrained(name)
 
 
