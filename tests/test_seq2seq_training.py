@@ -1,10 +1,11 @@
 """Systems with an encoder-decoder: gradients, references, adapters, saving, training, memory."""
 
+import copy
 import math
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from seq2seq_families import FAMILIES, bart, marian, t5
 from test_two_pass import assert_same, gradients_of
 from tiny import char_tokenizer, llama
@@ -174,13 +175,17 @@ def test_an_adapter_saves_and_opens_in_peft(tmp_path, by_path):
     wanted = component.log_prob(["a room"], draws)
     loaded = Seq2Seq.from_pretrained(folder, options)
     torch.testing.assert_close(loaded.log_prob(["a room"], draws), wanted)
+    torch.testing.assert_close(Seq2Seq(folder, max_new_tokens=8).log_prob(["a room"], draws), wanted)
     base = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "base" if by_path else folder / "base")
+    try:
+        get_peft_model(copy.deepcopy(base), lora())
+    except AttributeError as error:  # peft before 0.21.2 beside transformers 5.20 or newer
+        pytest.skip(f"peft itself adapts no encoder-decoder here: {error}")
     adapted = PeftModel.from_pretrained(base, folder).eval()
     inputs = tokenizer("a room", text_target="a cube", return_tensors="pt")
     logits = adapted(input_ids=inputs["input_ids"], labels=inputs["labels"]).logits[0].log_softmax(-1)
     plain = logits.gather(1, inputs["labels"][0][:, None]).sum()
     torch.testing.assert_close(wanted[0], plain, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(Seq2Seq(folder, max_new_tokens=8).log_prob(["a room"], draws), wanted)
 
 
 @pytest.mark.parametrize("objective", ["direct", "sampling"])

@@ -100,7 +100,7 @@ class RayEngine:
         outline = _outline(plan)
         options: dict[str, Any] = {"gpus_per_actor": self.gpus_per_actor, "device": self.device}
         try:
-            with _connected(), pools(plan, sizes, **options) as router, _quiet("ray.data"):
+            with _connected(), pools(plan, sizes, **options) as router, _quiet():
                 items = [
                     {"number": number, "outcome": dumps(runs.batch(number))} for number in range(first, runs.batches)
                 ]
@@ -110,7 +110,6 @@ class RayEngine:
                     under_way = TaskPoolStrategy(size=min(sum(sizes) + 1, len(items)))
                     stages = stages.map(_stage, fn_kwargs=given, num_cpus=0, compute=under_way)  # type: ignore[arg-type]
                 stages.context.execution_options.preserve_order = True
-                stages.context.enable_progress_bars = False
                 for row in stages.iter_rows():
                     outcome = loads(row["outcome"])
                     if isinstance(outcome, SysdagError):
@@ -201,12 +200,16 @@ def _connected() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _quiet(name: str) -> Iterator[None]:
-    """A logger that tells errors alone."""
-    logger = logging.getLogger(name)
-    level = logger.level
+def _quiet() -> Iterator[None]:
+    """Ray Data tells errors alone, and draws no progress bars, which it may print on standard output."""
+    from ray.data import DataContext
+
+    logger, context = logging.getLogger("ray.data"), DataContext.get_current()
+    level, bars = logger.level, context.enable_progress_bars
     logger.setLevel(logging.ERROR)
+    context.enable_progress_bars = False
     try:
         yield
     finally:
         logger.setLevel(level)
+        context.enable_progress_bars = bars
