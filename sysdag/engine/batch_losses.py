@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sysdag.data.preferences import Feedback
-from sysdag.engine.scoring import Scored
+from sysdag.engine.scored import Scored
 from sysdag.engine.zero_points import shift_of
 from sysdag.objectives.loss_checks import own_weights, shown_rewards, shown_runs, typical_weights, with_targets
 from sysdag.objectives.losses import PairScores, pair_losses
@@ -39,7 +39,7 @@ def batch_losses(
     """
     options = model.options
     if isinstance(scores, RunScores):
-        shift = shift_of(model, scores, trains=trains) if options.needs_shift else None
+        shift = shift_of(model, scores, scored.device, trains=trains) if options.needs_shift else None
         scores = replace(scores, kl=kl, shift=shift)
         losses = run_losses(
             scores, options.loss_type, options.weights,

@@ -41,13 +41,18 @@ def rounds_of(model: nn.Module) -> Callable[[int], int] | None:
     return largest
 
 
-def added_up(tensor: Tensor) -> Tensor:
-    """The sum over all processes, to be called by each of them; of one alone the tensor itself."""
+def added_up(tensor: Tensor, device: torch.device) -> Tensor:
+    """The sum over all processes, to be called by each of them, on the host; of one alone the tensor itself.
+
+    Args:
+        tensor: on the host.
+        device: of the process, over which processes reach each other.
+    """
     if not torch.distributed.is_initialized():
         return tensor
-    total = tensor.clone()
+    total = tensor.to(device, copy=True)
     torch.distributed.all_reduce(total)
-    return total
+    return total.cpu()
 
 
 def wait_for_everyone(accelerator: Accelerator) -> None:

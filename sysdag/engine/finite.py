@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,33 +10,21 @@ from torch import Tensor
 from sysdag.components.component import Component
 from sysdag.components.residence import admit
 from sysdag.engine.distributed import whole
-from sysdag.engine.host_copy import to_host
-from sysdag.engine.micro_batch import MicroBatch
+from sysdag.engine.scored import MicroBatchScores
 from sysdag.errors import TrainingError
-from sysdag.objectives.comparison import Term
-
-
-class MicroBatchScores(NamedTuple):
-    """The scores (n,) of a micro-batch, without graphs, and what scored: it says where in the draw it happened."""
-
-    term: Term
-    batch: MicroBatch
-    component: Component
-    reference: Component | None
-    policy_scores: Tensor
-    reference_scores: Tensor
 
 
 def check_finite(found: Sequence[MicroBatchScores]) -> None:
-    """Checks the scores of a step's micro-batches; the host waits for them once.
+    """Checks the scores of a step's micro-batches, which are on the host.
 
     Raises:
         TrainingError: naming node, row of the data and token of the first score that is nan or infinite.
     """
-    numbers = iter(to_host([scores for each in found for scores in (each.policy_scores, each.reference_scores)]))
-    for term, batch, component, reference, *_ in found:
-        for side, scorer in (("policy", component), ("reference", reference or component)):
-            values = next(numbers)
+    for term, batch, component, reference, policy_scores, reference_scores, *_ in found:
+        sides = (("policy", component, policy_scores), ("reference", reference or component, reference_scores))
+        for side, scorer, values in sides:
+            if values is None:
+                continue
             bad = (~values.isfinite()).nonzero()[:, 0].tolist()
             if not bad:
                 continue

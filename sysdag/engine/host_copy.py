@@ -9,9 +9,9 @@ from torch import Tensor
 
 
 def to_host(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """The tensors on the CPU, without graphs, in their order and shapes; one copy for each device that has some.
+    """The tensors on the CPU, without graphs, in their order; one copy for each device that has some.
 
-    Tensors of one device come in the dtype that torch promotes theirs to.
+    Numbers go through the dtype that torch promotes those of a device to, and come in their own.
     """
     by_device: dict[torch.device, list[int]] = {}
     for place, tensor in enumerate(tensors):
@@ -21,5 +21,5 @@ def to_host(tensors: Sequence[Tensor]) -> list[Tensor]:
         own = [tensors[place].detach() for place in places]
         numbers = torch.cat([tensor.reshape(-1) for tensor in own]).cpu()
         for place, tensor, part in zip(places, own, numbers.split([t.numel() for t in own]), strict=True):
-            found[place] = part.view(tensor.shape)
+            found[place] = part.view(tensor.shape).to(tensor.dtype)
     return found

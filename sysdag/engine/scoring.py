@@ -12,7 +12,7 @@ import errno
 import logging
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
@@ -21,9 +21,10 @@ from torch import Tensor, nn
 
 from sysdag.components.component import Component, evaluating
 from sysdag.components.residence import admit
-from sysdag.engine.finite import MicroBatchScores, check_finite
+from sysdag.engine.finite import check_finite
 from sysdag.engine.kept_work import Kept, KeptGradient, KeptGraph, Room
 from sysdag.engine.micro_batch import MicroBatch, RandomState, whole
+from sysdag.engine.scored import MicroBatchScores, Scored, mean_of, on_the_host
 from sysdag.errors import TrainingError
 from sysdag.execution.likelihood import sum_by_row
 from sysdag.graph.plan import Plan
@@ -38,7 +39,7 @@ class Turn:
 
     Attributes:
         batch: what is scored.
-        coefficients: d loss / d score of each element.
+        coefficients: d loss / d score of each element, on the host.
         auxiliary: the micro-batch's share of its node's auxiliary loss (see `Component.take_auxiliary_loss`).
         finished: parameters that have this gradient already (an interrupted backward had reached them).
     """
@@ -50,9 +51,8 @@ class Turn:
 
     def select(self, kept: Sequence[int]) -> Turn:
         """Some of the elements, by their position here."""
-        at = torch.tensor(list(kept), device=self.coefficients.device)
-        share = self.auxiliary * len(at) / len(self.coefficients)
-        return replace(self, batch=self.batch.select(kept), coefficients=self.coefficients[at], auxiliary=share)
+        share = self.auxiliary * len(kept) / len(self.coefficients)
+        return replace(self, batch=self.batch.select(kept), coefficients=self.coefficients[list(kept)], auxiliary=share)
 
     def without(self, finished: Iterable[nn.Parameter]) -> Turn:
         """The same for the other parameters only, computed anew."""
@@ -96,35 +96,6 @@ class Budget:
         return parts
 
 
-@dataclass
-class Scored:
-    """Scores of every term, by node: one a row of the term's trace; and the micro-batches they came from.
-
-    Attributes:
-        auxiliary: by node, the coefficient of its auxiliary loss and its mean over the elements, where it has one.
-        residuals: by node and row, where a component has any (see `Component.take_residuals`).
-        typicality: of every row, where it was asked for (see `Component.typicality`).
-    """
-
-    policy: dict[str, Tensor] = field(default_factory=dict)
-    reference: dict[str, Tensor] = field(default_factory=dict)
-    batches: list[MicroBatch] = field(default_factory=list)
-    auxiliary: dict[str, tuple[float, Tensor]] = field(default_factory=dict)
-    residuals: dict[str, dict[int, list[Tensor]]] = field(default_factory=dict)
-    typicality: dict[str, Tensor] = field(default_factory=dict)
-
-    def detach(self) -> None:
-        """Lets go of the graphs."""
-        self.policy = {name: values.detach() for name, values in self.policy.items()}
-        self.auxiliary = {name: (factor, loss.detach()) for name, (factor, loss) in self.auxiliary.items()}
-
-    def forget_gradients(self) -> bool:
-        """Lets go of single elements' gradients; whether there were any."""
-        before = self.batches
-        self.batches = [replace(b, kept=None) if isinstance(b.kept, KeptGradient) else b for b in before]
-        return any(isinstance(batch.kept, KeptGradient) for batch in before)
-
-
 class Stored:
     """Stands for a reference that is not run: its scores are on file (see `sysdag.engine.precompute`), or all 0."""
 
@@ -158,7 +129,7 @@ def score(
         TrainingError: if a score is not finite, or memory runs out where a micro-batch cannot be split.
     """
     scored = Scored()
-    unchecked: list[MicroBatchScores] = []
+    waiting: list[MicroBatchScores] = []
     for term in terms:
         component = component_of(plan, term.name)
         reference = references(component)
@@ -183,8 +154,8 @@ def score(
                 if budget.keeps_graphs:
                     logger.warning("Memory ran out with the graphs of a whole step; it goes on in two passes.")
                     budget.keeps_graphs = False
-                    parts = [each.detach() for each in parts]
-                    scored.detach()
+                    parts = []
+                    scored.drop_graphs()
                     queue.appendleft(batch)
                 elif scored.forget_gradients():
                     logger.warning("Memory ran out with gradients that waited; from now on none do.")
@@ -195,29 +166,33 @@ def score(
                     queue.extendleft(batch.select(part) for part in reversed(shrunk))
                 continue
             frozen = None if isinstance(reference, Stored) else reference
-            unchecked.append(
-                MicroBatchScores(term, batch, component, frozen, found.policy.detach(), found.reference.detach())
-            )
             is_random = RandomState.now(component.device) != before
             scored.batches.append(replace(batch, random=before, is_random=is_random, kept=found.kept))
+            auxiliary = found.auxiliary and (found.auxiliary[0], found.auxiliary[1].detach())
+            waiting.append(
+                MicroBatchScores(
+                    term, batch, component, frozen, found.policy.detach(), found.reference, auxiliary, found.typicality
+                )
+            )
             rows += batch.rows
-            parts.append(found)
+            if budget.keeps_graphs:
+                parts.append(found)
             for row, residual in zip(batch.rows, found.residuals or (), strict=False):
                 scored.residuals.setdefault(term.name, {}).setdefault(row, []).append(residual)
         for filler in extra:
             _both(filler, component, reference, _Wanted(weighs=weighs))
-        policies, frozen_ = [each.policy for each in parts], [each.reference for each in parts]
-        scored.policy[term.name] = sum_by_row(policies, rows, len(term.trace), component.device)
-        scored.reference[term.name] = sum_by_row(frozen_, rows, len(term.trace), component.device)
-        if weighs:
-            typical = [each.typicality for each in parts if each.typicality is not None]
-            scored.typicality[term.name] = sum_by_row(typical, rows, len(term.trace), component.device)
-        losses = [(len(each.policy), *each.auxiliary) for each in parts if each.auxiliary is not None]
-        if losses:
-            total = torch.stack([count * loss for count, _, loss in losses]).sum()
-            mean = total / sum(count for count, _, _ in losses)
-            scored.auxiliary[term.name] = losses[0][1], mean
-    check_finite(unchecked)
+        if budget.keeps_graphs and parts and reference is not None:
+            scored.graphs[term.name] = sum_by_row(
+                [each.policy for each in parts], rows, len(term.trace), component.device
+            )
+            losses = [(len(each.policy), each.auxiliary[1]) for each in parts if each.auxiliary is not None]
+            if losses:
+                scored.auxiliary_graphs[term.name] = mean_of(losses)
+    if waiting:
+        scored.device = waiting[0].policy.device
+    brought = on_the_host(waiting)
+    check_finite(brought)
+    scored.take(terms, brought)
     return scored
 
 
@@ -230,10 +205,11 @@ def component_of(plan: Plan, name: str) -> Component:
 
 @dataclass(frozen=True)
 class _Scores:
-    """Of one micro-batch; the auxiliary loss and the residuals that come with them, where the component has any."""
+    """Of one micro-batch, the reference's None where none is run; the auxiliary loss and the residuals that come with
+    them, where the component has any."""
 
     policy: Tensor
-    reference: Tensor
+    reference: Tensor | None
     auxiliary: tuple[float, Tensor] | None = None
     residuals: list[Tensor] | None = None
     kept: Kept | None = None
@@ -281,7 +257,6 @@ def _both(batch: MicroBatch, component: Component, reference: Component | Stored
     typical = batch.typicality(component) if wanted.weighs else None
     if reference is None:
         return _Scores(ours, ours, typicality=typical)
-    frozen = torch.zeros_like(ours, requires_grad=False) if frozen is None else frozen.to(ours.device)
     found = _Scores(ours, frozen, auxiliary, residuals, typicality=typical)
     if wanted.keeps is None:
         return found
@@ -303,7 +278,6 @@ def reference_score(batch: MicroBatch, reference: Component) -> Tensor:
 def turns(
     batches: Sequence[MicroBatch],
     coefficients: Mapping[str, Tensor],
-    counts_in: Mapping[str, Sequence[float]],
     rounds: Callable[[int], int] | None = None,
     balanced: Collection[str] = (),
 ) -> list[Turn]:
@@ -313,7 +287,7 @@ def turns(
     coefficients are all 0 one element stays, so that its parameters get gradients of 0 and not none.
 
     Args:
-        counts_in: whether each coefficient is another number than 0, on the host.
+        coefficients: by node, d loss / d score of each row, on the host.
         balanced: nodes with an auxiliary loss, of which every element counts.
     """
     counts = {name: sum(len(each.rows) for each in batches if each.name == name) for name in balanced}
@@ -321,19 +295,17 @@ def turns(
     for batch in batches:
         of_row = coefficients[batch.name]
         share = len(batch.rows) / counts[batch.name] if batch.name in counts else 0.0
-        turn = Turn(batch, of_row[torch.tensor(batch.rows, device=of_row.device)], share)
+        turn = Turn(batch, of_row[list(batch.rows)], share)
         found.setdefault(batch.name, []).append(turn)
-    every = [
-        turn for own in found.values() for turn in (_needed(own, counts_in) if rounds is None else _evened(own, rounds))
-    ]
+    every = [turn for own in found.values() for turn in (_needed(own) if rounds is None else _evened(own, rounds))]
     # What waited goes first, the smaller things before the graph: no other graph is built beside it.
     return sorted(every, key=lambda turn: (turn.batch.kept is None, isinstance(turn.batch.kept, KeptGraph)))
 
 
-def _needed(turns: Sequence[Turn], counts_in: Mapping[str, Sequence[float]]) -> list[Turn]:
+def _needed(turns: Sequence[Turn]) -> list[Turn]:
     found = []
     for turn in turns:
-        kept = [at for at, row in enumerate(turn.batch.rows) if counts_in[turn.batch.name][row]]
+        kept = [at for at, coefficient in enumerate(turn.coefficients.tolist()) if coefficient]
         if turn.auxiliary or (kept and turn.batch.kept is not None):
             found.append(turn)
         elif kept:
@@ -370,6 +342,26 @@ def part_of_loss(turn: Turn, component: Component) -> Float[Tensor, ""]:
     finally:
         for parameter in frozen:
             parameter.requires_grad_(True)
+
+
+class _KnownByScores(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, coefficients: list[Tensor], *scores: Tensor) -> Tensor:
+        ctx.coefficients = coefficients
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        return None, None, *(each * grad.to(each) for each in ctx.coefficients)
+
+
+def known_by_scores(loss: Float[Tensor, ""], coefficients: Mapping[str, Tensor], scored: Scored) -> Float[Tensor, ""]:
+    """The loss, a number, as a function of what was scored, whose derivatives are known: the coefficients of the kept
+    graphs' scores, and the factors of auxiliary losses."""
+    graphs = [*scored.graphs.values(), *scored.auxiliary_graphs.values()]
+    known = [coefficients[name].to(values) for name, values in scored.graphs.items()]
+    known += [graph.new_tensor(scored.auxiliary[name][0]) for name, graph in scored.auxiliary_graphs.items()]
+    return _KnownByScores.apply(loss, known, *graphs)
 
 
 class _Zero(torch.autograd.Function):

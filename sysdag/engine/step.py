@@ -23,11 +23,21 @@ from sysdag.components.residence import Residence
 from sysdag.data.preferences import Feedback, UnpairedRun, collate
 from sysdag.engine.batch_losses import batch_losses
 from sysdag.engine.distributed import rounds_of, whole_weights
-from sysdag.engine.host_copy import to_host
 from sysdag.engine.kept_work import Room
 from sysdag.engine.precompute import ReferenceScores
 from sysdag.engine.safeguard import loser_scales
-from sysdag.engine.scoring import Budget, Scored, Stored, Turn, component_of, part_of_loss, score, turns, zero_of
+from sysdag.engine.scored import Scored
+from sysdag.engine.scoring import (
+    Budget,
+    Stored,
+    Turn,
+    component_of,
+    known_by_scores,
+    part_of_loss,
+    score,
+    turns,
+    zero_of,
+)  # fmt: skip
 from sysdag.engine.zero_points import kl_term
 from sysdag.errors import PlanError
 from sysdag.graph.plan import Plan
@@ -49,10 +59,10 @@ class StepOutput:
 
     Attributes:
         loss: () differentiable where the step keeps its graphs (one pass); in two passes a number.
-        losses: (P,) the loss of each pair or unpaired run, a number.
+        losses: (P,) the loss of each pair or unpaired run, a number; this and what follows is on the CPU.
         balance: () what the auxiliary losses of the nodes add to their mean in `loss`, a number.
-        metrics: (P,) one value a pair or unpaired run, nan where it has none, on the CPU, by the names that their means
-            are logged under.
+        metrics: (P,) one value a pair or unpaired run, nan where it has none, by the names that their means are logged
+            under.
         log_ratios: for each scored node, policy minus reference of every run (all candidates for Sampling), detached.
         scores: the policy's part of the same, for judging how small a difference is.
         turns: the parts of the loss, micro-batch by micro-batch; see `sysdag.engine.replay.accumulate_gradients`.
@@ -279,29 +289,15 @@ class SystemModel(nn.Module):
         weighs = self.options.use_weighting
         scored = score(self.plan, comparison.terms, self.reference_of, budget, rounds, room, weighs=weighs)
         self.take_stored(scored, comparison.terms, pairs)
-        leaves = {name: values.detach().requires_grad_(trains) for name, values in scored.policy.items()}
+        leaves = {name: values.clone().requires_grad_(trains) for name, values in scored.policy.items()}
         scores, metrics = comparison.combine(leaves, scored.reference)
         losses, shown = batch_losses(self, pairs, scores, scored, kl, trains=trains)
         metrics |= shown
-        loss = losses.mean()
-        balance = sum(
-            (factor * value for factor, value in scored.auxiliary.values()), torch.zeros((), device=loss.device)
-        ).to(loss)
-        metrics |= {
-            f"nodes/{name}/aux_loss": value.detach().expand(len(pairs)) for name, (_, value) in scored.auxiliary.items()
-        }
-        output = StepOutput(
-            loss=loss.detach() + balance.detach(),
-            losses=losses.detach(),
-            balance=balance.detach(),
-            metrics={},
-            log_ratios={name: values.detach() - scored.reference[name] for name, values in scored.policy.items()},
-            scores={name: values.detach() for name, values in scored.policy.items()},
-            turns=(),
-        )
+        balance = sum((factor * value for factor, value in scored.auxiliary.values()), torch.zeros(()))
+        metrics |= {f"nodes/{name}/aux_loss": value.expand(len(pairs)) for name, (_, value) in scored.auxiliary.items()}
         coefficients: dict[str, Tensor] = {}
         if trains:
-            found = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True)
+            found = torch.autograd.grad(losses.mean(), list(leaves.values()), materialize_grads=True)
             coefficients = dict(zip(leaves, found, strict=True))
             for name, residuals in scored.residuals.items():
                 mu = component_of(self.plan, name).winner_safeguard
@@ -311,25 +307,30 @@ class SystemModel(nn.Module):
                     )
                     coefficients[name] = coefficients[name] * torch.cat([torch.ones_like(scales), scales])
                     metrics[f"nodes/{name}/loser_scale"] = scales
-        numbers = to_host([*(value.float() for value in metrics.values()), *(c != 0 for c in coefficients.values())])
-        output.metrics = dict(zip(metrics, numbers, strict=False))
+        losses = losses.detach()
+        output = StepOutput(
+            loss=(losses.mean() + balance).to(scored.device),
+            losses=losses,
+            balance=balance,
+            metrics={name: values.detach().float() for name, values in metrics.items()},
+            log_ratios={name: values - scored.reference[name] for name, values in scored.policy.items()},
+            scores=scored.policy,
+            turns=(),
+        )
         if trains:
-            counts_in = {n: flags.tolist() for n, flags in zip(coefficients, numbers[len(metrics) :], strict=True)}
             trained = [batch for batch in scored.batches if self.reference_of(component_of(self.plan, batch.name))]
-            output.turns = tuple(turns(trained, coefficients, counts_in, rounds, scored.auxiliary))
+            output.turns = tuple(turns(trained, coefficients, rounds, scored.auxiliary))
             if budget.keeps_graphs:
-                linear = [(coefficients[name] * values).sum() for name, values in scored.policy.items()]
-                total = torch.stack(linear).sum() + balance
-                output.loss = output.loss + (total - total.detach())
+                output.loss = known_by_scores(output.loss, coefficients, scored)
         return output
 
     def take_stored(self, scored: Scored, terms: Sequence[Term], pairs: Sequence[Feedback]) -> None:
         """Puts what is known of the reference without running it in its place among scores: those on file, or 0."""
         for term in terms:
             if self.stored is not None and self.reference_of(component_of(self.plan, term.name)):
-                scored.reference[term.name] = self.stored.of(term, pairs).to(scored.policy[term.name].device)
+                scored.reference[term.name] = self.stored.of(term, pairs)
         if not self.options.needs_reference:
-            scored.reference = {name: torch.zeros_like(values).detach() for name, values in scored.policy.items()}
+            scored.reference = {name: torch.zeros_like(values) for name, values in scored.policy.items()}
 
     def _settle(self) -> None:
         """At the first step, when wrappers and devices are settled: lets idle models go to the host, if asked to."""

@@ -63,21 +63,25 @@ def kl_term(
         model.take_stored(scored, beside.terms, others)
         scores, _ = beside.combine(scored.policy, scored.reference)
     assert isinstance(scores, RunScores)
-    total, count = _over_processes(scores.rewards)
+    total, count = _over_processes(scores.rewards, scored.device)
     return (total / count).clamp(min=0)
 
 
-def shift_of(model: SystemModel, scores: RunScores, *, trains: bool) -> Float[Tensor, ""]:
-    """The shift of `bco`, into which the rewards of a batch enter that is trained on."""
+def shift_of(model: SystemModel, scores: RunScores, device: torch.device, *, trains: bool) -> Float[Tensor, ""]:
+    """The shift of `bco`, into which the rewards of a batch enter that is trained on.
+
+    Args:
+        device: of this process.
+    """
     if trains:
-        total, count = _over_processes(scores.rewards.detach())
+        total, count = _over_processes(scores.rewards.detach(), device)
         model.shift.update(float(total), float(count))
     return scores.rewards.detach().new_tensor(model.shift.mean)
 
 
-def _over_processes(rewards: Float[Tensor, " R"]) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+def _over_processes(rewards: Float[Tensor, " R"], device: torch.device) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
     """The sum of rewards over processes, and how many they are."""
-    total, count = added_up(torch.stack([rewards.sum(), rewards.new_tensor(len(rewards))]))
+    total, count = added_up(torch.stack([rewards.sum(), rewards.new_tensor(len(rewards))]), device)
     return total, count
 
 

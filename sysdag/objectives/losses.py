@@ -25,7 +25,7 @@ from sysdag.errors import PlanError
 
 @dataclass(frozen=True, kw_only=True)
 class PairScores:
-    """What a loss sees of P preference pairs.
+    """What a loss sees of P preference pairs, on the CPU.
 
     Attributes:
         chosen_rewards, rejected_rewards: (P,) implicit rewards, sum over nodes of beta_i (log p_i - log q_i), in nats

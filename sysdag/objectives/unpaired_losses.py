@@ -20,7 +20,7 @@ from sysdag.errors import PlanError
 
 @dataclass(frozen=True, kw_only=True)
 class RunScores:
-    """What a loss sees of R unpaired runs.
+    """What a loss sees of R unpaired runs, on the CPU.
 
     Attributes:
         rewards: (R,) implicit rewards, sum over nodes of beta_i (log p_i - log q_i), in nats times beta.

@@ -192,8 +192,10 @@ def forward(
     grouped = arranged.grouped(capacity, len(labels))
     walk = _Walk(hidden, head, grouped, capacity, backend)
     steps = folds(backend)
-    top = hidden.new_full((capacity,), -torch.inf, dtype=walk.dtype)
-    total = torch.zeros_like(top)
+    top, total = (hidden.new_empty(capacity, dtype=walk.dtype) for _ in range(2))
+    if unit or keep or len(grouped.rows) < capacity:  # else the statistics fill them
+        top.fill_(-torch.inf)
+        total.zero_()
     of_label = grouped.of_label
     # Places past those of the labels that are scored have to be filled up.
     labels_filled = hidden.new_empty if len(of_label) == len(labels) else hidden.new_zeros
