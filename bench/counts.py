@@ -24,6 +24,7 @@ from bench import measure, step
 from bench.counting import Counter
 from bench.step_systems import Case, Step
 from sysdag.components import CausalLM
+from sysdag.engine import SystemModel
 from sysdag.execution.likelihood import aligned
 
 HELD = ("launches", "synchronisations", "tokens", "head_rows")
@@ -76,12 +77,12 @@ def count(made: Step, name: str) -> dict[str, int]:
     return found | {"texts": sum(texts), "peak_kib": round(counter.peak_bytes / 1024)}
 
 
-def floors(made: Step) -> dict[str, int]:
+def floors(model: SystemModel, pairs: Sequence[Any]) -> dict[str, int]:
     """Tokens that a step cannot do without, and the tokens that it scores, by policies and references."""
     tokens = labels = 0
-    for term in made.model.compare(made.pairs, None, None).terms:
-        elements, draws = aligned(made.model.plan, term.trace, term.name)
-        component = made.model.plan.system[term.name].component
+    for term in model.compare(pairs, None, None).terms:
+        elements, draws = aligned(model.plan, term.trace, term.name)
+        component = model.plan.system[term.name].component
         assert isinstance(component, CausalLM)
         texts = [
             (*prompt, *draw.record["token_ids"])
@@ -102,7 +103,7 @@ def measured(case: Case, peers: Sequence[str] | None, repeats: int) -> list[dict
     made = Step(case, with_trl="trl" in wanted)
     columns = {"system": case.system, "nodes": case.nodes, "k": case.candidates, "trained": case.trained}
     columns |= {"layers": layers(made)}
-    rows = [{**columns, "name": name, **count(made, name), **floors(made)} for name in wanted]
+    rows = [{**columns, "name": name, **count(made, name), **floors(made.model, made.pairs)} for name in wanted]
     times = measure.interleave(
         {name: lambda name=name: made.run(name) for name in wanted}, repeats, before=made.clear, warmup=1
     )

@@ -2,7 +2,9 @@
 
 The same pairs, drafts and adapters for all, moved away from their start; seconds are of scoring and gradients without
 the optimizer's update, taken in turns. Before anything is timed, loss and gradients in fp64 must agree to 1e-4 of the
-largest gradient. Peak memory is of one step beyond what was there after a first one, in a process of its own.
+largest gradient. Peak memory is of one step beyond what was there after a first one, in a process of its own. *Passes*
+are those of tokens through a trunk, a backward one more each; the floor has each distinct beginning of a text once, in
+one pass forward by the reference and one forward and backward by the policy.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import torch
 from torch import Tensor
 
 from bench import measure
+from bench.counts import floors
 from bench.step_systems import TrlStep, move, our_name, straightforward_step
 from bench.study.real import models
 from bench.study.real.reward import SIDES
@@ -29,9 +32,10 @@ from sysdag.data import encode_pairs
 from sysdag.engine import SystemModel, accumulate_gradients
 from sysdag.objectives import Candidates, EngineOptions, MonteCarlo, ObjectiveOptions
 
-VERSION = 1
+VERSION = 2
 SIZES = {"cpu": 2, "gpu": 16, "quick": 2}  # pairs of a step
 REPEATS = {"cpu": 3, "gpu": 5, "quick": 1}
+HALF_REPEATS = {"cpu": 1, "gpu": 5, "quick": 1}  # a CPU without arithmetic for bf16 takes eight times as long
 
 
 @dataclass(frozen=True)
@@ -54,9 +58,10 @@ SYSTEMS = {
     "draft -> refine, Direct": Measured("draft -> refine"),
     **{f"draft -> refine, Sampling, k = {k}": Measured("draft -> refine", k) for k in (2, 4)},
     "one model, DPO, bf16": Measured("one node", dtype=torch.bfloat16),
-    "draft -> refine, Direct, bf16": Measured("draft -> refine", dtype=torch.bfloat16),
 }
-OURS, PLAIN, TRL = "sysdag", "straightforward", "TRL"
+OURS, SMALL, PLAIN, TRL = "sysdag", "sysdag, 512 tokens at once", "straightforward", "TRL"
+MICRO_BATCH_TOKENS = {OURS: EngineOptions().micro_batch_tokens, SMALL: 512}
+FLOOR = "floor"
 
 
 class GivenDrafts(MonteCarlo):
@@ -123,6 +128,7 @@ class RealStep:
         if way == TRL:
             assert self.trl is not None
             return self.trl()
+        self.model.budget.max_tokens = MICRO_BATCH_TOKENS[way]
         output = self.model(self.pairs)
         accumulate_gradients(self.model, output)
         return output.loss.detach()
@@ -158,6 +164,25 @@ class RealStep:
             self.clear()
             found[way] = self.run(way), self.gradients(way)
         return found
+
+    def passes(self, way: str) -> int:
+        """Tokens through a trunk; each with a graph counts twice, for its way back."""
+        if way == FLOOR:
+            return floors(self.model, self.pairs)["floor_tokens"] * 3 // 2
+        seen: list[int] = []
+
+        def look_up(module: torch.nn.Module, given: tuple[Tensor, ...]) -> None:
+            seen.append(given[0].numel() * (2 if torch.is_grad_enabled() else 1))
+
+        embeddings = {id(found): found for module in self.weights() if (found := module.get_input_embeddings())}
+        hooks = [embedding.register_forward_pre_hook(look_up) for embedding in embeddings.values()]
+        try:
+            self.clear()
+            self.run(way)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return sum(seen)
 
     def check(self, others: Sequence[str]) -> None:
         """The gate: loss and gradients of sysdag's step against those of other ways.
@@ -206,7 +231,7 @@ def trl_row(row: Mapping[str, str], tokenizer: Any) -> dict[str, str]:
 
 
 def ways(system: str) -> list[str]:
-    return [OURS, PLAIN, *([TRL] if SYSTEMS[system].outline == "one node" else [])]
+    return [OURS, SMALL, PLAIN, *([TRL] if SYSTEMS[system].outline == "one node" else [])]
 
 
 def peak(cache: str, system: str, size: str, way: str) -> None:
@@ -231,11 +256,14 @@ def steps(cache: Path, *, method: str, seed: int, size: str, model: str, pairs: 
     """
     step = RealStep(cache, method, size, with_trl=TRL in ways(method))
     step.check(ways(method)[1:])
+    repeats = (HALF_REPEATS if SYSTEMS[method].dtype == torch.bfloat16 else REPEATS)[size]
     timed = measure.interleave(
-        {way: partial(step.run, way) for way in ways(method)}, REPEATS[size], before=step.clear, warmup=1
+        {way: partial(step.run, way) for way in ways(method)}, repeats, before=step.clear, warmup=1
     )
     found: dict[str, list[float]] = {f"{way}, seconds": list(each.seconds) for way, each in timed.items()}
     for way in ways(method):
         code = f"from bench.study.real.costs import peak; peak({str(cache)!r}, {method!r}, {size!r}, {way!r})"
         found[f"{way}, MiB"] = [measure.peak_in_a_process(code)]
+    for way in (*ways(method), FLOOR):
+        found[f"{way}, passes"] = [step.passes(way)]
     return {"values": found}

@@ -69,9 +69,12 @@ round. What is measured has n rounds.
 Loss and gradients of the same real pairs on the same weights, adapters moved away from their start; that they agree (to
 1e-4 of the largest gradient, in fp64) is checked before anything is timed. *Straightforward* pads all runs into batches
 and holds every graph until one backward; *TRL* is `DPOTrainer`'s own step, which there is for one model alone. Seconds
-are medians, without the optimizer's update; memory is what one step needs beyond weights and gradients. With *bf16* the
-base model's weights are in bf16 and the adapters in fp32, and sysdag's gradients must besides be at most twice as far
-from those in fp64 as the straightforward step's; a CPU without arithmetic for bf16 takes longer so.
+are medians, without the optimizer's update; memory is what one step needs beyond weights and gradients. *512 tokens at
+once* is `micro_batch_tokens=512`, for 8192. *Passes* are those of tokens through the model, the way back counted as one
+more; the floor is each distinct beginning of a text once: a reference's way, and the policy's there and back. With
+*bf16* the base model's weights are in bf16 and the adapters in fp32, and sysdag's gradients must besides be at most
+twice as far from those in fp64 as the straightforward step's; a CPU without arithmetic for bf16 takes longer so, and
+is asked once.
 """,
 }
 
@@ -219,17 +222,19 @@ def _missing(
 
 
 def _costs(about: Mapping[str, str], rows: Mapping[str, Mapping[int, Found]]) -> str:
-    ways = (costs.OURS, costs.PLAIN, costs.TRL)
-    lines = [
-        [f"{costs.SIZES[about['size']]} pairs a step", *(f"{way}, s" for way in ways), *(f"{way}, MiB" for way in ways)]
-    ]
-    lines.append(["---", *["---:"] * (2 * len(ways))])
+    ways = (costs.OURS, costs.SMALL, costs.PLAIN, costs.TRL)
+    counted = (costs.OURS, costs.SMALL, costs.PLAIN, costs.TRL, costs.FLOOR)
+    lines = {
+        "seconds": [[f"seconds, {costs.SIZES[about['size']]} pairs a step", *ways]],
+        "MiB": [["MiB", *ways]],
+        "passes": [["passes of tokens", *counted]],
+    }
     for method, cells in rows.items():
-        values = cells[0].values
-        seconds = [values.get(f"{way}, seconds") for way in ways]
-        peaks = [values.get(f"{way}, MiB") for way in ways]
-        lines.append([
-            method, *("" if each is None else f"{sorted(each)[len(each) // 2]:.2f}" for each in seconds),
-            *("" if each is None else f"{each[0]:.0f}" for each in peaks),
-        ])  # fmt: skip
-    return "\n".join([*_table(lines), "", " ".join(_missing(TABLES["costs"], {}, {}, rows))])
+        for what, table in lines.items():
+            found = [cells[0].values.get(f"{way}, {what}") for way in table[0][1:]]
+            form = ".2f" if what == "seconds" else ".0f"
+            table.append([method, *("" if v is None else format(sorted(v)[len(v) // 2], form) for v in found)])
+    shown = []
+    for head, *body in lines.values():
+        shown += [*_table([head, ["---", *["---:"] * (len(head) - 1)], *body]), ""]
+    return "\n".join([*shown, " ".join(_missing(TABLES["costs"], {}, {}, rows))])
