@@ -394,3 +394,26 @@ def test_measured_bytes_are_those_of_the_graph():
     with SavedBytes() as saved:
         (a @ w).tanh().pow(2)  # saves a, tanh's result (once, for itself and pow); w is a parameter
     assert saved.total == 4 * (50 * 20 + 50 * 30)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "engine",
+    [{"engine": "one_pass"}, {"engine": "two_pass", "micro_batch_tokens": 40}, {"offload_idle": True}],
+    ids=str,
+)
+@pytest.mark.parametrize("case", CASES)
+def test_a_step_on_a_gpu_is_that_on_the_cpu(case, engine, device="cuda"):
+    """The loss lies where the models are, what is made of the scores on the CPU."""
+    expected, truth = gradients_of(*make(case, engine="two_pass"))
+    model, pairs = make(case, **engine)
+    model.to(device)
+    model.move_references(torch.device(device))
+    output, found = gradients_of(model, pairs)
+    assert (output.loss.device.type, output.losses.device.type) == (device, "cpu")
+    assert all(values.device.type == "cpu" for values in (*output.metrics.values(), *output.log_ratios.values()))
+    torch.testing.assert_close(output.loss.detach().cpu(), expected.loss.detach(), rtol=1e-4, atol=1e-5)
+    largest = max(float(gradient.abs().max()) for gradient in truth.values() if gradient is not None)
+    for name, gradient in truth.items():
+        if gradient is not None:
+            torch.testing.assert_close(found[name].cpu(), gradient, rtol=1e-3, atol=1e-4 * largest)
