@@ -403,8 +403,9 @@ def test_measured_bytes_are_those_of_the_graph():
     ids=str,
 )
 @pytest.mark.parametrize("case", CASES)
-def test_a_step_on_a_gpu_is_that_on_the_cpu(case, engine, device="cuda"):
+def test_a_step_on_a_gpu_is_that_on_the_cpu(case, engine):
     """The loss lies where the models are, what is made of the scores on the CPU."""
+    device = "cuda"
     expected, truth = gradients_of(*make(case, engine="two_pass"))
     model, pairs = make(case, **engine)
     model.to(device)
