@@ -24,7 +24,8 @@ from torch import Tensor
 from sysdag.components import adapter_weights
 from sysdag.components.component import Component
 from sysdag.data.preferences import Feedback
-from sysdag.engine.scoring import Budget, score
+from sysdag.engine.out_of_memory import Budget
+from sysdag.engine.scoring import score
 from sysdag.errors import PlanError, SerializationError
 from sysdag.files.atomic import replacing_file
 from sysdag.graph.plan import Plan

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from torch import Tensor, nn
 
 from sysdag.engine.kept_work import KeptGradient
-from sysdag.engine.scoring import attempt
+from sysdag.engine.out_of_memory import attempt
 from sysdag.engine.step import StepOutput, SystemModel
 
 

@@ -1,29 +1,26 @@
-"""The two passes over a comparison's terms: all scores first, then forward and backward, micro-batch by micro-batch.
+"""The first pass over a comparison's terms: all scores, by policy and reference, micro-batch by micro-batch.
 
-The loss depends on the models through scalars alone, so the first pass can do without graphs: the loss's derivative by
-the scores gives each element a coefficient, and sum_i coefficient_i score_i, differentiated micro-batch by micro-batch,
-has the gradient of the loss. A step whose graphs fit in memory keeps them from the first pass.
+It can do without graphs, since the loss depends on the models through scores alone (see `sysdag.engine.turns`); a step
+whose graphs fit in memory keeps them.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import logging
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
 
 import torch
-from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from sysdag.components.component import Component, evaluating
 from sysdag.components.residence import admit
 from sysdag.engine.finite import check_finite
 from sysdag.engine.kept_work import Kept, KeptGradient, KeptGraph, Room
 from sysdag.engine.micro_batch import MicroBatch, RandomState, whole
+from sysdag.engine.out_of_memory import Budget, attempt
 from sysdag.engine.scored import MicroBatchScores, Scored, mean_of, on_the_host
 from sysdag.errors import TrainingError
 from sysdag.execution.likelihood import sum_by_row
@@ -31,69 +28,6 @@ from sysdag.graph.plan import Plan
 from sysdag.objectives.comparison import Term
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, eq=False)
-class Turn:
-    """One micro-batch's part of the loss.
-
-    Attributes:
-        batch: what is scored.
-        coefficients: d loss / d score of each element, on the host.
-        auxiliary: the micro-batch's share of its node's auxiliary loss (see `Component.take_auxiliary_loss`).
-        finished: parameters that have this gradient already (an interrupted backward had reached them).
-    """
-
-    batch: MicroBatch
-    coefficients: Float[Tensor, " n"]
-    auxiliary: float = 0.0
-    finished: frozenset[nn.Parameter] = frozenset()
-
-    def select(self, kept: Sequence[int]) -> Turn:
-        """Some of the elements, by their position here."""
-        share = self.auxiliary * len(kept) / len(self.coefficients)
-        return replace(self, batch=self.batch.select(kept), coefficients=self.coefficients[list(kept)], auxiliary=share)
-
-    def without(self, finished: Iterable[nn.Parameter]) -> Turn:
-        """The same for the other parameters only, computed anew."""
-        return replace(self, batch=self.batch.anew(), finished=self.finished | frozenset(finished))
-
-
-@dataclass
-class Budget:
-    """How much a call of a component gets.
-
-    Attributes:
-        max_tokens: of a micro-batch, as `Component.micro_batches` counts them. Halved when memory runs out.
-        keeps_graphs: whether the first pass keeps its graphs; dropped when memory runs out.
-        reuses: whether it keeps some of its work where it keeps no graphs; dropped likewise.
-    """
-
-    max_tokens: int
-    keeps_graphs: bool
-    reuses: bool = True
-
-    def shrink(self, batch: MicroBatch, component: Component) -> list[list[int]]:
-        """The micro-batch's elements in two or more parts, after memory ran out on it.
-
-        Raises:
-            TrainingError: for a single element, which cannot be split.
-        """
-        if len(batch.rows) == 1:
-            raise TrainingError(
-                f"Node {batch.name!r}, {batch.called(0)}: memory ran out on a single element. Shorter "
-                "texts (max_length), gradient_checkpointing=True, bf16=True or a smaller model need less. The weights "
-                "were not changed."
-            )
-        parts = [list(range(len(batch.rows)))]
-        while len(parts) == 1 and self.max_tokens > 1:
-            self.max_tokens //= 2
-            parts = component.micro_batches(batch.inputs, batch.draws, self.max_tokens)
-        logger.warning(
-            "Memory ran out at node %r; micro-batches hold at most %d tokens from now on (micro_batch_tokens).",
-            batch.name, self.max_tokens,
-        )  # fmt: skip
-        return parts
 
 
 class Stored:
@@ -273,130 +207,3 @@ def reference_score(batch: MicroBatch, reference: Component) -> Tensor:
     """The reference's scores, always without dropout, even where it shares the policy's modules."""
     with contextlib.nullcontext() if reference.module is None else evaluating(reference.module):
         return batch.score(reference)
-
-
-def turns(
-    batches: Sequence[MicroBatch],
-    coefficients: Mapping[str, Tensor],
-    rounds: Callable[[int], int] | None = None,
-    balanced: Collection[str] = (),
-) -> list[Turn]:
-    """What the second pass has to do: nothing whose coefficient is exactly 0, except where `rounds` evens out numbers.
-
-    Elements are left out of a micro-batch only where that changes no other's score: not under dropout. Of a node whose
-    coefficients are all 0 one element stays, so that its parameters get gradients of 0 and not none.
-
-    Args:
-        coefficients: by node, d loss / d score of each row, on the host.
-        balanced: nodes with an auxiliary loss, of which every element counts.
-    """
-    counts = {name: sum(len(each.rows) for each in batches if each.name == name) for name in balanced}
-    found: dict[str, list[Turn]] = {}
-    for batch in batches:
-        of_row = coefficients[batch.name]
-        share = len(batch.rows) / counts[batch.name] if batch.name in counts else 0.0
-        turn = Turn(batch, of_row[list(batch.rows)], share)
-        found.setdefault(batch.name, []).append(turn)
-    every = [turn for own in found.values() for turn in (_needed(own) if rounds is None else _evened(own, rounds))]
-    # What waited goes first, the smaller things before the graph: no other graph is built beside it.
-    return sorted(every, key=lambda turn: (turn.batch.kept is None, isinstance(turn.batch.kept, KeptGraph)))
-
-
-def _needed(turns: Sequence[Turn]) -> list[Turn]:
-    found = []
-    for turn in turns:
-        kept = [at for at, coefficient in enumerate(turn.coefficients.tolist()) if coefficient]
-        if turn.auxiliary or (kept and turn.batch.kept is not None):
-            found.append(turn)
-        elif kept:
-            found.append(turn.select(kept) if len(kept) < len(turn.coefficients) and not turn.batch.is_random else turn)
-    return found or [turns[0].select([0])]
-
-
-def _evened(turns: Sequence[Turn], rounds: Callable[[int], int]) -> list[Turn]:
-    filler = turns[0].select([0])
-    filler = replace(filler, coefficients=torch.zeros_like(filler.coefficients), auxiliary=0.0)
-    return [*turns, *[filler] * (rounds(len(turns)) - len(turns))]
-
-
-def part_of_loss(turn: Turn, component: Component) -> Float[Tensor, ""]:
-    """sum_i coefficient_i score_i of a micro-batch, with its share of the node's auxiliary loss, where there is one.
-
-    From what the first pass kept; else scored again under the random state of the first pass.
-    """
-    if turn.batch.kept is not None:
-        return turn.batch.kept.part_of_loss(turn.coefficients, turn.auxiliary)
-    admit(component)
-    frozen = [parameter for parameter in turn.finished if parameter.requires_grad]
-    for parameter in frozen:
-        parameter.requires_grad_(False)
-    try:
-        assert turn.batch.random is not None
-        with turn.batch.random.replayed(), torch.enable_grad():
-            scores = turn.batch.score(component)
-            part, auxiliary = (turn.coefficients.to(scores) * scores).sum(), component.take_auxiliary_loss()
-            if auxiliary is None:
-                return part
-            factor, loss = auxiliary
-            return part + factor * turn.auxiliary * loss
-    finally:
-        for parameter in frozen:
-            parameter.requires_grad_(True)
-
-
-class _KnownByScores(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, loss: Tensor, coefficients: list[Tensor], *scores: Tensor) -> Tensor:
-        ctx.coefficients = coefficients
-        return loss.clone()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        return None, None, *(each * grad.to(each) for each in ctx.coefficients)
-
-
-def known_by_scores(loss: Float[Tensor, ""], coefficients: Mapping[str, Tensor], scored: Scored) -> Float[Tensor, ""]:
-    """The loss, a number, as a function of what was scored, whose derivatives are known: the coefficients of the kept
-    graphs' scores, and the factors of auxiliary losses."""
-    graphs = [*scored.graphs.values(), *scored.auxiliary_graphs.values()]
-    known = [coefficients[name].to(values) for name, values in scored.graphs.items()]
-    known += [graph.new_tensor(scored.auxiliary[name][0]) for name, graph in scored.auxiliary_graphs.items()]
-    return _KnownByScores.apply(loss, known, *graphs)
-
-
-class _Zero(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, *parameters: Tensor) -> Tensor:
-        ctx.shapes = [(parameter.shape, parameter.dtype, parameter.device) for parameter in parameters]
-        return torch.zeros((), device=parameters[0].device)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
-        return tuple(torch.zeros((), dtype=dtype, device=device).expand(shape) for shape, dtype, device in ctx.shapes)
-
-
-def zero_of(parameters: Sequence[nn.Parameter]) -> Float[Tensor, ""]:
-    """A zero that depends on all parameters; their gradients by it are zeros that take no memory."""
-    return _Zero.apply(*parameters)
-
-
-Result = TypeVar("Result")
-
-
-def attempt(run: Callable[[], Result]) -> Result | None:
-    """What `run` returns, or None after memory ran out in it; its tensors are then gone and cached memory is freed."""
-    try:
-        return run()
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    return None
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocation failed: on a GPU, or on a CPU whose process is limited."""
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or getattr(error, "errno", None) == errno.ENOMEM:
-        return True
-    return any(sign in str(error) for sign in ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED"))

@@ -24,20 +24,12 @@ from sysdag.data.preferences import Feedback, UnpairedRun, collate
 from sysdag.engine.batch_losses import batch_losses
 from sysdag.engine.distributed import rounds_of, whole_weights
 from sysdag.engine.kept_work import Room
+from sysdag.engine.out_of_memory import Budget
 from sysdag.engine.precompute import ReferenceScores
 from sysdag.engine.safeguard import loser_scales
 from sysdag.engine.scored import Scored
-from sysdag.engine.scoring import (
-    Budget,
-    Stored,
-    Turn,
-    component_of,
-    known_by_scores,
-    part_of_loss,
-    score,
-    turns,
-    zero_of,
-)  # fmt: skip
+from sysdag.engine.scoring import Stored, component_of, score
+from sysdag.engine.turns import Turn, known_by_scores, part_of_loss, turns, zero_of
 from sysdag.engine.zero_points import kl_term
 from sysdag.errors import PlanError
 from sysdag.graph.plan import Plan

@@ -22,7 +22,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, rotat
 from sysdag.components.footprint import bytes_of
 from sysdag.engine.distributed import gathered, wait_for_everyone
 from sysdag.engine.finite import check_gradients, gradient_norms
-from sysdag.engine.scoring import is_out_of_memory
+from sysdag.engine.out_of_memory import is_out_of_memory
 from sysdag.engine.step import SystemModel
 from sysdag.errors import SerializationError, TrainingError
 from sysdag.files import atomic
