@@ -390,7 +390,7 @@ def test_rows_with_messages_and_tools_train_under_both_objectives(objective):
     pairs = encode_pairs(plan, rows, objective)
     output = model(pairs, torch.Generator().manual_seed(0))
     assert output.loss.item() == pytest.approx(math.log(2), abs=1e-5)
-    lengths = term_lengths(plan, model.compare(pairs, None, None).terms[-1].trace, "answer", torch.device("cpu"))
+    lengths = term_lengths(plan, model.compare(pairs, None, None).terms[-1].trace, "answer")
     lm = plan.system["answer"].component
     prompt = lm.with_row_options([user("rain? a")], {"tools": [tool]})
     [draw] = lm.in_context([prompt], lm.observe([RAIN]))

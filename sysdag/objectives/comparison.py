@@ -77,7 +77,11 @@ class Comparison(Protocol):
         ...
 
     def combine(self, policy: Scores, reference: Scores) -> tuple[PairScores | RunScores, dict[str, Tensor]]:
-        """What the losses see, and the metrics to log, each (P,): one value a pair or unpaired run, nan for none."""
+        """What the losses see, and the metrics to log, each (P,): one value a pair or unpaired run, nan for none.
+
+        Args:
+            policy, reference: by node, the scores of its term's rows, on the CPU.
+        """
         ...
 
     def beside(self, batch: Sequence[Feedback], generator: Generators) -> Comparison:
@@ -100,7 +104,7 @@ class _Sides:
 
     def metrics(self, name: str, values: Tensor) -> dict[str, Tensor]:
         if self.desirable is not None:
-            return split_sides(name, values, self.desirable.to(values.device))
+            return split_sides(name, values, self.desirable)
         chosen, rejected = values.detach().chunk(2)
         return {f"{name}/chosen": chosen, f"{name}/rejected": rejected}
 
@@ -113,7 +117,7 @@ class _Sides:
 
     def scores(self, rewards: Tensor, policy: Tensor | None, lengths: Tensor, nll: Tensor) -> PairScores | RunScores:
         if self.desirable is not None:
-            return RunScores(rewards=rewards, desirable=self.desirable.to(rewards.device))
+            return RunScores(rewards=rewards, desirable=self.desirable)
         (chosen, rejected), (chosen_lengths, rejected_lengths) = rewards.chunk(2), lengths.chunk(2)
         chosen_policy, rejected_policy = (None, None) if policy is None else policy.chunk(2)
         return PairScores(
@@ -167,7 +171,7 @@ class DirectComparison:
             beta = (self.options.beta if node.beta is None else node.beta) * node.scale
             rewards.append(beta * (score - reference[name]))
             policies.append(beta * score)
-            lengths.append(term_lengths(self.plan, self.trace, name, score.device))
+            lengths.append(term_lengths(self.plan, self.trace, name))
             nll.append(-node.scale * count * score[:count] / lengths[-1][:count].sum().clamp(min=1))
             metrics |= self.sides.of_node(name, rewards[-1])
             if self.plan.switches_over(name):
@@ -231,12 +235,9 @@ class SamplingComparison:
     def combine(self, policy: Scores, reference: Scores) -> tuple[PairScores | RunScores, dict[str, Tensor]]:
         count = self.sides.count
         inside = [term.name for term in self.terms if self.plan.system[term.name].likelihood == "exact"]
-        device = policy[inside[0]].device
-        index = torch.tensor(self.prompt, device=device)
+        index = torch.tensor(self.prompt)
         terms = sum(
-            self._spread(t.name, term_lengths(self.plan, t.trace, t.name, device))
-            for t in self.terms
-            if t.name in inside
+            self._spread(t.name, term_lengths(self.plan, t.trace, t.name)) for t in self.terms if t.name in inside
         )
         log_p, weights = self._log_sum([self._spread(name, policy[name]) for name in inside], terms, index)
         if self.options.needs_reference:
@@ -258,7 +259,7 @@ class SamplingComparison:
             metrics |= self.sides.of_node(name, self.options.beta * log_ratio)
             if self.plan.switches_over(name):
                 metrics[f"nodes/{name}/taken"] = self._taken(name, weights, index)
-        lengths = sum(term_lengths(self.plan, self.observed, name, device) for name in self.plan.results)
+        lengths = sum(term_lengths(self.plan, self.observed, name) for name in self.plan.results)
         assert isinstance(lengths, Tensor)
         nll = -count * log_p[:count] / lengths[:count].sum().clamp(min=1)
         return self.sides.scores(rewards, policy_part, lengths, nll), metrics
@@ -348,12 +349,10 @@ def runs_in(trace: Trace, name: str, like: Tensor) -> Tensor:
     return torch.tensor([float(cell is not ABSENT) for cell in trace.cells[name]]).to(like)
 
 
-def term_lengths(plan: Plan, trace: Trace, name: str, device: torch.device) -> Tensor:
+def term_lengths(plan: Plan, trace: Trace, name: str) -> Tensor:
     """How many terms each row's score of a node sums."""
     component = plan.system[name].component
-    return torch.tensor(
-        [float(sum(component.lengths(flat_draws([cell])))) for cell in trace.cells[name]], device=device
-    )
+    return torch.tensor([float(sum(component.lengths(flat_draws([cell])))) for cell in trace.cells[name]])
 
 
 def shared_noise(component: Component, cells: Sequence[Cell], generator: Generators, sides: int = 2) -> Any:
