@@ -8,7 +8,7 @@ the host's, and is not counted.
   without a fill and reads of a number run none (`NO_KERNEL`). Operations that are made of others count as those.
 - A synchronisation is a wait for the device: a number that is read (`_local_scalar_dense`, `equal`), a result whose
   size depends on numbers (`nonzero`, indexing by a mask, `unique`, `repeat_interleave` without a size), a copy to the
-  host (`cpu`, `tolist`, `numpy`).
+  host (`cpu`, `tolist`, `numpy`), and a copy to the device that is not asynchronous (`non_blocking`).
 - Tokens are those that an embedding looks up, head rows those whose logits are computed, peak bytes those of all
   storages that the work made on the device and that are alive at once, whatever kernels need inside.
 """
@@ -98,18 +98,17 @@ class Counter:
             self._there[key] = StorageWeakRef(tensor.untyped_storage())
             self._live[key] = tensor.untyped_storage().nbytes()
 
-    def moved(self, tensor: Tensor, to_device: bool) -> Tensor:
-        """A copy on the other side; a copy to the host waits for the device."""
+    def moved(self, tensor: Tensor, to_device: bool, waits: bool = True) -> Tensor:
+        """A copy on the other side, which waits for the device or not."""
         self._paused = True
         try:
             copied = tensor.clone()
         finally:
             self._paused = False
+        self.synchronisations += waits
         if to_device:
             self.uploads += 1
             self._place(copied)
-        else:
-            self.synchronisations += 1
         return copied
 
     def saw(self, operation: Any, arguments: tuple[Any, ...], options: dict[str, Any], found: Any, made: bool) -> None:
@@ -174,7 +173,8 @@ class _Functions(TorchFunctionMode):
             copied = counter.moved(args[0].detach() if func is not Tensor.cpu else args[0], to_device=False)
             return func(copied, *args[1:], **options)
         if func is Tensor.to and not counter.has(args[0]) and _names_a_device(counter, (*args[1:], *options.values())):
-            return func(counter.moved(args[0], to_device=True), *args[1:], **options)
+            waits = not options.get("non_blocking", False)
+            return func(counter.moved(args[0], to_device=True, waits=waits), *args[1:], **options)
         asked = options.get("device")
         if (
             not isinstance(asked, torch.device)

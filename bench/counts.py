@@ -8,12 +8,13 @@ width, and kernels of no size leave the host's own time. Every way has its batch
 go through a trunk, of the policy or the reference; their floor is each distinct beginning of a text once for both.
 `head_rows` have their logits computed; `labels` are the tokens that are scored, by both. `texts` are tokenised in a
 step that sees its pairs again. `peak_kib` is what the step's own tensors hold at once, on the device. `host_ms` is the
-median time of a step that is not counted; all other figures are exact, those of the step after a first one.
+median processor time of a step that is not counted; all other figures are exact, those of the step after a first one.
 """
 
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -105,8 +106,9 @@ def measured(case: Case, peers: Sequence[str] | None, repeats: int) -> list[dict
     columns |= {"layers": layers(made)}
     rows = [{**columns, "name": name, **count(made, name), **floors(made.model, made.pairs)} for name in wanted]
     times = measure.interleave(
-        {name: lambda name=name: made.run(name) for name in wanted}, repeats, before=made.clear, warmup=1
-    )
+        {name: lambda name=name: made.run(name) for name in wanted}, repeats, before=made.clear, warmup=1,
+        clock=time.process_time,
+    )  # fmt: skip
     for row in rows:
         row["host_ms"] = 1e3 * times[row["name"]].median
     return rows
@@ -115,7 +117,7 @@ def measured(case: Case, peers: Sequence[str] | None, repeats: int) -> list[dict
 def main(arguments: Sequence[str] | None = None) -> None:
     own = {"--model": {"metavar": "FOLDER", "help": "systems of this language model instead, whose time is no host's"}}
     options = measure.options(
-        __doc__, "counts", arguments, peers=step.PEERS, devices=("cpu",), threads=1, repeats=9, own=own
+        __doc__, "counts", arguments, peers=step.PEERS, devices=("cpu",), threads=1, repeats=15, own=own
     )
     rows = [row for case in cases(options.model) for row in measured(case, options.peers, options.repeats)]
     measure.report("counts", rows, options.csv, [f"trl {measure.version('trl')}"])

@@ -129,6 +129,7 @@ def interleave(
     *,
     before: Callable[[], Any] | None = None,
     warmup: int = 2,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Times]:
     """Times each function `repeats` times, in turns, so that another load on the machine meets all alike.
 
@@ -136,6 +137,7 @@ def interleave(
         functions: by name; each is called without arguments.
         before: called before each timed call, outside its time.
         warmup: calls of each that are not timed.
+        clock: gives seconds.
     """
     found: dict[str, list[float]] = {name: [] for name in functions}
     for turn in range(-warmup, repeats):
@@ -143,11 +145,11 @@ def interleave(
             if before is not None:
                 before()
             synchronize()
-            start = time.perf_counter()
+            start = clock()
             functions[name]()
             synchronize()
             if turn >= 0:
-                found[name].append(time.perf_counter() - start)
+                found[name].append(clock() - start)
     return {name: Times(tuple(seconds)) for name, seconds in found.items()}
 
 

@@ -87,8 +87,9 @@ def test_what_is_counted_of_a_few_operations():
     device = torch.device("cpu")
     on_host = counted(lambda: (ids + 1).sum().item())
     assert on_host == ((0, 0, 0, 0, 0), 0)
-    figures, peak = counted(lambda: linear(table(ids.to(device))))
+    figures, peak = counted(lambda: linear(table(ids.to(device, non_blocking=True))))
     assert figures == (2, 0, 1, 4, 4)
+    assert counted(lambda: ids.to(device))[0][:3] == (0, 1, 1)
     assert peak == 4 * (4 * 3) + 4 * (4 * 5)  # the embedded and the logits; the copied ids are gone by then
     weight = linear.weight
     waits = {

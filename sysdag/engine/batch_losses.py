@@ -39,7 +39,7 @@ def batch_losses(
     """
     options = model.options
     if isinstance(scores, RunScores):
-        shift = shift_of(model, scores, scored.device, trains=trains) if options.needs_shift else None
+        shift = shift_of(model, scores, model.device_of(scored), trains=trains) if options.needs_shift else None
         scores = replace(scores, kl=kl, shift=shift)
         losses = run_losses(
             scores, options.loss_type, options.weights,

@@ -1,4 +1,4 @@
-"""Numbers that the host needs of a device, in one copy: each copy of its own would wait for the device again."""
+"""Numbers between host and device: to the host all at once, since each copy waits, to the device without waiting."""
 
 from __future__ import annotations
 
@@ -6,6 +6,11 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+
+def beside(numbers: Tensor, like: Tensor) -> Tensor:
+    """Numbers of the host on the device and in the dtype of another tensor; the host does not wait for the device."""
+    return numbers.to(like.device, like.dtype, non_blocking=True)
 
 
 def to_host(tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from sysdag.components.footprint import bytes_of
 from sysdag.components.module_walk import parameters_of
+from sysdag.engine.host_copy import beside
 
 
 class KeptGraph:
@@ -27,7 +28,7 @@ class KeptGraph:
 
     def part_of_loss(self, coefficients: Float[Tensor, " n"], share: float) -> Float[Tensor, ""]:
         """sum_i coefficient_i score_i, with `share` of the auxiliary loss."""
-        part = (coefficients.to(self._scores) * self._scores).sum()
+        part = (beside(coefficients, self._scores) * self._scores).sum()
         if self._auxiliary is None:
             return part
         factor, loss = self._auxiliary
@@ -57,7 +58,7 @@ class KeptGradient:
 
     def part_of_loss(self, coefficients: Float[Tensor, " 1"], share: float) -> Float[Tensor, ""]:
         """coefficient x score, which can be differentiated once: what was kept goes into the gradients."""
-        coefficient = coefficients.to(self._score)[0]
+        coefficient = beside(coefficients, self._score)[0]
         return _Linear.apply(self._score[0] * coefficient, coefficient, self._gradients, *self._parameters)
 
 

@@ -64,9 +64,14 @@ def attempt(run: Callable[[], Result]) -> Result | None:
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
+    free_cached_memory()
+    return None
+
+
+def free_cached_memory() -> None:
+    """Gives memory back that torch keeps of tensors that are gone."""
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    return None
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -50,7 +50,7 @@ def loser_scales(
         if winner <= 0 or loser <= 0:
             continue  # the loss does not trade the loser's error for the winner's
         sides = residuals.get(pair, ()), residuals.get(pair + count, ())
-        product = torch.zeros((), dtype=torch.float64)
+        product = torch.zeros((), dtype=torch.float64, device="cpu")
         for place, (ours, theirs) in enumerate(zip(*sides, strict=False)):
             if ours.shape != theirs.shape:
                 raise PlanError(

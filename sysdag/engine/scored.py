@@ -29,7 +29,7 @@ class Scored:
     """Scores of every term, by node, one a row of the term's trace, on the host; and the micro-batches they came from.
 
     Attributes:
-        device: where the first of them was computed.
+        device: where the first of a component that trains was computed; None where nothing was.
         graphs: the policy's scores where they were computed, with their graphs, where a step keeps these.
         auxiliary: by node, the coefficient of its auxiliary loss and its mean over the elements, where it has one.
         auxiliary_graphs: these means with their graphs, likewise.
@@ -45,7 +45,22 @@ class Scored:
     auxiliary_graphs: dict[str, Tensor] = field(default_factory=dict)
     residuals: dict[str, dict[int, list[Tensor]]] = field(default_factory=dict)
     typicality: dict[str, Tensor] = field(default_factory=dict)
-    device: torch.device = HOST
+    device: torch.device | None = None
+
+    def keep_graphs(
+        self,
+        term: Term,
+        policy: Sequence[Tensor],
+        rows: Sequence[int],
+        auxiliary: Sequence[tuple[float, Tensor] | None],
+    ) -> None:
+        """Keeps the graphs of a term's micro-batches: of their scores, and of their auxiliary losses."""
+        if not policy:  # no run takes its branch
+            return
+        self.graphs[term.name] = sum_by_row(policy, rows, len(term.trace), policy[0].device)
+        losses = [(len(scores), each[1]) for scores, each in zip(policy, auxiliary, strict=True) if each is not None]
+        if losses:
+            self.auxiliary_graphs[term.name] = mean_of(losses)
 
     def drop_graphs(self) -> None:
         self.graphs, self.auxiliary_graphs = {}, {}
@@ -56,8 +71,12 @@ class Scored:
         self.batches = [replace(b, kept=None) if isinstance(b.kept, KeptGradient) else b for b in before]
         return any(isinstance(batch.kept, KeptGradient) for batch in before)
 
-    def take(self, terms: Sequence[Term], found: Sequence[MicroBatchScores]) -> None:
-        """Puts the scores of the terms' micro-batches, brought to the host, in the order of their rows."""
+    def take(self, terms: Sequence[Term], found: Sequence[MicroBatchScores], *, weighs: bool) -> None:
+        """Puts the scores of the terms' micro-batches, brought to the host, in the order of their rows.
+
+        Args:
+            weighs: whether their typicality was asked for.
+        """
         by_node: dict[str, list[MicroBatchScores]] = {term.name: [] for term in terms}
         for each in found:
             by_node[each.term.name].append(each)
@@ -66,8 +85,8 @@ class Scored:
             rows, count = [row for each in own for row in each.batch.rows], len(term.trace)
             self.policy[term.name] = sum_by_row([each.policy for each in own], rows, count, HOST)
             self.reference[term.name] = sum_by_row([each.reference_or_zeros() for each in own], rows, count, HOST)
-            typical = [each.typicality for each in own if each.typicality is not None]
-            if typical:
+            if weighs:
+                typical = [each.typicality for each in own if each.typicality is not None]
                 self.typicality[term.name] = sum_by_row(typical, rows, count, HOST)
             losses = [(len(each.policy), *each.auxiliary) for each in own if each.auxiliary is not None]
             if losses:

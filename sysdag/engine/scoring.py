@@ -20,10 +20,9 @@ from sysdag.components.residence import admit
 from sysdag.engine.finite import check_finite
 from sysdag.engine.kept_work import Kept, KeptGradient, KeptGraph, Room
 from sysdag.engine.micro_batch import MicroBatch, RandomState, whole
-from sysdag.engine.out_of_memory import Budget, attempt
-from sysdag.engine.scored import MicroBatchScores, Scored, mean_of, on_the_host
+from sysdag.engine.out_of_memory import Budget, attempt, free_cached_memory
+from sysdag.engine.scored import MicroBatchScores, Scored, on_the_host
 from sysdag.errors import TrainingError
-from sysdag.execution.likelihood import sum_by_row
 from sysdag.graph.plan import Plan
 from sysdag.objectives.comparison import Term
 
@@ -90,15 +89,19 @@ def score(
                     budget.keeps_graphs = False
                     parts = []
                     scored.drop_graphs()
+                    free_cached_memory()
                     queue.appendleft(batch)
                 elif scored.forget_gradients():
                     logger.warning("Memory ran out with gradients that waited; from now on none do.")
                     budget.reuses = False
+                    free_cached_memory()
                     queue.appendleft(batch)
                 else:
                     shrunk = budget.shrink(batch, component)
                     queue.extendleft(batch.select(part) for part in reversed(shrunk))
                 continue
+            if reference is not None and scored.device is None:
+                scored.device = found.policy.device
             frozen = None if isinstance(reference, Stored) else reference
             is_random = RandomState.now(component.device) != before
             scored.batches.append(replace(batch, random=before, is_random=is_random, kept=found.kept))
@@ -115,18 +118,11 @@ def score(
                 scored.residuals.setdefault(term.name, {}).setdefault(row, []).append(residual)
         for filler in extra:
             _both(filler, component, reference, _Wanted(weighs=weighs))
-        if budget.keeps_graphs and parts and reference is not None:
-            scored.graphs[term.name] = sum_by_row(
-                [each.policy for each in parts], rows, len(term.trace), component.device
-            )
-            losses = [(len(each.policy), each.auxiliary[1]) for each in parts if each.auxiliary is not None]
-            if losses:
-                scored.auxiliary_graphs[term.name] = mean_of(losses)
-    if waiting:
-        scored.device = waiting[0].policy.device
+        if budget.keeps_graphs and reference is not None:
+            scored.keep_graphs(term, [each.policy for each in parts], rows, [each.auxiliary for each in parts])
     brought = on_the_host(waiting)
     check_finite(brought)
-    scored.take(terms, brought)
+    scored.take(terms, brought, weighs=weighs)
     return scored
 
 

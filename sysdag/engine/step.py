@@ -51,7 +51,7 @@ class StepOutput:
 
     Attributes:
         loss: () differentiable where the step keeps its graphs (one pass); in two passes a number.
-        losses: (P,) the loss of each pair or unpaired run, a number; this and what follows is on the CPU.
+        losses: (P,) the loss of each pair or unpaired run, a number; this and the other numbers are on the CPU.
         balance: () what the auxiliary losses of the nodes add to their mean in `loss`, a number.
         metrics: (P,) one value a pair or unpaired run, nan where it has none, by the names that their means are logged
             under.
@@ -285,7 +285,7 @@ class SystemModel(nn.Module):
         scores, metrics = comparison.combine(leaves, scored.reference)
         losses, shown = batch_losses(self, pairs, scores, scored, kl, trains=trains)
         metrics |= shown
-        balance = sum((factor * value for factor, value in scored.auxiliary.values()), torch.zeros(()))
+        balance = sum((factor * value for factor, value in scored.auxiliary.values()), losses.new_zeros(()))
         metrics |= {f"nodes/{name}/aux_loss": value.expand(len(pairs)) for name, (_, value) in scored.auxiliary.items()}
         coefficients: dict[str, Tensor] = {}
         if trains:
@@ -301,7 +301,7 @@ class SystemModel(nn.Module):
                     metrics[f"nodes/{name}/loser_scale"] = scales
         losses = losses.detach()
         output = StepOutput(
-            loss=(losses.mean() + balance).to(scored.device),
+            loss=(losses.mean() + balance).to(self.device_of(scored), non_blocking=True),
             losses=losses,
             balance=balance,
             metrics={name: values.detach().float() for name, values in metrics.items()},
@@ -315,6 +315,10 @@ class SystemModel(nn.Module):
             if budget.keeps_graphs:
                 output.loss = known_by_scores(output.loss, coefficients, scored)
         return output
+
+    def device_of(self, scored: Scored) -> torch.device:
+        """Where a batch's loss lies, and over which processes reach each other: that of what trains."""
+        return scored.device or next(parameter.device for parameter in self.trained_parameters())
 
     def take_stored(self, scored: Scored, terms: Sequence[Term], pairs: Sequence[Feedback]) -> None:
         """Puts what is known of the reference without running it in its place among scores: those on file, or 0."""

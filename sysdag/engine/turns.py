@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from sysdag.components.component import Component
 from sysdag.components.residence import admit
+from sysdag.engine.host_copy import beside
 from sysdag.engine.kept_work import KeptGraph
 from sysdag.engine.micro_batch import MicroBatch
-from sysdag.engine.scored import Scored
+from sysdag.engine.scored import HOST, Scored
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,7 +107,7 @@ def part_of_loss(turn: Turn, component: Component) -> Float[Tensor, ""]:
         assert turn.batch.random is not None
         with turn.batch.random.replayed(), torch.enable_grad():
             scores = turn.batch.score(component)
-            part, auxiliary = (turn.coefficients.to(scores) * scores).sum(), component.take_auxiliary_loss()
+            part, auxiliary = (beside(turn.coefficients, scores) * scores).sum(), component.take_auxiliary_loss()
             if auxiliary is None:
                 return part
             factor, loss = auxiliary
@@ -118,22 +119,27 @@ def part_of_loss(turn: Turn, component: Component) -> Float[Tensor, ""]:
 
 class _KnownByScores(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, loss: Tensor, coefficients: list[Tensor], *scores: Tensor) -> Tensor:
-        ctx.coefficients = coefficients
+    def forward(ctx: Any, loss: Tensor, derivatives: list[Tensor], *scores: Tensor) -> Tensor:
+        ctx.derivatives, ctx.dtypes = derivatives, [values.dtype for values in scores]
         return loss.clone()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        return None, None, *(each * grad.to(each) for each in ctx.coefficients)
+        # A loss scale may be more than 16 bits hold, and its product with a derivative not.
+        products = [grad.to(each.device) * each for each in ctx.derivatives]
+        return None, None, *(each.to(dtype) for each, dtype in zip(products, ctx.dtypes, strict=True))
 
 
 def known_by_scores(loss: Float[Tensor, ""], coefficients: Mapping[str, Tensor], scored: Scored) -> Float[Tensor, ""]:
     """The loss, a number, as a function of what was scored, whose derivatives are known: the coefficients of the kept
     graphs' scores, and the factors of auxiliary losses."""
-    graphs = [*scored.graphs.values(), *scored.auxiliary_graphs.values()]
-    known = [coefficients[name].to(values) for name, values in scored.graphs.items()]
-    known += [graph.new_tensor(scored.auxiliary[name][0]) for name, graph in scored.auxiliary_graphs.items()]
-    return _KnownByScores.apply(loss, known, *graphs)
+    factors = {name: torch.tensor(factor, device=HOST) for name, (factor, _) in scored.auxiliary.items()}
+    derivatives = [
+        known[name].to(values.device, torch.promote_types(values.dtype, torch.float32), non_blocking=True)
+        for known, graphs in ((coefficients, scored.graphs), (factors, scored.auxiliary_graphs))
+        for name, values in graphs.items()
+    ]
+    return _KnownByScores.apply(loss, derivatives, *scored.graphs.values(), *scored.auxiliary_graphs.values())
 
 
 class _Zero(torch.autograd.Function):

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from sysdag.data.preferences import UnpairedRun, mismatched
 from sysdag.engine.distributed import added_up
+from sysdag.engine.scored import HOST
 from sysdag.engine.scoring import score
 from sysdag.errors import PlanError, SysdagError
 from sysdag.objectives.comparison import Comparison, Generators
@@ -63,7 +64,7 @@ def kl_term(
         model.take_stored(scored, beside.terms, others)
         scores, _ = beside.combine(scored.policy, scored.reference)
     assert isinstance(scores, RunScores)
-    total, count = _over_processes(scores.rewards, scored.device)
+    total, count = _over_processes(scores.rewards, model.device_of(scored))
     return (total / count).clamp(min=0)
 
 
@@ -81,7 +82,9 @@ def shift_of(model: SystemModel, scores: RunScores, device: torch.device, *, tra
 
 def _over_processes(rewards: Float[Tensor, " R"], device: torch.device) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
     """The sum of rewards over processes, and how many they are."""
-    total, count = added_up(torch.stack([rewards.sum(), rewards.new_tensor(len(rewards))]), device)
+    # In one dtype, whatever the nodes' are that the runs of this process took.
+    sums = torch.tensor([float(rewards.sum()), len(rewards)], dtype=torch.float64, device=HOST)
+    total, count = added_up(sums, device).to(rewards.dtype)
     return total, count
 
 

@@ -199,17 +199,24 @@ def _connected() -> Iterator[None]:
         ray.shutdown()
 
 
+_before_quiet: list[tuple[int, bool]] = []  # of the first of the runs that are under way, and one for each other
+
+
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Ray Data tells errors alone, and draws no progress bars, which it may print on standard output."""
+    """Ray Data tells errors alone, and draws no progress bars, which it may print on standard output; as before when
+    the last of several runs that overlap has ended."""
     from ray.data import DataContext
 
     logger, context = logging.getLogger("ray.data"), DataContext.get_current()
-    level, bars = logger.level, context.enable_progress_bars
+    _before_quiet.append((logger.level, context.enable_progress_bars))
     logger.setLevel(logging.ERROR)
     context.enable_progress_bars = False
     try:
         yield
     finally:
-        logger.setLevel(level)
-        context.enable_progress_bars = bars
+        first = _before_quiet[0]
+        _before_quiet.pop()
+        if not _before_quiet:
+            level, context.enable_progress_bars = first
+            logger.setLevel(level)

@@ -95,7 +95,7 @@ class _Sides:
     def __init__(self, batch: Sequence[Feedback]) -> None:
         self.count, self.number = len(batch), len(batch[0].sides)
         single = [each.label for each in batch if isinstance(each, UnpairedRun)]
-        self.desirable = torch.tensor(single) if single else None
+        self.desirable = torch.tensor(single, device="cpu") if single else None
 
     @property
     def rows(self) -> list[int]:
@@ -235,7 +235,7 @@ class SamplingComparison:
     def combine(self, policy: Scores, reference: Scores) -> tuple[PairScores | RunScores, dict[str, Tensor]]:
         count = self.sides.count
         inside = [term.name for term in self.terms if self.plan.system[term.name].likelihood == "exact"]
-        index = torch.tensor(self.prompt)
+        index = torch.tensor(self.prompt, device="cpu")
         terms = sum(
             self._spread(t.name, term_lengths(self.plan, t.trace, t.name)) for t in self.terms if t.name in inside
         )
@@ -270,7 +270,7 @@ class SamplingComparison:
         runs = runs_in(term.trace, name, weights)
         if self.plan.system[name].likelihood == "exact":  # else it is outside of the sum over candidates
             total = self.sides.number * self.sides.count
-            runs = torch.zeros(total).to(weights).index_add(0, index, weights * self._spread(name, runs))
+            runs = weights.new_zeros(total).index_add(0, index, weights * self._spread(name, runs))
         return runs.view(self.sides.number, self.sides.count).mean(0)
 
     def _spread(self, name: str, values: Tensor) -> Tensor:
@@ -297,7 +297,7 @@ class SamplingComparison:
         metrics = {
             "candidates/effective_sample_size": sizes.mean(0),
             "candidates/count": found,
-            "candidates/distinct_2": torch.tensor(self._distinct_bigrams()),
+            "candidates/distinct_2": torch.tensor(self._distinct_bigrams(), device="cpu"),
         }
         if number == 2:
             gap = torch.zeros_like(log_p[:count]).index_add(0, of_pair, (weights[:rows] - weights[rows:]).abs())
@@ -346,13 +346,13 @@ def _is_real(value: Any) -> bool:
 
 def runs_in(trace: Trace, name: str, like: Tensor) -> Tensor:
     """1 for each row in which a node runs, 0 for the others, as the numbers of `like` are."""
-    return torch.tensor([float(cell is not ABSENT) for cell in trace.cells[name]]).to(like)
+    return like.new_tensor([float(cell is not ABSENT) for cell in trace.cells[name]])
 
 
 def term_lengths(plan: Plan, trace: Trace, name: str) -> Tensor:
     """How many terms each row's score of a node sums."""
     component = plan.system[name].component
-    return torch.tensor([float(sum(component.lengths(flat_draws([cell])))) for cell in trace.cells[name]])
+    return torch.tensor([float(sum(component.lengths(flat_draws([cell])))) for cell in trace.cells[name]], device="cpu")
 
 
 def shared_noise(component: Component, cells: Sequence[Cell], generator: Generators, sides: int = 2) -> Any:

@@ -49,7 +49,7 @@ class GroupWeights:
         self.shares = {group: counts[group] / len(pairs) for group in sorted(counts)}
         self.step_size = step_size
         self._log_weights = {group: math.log(share) for group, share in self.shares.items()}
-        self._sums = torch.zeros(len(counts) + 1, dtype=torch.float64)
+        self._sums = torch.zeros(len(counts) + 1, dtype=torch.float64, device="cpu")
 
     @property
     def weights(self) -> dict[str, float]:
@@ -73,7 +73,7 @@ class GroupWeights:
     def observe(self, pairs: Sequence[Feedback], losses: Float[Tensor, " P"]) -> None:
         """Notes the losses of a batch for the next `update`."""
         place = {group: number for number, group in enumerate(self.shares)}
-        index = torch.tensor([place[self._known(pair)] for pair in pairs])
+        index = torch.tensor([place[self._known(pair)] for pair in pairs], device="cpu")
         self._sums.index_add_(0, index, losses.detach().double().cpu())
         self._sums[-1] += len(pairs)
 

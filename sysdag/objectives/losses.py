@@ -112,7 +112,7 @@ def _average_difference(scores: PairScores) -> Float[Tensor, " P"]:
 def exo_pair_loss(scores: PairScores, beta: float, label_smoothing: float) -> Float[Tensor, " P"]:
     """KL(softmax(c, r) || (1 - e, e)), the reverse KL to smoothed labels, e > 0 (EXO, Ji et al. 2024, arXiv 2402.00856,
     equation 16); the paper's e is 1e-3."""
-    margins, e = scores.margins, torch.tensor(label_smoothing, dtype=torch.float64)
+    margins, e = scores.margins, torch.tensor(label_smoothing, dtype=torch.float64, device=scores.margins.device)
     chosen = margins.sigmoid() * (F.logsigmoid(margins) - float(torch.log1p(-e)))
     return chosen + (-margins).sigmoid() * (F.logsigmoid(-margins) - float(e.log()))
 

@@ -24,7 +24,7 @@ def register_loss(name: str, loss: Loss, *, smoothed: bool = False) -> None:
 
     Args:
         name: what `loss_type` calls it.
-        loss: `loss(scores, beta, label_smoothing)` from `PairScores` of P pairs to a loss for each, (P,),
+        loss: `loss(scores, beta, label_smoothing)` from `PairScores` of P pairs, on the CPU, to a loss for each, (P,),
             differentiable by the scores. beta is the objective's, which the rewards contain already.
         smoothed: whether it makes use of `label_smoothing`, which is refused for losses that do not.
 

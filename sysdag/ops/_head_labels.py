@@ -48,7 +48,7 @@ class Layout(NamedTuple):
 
     def to(self, device: torch.device) -> Layout:
         """The same with what kernels read on a device."""
-        return Layout(self.packed.to(device), self.counts)
+        return Layout(self.packed.to(device, non_blocking=True), self.counts)
 
     @staticmethod
     def size(capacity: int, num_labels: int) -> int:

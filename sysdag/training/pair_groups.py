@@ -47,7 +47,7 @@ class PairGroups(TrainerCallback):
         if not self._names:
             return {}
         place = {name: number for number, name in enumerate(self._names)}
-        return {_COLUMN: torch.tensor([float(place.get(pair.group or "", -1)) for pair in pairs])}
+        return {_COLUMN: torch.tensor([float(place.get(pair.group or "", -1)) for pair in pairs], device="cpu")}
 
     def taken_apart(self, columns: dict[str, Tensor]) -> dict[str, Tensor]:
         """Columns of each group alone, `groups/<name>/loss` and others, of columns that have `column`, which goes."""

@@ -242,7 +242,8 @@ class SysDPOTrainer(CheckpointTrainer):
         if self._uses_deepspeed:  # whose hooks want to see each gradient once
             self._system_model.budget.reuses = False
         with self.compute_loss_context_manager():
-            loss, output = self.compute_loss(model, inputs, return_outputs=True)
+            _, output = self.compute_loss(model, inputs, return_outputs=True)
+        loss = output.loss.detach()  # whoever holds the loss itself holds its graph, also when memory has run out
         share = 1 / self.current_gradient_accumulation_steps
         accumulate_gradients(self._system_model, output, lambda part: self._differentiate(part * share))
         if self._uses_deepspeed:  # its exchange takes the optimizer's step, too
@@ -254,7 +255,7 @@ class SysDPOTrainer(CheckpointTrainer):
             self.accelerator.backward(model(None))  # gradients of 0 where there are none
         if not self._uses_deepspeed:
             self._check_gradients()
-        loss = loss.detach() * share
+        loss = loss * share
         self._steps.add_loss(loss)
         return loss
 
@@ -282,7 +283,7 @@ class SysDPOTrainer(CheckpointTrainer):
             **self._groups.column(inputs["pairs"]),
         }
         names = sorted(columns)
-        values = torch.stack([columns[name].to(self.args.device) for name in names], 1)
+        values = torch.stack([columns[name] for name in names], 1).to(self.args.device)
         gathered = self.accelerator.gather_for_metrics(values)  # without the pairs that even out the last batches
         found = dict(zip(names, gathered.T, strict=True))
         self._evaluated.add(self._groups.taken_apart(found))

@@ -239,7 +239,7 @@ class CausalLM(ConstrainedModel):
 
     def take_auxiliary_loss(self) -> tuple[float, Tensor] | None:
         found, self._router_loss = self._router_loss, None
-        return None if found is None or found.value is None else (found.coefficient, found.value)
+        return None if found is None else found.take()
 
     def shares_prefixes(self, longest: int) -> bool:
         return self.pack_prefixes and footprint.shares_prefixes(self.lm.auto_class(), self.config, longest)

@@ -108,7 +108,7 @@ class TokenScorer:
         constrain: Constrain | None = None,
     ) -> Float[Tensor, " M"]:
         """log p of each label where it is predicted, less log sum_v p(v)^2 there; logits of some rows at a time."""
-        rows, labels = (each.to(inputs["input_ids"].device) for each in (rows, labels))
+        rows, labels = (each.to(inputs["input_ids"].device, non_blocking=True) for each in (rows, labels))
         if constrain is not None:
             return typical(constrain(self._forward(inputs).logits.flatten(0, 1)[rows].float()), labels)
         output = self._hidden(inputs) if self._candidates else None

@@ -48,12 +48,16 @@ def model_inputs(
         by_pieces: False for a dense mask.
         call: see `trie_pieces.pieces`.
     """
-    ids = trie.tokens.to(device)
+    ids = trie.tokens.to(device, non_blocking=True)
     # A model that would return its routers' logits would also make a loss of them, for which it takes no such mask.
     others = {"output_router_logits": False} if getattr(config_of(model), "output_router_logits", False) else {}
     if trie.is_chains:
         place = torch.arange(ids.shape[1])
-        return {"input_ids": ids, "attention_mask": (place < trie.lengths[:, None]).long().to(device), **others}
+        return {
+            "input_ids": ids,
+            "attention_mask": (place < trie.lengths[:, None]).long().to(device, non_blocking=True),
+            **others,
+        }
     if implementation(model) == "flex_attention" and device.type == "cuda":
         from torch.nn.attention.flex_attention import create_block_mask
 
@@ -62,7 +66,12 @@ def model_inputs(
     else:
         pieces = trie_pieces.pieces(trie, config_of(model).hidden_size, call) if by_pieces else ()
         mask = tries_mask(model, trie.end, pieces, device)
-    return {"input_ids": ids, "attention_mask": mask, "position_ids": trie.depth.to(device), **others}
+    return {
+        "input_ids": ids,
+        "attention_mask": mask,
+        "position_ids": trie.depth.to(device, non_blocking=True),
+        **others,
+    }
 
 
 def tries_mask(

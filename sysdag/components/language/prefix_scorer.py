@@ -135,13 +135,13 @@ class PrefixScorer:
             score = self._tokens.typicality if typicality else self._tokens
             if grammar is None:
                 found = score(inputs, trie.rows, trie.labels)
-                found = found[trie.label.to(found.device)]
+                found = found[trie.label.to(found.device, non_blocking=True)]
             else:  # a label that several sequences share may stand at other places of their completions
                 rows, labels = trie.rows[trie.label], trie.labels[trie.label]
                 states = _states(trie, sequences, masks, grammar)
                 found = score(inputs, rows, labels, lambda logits: grammar.constrained(logits, states))
         _say_dense(self.model, inputs["attention_mask"])
-        sequence = trie.sequence.to(found.device)
+        sequence = trie.sequence.to(found.device, non_blocking=True)
         values = found if weights is None else found * _tail_weights(trie, *weights).to(found)
         return found.new_zeros(trie.num_sequences).index_add(0, sequence, values)
 

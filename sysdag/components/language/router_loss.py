@@ -82,6 +82,11 @@ class RouterLoss:
         assert self._function is not None
         self.value = self._function(tuple(seen[-1]), self._experts, self._chosen, weights)
 
+    def take(self) -> tuple[float, Tensor] | None:
+        """The coefficient and the loss that was recorded, once: it holds the forward's graph."""
+        value, self.value = self.value, None
+        return None if value is None else (self.coefficient, value)
+
 
 def passes(trie: TokenTrie) -> Float[Tensor, "R T"]:
     """How many of the sequences that have a completion pass through each token."""

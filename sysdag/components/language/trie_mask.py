@@ -179,7 +179,7 @@ _ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 
 def dense_mask(end: Int[Tensor, "R T"], dtype: torch.dtype, device: torch.device) -> Float[Tensor, "R 1 T T"]:
     """What a `TrieMask` stands for."""
-    return _added(subtrees(end).to(device), dtype)[:, None]
+    return _added(subtrees(end).to(device, non_blocking=True), dtype)[:, None]
 
 
 def _added(seen: Tensor, dtype: torch.dtype) -> Tensor:
