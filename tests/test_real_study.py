@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 import torch
@@ -170,6 +171,18 @@ def moved(system):
         for parameter in node.component.own_parameters().values():
             parameter.data += 0.1 * torch.randn(parameter.shape, generator=noise)
     return system
+
+
+def test_what_every_training_starts_from_is_validated_once(model, files, tmp_path, monkeypatch):
+    Sources(model=str(model), pairs=files).keep(tmp_path)
+    asked = []
+    monkeypatch.setattr(Constrained, "validate", lambda self, system: asked.append(system) or float(len(asked)))
+    first, other = (Constrained(tmp_path, seed, setting.QUICK) for seed in (0, 1))
+    assert [first.validated(first.system()), other.validated(other.system("draft -> refine"))] == [1.0, 1.0]
+    assert first.validated(first.system("one node")) == 2.0
+    assert first.validated(moved(first.system())) == 3.0
+    assert first.validated(moved(first.system())) == 4.0
+    assert Constrained(tmp_path, 0, replace(setting.QUICK, choosing=1)).validated(first.system()) == 5.0
 
 
 def test_the_implicit_reward_is_that_of_a_plain_computation(model, tmp_path):

@@ -68,4 +68,4 @@ def align(cache: Path, *, method: str, seed: int, size: str, model: str, rate: f
 
 def _deployed(setting: CriticLoop, system: System, trained: System) -> float:
     """What the deployed system reaches, whose components `trained` shares."""
-    return setting.validate(system)
+    return setting.validated(system)
