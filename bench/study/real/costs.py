@@ -231,7 +231,8 @@ def trl_row(row: Mapping[str, str], tokenizer: Any) -> dict[str, str]:
 
 
 def ways(system: str) -> list[str]:
-    return [OURS, SMALL, PLAIN, *([TRL] if SYSTEMS[system].outline == "one node" else [])]
+    small = [SMALL] if SYSTEMS[system].candidates else []  # else no micro-batch is so large
+    return [OURS, *small, PLAIN, *([TRL] if SYSTEMS[system].outline == "one node" else [])]
 
 
 def peak(cache: str, system: str, size: str, way: str) -> None:
@@ -264,6 +265,6 @@ def steps(cache: Path, *, method: str, seed: int, size: str, model: str, pairs: 
     for way in ways(method):
         code = f"from bench.study.real.costs import peak; peak({str(cache)!r}, {method!r}, {size!r}, {way!r})"
         found[f"{way}, MiB"] = [measure.peak_in_a_process(code)]
-    for way in (*ways(method), FLOOR):
+    for way in (*ways(method), FLOOR) if SYSTEMS[method].dtype == torch.float32 else ():  # which passes do not know
         found[f"{way}, passes"] = [step.passes(way)]
     return {"values": found}

@@ -70,11 +70,11 @@ Loss and gradients of the same real pairs on the same weights, adapters moved aw
 1e-4 of the largest gradient, in fp64) is checked before anything is timed. *Straightforward* pads all runs into batches
 and holds every graph until one backward; *TRL* is `DPOTrainer`'s own step, which there is for one model alone. Seconds
 are medians, without the optimizer's update; memory is what one step needs beyond weights and gradients. *512 tokens at
-once* is `micro_batch_tokens=512`, for 8192. *Passes* are those of tokens through the model, the way back counted as one
-more; the floor is each distinct beginning of a text once: a reference's way, and the policy's there and back. With
-*bf16* the base model's weights are in bf16 and the adapters in fp32, and sysdag's gradients must besides be at most
-twice as far from those in fp64 as the straightforward step's; a CPU without arithmetic for bf16 takes longer so, and
-is asked once.
+once* is `micro_batch_tokens=512`, for 8192, where a node has more. *Passes* are those of tokens through the model, the
+way back counted as one more; the floor is each distinct beginning of a text once: a reference's way, and the policy's
+there and back. With *bf16* the base model's weights are in bf16 and the adapters in fp32, and sysdag's gradients must
+besides be at most twice as far from those in fp64 as the straightforward step's; a CPU without arithmetic for bf16
+takes longer so, and is asked once.
 """,
 }
 
@@ -233,7 +233,8 @@ def _costs(about: Mapping[str, str], rows: Mapping[str, Mapping[int, Found]]) ->
         for what, table in lines.items():
             found = [cells[0].values.get(f"{way}, {what}") for way in table[0][1:]]
             form = ".2f" if what == "seconds" else ".0f"
-            table.append([method, *("" if v is None else format(sorted(v)[len(v) // 2], form) for v in found)])
+            if any(found):
+                table.append([method, *("" if v is None else format(sorted(v)[len(v) // 2], form) for v in found)])
     shown = []
     for head, *body in lines.values():
         shown += [*_table([head, ["---", *["---:"] * (len(head) - 1)], *body]), ""]
