@@ -104,7 +104,8 @@ def measured(case: Case, peers: Sequence[str] | None, repeats: int) -> list[dict
     made = Step(case, with_trl="trl" in wanted)
     columns = {"system": case.system, "nodes": case.nodes, "k": case.candidates, "trained": case.trained}
     columns |= {"layers": layers(made)}
-    rows = [{**columns, "name": name, **count(made, name), **floors(made.model, made.pairs)} for name in wanted]
+    fewest = floors(made.model, made.pairs)
+    rows = [{**columns, "name": name, **count(made, name), **fewest} for name in wanted]
     times = measure.interleave(
         {name: lambda name=name: made.run(name) for name in wanted}, repeats, before=made.clear, warmup=1,
         clock=time.process_time,

@@ -189,13 +189,18 @@ def gate_step(what: object, peer: str, own: tuple[Tensor, Grads], wanted: tuple[
         own, wanted: the loss, and the gradients by name, of sysdag and of the peer.
     """
     (loss, ours), (expected, theirs) = own, wanted
-    largest = max(float(gradient.abs().max()) for gradient in theirs.values())
-    error = max(float((ours[key] - theirs[key]).abs().max()) for key in theirs) / largest
+    error = gradient_error(ours, theirs)
     if not (abs(float(loss - expected)) <= 1e-4 and error <= 1e-4):
         raise SystemExit(
             f"{what}: loss {float(loss):.6f}, {peer} {float(expected):.6f}; gradients {error:.2g} of the largest "
             "apart, 1e-4 is allowed; no speed is reported for a wrong result."
         )
+
+
+def gradient_error(found: Grads, truth: Grads) -> float:
+    """The largest difference between gradients of the same names, as a share of the largest true one."""
+    largest = max(float(gradient.abs().max()) for gradient in truth.values())
+    return max(float((found[name] - truth[name]).abs().max()) for name in truth) / largest
 
 
 def _high_water() -> float:

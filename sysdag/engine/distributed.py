@@ -42,14 +42,13 @@ def rounds_of(model: nn.Module) -> Callable[[int], int] | None:
 
 
 def added_up(tensor: Tensor, device: torch.device) -> Tensor:
-    """The sum over all processes, to be called by each of them, on the host; of one alone the tensor itself.
+    """The sum over all processes, on the host; to be called by each of them.
 
     Args:
-        tensor: on the host.
         device: of the process, over which processes reach each other.
     """
     if not torch.distributed.is_initialized():
-        return tensor
+        return tensor.cpu()
     total = tensor.to(device, copy=True)
     torch.distributed.all_reduce(total)
     return total.cpu()

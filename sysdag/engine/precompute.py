@@ -174,7 +174,7 @@ def compute(
             of_pair: dict[str, list[int]] = {}
             for row, pair in enumerate(term.pair_of):
                 of_pair.setdefault(batch[pair].key, []).append(row)
-            values = found[term.name].cpu()
+            values = found[term.name]
             scores.setdefault(term.name, {}).update({key: values[rows] for key, rows in of_pair.items()})
     return ReferenceScores(fingerprint, seeds, scores)
 

@@ -105,10 +105,10 @@ def score(
             frozen = None if isinstance(reference, Stored) else reference
             is_random = RandomState.now(component.device) != before
             scored.batches.append(replace(batch, random=before, is_random=is_random, kept=found.kept))
-            auxiliary = found.auxiliary and (found.auxiliary[0], found.auxiliary[1].detach())
+            plain = found.detach()
             waiting.append(
                 MicroBatchScores(
-                    term, batch, component, frozen, found.policy.detach(), found.reference, auxiliary, found.typicality
+                    term, batch, component, frozen, plain.policy, plain.reference, plain.auxiliary, plain.typicality
                 )
             )
             rows += batch.rows

@@ -288,8 +288,9 @@ class SystemModel(nn.Module):
         balance = sum((factor * value for factor, value in scored.auxiliary.values()), losses.new_zeros(()))
         metrics |= {f"nodes/{name}/aux_loss": value.expand(len(pairs)) for name, (_, value) in scored.auxiliary.items()}
         coefficients: dict[str, Tensor] = {}
+        loss = losses.mean()
         if trains:
-            found = torch.autograd.grad(losses.mean(), list(leaves.values()), materialize_grads=True)
+            found = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True)
             coefficients = dict(zip(leaves, found, strict=True))
             for name, residuals in scored.residuals.items():
                 mu = component_of(self.plan, name).winner_safeguard
@@ -299,10 +300,9 @@ class SystemModel(nn.Module):
                     )
                     coefficients[name] = coefficients[name] * torch.cat([torch.ones_like(scales), scales])
                     metrics[f"nodes/{name}/loser_scale"] = scales
-        losses = losses.detach()
         output = StepOutput(
-            loss=(losses.mean() + balance).to(self.device_of(scored), non_blocking=True),
-            losses=losses,
+            loss=(loss.detach() + balance).to(self.device_of(scored), non_blocking=True),
+            losses=losses.detach(),
             balance=balance,
             metrics={name: values.detach().float() for name, values in metrics.items()},
             log_ratios={name: values - scored.reference[name] for name, values in scored.policy.items()},

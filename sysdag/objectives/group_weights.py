@@ -74,7 +74,7 @@ class GroupWeights:
         """Notes the losses of a batch for the next `update`."""
         place = {group: number for number, group in enumerate(self.shares)}
         index = torch.tensor([place[self._known(pair)] for pair in pairs], device="cpu")
-        self._sums.index_add_(0, index, losses.detach().double().cpu())
+        self._sums.index_add_(0, index, losses.detach().double())
         self._sums[-1] += len(pairs)
 
     def update(self, add_up: Callable[[Tensor], Tensor] = lambda sums: sums) -> None:

@@ -19,7 +19,7 @@ from sysdag.components import acceleration, adapter_layers
 from sysdag.components.precision import keep_fp32_copies
 from sysdag.data.encoding import encode_rows
 from sysdag.data.preferences import Feedback, PreferencePair, UnpairedRun
-from sysdag.engine.distributed import gathered
+from sysdag.engine.distributed import added_up, gathered
 from sysdag.engine.replay import accumulate_gradients
 from sysdag.engine.step import StepOutput, SystemModel
 from sysdag.errors import PlanError
@@ -337,9 +337,7 @@ class SysDPOTrainer(CheckpointTrainer):
         super().log(logs, start_time)
 
     def _added_up(self, sums: torch.Tensor) -> torch.Tensor:
-        if self.accelerator.num_processes == 1:
-            return sums.cpu()
-        return self.accelerator.reduce(sums.to(self.args.device), "sum").cpu()
+        return added_up(sums, self.args.device)
 
     def _warn_of_collapse(self, when: str, size: float) -> None:
         """Says once when the latents' models have nothing to learn from (one candidate has all the responsibility)."""

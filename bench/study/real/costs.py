@@ -199,7 +199,8 @@ class RealStep:
         for way in others:
             measure.gate_step("real pairs", way, exact[OURS], exact[way])
         if any(parameter.dtype == torch.bfloat16 for parameter in self.model.parameters()):
-            rounded = {way: _error(own, exact[OURS]) for way, own in self.seen((OURS, PLAIN)).items()}
+            (_, truth), seen = exact[OURS], self.seen((OURS, PLAIN))
+            rounded = {way: measure.gradient_error(found, truth) for way, (_, found) in seen.items()}
             if not rounded[OURS] <= 2 * rounded[PLAIN]:
                 raise SystemExit(
                     f"real pairs in bf16: gradients {rounded[OURS]:.2g} of the largest off, {PLAIN} "
@@ -214,13 +215,6 @@ def _cast(configs: Sequence[tuple[Any, torch.dtype]], parameters: Sequence[tuple
     for parameter, dtype in parameters:
         parameter.grad = None
         parameter.data = parameter.data.to(dtype)
-
-
-def _error(own: tuple[Tensor, dict[str, Tensor]], exact: tuple[Tensor, dict[str, Tensor]]) -> float:
-    """The largest error of a gradient, as a share of the largest gradient."""
-    (_, ours), (_, wanted) = own, exact
-    largest = max(float(gradient.abs().max()) for gradient in wanted.values())
-    return max(float((ours[name] - wanted[name]).abs().max()) for name in wanted) / largest
 
 
 def trl_row(row: Mapping[str, str], tokenizer: Any) -> dict[str, str]:

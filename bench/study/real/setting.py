@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -114,8 +115,9 @@ class Setting(ABC):
         if not at_its_start(system):
             return self.validate(system)
         nodes = "-".join(node.name for node in system.nodes)
+        version = sys.modules[type(self).__module__].VERSION
         content = f"{self.sources} {self.sources.fingerprint()} {self.size} {nodes}"
-        name = f"start-{type(self).__name__}-{hashlib.sha256(content.encode()).hexdigest()[:16]}.json"
+        name = f"start-{type(self).__name__}-{version}-{hashlib.sha256(content.encode()).hexdigest()[:16]}.json"
         kept = shared(self.cache, name, lambda file: file.write_text(json.dumps(self.validate(system))))
         return float(json.loads(kept.read_text()))
 
