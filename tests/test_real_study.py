@@ -19,6 +19,7 @@ from tokenizer_families import CHATML, IM, bytes_with
 from bench import study
 from bench.study.compare import RATES, TUNING_SEED
 from bench.study.real import constraints, costs, demo, document, models, pairs, setting, store
+from bench.study.real.command import about
 from bench.study.real.constrained import Constrained
 from bench.study.real.constraints import CONFLICTS, FUNCTION_WORDS, KINDS, demands
 from bench.study.real.pairs import by_instruction, repeats
@@ -425,3 +426,11 @@ def test_a_table_from_end_to_end(name, model, files, tmp_path, capsys):
     page = (tmp_path / "quick" / "study.md").read_text()
     assert all(f"| {method} |" in page for method in QUICK[name])
     assert "{{" not in page
+    assert (f"judge {model.name}" in page) == (name == "preferences")
+
+
+def test_what_another_judge_says_are_other_rows():
+    one, other = (Sources(model="a", judge=f"models/{name}") for name in ("one", "other"))
+    assert about(TABLES["preferences"], one, "cpu")["judge"] == "one"
+    assert about(TABLES["preferences"], other, "cpu")["judge"] == "other"
+    assert about(TABLES["constraints"], one, "cpu") == about(TABLES["constraints"], other, "cpu")

@@ -88,6 +88,7 @@ def main(given: Sequence[str], results: Path, write_page: Callable[[Path, bool],
 
 
 def about(table: Table, sources: Sources, size: str) -> dict[str, str]:
-    """What tells a table's cells from those of another model, other data or another size."""
+    """What tells a table's cells from those of another model, other data, another judge or another size."""
     found = {"model": sources.label, "size": size}
-    return found | ({"pairs": sources.fingerprint()} if table.needs_pairs else {})
+    found |= {"pairs": sources.fingerprint()} if table.needs_pairs else {}
+    return found | ({"judge": Path(sources.judge).name} if table.judged and sources.judge else {})

@@ -115,7 +115,8 @@ def _about(about: Mapping[str, str], rows: Mapping[str, Mapping[int, Found]]) ->
     cells = [cell for by_seed in rows.values() for cell in by_seed.values()]
     machines = "; ".join(dict.fromkeys(cell.row["machine"] for cell in cells))
     pairs = f", pairs {about['pairs']}" if "pairs" in about else ""
-    return f"{about['model']}{pairs}; {machines}."
+    judge = f", judge {about['judge']}" if "judge" in about else ""
+    return f"{about['model']}{pairs}{judge}; {machines}."
 
 
 def _methods(table: Table, store: Store, about: Mapping[str, str], rows: Mapping[str, Mapping[int, Found]]) -> str:

@@ -174,14 +174,14 @@ def fluency(trace: Trace, judge: str, device: str) -> numpy.ndarray:
 
 
 def align(
-    cache: Path, *, method: str, seed: int, size: str, model: str, pairs: str, rate: float = 1.0
+    cache: Path, *, method: str, seed: int, size: str, model: str, pairs: str, judge: str = "", rate: float = 1.0
 ) -> dict[str, Any]:
     """One method on one seed.
 
     Args:
         method: one of the table's.
         size: one of `SIZES`.
-        model, pairs: what tells these rows from those of another model and other data.
+        model, pairs, judge: what tells these rows from those of another model, other data and another judge.
         rate: factor on the learning rate.
     """
     setting = RealPairs(cache, seed, SIZES[size])

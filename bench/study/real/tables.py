@@ -33,6 +33,7 @@ class Table:
         first: methods whose first seed is computed before all else.
         seeds: how many.
         needs_pairs: whether its cells read files of pairs.
+        judged: whether its cells ask a judge of likelihoods.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Table:
     first: Sequence[str] = ()
     seeds: int = SEEDS
     needs_pairs: bool = False
+    judged: bool = False
 
     def cell(self, method: str, seed: int, rate: float | None, about: Mapping[str, Any], device: str = "cpu") -> Cell:
         trained = {} if rate is None or method in self.untrained else {"rate": rate}
@@ -124,7 +126,7 @@ TABLES = {
             name="preferences", function="real.pairs:align", methods=OF_ONE, untrained=("prompting",),
             tuned_as=TUNED_OTHERS, metrics=pairs.METRICS,
             percentages=("accuracy", "win by rules", "win by likelihood"), reference="joint",
-            first=("one node", "joint"), needs_pairs=True,
+            first=("one node", "joint"), needs_pairs=True, judged=True,
         ),
         Table(
             name="reports", function="real.reports:align", methods=reports.METHODS, untrained=tuple(UNTRAINED),
