@@ -238,6 +238,8 @@ class TextComponent(Component):
         """Observed completions with the tokens that say them behind their prompts (see `completions`)."""
         found = list(draws)
         unread = [place for place, draw in enumerate(draws) if "token_ids" not in draw.record]
+        if not unread:
+            return found
         whole = [place for place in unread if not isinstance(inputs[place], PartPrompt)]
         with of_places(whole):
             prompts = dict(zip(whole, self._prompts([inputs[place] for place in whole]), strict=True))
