@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from sysdag.graph.switches import switch
     from sysdag.graph.system import System
     from sysdag.graph.variables import Edge, Input, Node, node
-    from sysdag.objectives.candidates import DiverseBeamSearch, Exhaustive, ImportanceSampling, MonteCarlo
+    from sysdag.objectives.strategies import DiverseBeamSearch, Exhaustive, ImportanceSampling, MonteCarlo
     from sysdag.traces.cells import Draw
     from sysdag.traces.trace import Trace
     from sysdag.training.config import SysDPOConfig
@@ -77,7 +77,7 @@ __getattr__ = exports(
         "graph.switches": ["switch"],
         "graph.system": ["System"],
         "graph.variables": ["Edge", "Input", "Node", "node"],
-        "objectives.candidates": ["DiverseBeamSearch", "Exhaustive", "ImportanceSampling", "MonteCarlo"],
+        "objectives.strategies": ["DiverseBeamSearch", "Exhaustive", "ImportanceSampling", "MonteCarlo"],
         "traces.cells": ["Draw"],
         "traces.trace": ["Trace"],
         "training.config": ["SysDPOConfig"],

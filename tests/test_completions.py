@@ -13,9 +13,9 @@ from sysdag import DataError, Draw, Input, System, Trace, node
 from sysdag.components import CausalLM
 from sysdag.data import encode_pairs, validate_rows
 from sysdag.engine.step import SystemModel
-from sysdag.objectives.candidates import MonteCarlo
 from sysdag.objectives.comparison import term_lengths
 from sysdag.objectives.options import ObjectiveOptions
+from sysdag.objectives.strategies import MonteCarlo
 from sysdag.traces import read_rows, write_pairs
 
 CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Ghent"}}}

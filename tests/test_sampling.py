@@ -20,7 +20,7 @@ from sysdag.components.language.sampling import sample_tokens
 from sysdag.components.random_streams import row_seeds, uniforms
 from sysdag.errors import DataError, PlanError
 from sysdag.execution.running import run
-from sysdag.objectives.candidates import ImportanceSampling, MonteCarlo
+from sysdag.objectives.strategies import ImportanceSampling, MonteCarlo
 
 ENDS = [1, 2, 3, 4, 5]
 OPTIONS = dict(max_new_tokens=12, eos_token_ids=ENDS)

@@ -8,7 +8,7 @@ import pytest
 from sysdag import Input, PlanError, System, node
 from sysdag.components import Tabular
 from sysdag.objectives import Candidates, CandidateStrategy, MonteCarlo
-from sysdag.objectives.strategies import strategy_from, strategy_options
+from sysdag.objectives.strategy_options import strategy_from, strategy_options
 
 X = Input("x")
 

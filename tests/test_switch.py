@@ -16,7 +16,7 @@ from sysdag.components import Tabular
 from sysdag.execution.execute import fill
 from sysdag.execution.likelihood import log_probs
 from sysdag.objectives.candidate_sums import candidate_log_sum
-from sysdag.objectives.candidates import DiverseBeamSearch, Exhaustive, ImportanceSampling, MonteCarlo
+from sysdag.objectives.strategies import DiverseBeamSearch, Exhaustive, ImportanceSampling, MonteCarlo
 from sysdag.theory import check_alignment, enumerate_outcomes
 from sysdag.traces.cells import ABSENT, Draw
 

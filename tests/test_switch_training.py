@@ -10,8 +10,8 @@ from switched_systems import CODES, OUTLINES, REPORTS, ROUTES, SOLUTIONS, build
 from sysdag.data.encoding import encode_pairs
 from sysdag.engine.replay import accumulate_gradients
 from sysdag.engine.step import SystemModel
-from sysdag.objectives.candidates import Exhaustive
 from sysdag.objectives.options import EngineOptions, ObjectiveOptions
+from sysdag.objectives.strategies import Exhaustive
 
 TABLES = {"route": ROUTES, "solve": SOLUTIONS, "outline": OUTLINES, "write": CODES, "report": REPORTS}
 ENGINES = [{"engine": "one_pass"}, {"engine": "two_pass", "micro_batch_tokens": 1}, {"engine": "two_pass"}]

@@ -17,7 +17,7 @@ from sysdag.components import CausalLM, Tabular
 from sysdag.data import encode_pairs, validate_rows
 from sysdag.execution.execute import node_inputs
 from sysdag.execution.likelihood import log_probs
-from sysdag.objectives.candidates import MonteCarlo
+from sysdag.objectives.strategies import MonteCarlo
 
 FAST = [each for each in FAMILIES if each.tokenizer.is_fast]
 ATTACKS = ("say {}now", "{}", "two words{0}{0}\n", "it is {} 5.")

@@ -29,9 +29,10 @@ from sysdag.engine.scoring import score
 from sysdag.errors import PlanError, SerializationError
 from sysdag.files.atomic import replacing_file
 from sysdag.graph.plan import Plan
-from sysdag.objectives.candidates import CandidateStrategy, Exhaustive
+from sysdag.objectives.candidates import CandidateStrategy
 from sysdag.objectives.comparison import Comparison, Term
 from sysdag.objectives.options import ObjectiveOptions
+from sysdag.objectives.strategies import Exhaustive
 from sysdag.saving.serialization import system_to_dict
 
 logger = logging.getLogger(__name__)

@@ -13,15 +13,7 @@ if TYPE_CHECKING:
         effective_sample_size,
         responsibilities,
     )
-    from sysdag.objectives.candidates import (
-        Candidates,
-        CandidateStrategy,
-        DiverseBeamSearch,
-        Exhaustive,
-        ImportanceSampling,
-        MonteCarlo,
-        distinct_ngrams,
-    )
+    from sysdag.objectives.candidates import Candidates, CandidateStrategy, distinct_ngrams
     from sysdag.objectives.losses import (
         PairScores,
         aot_loss,
@@ -46,6 +38,7 @@ if TYPE_CHECKING:
     )
     from sysdag.objectives.options import EngineOptions, NodeOptions, ObjectiveOptions, ReferenceOptions
     from sysdag.objectives.own_losses import register_loss
+    from sysdag.objectives.strategies import DiverseBeamSearch, Exhaustive, ImportanceSampling, MonteCarlo
     from sysdag.objectives.unpaired_losses import RunScores, apo_zero_unpaired_loss, bco_loss, kto_loss, run_losses
 
 __all__ = [
@@ -100,15 +93,7 @@ __getattr__ = exports(
             "effective_sample_size",
             "responsibilities",
         ],
-        "candidates": [
-            "CandidateStrategy",
-            "Candidates",
-            "DiverseBeamSearch",
-            "Exhaustive",
-            "ImportanceSampling",
-            "MonteCarlo",
-            "distinct_ngrams",
-        ],
+        "candidates": ["CandidateStrategy", "Candidates", "distinct_ngrams"],
         "losses": [
             "PairScores",
             "aot_loss",
@@ -133,6 +118,7 @@ __getattr__ = exports(
         ],
         "options": ["EngineOptions", "NodeOptions", "ObjectiveOptions", "ReferenceOptions"],
         "own_losses": ["register_loss"],
+        "strategies": ["DiverseBeamSearch", "Exhaustive", "ImportanceSampling", "MonteCarlo"],
         "unpaired_losses": ["RunScores", "apo_zero_unpaired_loss", "bco_loss", "kto_loss", "run_losses"],
     },
 )

@@ -14,9 +14,10 @@ from sysdag.components.component import Component
 from sysdag.data.preferences import Feedback, UnpairedRun
 from sysdag.errors import DataError, PlanError
 from sysdag.graph.plan import Plan
-from sysdag.objectives.candidates import CandidateStrategy, Exhaustive, ImportanceSampling
+from sysdag.objectives.candidates import CandidateStrategy
 from sysdag.objectives.losses import KINDS, PairScores
 from sysdag.objectives.options import ObjectiveOptions
+from sysdag.objectives.strategies import Exhaustive, ImportanceSampling
 from sysdag.objectives.unpaired_losses import UNPAIRED_LOSSES, RunScores, split_sides, zero_point
 
 logger = logging.getLogger(__name__)

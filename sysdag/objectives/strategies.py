@@ -1,113 +1,200 @@
-"""Candidate strategies as configuration files name them: `{strategy: diverse_beam_search, num_candidates: 4}`.
-
-A strategy of one's own is named by its import path, `package.module:Class` or `FILE.py:Class`.
-"""
+"""The strategies that candidates are found by: diverse beam search, runs of the latents, weighted runs, all values."""
 
 from __future__ import annotations
 
-import difflib
-import inspect
-from collections.abc import Mapping
-from dataclasses import MISSING, fields, is_dataclass
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
-from sysdag.errors import LoadingError, PlanError
-from sysdag.graph.import_path import function_path
-from sysdag.objectives.candidates import (
-    CandidateStrategy,
-    DiverseBeamSearch,
-    Exhaustive,
-    ImportanceSampling,
-    MonteCarlo,
-)
-from sysdag.saving.loading import load_function
+import torch
 
-STRATEGIES: dict[str, type[CandidateStrategy]] = {
-    "diverse_beam_search": DiverseBeamSearch,
-    "monte_carlo": MonteCarlo,
-    "importance_sampling": ImportanceSampling,
-    "exhaustive": Exhaustive,
-}
+from sysdag.components.decoding import check_truncation
+from sysdag.components.random_streams import seed_of
+from sysdag.errors import PlanError
+from sysdag.execution.execute import at_work, fill, flat_draws, naming, node_inputs
+from sysdag.graph.plan import Plan
+from sysdag.objectives.candidates import SEED_COLUMN, Candidates, CandidateStrategy, with_values
+from sysdag.traces.cells import Draw
+from sysdag.traces.trace import Trace
 
 
-def strategy_from(options: Any) -> CandidateStrategy:
-    """The strategy that a configuration describes.
+@dataclass(frozen=True, kw_only=True)
+class DiverseBeamSearch(CandidateStrategy):
+    """Diverse beam search with one beam a group (Vijayakumar et al. 2016, arXiv 1610.02424).
+
+    The first latent gets `num_candidates` values; each later one extends every path by as many values as are needed to
+    reach that number. Deterministic given the weights.
 
     Args:
-        options: a name of `STRATEGIES` or the import path of a class, or a dict of `strategy` and its options.
-
-    Raises:
-        PlanError: for an unknown strategy or option (the nearest known one is named), a value of another type, or an
-            import path at which no strategy stands.
+        num_candidates: k; the paper uses 2 to 4.
+        diversity_penalty: subtracted from a token's log-probability for each earlier group that chose it at this step,
+            in nats. The paper uses 20, which drives later groups so far from the first that one candidate has all the
+            responsibility on a real language model; 1 keeps them within its reach (`python -m bench diversity`).
+        ngram_size: n counts n-grams that earlier groups already contain; 1 counts tokens chosen at this step (Hamming
+            diversity, the paper's).
     """
-    given = {"strategy": options} if isinstance(options, str) else options
-    if not isinstance(given, Mapping) or not isinstance(given.get("strategy"), str):
-        raise PlanError(
-            f"candidates must be the name of a strategy, or a mapping with the key 'strategy'; got {options!r}. The "
-            f"strategies are {sorted(STRATEGIES)}."
-        )
-    name = given["strategy"]
-    kind = _strategy_class(name)
-    defaults = {field.name: field.default for field in fields(kind)}
-    chosen: dict[str, Any] = {str(option): value for option, value in given.items() if option != "strategy"}
-    for option, value in chosen.items():
-        if option not in defaults:
+
+    diversity_penalty: float = 1.0
+    ngram_size: int = 2
+
+    def paths(self, plan: Plan, rows: Trace, latents: Sequence[str], generator: torch.Generator | None) -> Candidates:
+        prompt = list(range(len(rows)))
+        for name in latents:
+            _refuse_plate(plan, name, self)
+            fewest = min((prompt.count(p) for p in set(prompt)), default=1)
+            elements = node_inputs(plan, fill(plan, rows), name)
+            wanted = math.ceil(self.num_candidates / fewest)
+            found: list[list[Draw]] = []
+            if elements.values:
+                with naming(name, [prompt[row] for row in elements.rows]):
+                    component = at_work(plan, name)
+                    found = component.search(elements.values, wanted, self.diversity_penalty, self.ngram_size)
+            rows, parents = with_values(rows, name, elements.skipped, found)
+            prompt = [prompt[parent] for parent in parents]
+        return _distinct(plan, Candidates(rows, tuple(prompt)), latents, self.num_candidates)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MonteCarlo(CandidateStrategy):
+    """`num_candidates` runs of the latent nodes for each prompt.
+
+    As in the paper, the joint probabilities of the distinct ones are summed as they are: a lower bound on p(z|x).
+
+    Args:
+        temperature, top_p, top_k: of sampling; by default the components' own, each of them. top_k=0 is all tokens.
+        distinct: keep repeated paths once. With False each counts, and the sum is no bound.
+    """
+
+    num_candidates: int = 4
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    distinct: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_truncation(type(self).__name__, self.temperature, self.top_p, self.top_k)
+
+    @property
+    def is_lower_bound(self) -> bool:
+        return self.distinct
+
+    def paths(self, plan: Plan, rows: Trace, latents: Sequence[str], generator: torch.Generator | None) -> Candidates:
+        prompt = [row for row in range(len(rows)) for _ in range(self.num_candidates)]
+        seeds = [seed_of(seed, number) for seed in rows.columns[SEED_COLUMN] for number in range(self.num_candidates)]
+        rows = rows.select(prompt)
+        log_proposal: list[float] | None = [0.0] * len(prompt)
+        for name in latents:
+            elements = node_inputs(plan, fill(plan, rows), name)
+            component: Any = at_work(plan, name)
+            options = {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
+            options = {option: value for option, value in options.items() if value is not None}
+            draw = component.propose if options else component.sample
+            seeded = component.generator_for(elements.seeds([seed_of(seed, name) for seed in seeds]))
+            with naming(name, [prompt[row] for row in elements.rows]):
+                draws = draw(elements.values, generator=seeded, **options) if elements.values else []
+            known = [each.log_prob for each in draws if each.log_prob is not None]
+            if log_proposal is None or len(known) < len(draws):  # a server's draws, which nothing here has scored
+                log_proposal = None
+            else:
+                for row, log_prob in zip(elements.rows, known, strict=True):
+                    log_proposal[row] += log_prob
+            rows = rows.updated({name: elements.cells(draws)})
+        found = Candidates(rows, tuple(prompt), None if log_proposal is None else tuple(log_proposal))
+        return _distinct(plan, found, latents, self.num_candidates) if self.distinct else found
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportanceSampling(MonteCarlo):
+    """`num_candidates` runs weighted by the inverse of the probability that they were drawn with.
+
+    log p(z|x) is estimated by logmeanexp [log p(y|x) - log q(y|x) + log p(z|x, y)]: exp of it is unbiased, whatever
+    the temperature, provided that q covers p (top_p < 1 and top_k do not). Repeated draws count each. Not in the paper.
+    """
+
+    distinct: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.distinct:
+            raise PlanError("ImportanceSampling needs every draw, repeated ones too; distinct must be False.")
+
+    def paths(self, plan: Plan, rows: Trace, latents: Sequence[str], generator: torch.Generator | None) -> Candidates:
+        found = super().paths(plan, rows, latents, generator)
+        if found.log_proposal is None:
+            unknown = [name for name in latents if any(d.log_prob is None for d in flat_draws(found.trace.cells[name]))]
             raise PlanError(
-                f"candidates: {name} has no option {option!r}{_nearest(option, defaults)}; it has {list(defaults)}."
+                f"ImportanceSampling: the draws of {unknown} have no log-probability, which weighs them. A server's "
+                "own are not taken, as they are of its rounding, and seldom of the distribution that it drew from: "
+                "Server(..., score_draws=True) computes them here; or use MonteCarlo, or decoder='local'."
             )
-        if not _fits(value, defaults[option]):
-            raise PlanError(f"candidates: {option} of {name} must be {_kind(defaults[option])}, got {value!r}.")
-    if missing := [option for option, default in defaults.items() if default is MISSING and option not in chosen]:
-        raise PlanError(f"candidates: {name} needs the options {missing}, which have no default.")
-    return kind(**chosen)
+        log_k = math.log(self.num_candidates)
+        return replace(found, log_weight=tuple(-log_q - log_k for log_q in found.log_proposal))
 
 
-def _strategy_class(name: str) -> type[CandidateStrategy]:
-    if name in STRATEGIES:
-        return STRATEGIES[name]
-    if ":" not in name:
+@dataclass(frozen=True, kw_only=True)
+class Exhaustive(CandidateStrategy):
+    """Every value of every latent node, where all of them draw from finitely many: exact.
+
+    `Categorical` and `Tabular` do; so does `Choice`, from the options that a row has.
+
+    Args:
+        num_candidates: most paths of one prompt; more are refused, before they are made, rather than left out.
+    """
+
+    num_candidates: int = 4096
+
+    def paths(self, plan: Plan, rows: Trace, latents: Sequence[str], generator: torch.Generator | None) -> Candidates:
+        prompt = list(range(len(rows)))
+        for name in latents:
+            _refuse_plate(plan, name, self)
+            component: Any = plan.system[name].component
+            elements = node_inputs(plan, fill(plan, rows), name)
+            with naming(name, [prompt[row] for row in elements.rows]):
+                counts = component.outcome_counts(elements.values)
+                if counts is None:
+                    raise PlanError(
+                        f"Exhaustive needs latents with finitely many values; node {name!r} is {component!r}. Use "
+                        "another strategy."
+                    )
+                paths = Counter(prompt[row] for row in elements.skipped)
+                for row, count in zip(elements.rows, counts, strict=True):
+                    paths[prompt[row]] += count
+                self._check_number(name, paths)
+                found = component.outcomes(elements.values)
+                rows, parents = with_values(rows, name, elements.skipped, found)
+                prompt = [prompt[parent] for parent in parents]
+        return Candidates(rows, tuple(prompt))
+
+    def _check_number(self, name: str, paths: Mapping[int, int]) -> None:
+        row, most = max(paths.items(), key=lambda item: item[1], default=(0, 0))
+        if most > self.num_candidates:
+            raise PlanError(
+                f"Exhaustive: node {name!r} makes {most} paths a prompt, more than num_candidates="
+                f"{self.num_candidates}, in row {row}. Raise it, or use another strategy."
+            )
+
+
+def _refuse_plate(plan: Plan, name: str, strategy: CandidateStrategy) -> None:
+    if plan.is_plate(name):
         raise PlanError(
-            f"candidates: unknown strategy {name!r}{_nearest(name, STRATEGIES)}; known: {list(STRATEGIES)}, or a "
-            "class of yours as package.module:Class."
+            f"Node {name!r} is a plate and latent; {type(strategy).__name__} searches single values. Use MonteCarlo."
         )
-    try:
-        found: Any = load_function(name)
-    except LoadingError as error:
-        raise PlanError(f"candidates: {error}") from error
-    if not isinstance(found, type) or not issubclass(found, CandidateStrategy):
-        raise PlanError(f"candidates: {name} is no subclass of sysdag.objectives.CandidateStrategy.")
-    if inspect.isabstract(found):
-        raise PlanError(f"candidates: {name} does not implement {sorted(found.__abstractmethods__)}.")
-    return found
 
 
-def strategy_options(strategy: CandidateStrategy) -> dict[str, Any]:
-    """What `strategy_from` makes an equal strategy from; one of another class has its import path."""
-    names = {kind: name for name, kind in STRATEGIES.items()}
-    own = fields(strategy) if is_dataclass(strategy) else ()
-    values = {field.name: getattr(strategy, field.name) for field in own}
-    plain = {name: v for name, v in values.items() if v is None or isinstance(v, (bool, int, float, str))}
-    return {
-        "strategy": names.get(type(strategy)) or function_path(type(strategy)) or type(strategy).__qualname__,
-        **plain,
-    }
-
-
-def _fits(value: Any, default: Any) -> bool:
-    if default is MISSING or not (default is None or isinstance(default, (bool, int, float))):
-        return default is MISSING or isinstance(value, type(default))
-    if isinstance(default, bool) or isinstance(value, bool):
-        return isinstance(default, bool) and isinstance(value, bool)
-    if default is None:
-        return value is None or isinstance(value, (int, float))
-    return isinstance(value, int if isinstance(default, int) else (int, float))
-
-
-def _kind(default: Any) -> str:
-    kinds = {bool: "true or false", int: "an integer", float: "a number"}
-    return "a number or null" if default is None else kinds.get(type(default), f"a {type(default).__name__}")
-
-
-def _nearest(name: str, known: Any) -> str:
-    close = difflib.get_close_matches(name, list(known), n=1)
-    return f" (did you mean {close[0]!r}?)" if close else ""
+def _distinct(plan: Plan, paths: Candidates, latents: Sequence[str], limit: int) -> Candidates:
+    """The first `limit` different paths of each prompt."""
+    seen: dict[int, set[Any]] = {}
+    kept = []
+    for row, prompt in enumerate(paths.prompt):
+        key = tuple(
+            tuple(plan.system[name].component.key(draw) for draw in flat_draws([paths.trace.cells[name][row]]))
+            for name in latents
+        )
+        found = seen.setdefault(prompt, set())
+        if key not in found and len(found) < limit:
+            found.add(key)
+            kept.append(row)
+    return paths.select(kept)

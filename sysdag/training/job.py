@@ -16,7 +16,7 @@ from sysdag.files.run_files import LOG_FILE, RUN_FILE, TRACE_FOLDER
 from sysdag.graph.plan import Plan
 from sysdag.graph.system import System
 from sysdag.objectives.loss_checks import check_losses
-from sysdag.objectives.strategies import strategy_options
+from sysdag.objectives.strategy_options import strategy_options
 from sysdag.saving.loading import load_system
 from sysdag.saving.serialization import load_weights
 from sysdag.traces.readers import read_all

@@ -28,7 +28,7 @@ from sysdag.files.encoding import encode_json
 from sysdag.graph.plan import Plan
 from sysdag.graph.system import System
 from sysdag.objectives.loss_checks import check_losses
-from sysdag.objectives.strategies import strategy_options
+from sysdag.objectives.strategy_options import strategy_options
 from sysdag.saving.loading import load_system
 from sysdag.traces.pairs import preference_row, write_pairs
 from sysdag.traces.readers import read_rows

@@ -26,7 +26,7 @@ from sysdag.errors import DataError, SerializationError
 from sysdag.execution.execute import sample
 from sysdag.files import atomic, run_files
 from sysdag.files.encoding import encode_value
-from sysdag.objectives.strategies import strategy_options
+from sysdag.objectives.strategy_options import strategy_options
 from sysdag.saving.serialization import system_to_dict
 from sysdag.training.resume import pairs_hash
 from sysdag.versions import installed_versions

@@ -21,7 +21,7 @@ from sysdag.errors import OptionError
 from sysdag.files.series_files import SWEEP_FILE, first_difference, read_series, write_series
 from sysdag.graph.system import System
 from sysdag.objectives.losses import LOSSES
-from sysdag.objectives.strategies import STRATEGIES
+from sysdag.objectives.strategy_options import STRATEGIES
 from sysdag.objectives.unpaired_losses import UNPAIRED_LOSSES
 from sysdag.saving.loading import load_system
 from sysdag.training.job import Interrupted, train

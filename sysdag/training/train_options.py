@@ -21,8 +21,9 @@ from transformers import HfArgumentParser, TrainingArguments
 from sysdag.errors import OptionError
 from sysdag.files.config_file import Setting, read_settings
 from sysdag.graph.system import System
-from sysdag.objectives.candidates import CandidateStrategy, DiverseBeamSearch
-from sysdag.objectives.strategies import STRATEGIES, strategy_from
+from sysdag.objectives.candidates import CandidateStrategy
+from sysdag.objectives.strategies import DiverseBeamSearch
+from sysdag.objectives.strategy_options import STRATEGIES, strategy_from
 from sysdag.traces.reshaping import rename_from
 from sysdag.traces.shapes import SHAPES
 from sysdag.training.config import ELSEWHERE, SysDPOConfig
