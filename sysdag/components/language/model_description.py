@@ -14,6 +14,7 @@ from sysdag.components import adapter_files
 from sysdag.components.adapter_support import check_config
 from sysdag.components.component import named_source
 from sysdag.components.language import model_source
+from sysdag.components.language.gguf_file import GgufFile
 from sysdag.components.precision import dtype_named
 from sysdag.components.saved_tokenizer import read_tokenizer
 from sysdag.errors import DataError, PlanError
@@ -72,6 +73,7 @@ class ModelDescription:
         self._model: Any = None
         self._config: Any = None
         self._tokenizer: Any = None
+        self._gguf: GgufFile | None = None
         self._generation_config: Any = None
         self.adapter: str | None = None
         self.adapter_off = False
@@ -171,9 +173,12 @@ class ModelDescription:
                 with reading(self.saved_folder):
                     try:
                         with reaching(self._tokenizer_source):
-                            self._tokenizer = read_tokenizer(self._tokenizer_source, as_saved=self.was_saved, **named)
+                            found = read_tokenizer(self._tokenizer_source, as_saved=self.was_saved, **named)
                     except (OSError, ValueError) as error:
                         raise OSError(f"{self!r}: its tokenizer cannot be loaded. {error}") from error
+                if "gguf_file" in named:
+                    self.gguf.fit_tokenizer(found, repr(self))
+                self._tokenizer = found
             else:
                 self._tokenizer = self._tokenizer_source
             with reading(self.saved_folder):
@@ -201,11 +206,25 @@ class ModelDescription:
                             found = AutoConfig.from_pretrained(self._source, **options)
                     except (OSError, ValueError) as error:
                         raise OSError(f"{self!r}: its config cannot be loaded. {error}") from error
+                if "gguf_file" in options:
+                    self.gguf.check_config(found, repr(self))
                 self._config = found
                 self._check_architecture(_dict_of(self._config))
             else:
                 self._config = self._source.config
         return self._config if self._model is None else self._model.config
+
+    @property
+    def gguf(self) -> GgufFile:
+        """What the file says that `gguf_file` names; see `sysdag.components.language.gguf_file`."""
+        if self._gguf is None:
+            from transformers.utils.hub import cached_file
+
+            options = {name: v for name, v in model_source.finding(self.model_kwargs).items() if name in OF_A_FILE}
+            path = cached_file(str(self._source), self.model_kwargs["gguf_file"], **options)
+            assert path is not None  # else cached_file raises
+            self._gguf = GgufFile.read(Path(path), repr(self))
+        return self._gguf
 
     @property
     def adapter_config(self) -> PeftConfig | None:

@@ -95,14 +95,16 @@ class PretrainedLM(ModelDescription):
         assert self.config is not None  # which refuses what is of another kind, before its weights are read
         options = {"trust_remote_code": False, **self.model_kwargs}
         options |= {"dtype": torch.float32} if self._trains_in_fp32 else {}
-        if self._is_saved_here:
-            options |= {"use_safetensors": True, "output_loading_info": True}
+        is_gguf = "gguf_file" in self.model_kwargs
+        options |= {"use_safetensors": True} if self._is_saved_here else {}
+        options |= {"output_loading_info": True} if self._is_saved_here or is_gguf else {}
         with reaching(self._source):
             loader, given = self.loader()
             model = loader.from_pretrained(self._source, **options, **given)
-        if self._is_saved_here:
+        if "output_loading_info" in options:
             model = complete(model, self._source)
-        if "gguf_file" in self.model_kwargs:
+        if is_gguf:
+            self.gguf.check_weights(model, repr(self))
             _forget_gguf(model)
         return model
 
