@@ -55,6 +55,17 @@ def test_a_refused_start_leaves_the_model_as_it_was_for_another_config():
     assert adapter.names(lm.module) == ["sysdag"]
 
 
+def test_dora_on_outputs_without_a_direction_is_refused_and_lora_is_not():
+    model = dense()
+    with torch.no_grad():
+        model.get_submodule("model.layers.0.self_attn.o_proj").weight[0] = 0
+    plain = scores(CausalLM(model, char_tokenizer()))
+    with pytest.raises(PlanError, match=r"layers\.0\.self_attn\.o_proj has outputs whose weights are all 0"):
+        CausalLM(model, char_tokenizer(), peft_config=LoraConfig(use_dora=True, **ATTENTION)).module
+    without = LoraConfig(use_dora=True, exclude_modules=r".*layers\.0\.self_attn\.o_proj", **ATTENTION)
+    assert torch.equal(scores(CausalLM(model, char_tokenizer(), peft_config=without)), plain)
+
+
 @pytest.mark.parametrize(
     ("first", "second", "message"),
     [

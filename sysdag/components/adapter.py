@@ -48,9 +48,19 @@ def attach(model: Any, config: PeftConfig, owner: str = "", *, new: bool = True)
     size = effect(layers_of(model), name) if new else 0
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     if size is not None and size > max(_ROUNDING, _UNITS * torch.finfo(dtype).eps):
+        zeros = _without_direction(model) if getattr(config, "use_dora", False) else None
         _drop(model, name)
-        raise PlanError(f"{owner}: {support.of_its_start(config)}")
+        raise PlanError(f"{owner}: {support.of_its_start(config) if zeros is None else support.of_zeros(zeros)}")
     return name
+
+
+def _without_direction(model: nn.Module) -> str | None:
+    """The first adapted layer whose weight has an output of zeros alone."""
+    for name, layer in model.named_modules():
+        weight = getattr(getattr(layer, "base_layer", None), "weight", None)
+        if weight is not None and hasattr(layer, "lora_magnitude_vector") and not weight.flatten(1).any(1).all():
+            return name
+    return None
 
 
 def _attach(model: Any, config: PeftConfig, owner: str) -> str:

@@ -87,10 +87,11 @@ def _of_layer(layer: Any, name: str) -> float | None:
 
 
 def _distance(one: Tensor, other: Tensor) -> float:
-    if torch.equal(one, other):
+    """The change over the size; infinite where there is none of something, or it is not a number any more."""
+    if torch.equal(one, other) or not other.isfinite().all():  # what the base itself has is not the adapter's
         return 0.0
     change, size = (one - other).float().norm(), other.float().norm()
-    return float(change / size) if size else math.inf
+    return float(change / size) if size and change.isfinite() else math.inf
 
 
 @contextlib.contextmanager

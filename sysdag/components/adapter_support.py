@@ -113,6 +113,15 @@ def of_its_start(config: Any) -> str:
     )
 
 
+def of_zeros(layer: str) -> str:
+    """What to say of DoRA on a layer that has outputs of zeros alone."""
+    return (
+        f"DoRA divides each output's weights by their length, and {layer} has outputs whose weights are all 0 (as in "
+        "layers that were added to a model, or pruned): peft makes nan of them. Leave such layers out "
+        "(exclude_modules), or set use_dora=False."
+    )
+
+
 def _of_its_own_forward(config: Any) -> str | None:
     from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
     from peft.tuners.tuners_utils import BaseTuner
