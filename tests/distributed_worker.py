@@ -7,6 +7,7 @@ import faulthandler
 import gc
 import os
 import sys
+from datetime import datetime
 from pathlib import Path
 from unittest import mock
 
@@ -23,6 +24,7 @@ from torch.distributed.fsdp import fully_shard
 from trained_systems import rows, single_run, two_llms
 
 from sysdag import DiverseBeamSearch, SysDPOConfig, SysDPOTrainer
+from sysdag.components import prompt_date
 from sysdag.data.encoding import encode_pairs, encode_rows
 from sysdag.data.preferences import mismatched
 from sysdag.engine.replay import accumulate_gradients
@@ -74,7 +76,9 @@ def train(
         runs = [single_run(row, "rejected" if i % 2 else "chosen") for i, row in enumerate(data)]
         data = mismatched(encode_rows(system.compile(), runs, objective))
     evaluated = data[:5] if unpaired else None
+    prompt_date.settle(datetime(2026, 1, 1 + int(os.environ.get("RANK", 0))))  # as processes around midnight
     trainer = SysDPOTrainer(system, args, candidates=candidates, train_dataset=data, eval_dataset=evaluated)
+    assert prompt_date.moment() == datetime(2026, 1, 1)
     seen = []
     compare = SystemModel.compare
 

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sysdag.components import adapter_weights
+from sysdag.components import adapter_weights, prompt_date
 from sysdag.components.component import Component
 from sysdag.data.preferences import Feedback
 from sysdag.engine.out_of_memory import Budget
@@ -37,6 +37,7 @@ from sysdag.saving.serialization import system_to_dict
 
 logger = logging.getLogger(__name__)
 FILE_NAME = "reference_scores.safetensors"
+_DATE = "the date that prompts tell"
 _LIMITS = ("max_length", "max_new_tokens")  # of a language model: where a prompt or completion is cut
 
 Compare = Callable[[Sequence[Feedback], Sequence[torch.Generator]], Comparison]
@@ -135,9 +136,11 @@ class ReferenceScores:
         """Raises a SerializationError that names what differs from what the scores are wanted for."""
         different = [n for n in {**expected, **self.fingerprint} if expected.get(n) != self.fingerprint.get(n)]
         if different:
+            before = self.fingerprint.get(_DATE)
+            keep = f", or set {prompt_date.VARIABLE}={before}" if before and _DATE in different else ""
             raise SerializationError(
                 f"{file} holds reference scores that were made from something else: {', '.join(different)} differ. "
-                "Delete the file to compute them anew, or choose another output_dir."
+                f"Delete the file to compute them anew, or choose another output_dir{keep}."
             )
 
 
@@ -193,6 +196,8 @@ def fingerprint(
         found["ld_alpha"] = str(options.ld_alpha)
     for row, n in zip(saved["nodes"], plan.system.nodes, strict=True):
         found[f"node {n.name!r}"] = _hash([row, _options(n.component)])
+    if (date := prompt_date.in_prompts()) is not None:
+        found[_DATE] = date[:10]
     return found | {f"the weights of {key!r}": weights_hash(reference) for key, reference in references.items()}
 
 

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from sysdag.components import prompt_date
 from sysdag.errors import PlanError
 from sysdag.execution.batches import load
 from sysdag.graph.plan import Plan
@@ -54,8 +55,8 @@ def pools(plan: Plan, sizes: Sequence[int], *, gpus_per_actor: float, device: st
     worker: Any = ray.remote(_Worker).options(
         num_cpus=0, num_gpus=gpus, scheduling_strategy="SPREAD", max_restarts=-1, max_task_retries=2
     )
-    threads = torch.get_num_threads()
-    handles = [[worker.remote(device, threads) for _ in range(size)] for size in sizes]
+    threads, date = torch.get_num_threads(), prompt_date.moment().isoformat()
+    handles = [[worker.remote(device, threads, date) for _ in range(size)] for size in sizes]
     actors: list[Any] = [actor for pool in handles for actor in pool]
     try:
         sent = [[ray.put(model)] for model in models]
@@ -81,7 +82,8 @@ def ask(router: Any, model: int, values: Sequence[Any], seeds: Sequence[int], na
 class _Worker:
     """An actor that holds one model."""
 
-    def __init__(self, device: str | None, threads: int) -> None:
+    def __init__(self, device: str | None, threads: int, date: str) -> None:
+        prompt_date.settle(date)  # the driver's, also where an actor starts again
         import torch
 
         torch.set_num_threads(threads)  # as in the process that asks: sums of floats depend on it

@@ -16,9 +16,11 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
+from sysdag.components import prompt_date
 from sysdag.components.language.engines.choice import LOCAL, kind_of
 from sysdag.errors import DataError
 from sysdag.execution.batches import Runs, Skipped
@@ -183,7 +185,8 @@ class TraceFile:
 
     def _write_side(self) -> None:
         skipped = {str(row): vars(each) for row, each in sorted(self.runs.skipped.items())}
-        facts = self._identity | {"skipped": skipped, "rows_sha256": row_hashes(self.runs)}
+        beside = {"skipped": skipped, "prompt_date": prompt_date.moment().isoformat()}
+        facts = self._identity | beside | {"rows_sha256": row_hashes(self.runs)}
         write_text(self.side_path, json.dumps(facts, indent=2) + "\n")
 
     def _check_alone(self, size: int) -> None:
@@ -198,6 +201,7 @@ class TraceFile:
         try:
             begun = json.loads(self.side_path.read_text(encoding="utf-8"))
             hashes = [str(each) for each in begun.pop("rows_sha256", ())]
+            date = datetime.fromisoformat(begun.pop("prompt_date", prompt_date.moment().isoformat()))
             begun.setdefault("decoder", dict.fromkeys(self._identity["decoder"], LOCAL))  # of a time without others
             skipped = {int(row): Skipped(**each) for row, each in begun.pop("skipped", {}).items()}
         except FileNotFoundError as error:
@@ -217,6 +221,7 @@ class TraceFile:
                 f"{self.path} was begun by another run and cannot be resumed: {difference}. Make them the same, "
                 "overwrite it (--overwrite), or write to another file."
             )
+        prompt_date.settle(date)
         return hashes, skipped
 
     def _compare_rows(self, begun: list[str], skipped: Mapping[int, Skipped], done: int) -> None:

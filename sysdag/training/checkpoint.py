@@ -19,6 +19,7 @@ from transformers import Trainer
 from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, rotate_checkpoints
 
+from sysdag.components import prompt_date
 from sysdag.components.footprint import bytes_of
 from sysdag.engine.distributed import gathered, wait_for_everyone
 from sysdag.engine.finite import check_gradients, gradient_norms
@@ -285,6 +286,8 @@ class CheckpointTrainer(Trainer):
         others = sorted(folder.glob("sysdag_state*.json"))
         checked = state or (read_state(others[0]) if others else None)
         self._steps.resume(None if checked is None else checked.get("means"))
+        if checked is not None and checked.get("prompt_date"):
+            prompt_date.settle(checked["prompt_date"])
         if self.args.check_resume:
             if checked is None:
                 raise SerializationError(

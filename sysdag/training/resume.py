@@ -20,6 +20,7 @@ from torch import nn
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from sysdag.components import prompt_date
 from sysdag.data.preferences import Feedback, UnpairedRun
 from sysdag.engine.step import SystemModel
 from sysdag.errors import SerializationError
@@ -199,6 +200,7 @@ def write_state(
         "engine": model.engine_state(),
         "candidates": kept,
         "means": dict(means),
+        "prompt_date": prompt_date.moment().isoformat(),
         "groups": None if model.groups is None else model.groups.state(),
         "shift": model.shift.state() if model.options.needs_shift else None,
         "files": {str(path.relative_to(folder).as_posix()): path.stat().st_size for path in listed} if folder else None,

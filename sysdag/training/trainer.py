@@ -15,11 +15,11 @@ import torch
 from torch import nn
 from transformers.trainer_callback import TrainerCallback
 
-from sysdag.components import acceleration, adapter_layers
+from sysdag.components import acceleration, adapter_layers, prompt_date
 from sysdag.components.precision import keep_fp32_copies
 from sysdag.data.encoding import encode_rows
 from sysdag.data.preferences import Feedback, PreferencePair, UnpairedRun
-from sysdag.engine.distributed import added_up, gathered
+from sysdag.engine.distributed import added_up, first_says, gathered
 from sysdag.engine.replay import accumulate_gradients
 from sysdag.engine.step import StepOutput, SystemModel
 from sysdag.errors import PlanError
@@ -94,6 +94,7 @@ class SysDPOTrainer(CheckpointTrainer):
         check_batches(args)
         check_unpaired(args)
         self.system = model
+        prompt_date.settle(first_says(prompt_date.moment().isoformat()))
         plan = model.compile()
         plan.check(args.objective_options().objective)
         check_losses(plan, args.objective_options())

@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from sysdag.components import prompt_date
 from sysdag.components.language.control_tokens import ControlTokens, Marks
 from sysdag.components.language.messages import REASONING, REFERENCES, ROLES, ChatPrompt, Message, checked
 from sysdag.errors import DataError, shown
@@ -153,10 +154,12 @@ class ChatTemplate:
         return self._control_tokens[1]
 
     def _rendered(self, prompt: ChatPrompt, **options: Any) -> Any:
+        options = {**prompt.chat_template_kwargs, **options}
+        source = self._source(prompt)
+        if prompt_date.told(source):
+            options["chat_template"] = prompt_date.dated(source)
         try:
-            return self.tokenizer.apply_chat_template(
-                list(prompt.messages), tools=prompt.tools, **prompt.chat_template_kwargs, **options
-            )
+            return self.tokenizer.apply_chat_template(list(prompt.messages), tools=prompt.tools, **options)
         except _refusals() as error:
             raise DataError(
                 f"{self.owner}: its chat template refuses the messages of the roles "

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from sysdag.components import prompt_date
 from sysdag.components.language.chat_template import ChatTemplate
 from sysdag.components.language.messages import ChatPrompt, Message, is_conversation
 from sysdag.components.language.text_prompts import spelled_in
@@ -100,7 +101,8 @@ class PromptEncoder:
                 without the turns that it can lose.
         """
         tokenizer = self.tokenizer
-        state = (len(tokenizer), tokenizer.chat_template, tokenizer.bos_token_id, tokenizer.eos_token_id)
+        template, date = tokenizer.chat_template, prompt_date.told(tokenizer.chat_template)
+        state = (len(tokenizer), template, tokenizer.bos_token_id, tokenizer.eos_token_id, date)
         if state != self._state:
             self._kept, self._state, self._around = {}, state, None
         found = []

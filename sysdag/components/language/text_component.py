@@ -8,7 +8,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from sysdag.components import rotary
+from sysdag.components import prompt_date, rotary
 from sysdag.components.component import Component, Takes
 from sysdag.components.input_reader import Argument
 from sysdag.components.language.chat_template import ChatTemplate, schemas
@@ -334,4 +334,5 @@ class TextComponent(Component):
     def reading(self) -> str:
         ends, options = self.lm.eos_token_ids, [schemas(self.tools), self.chat_template_kwargs]
         stop = [self.stop] if self.stop else []
-        return tokenizer_hash(self.tokenizer, [ends, *options, self.sanitize_control_tokens, *stop])
+        date = prompt_date.told(self.tokenizer.chat_template)
+        return tokenizer_hash(self.tokenizer, [ends, *options, self.sanitize_control_tokens, *stop, *date])
