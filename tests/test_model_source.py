@@ -2,11 +2,14 @@
 
 import importlib.util
 import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from tiny import ALPHABET, char_tokenizer, llama
 from transformers import (
     AutoModelForCausalLM,
@@ -21,7 +24,7 @@ from transformers import (
 )
 
 from sysdag import DataError, Input, PlanError, SerializationError, System, node
-from sysdag.components import CausalLM
+from sysdag.components import BiEncoder, Categorical, CausalLM, CrossEncoder, Seq2Seq
 from sysdag.components.language import model_source
 
 LORA = {"r": 2, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
@@ -259,6 +262,7 @@ def test_options_of_a_repository_find_tokenizer_and_config_too(base, monkeypatch
     component.module, component.tokenizer
     untrusted = {"trust_remote_code": False}  # said, since transformers asks at a terminal where nothing is
     assert asked[AutoTokenizer] == {"revision": "abc", **untrusted}
+    asked[AutoModelForCausalLM].pop("output_loading_info")
     assert asked[AutoModelForCausalLM] == {"revision": "abc", "dtype": torch.bfloat16, **untrusted}
 
 
@@ -357,6 +361,38 @@ def test_tokens_beyond_the_embeddings_name_the_row_the_token_and_the_size(base):
     assert error.value.element == 2
     component.module.resize_token_embeddings(len(tokenizer))
     assert component.prompt_ids(["xy"]) == [[45]]
+
+
+def bert(kind):
+    sizes = dict.fromkeys(("hidden_size", "intermediate_size"), 8) | {"num_hidden_layers": 1, "num_attention_heads": 2}
+    return getattr(transformers, kind)(transformers.BertConfig(vocab_size=60, **sizes))
+
+
+def t5():
+    sizes = {"vocab_size": 60, "d_model": 8, "d_ff": 8, "d_kv": 4, "num_layers": 1, "num_heads": 2}
+    return transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes, decoder_start_token_id=0))
+
+
+CUT = {  # what is saved, what loads it, and a weight that is taken out
+    "CausalLM": (lambda: llama(0, 60), lambda folder: CausalLM(folder), "layers.0.mlp.up_proj"),
+    "Seq2Seq": (t5, lambda folder: Seq2Seq(folder), "decoder.block.0.layer.2"),
+    "BiEncoder": (lambda: bert("BertModel"), lambda folder: BiEncoder(folder), "attention.self.query"),
+    "CrossEncoder": (lambda: bert("BertModel"), lambda folder: CrossEncoder(folder), "attention.self.query"),
+    "Categorical": (lambda: bert("BertModel"), lambda folder: Categorical(["a", "b"], folder), "attention.self.query"),
+}
+
+
+@pytest.mark.parametrize("kind", CUT)
+def test_a_weight_that_a_checkpoint_lacks_is_not_drawn_at_random(tmp_path, kind):
+    build, component, name = CUT[kind]
+    build().save_pretrained(tmp_path)
+    char_tokenizer().save_pretrained(tmp_path)
+    assert component(tmp_path).module is not None
+    file = tmp_path / "model.safetensors"
+    kept = {key: tensor for key, tensor in load_file(file).items() if name not in key}
+    save_file(kept, file, metadata={"format": "pt"})
+    with pytest.raises(PlanError, match=rf"has no weight '.*{re.escape(name)}"):
+        component(tmp_path).module
 
 
 # GGUF

@@ -3,6 +3,7 @@
 import copy
 import functools
 import json
+import re
 import shutil
 
 import diffusers
@@ -11,6 +12,7 @@ import torch
 import transformers
 from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, UNet2DConditionModel
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from tiny_diffusion import (
     HOOKED,
     LORA,
@@ -37,7 +39,7 @@ from tiny_diffusion import (
 )
 from transformers import CLIPTextModel
 
-from sysdag.errors import PlanError, SerializationError
+from sysdag.errors import PlanError, SerializationError, SysdagError
 
 SAVED = {
     "text": (lambda: from_text(vae=autoencoder(), guidance_scale=2.0), ["dark", "a light circle"]),
@@ -225,6 +227,20 @@ def test_a_folder_that_is_no_pipeline_is_named(tmp_path):
     (tmp_path / "unet" / "config.json").write_text('{"_class_name": "UNet2DModel"}')
     with pytest.raises(PlanError, match=r"is no pipeline folder: expected .*scheduler/.*found \['unet'\]"):
         Diffusion(tmp_path).module
+
+
+@pytest.mark.parametrize("part", ["unet", "text_encoder", "vae"])
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_weight_that_a_part_lacks_is_not_drawn_at_random(tmp_path, part, whole):
+    from_text(vae=autoencoder()).save_pretrained(tmp_path)
+    if not whole:
+        (tmp_path / "model_index.json").unlink()
+    [file] = (tmp_path / part).glob("*.safetensors")
+    weights = load_file(file)
+    lacking = sorted(name for name in weights if name.endswith(".weight"))[0]
+    save_file({name: tensor for name, tensor in weights.items() if name != lacking}, file, metadata={"format": "pt"})
+    with pytest.raises(SysdagError, match=rf"weight '{re.escape(lacking)}'"):
+        Diffusion(tmp_path, num_inference_steps=4, guidance_scale=1.0).module
 
 
 def test_pickled_weights_are_not_read(tmp_path):

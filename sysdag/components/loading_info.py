@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from sysdag.errors import SerializationError
+from sysdag.errors import PlanError, SerializationError
 from sysdag.files.saved_files import safetensors_shapes
 
 
@@ -32,6 +33,35 @@ def complete(loaded: Any, folder: str | Path) -> Any:
         if found:
             raise SerializationError(f"{folder}: the weight {found[0]!r} {what} (of {len(found)} like it).")
     return model
+
+
+def without_new(loaded: Any, owner: str, may_be_new: Callable[[Any, str], bool]) -> Any:
+    """The model of another's checkpoint, none of whose parameters a library has drawn at random for want of it.
+
+    What the checkpoint has beside them, as a head of another kind, is left out; buffers begin as their class says.
+
+    Args:
+        loaded: as in `complete`.
+        owner: whose model it is, for the message.
+        may_be_new: by the model and a parameter's name, whether it is one that no checkpoint need have.
+
+    Raises:
+        PlanError: naming the first parameter that is missing.
+    """
+    model, info = loaded
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    missing = sorted(each for each in parameters.intersection(info["missing_keys"]) if not may_be_new(model, each))
+    if missing:
+        raise PlanError(
+            f"{owner}: its checkpoint has no weight {missing[0]!r} (of {len(missing)} like it), which transformers "
+            f"then draws at random. Give a whole checkpoint of a {type(model).__name__}."
+        )
+    return model
+
+
+def is_of_head(model: Any, name: str) -> bool:
+    """Whether a parameter is of the head on a base model of transformers, or of the pooler under it."""
+    return not name.startswith(f"{model.base_model_prefix}.") or "pooler" in name
 
 
 def check_read(model: nn.Module, folder: Path) -> None:

@@ -22,7 +22,7 @@ from torch import nn
 
 from sysdag.components import adapter as adapters
 from sysdag.components import adapter_files, adapter_weights
-from sysdag.components.loading_info import complete
+from sysdag.components.loading_info import complete, without_new
 from sysdag.components.precision import dtype_named
 from sysdag.errors import PlanError, SerializationError, shown
 from sysdag.files.hub import reaching
@@ -167,9 +167,12 @@ def load_part(
         options["trust_remote_code"] = False
     check_kind(name, made)
     with reaching(source):
-        if not (issubclass(made, nn.Module) and recorded):  # what `save_parts` wrote says in which dtype
+        if not issubclass(made, nn.Module):
             return made.from_pretrained(source, **options)
-        return complete(made.from_pretrained(source, output_loading_info=True, **options), Path(source) / name)
+        loaded = made.from_pretrained(source, output_loading_info=True, **options)
+    if recorded:  # what `save_parts` wrote says in which dtype
+        return complete(loaded, Path(source) / name)
+    return without_new(loaded, f"Part {name!r} of {str(source)!r}", lambda model, weight: False)
 
 
 def save_parts(parts: Mapping[str, Any], folder: Path) -> dict[str, dict[str, Any]]:

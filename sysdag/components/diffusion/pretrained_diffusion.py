@@ -91,8 +91,8 @@ class PretrainedDiffusion(Component):
             if isinstance(whole, (str, Path)):
                 options["adapter_folder"] = self._adapter_folder or Path(whole) / pipeline_folder.ADAPTER
                 whole = whole_folder.load(whole, given, **self._loading)
-                if self.saved_folder is not None and self._saved_here:
-                    whole_folder.check_read(whole, Path(self._source))
+                if Path(self._source).is_dir():
+                    whole_folder.check_read(whole, Path(self._source), given)
         return Pipeline.of_whole(whole, **options)
 
     def _loaded_parts(self) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from sysdag.components.component import named_source
 from sysdag.components.discrete.values import Discrete
 from sysdag.components.footprint import Footprint, bytes_of
-from sysdag.components.loading_info import complete
+from sysdag.components.loading_info import complete, is_of_head, without_new
 from sysdag.components.precision import optimizer_bytes, widened
 from sysdag.components.saved_tokenizer import read_tokenizer
 from sysdag.components.text_batches import by_text
@@ -93,14 +93,15 @@ class Categorical(Discrete):
         from transformers import AutoModelForSequenceClassification
 
         options: dict[str, Any] = {"num_labels": len(self.values), "trust_remote_code": self._trusts}
-        if self.saved_folder is not None:
-            options |= {"use_safetensors": True, "output_loading_info": True}
+        options |= {"output_loading_info": True} | ({} if self.saved_folder is None else {"use_safetensors": True})
         try:
             with reaching(self._source):
                 loaded = AutoModelForSequenceClassification.from_pretrained(self._source, **options)
         except (OSError, ValueError) as error:
             raise OSError(f"{self!r}: the model {str(self._source)!r} cannot be loaded. {error}") from error
-        return loaded if self.saved_folder is None else complete(loaded, self._source)
+        if self.saved_folder is None:
+            return without_new(loaded, repr(self), is_of_head)
+        return complete(loaded, self._source)
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase | None:

@@ -19,7 +19,7 @@ from torch import nn
 from sysdag.components import adapter, adapter_files, adapter_layers, adapter_weights
 from sysdag.components.language import model_source
 from sysdag.components.language.model_description import ModelDescription, num_embeddings_of
-from sysdag.components.loading_info import complete
+from sysdag.components.loading_info import complete, without_new
 from sysdag.errors import PlanError, SerializationError
 from sysdag.files.atomic import beside
 from sysdag.files.hub import reaching
@@ -97,16 +97,22 @@ class PretrainedLM(ModelDescription):
         options |= {"dtype": torch.float32} if self._trains_in_fp32 else {}
         is_gguf = "gguf_file" in self.model_kwargs
         options |= {"use_safetensors": True} if self._is_saved_here else {}
-        options |= {"output_loading_info": True} if self._is_saved_here or is_gguf else {}
+        options["output_loading_info"] = True
         with reaching(self._source):
             loader, given = self.loader()
             model = loader.from_pretrained(self._source, **options, **given)
-        if "output_loading_info" in options:
+        if self._is_saved_here:
             model = complete(model, self._source)
+        else:
+            model = without_new(model, repr(self), self._may_be_new)
         if is_gguf:
             self.gguf.check_weights(model, repr(self))
             _forget_gguf(model)
         return model
+
+    def _may_be_new(self, model: Any, name: str) -> bool:
+        """Whether a parameter may begin at random, as that of a new head."""
+        return False
 
     @property
     def _is_saved_here(self) -> bool:

@@ -11,6 +11,7 @@ from sysdag.components import rotary
 from sysdag.components.language.model_description import OF_A_FILE
 from sysdag.components.language.model_source import finding
 from sysdag.components.language.pretrained import PretrainedLM
+from sysdag.components.loading_info import is_of_head
 from sysdag.errors import PlanError
 from sysdag.files.hub import reaching
 
@@ -56,6 +57,9 @@ class EncoderModel(_Pretrained):
             found = cached_file(str(source), name, _raise_exceptions_for_missing_entries=False, **options)
         return None if found is None else Path(found)
 
+    def _may_be_new(self, model: Any, name: str) -> bool:
+        return "pooler" in name  # which is not asked: vectors are pooled of all tokens' own
+
     def _check_architecture(self, config: Mapping[str, Any]) -> None:
         if config.get("is_encoder_decoder") and not self._has_encoder(config):
             raise PlanError(
@@ -96,6 +100,9 @@ class PairClassifier(_Pretrained):
         """Whether the checkpoint is of a model without a head for classifying."""
         made_for = config.get("architectures") or []
         return self.is_named and not any(name.endswith("ForSequenceClassification") for name in made_for)
+
+    def _may_be_new(self, model: Any, name: str) -> bool:
+        return self._wants_head(self.config.to_dict()) and is_of_head(model, name)
 
     @classmethod
     def auto_class(cls) -> Any:
