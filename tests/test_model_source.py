@@ -395,6 +395,20 @@ def test_a_weight_that_a_checkpoint_lacks_is_not_drawn_at_random(tmp_path, kind)
         component(tmp_path).module
 
 
+@pytest.mark.parametrize("adapted", [True, False])
+def test_a_compiled_model_trains_and_is_saved_as_the_one_inside(tmp_path, caplog, adapted):
+    model, tokenizer = llama(0), char_tokenizer()
+    options = {"peft_config": LoraConfig(**LORA)} if adapted else {}
+    component = CausalLM(torch.compile(model, backend="eager"), tokenizer, **options)
+    randomised(component.module)
+    assert "taken out of torch.compile" in caplog.text
+    saved = component.save_pretrained(tmp_path)
+    again = CausalLM.from_pretrained(tmp_path, json.loads(json.dumps(saved)))
+    assert own_score(again) == pytest.approx(own_score(component), abs=1e-5)
+    read = PeftModel.from_pretrained(llama(0), tmp_path) if adapted else AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert scores(read, component) == pytest.approx(own_score(component), abs=1e-4)
+
+
 # GGUF
 
 

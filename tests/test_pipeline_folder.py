@@ -243,6 +243,24 @@ def test_a_weight_that_a_part_lacks_is_not_drawn_at_random(tmp_path, part, whole
         Diffusion(tmp_path, num_inference_steps=4, guidance_scale=1.0).module
 
 
+@pytest.mark.parametrize("lora", [LoraConfig(**LORA), None], ids=["lora", "full"])
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_compiled_model_is_saved_as_the_one_inside(tmp_path, whole, lora):
+    from_text(vae=autoencoder()).save_pretrained(tmp_path)
+    if whole:
+        pipe = diffusers.DiffusionPipeline.from_pretrained(tmp_path, use_safetensors=True)
+        pipe.unet, pipe.vae = (torch.compile(part, backend="eager") for part in (pipe.unet, pipe.vae))
+        component = Diffusion(pipe, peft_config=lora)
+    else:
+        unet = torch.compile(text_unet(), backend="eager")
+        component = Diffusion(unet, scheduler=scheduler_of("epsilon"), peft_config=lora)
+    drift(component.module)
+    kept = component.save_pretrained(tmp_path / "saved")
+    assert_same_tensors(Diffusion.from_pretrained(tmp_path / "saved", kept).module, component.module)
+    for file in (tmp_path / "saved").rglob("*.safetensors"):
+        assert not [name for name in load_file(file) if "_orig_mod" in name]
+
+
 def test_pickled_weights_are_not_read(tmp_path):
     component = Diffusion(plain_unet(), scheduler=scheduler_of("epsilon"))
     options = component.save_pretrained(tmp_path)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
+
+logger = logging.getLogger(__name__)
 
 
 def enable_checkpointing(module: nn.Module, options: dict[str, Any], **others: Any) -> bool:
@@ -35,6 +38,21 @@ def _models(module: nn.Module) -> Iterator[Any]:
         return
     for child in module.children():
         yield from _models(child)
+
+
+def uncompiled(model: Any) -> Any:
+    """The model that `torch.compile` was given, of its wrapper; anything else as it is.
+
+    The wrapper changes the names of the weights, so that no library would read what is saved of it.
+    """
+    inner = getattr(model, "_orig_mod", None)
+    if not isinstance(inner, nn.Module):
+        return model
+    logger.warning(
+        "The %s is taken out of torch.compile. A training compiles its models by itself: "
+        "SysDPOConfig(torch_compile=True).", type(inner).__name__,
+    )  # fmt: skip
+    return inner
 
 
 def compile_blocks(module: nn.Module, options: dict[str, Any]) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from sysdag.components import adapter as adapters
 from sysdag.components import adapter_files, adapter_layers, precision
+from sysdag.components.acceleration import uncompiled
 from sysdag.components.component import evaluating
 from sysdag.components.diffusion import autoencoder, pipeline_folder, rows
 from sysdag.components.diffusion.lora_targets import with_targets
@@ -103,6 +104,9 @@ class Pipeline:
         Raises:
             PlanError: as `load`.
         """
+        for name, part in whole.components.items():
+            if (inner := uncompiled(part)) is not part:
+                setattr(whole, name, inner)
         parts = {name: part for name, part in whole.components.items() if part is not None}
         made = cls(parts, trains_text_encoder=trains_text_encoder, whole=whole)
         return made._readied(peft_config, adapter_folder)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Self
 from torch import nn
 
 from sysdag.components import adapter_files, adapter_weights
+from sysdag.components.acceleration import uncompiled
 from sysdag.components.component import Component, named_source
 from sysdag.components.diffusion import component_folder, pipeline_folder, watching, whole_folder
 from sysdag.components.diffusion.conditioning import Hook
@@ -44,8 +45,8 @@ class PretrainedDiffusion(Component):
         condition: Hook | None,
         train_text_encoder: bool,
     ) -> None:
-        self._source: Any = source
-        self._given = dict(given)
+        self._source: Any = uncompiled(source)
+        self._given = {name: uncompiled(part) for name, part in given.items()}
         self._loading: dict[str, Any] = dict(loading)
         self._peft_config = peft_config
         self.condition = condition

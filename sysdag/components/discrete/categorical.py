@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from sysdag.components.acceleration import uncompiled
 from sysdag.components.component import named_source
 from sysdag.components.discrete.values import Discrete
 from sysdag.components.footprint import Footprint, bytes_of
@@ -61,7 +62,7 @@ class Categorical(Discrete):
         if len(options) < 2 or len(set(options)) < len(options):
             raise PlanError(f"Categorical needs at least 2 different options, got {list(options)}.")
         self.values = tuple(options)
-        self._source = model
+        self._source = uncompiled(model)
         self._tokenizer_source = model if tokenizer is None and isinstance(model, (str, Path)) else tokenizer
         self._tokenizer: Any = None
         self._module: Any = None

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from sysdag.components import adapter_files
+from sysdag.components.acceleration import uncompiled
 from sysdag.components.adapter_support import check_config
 from sysdag.components.component import named_source
 from sysdag.components.language import model_source
@@ -56,6 +57,7 @@ class ModelDescription:
     ) -> None:
         if not isinstance(model, (str, Path)) and tokenizer is None:
             raise PlanError(f"{self.kind}(model) was given a loaded model; pass its {self.reader} too.")
+        model = uncompiled(model)
         self._given = str(model) if isinstance(model, (str, Path)) else type(model).__name__
         self._source: Any = model
         self._tokenizer_source: Any = model if tokenizer is None else tokenizer
