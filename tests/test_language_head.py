@@ -115,9 +115,17 @@ def unusual_scale():
     return model
 
 
+def hooked(method):
+    model = llama()
+    getattr(model.lm_head, method)(lambda module, given, *output: output[0] * 0.5 if output else (given[0] * 0.5,))
+    return model
+
+
 @pytest.mark.parametrize(
     ("model", "reason"),
     [
+        (lambda: hooked("register_forward_hook"), "not its output embedding applied to the last hidden state"),
+        (lambda: hooked("register_forward_pre_hook"), "not its output embedding applied to the last hidden state"),
         (unusual_scale, "not its output embedding applied to the last hidden state"),
         (lambda: lora(llama(), "q_proj", "lm_head"), "not a plain nn.Linear"),
     ],

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.nn import functional
 
 from sysdag.ops import linear_logprob
 
@@ -43,7 +44,8 @@ class LinearHead:
         return own if self.offset is None else self.offset if own is None else own + self.offset
 
     def logits(self, hidden: Tensor) -> Tensor:
-        logits = self.linear(hidden).float() * self.scale
+        """Of the weight itself, as `linear_logprob` takes it: hooks of the layer do not run, so that a check tells."""
+        logits = functional.linear(hidden, self.linear.weight, self.linear.bias).float() * self.scale
         logits = logits if self.offset is None else logits + self.offset
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
