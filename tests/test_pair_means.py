@@ -15,9 +15,11 @@ def trainer_of(folder, **options):
     return SysDPOTrainer(judged(), SysDPOConfig(**(defaults | options)), **datasets)
 
 
+@pytest.mark.parametrize("drops", [False, True])
 @pytest.mark.parametrize("batch", [1, 2, 3, 4, 5, 8])
-def test_an_evaluation_is_the_mean_over_pairs_at_every_batch_size(tmp_path, batch):
-    trainer = trainer_of(tmp_path, eval_dataset=rows(), per_device_eval_batch_size=batch)
+def test_an_evaluation_is_the_mean_over_all_pairs_at_every_batch_size(tmp_path, batch, drops):
+    options = {"per_device_eval_batch_size": batch, "dataloader_drop_last": drops}
+    trainer = trainer_of(tmp_path, eval_dataset=rows(), **options)
     learn(trainer.system)
     found = trainer.evaluate()
     for name, value in expected().items():

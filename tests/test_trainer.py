@@ -236,6 +236,7 @@ def test_mistakes_in_the_configuration_are_named(tmp_path):
             0.1,
             "label_smoothing_factor=0.1 has no use here: .* label_smoothing is of preferences",
         ),
+        ("bf16_full_eval", True, "bf16_full_eval=True has no use here: an evaluation would round the weights"),
         ("neftune_noise_alpha", 5.0, "neftune_noise_alpha=5.0 has no use here"),
         ("torch_empty_cache_steps", 2, "torch_empty_cache_steps=2 has no use here"),
         ("train_sampling_strategy", "group_by_length", "train_sampling_strategy='group_by_length' has no use here"),

@@ -220,7 +220,10 @@ class SysDPOConfig(TrainingArguments):
 
 
 # Values of options that TrainingArguments has and that would have no effect on a system, or another one.
+_FULL_EVAL = "an evaluation would round the weights that train, for good; bf16=True computes in bf16 and keeps them"
 _SERVED: dict[str, tuple[tuple[Any, ...], str]] = {
+    "bf16_full_eval": ((False,), _FULL_EVAL),
+    "fp16_full_eval": ((False,), _FULL_EVAL),
     "label_smoothing_factor": ((0.0,), "it is of a classifier's labels; label_smoothing is of preferences"),
     "neftune_noise_alpha": ((None,), "policy and reference would score with different noise"),
     "torch_empty_cache_steps": ((None,), "micro_batch_tokens bounds a step's memory"),

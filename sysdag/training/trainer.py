@@ -291,6 +291,14 @@ class SysDPOTrainer(CheckpointTrainer):
         self._evaluated.add(found)
         return loss.detach(), None, None
 
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """Of all rows: what `dataloader_drop_last` leaves out is left out of a training."""
+        drops, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.args.dataloader_drop_last = drops
+
     def evaluate(
         self,
         eval_dataset: Any = None,
