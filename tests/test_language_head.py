@@ -151,6 +151,18 @@ def test_an_adapter_put_on_the_head_later_is_seen():
     assert torch.allclose(result, expected, atol=1e-4)
 
 
+def test_a_hook_put_on_the_head_later_is_seen_and_its_end_too():
+    model = llama()
+    lm = CausalLM(model, char_tokenizer())
+    plain, _ = scored(lm)
+    handle = model.lm_head.register_forward_hook(lambda module, given, output: output * 0.5)
+    result, expected = scored(lm)
+    assert torch.allclose(result, expected, atol=1e-4)
+    assert not torch.allclose(result, plain, atol=1e-2)
+    handle.remove()
+    assert torch.allclose(scored(lm)[0], plain, atol=1e-4)
+
+
 def test_under_autocast_the_head_runs_in_the_same_dtype():
     lm = CausalLM(llama(), char_tokenizer())
     with torch.autocast("cpu", dtype=torch.bfloat16):

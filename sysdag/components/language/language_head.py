@@ -62,6 +62,7 @@ class TokenScorer:
         self.model = model
         self._candidates = self._heads()
         self._embedding = output_embedding(model)
+        self._hooks = _hooks_of(self._embedding)
         self._checked = is_checked
 
     def _heads(self) -> list[LinearHead]:
@@ -69,8 +70,9 @@ class TokenScorer:
         return _candidates(self.model)
 
     def fits(self, model: Any) -> bool:
-        """Whether this was made for the model, and for its output embedding as it is now."""
-        return self.model is model and self._embedding is output_embedding(model)
+        """Whether this was made for the model, and for its output embedding and that one's hooks as they are now."""
+        embedding = output_embedding(model)
+        return self.model is model and self._embedding is embedding and self._hooks == _hooks_of(embedding)
 
     def __call__(
         self,
@@ -264,6 +266,11 @@ def argument_names(model: Any) -> set[str]:
 def output_embedding(model: Any) -> Any:
     inner = inner_model(model)
     return inner.get_output_embeddings() if hasattr(inner, "get_output_embeddings") else None
+
+
+def _hooks_of(embedding: Any) -> list[int]:
+    """What tells the hooks of a module apart."""
+    return [*getattr(embedding, "_forward_pre_hooks", ()), *getattr(embedding, "_forward_hooks", ())]
 
 
 def _scales(config: Any) -> list[float]:
