@@ -31,7 +31,6 @@ def clock(monkeypatch):
         monkeypatch.setattr(prompt_date, "datetime", fake)
         if begins:
             monkeypatch.setattr(prompt_date, "_settled", None)
-            monkeypatch.setattr(prompt_date, "_is_told", False)
 
     monkeypatch.delenv(prompt_date.VARIABLE, raising=False)
     set_to(FIRST, begins=True)
@@ -124,17 +123,17 @@ def answer(question):
     return [{"role": "user", "content": question}]
 
 
-def system():
+def system(template=ASKS):
     torch.manual_seed(0)
-    return System(question >> answer).with_components({"answer": made()})
+    return System(question >> answer).with_components({"answer": made(template)})
 
 
 ROWS = [{"question": text, "chosen": text, "rejected": "z"} for text in ("ab", "bc", "cd", "de")]
 
 
-def trainer(folder, **options):
+def trainer(folder, made=None, **options):
     given = {"max_steps": 4, "per_device_train_batch_size": 1, "objective": "direct", "report_to": [], **options}
-    return SysDPOTrainer(system(), config(folder, **given), train_dataset=ROWS)
+    return SysDPOTrainer(made or system(), config(folder, **given), train_dataset=ROWS)
 
 
 def test_reference_scores_of_another_day_are_refused_and_that_day_can_be_told(clock, tmp_path, monkeypatch):
@@ -144,6 +143,14 @@ def test_reference_scores_of_another_day_are_refused_and_that_day_can_be_told(cl
         trainer(tmp_path, precompute_ref_log_probs=True).train()
     monkeypatch.setenv(prompt_date.VARIABLE, "2026-01-31")
     trainer(tmp_path, precompute_ref_log_probs=True).train()
+
+
+def test_reference_scores_of_prompts_without_a_time_are_of_every_day(clock, tmp_path):
+    made().prompt_ids([CHAT])  # another's template asks
+    timeless = ASKS[ASKS.index("}}") + 2 :]
+    trainer(tmp_path, system(timeless), precompute_ref_log_probs=True).train()
+    clock(NEXT, begins=True)
+    trainer(tmp_path, system(timeless), precompute_ref_log_probs=True).train()
 
 
 @pytest.mark.parametrize("stored", [False, True])

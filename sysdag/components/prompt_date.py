@@ -8,6 +8,7 @@ that are scored. Here the time is taken once, and a checkpoint keeps it.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
@@ -21,7 +22,6 @@ _DIRECTIVES = "aAbBcdDeFgGhHIjklmMnpPrRsStTuUVwWxXyYzZ"
 _FORMAT = re.compile(rf"{FUNCTION}\(\s*(['\"])(.*?)\1")
 
 _settled: datetime | None = None
-_is_told = False
 
 
 def moment() -> datetime:
@@ -56,7 +56,12 @@ def dated(template: str) -> str:
 
     A macro, as transformers makes a text of a function among a template's variables.
     """
-    told = {f"%{sign}{letter}": moment().strftime(f"%{sign}{letter}") for sign in ("", "-") for letter in _DIRECTIVES}
+    return _dated(template, moment())
+
+
+@functools.lru_cache(maxsize=8)
+def _dated(template: str, when: datetime) -> str:
+    told = {f"%{sign}{letter}": when.strftime(f"%{sign}{letter}") for sign in ("", "-") for letter in _DIRECTIVES}
     steps = [("%%", "\0"), *((code, text) for code, text in told.items() if text != code), ("\0", "%")]
     replaced = "".join(f".replace({json.dumps(code)}, {json.dumps(text)})" for code, text in steps)
     macro = f"{{%- macro {FUNCTION}(format) %}}{{{{ format{replaced} }}}}{{%- endmacro %}}"
@@ -69,16 +74,9 @@ def told(template: object) -> list[str]:
     Args:
         template: its source, or several by name.
     """
-    global _is_told
     source = "\n".join(map(str, template.values())) if isinstance(template, dict) else str(template or "")
     calls = source.count(f"{FUNCTION}(")
     if not calls:
         return []
-    _is_told = True
     found = [moment().strftime(match[2]) for match in _FORMAT.finditer(source)]
     return found if len(found) == calls else [*found, moment().isoformat(timespec="seconds")]
-
-
-def in_prompts() -> str | None:
-    """The time, as ISO has it, where a template of this process asks for it."""
-    return moment().isoformat(timespec="seconds") if _is_told else None

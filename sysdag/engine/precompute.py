@@ -196,8 +196,8 @@ def fingerprint(
         found["ld_alpha"] = str(options.ld_alpha)
     for row, n in zip(saved["nodes"], plan.system.nodes, strict=True):
         found[f"node {n.name!r}"] = _hash([row, _options(n.component)])
-    if (date := prompt_date.in_prompts()) is not None:
-        found[_DATE] = date[:10]
+    if any(getattr(n.component, "told_time", ()) for n in plan.system.nodes):
+        found[_DATE] = prompt_date.moment().date().isoformat()
     return found | {f"the weights of {key!r}": weights_hash(reference) for key, reference in references.items()}
 
 

@@ -331,8 +331,12 @@ class TextComponent(Component):
         lengths = zip(draws, self.lengths(draws), strict=True)
         return [len(draw.record.get("token_ids", ())) or length for draw, length in lengths]
 
+    @property
+    def told_time(self) -> list[str]:
+        """What its chat template writes of the time into prompts (see `prompt_date`)."""
+        return prompt_date.told(self.tokenizer.chat_template)
+
     def reading(self) -> str:
         ends, options = self.lm.eos_token_ids, [schemas(self.tools), self.chat_template_kwargs]
         stop = [self.stop] if self.stop else []
-        date = prompt_date.told(self.tokenizer.chat_template)
-        return tokenizer_hash(self.tokenizer, [ends, *options, self.sanitize_control_tokens, *stop, *date])
+        return tokenizer_hash(self.tokenizer, [ends, *options, self.sanitize_control_tokens, *stop, *self.told_time])
