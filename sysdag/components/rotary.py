@@ -43,12 +43,16 @@ def check_length(owner: str, config: Any, option: str, length: int | None) -> No
         )
 
 
+def by_layer(config: Any) -> dict[str, Mapping[str, Any]]:
+    """The parameters by kind of layer; under "" where all layers have the same, which may be none."""
+    given = getattr(config, "rope_parameters", None) or {}
+    return {kind: each for kind, each in given.items() if isinstance(each, Mapping)} or {"": given}
+
+
 def _fixed(config: Any) -> tuple[int | None, str]:
     """Up to where the frequencies are fixed, and by which scheme they change behind; None where they never do."""
-    given = getattr(config, "rope_parameters", None) or {}
-    by_layer = [each for each in given.values() if isinstance(each, Mapping)]
     found: list[tuple[int, str]] = []
-    for parameters in by_layer or [given]:
+    for parameters in by_layer(config).values():
         scheme = str(parameters.get("rope_type", "default"))
         if scheme == "longrope":
             found.append((parameters["original_max_position_embeddings"], scheme))

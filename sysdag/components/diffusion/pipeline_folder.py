@@ -172,7 +172,7 @@ def load_part(
         loaded = made.from_pretrained(source, output_loading_info=True, **options)
     if recorded:  # what `save_parts` wrote says in which dtype
         return complete(loaded, Path(source) / name)
-    return without_new(loaded, f"Part {name!r} of {str(source)!r}", lambda model, weight: False)
+    return without_new(loaded, f"Part {name!r} of {str(source)!r}")
 
 
 def save_parts(parts: Mapping[str, Any], folder: Path) -> dict[str, dict[str, Any]]:

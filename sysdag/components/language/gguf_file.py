@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
+from sysdag.components import rotary
 from sysdag.errors import PlanError
 
 logger = logging.getLogger(__name__)
@@ -36,6 +36,7 @@ _SAME = {  # an entry, and what configs call it: the first of these that a confi
     "embedding_length_per_layer_input": ("hidden_size_per_layer_input",),
     "expert_used_count": ("num_experts_per_tok",),
 }
+_HEAD_LENGTHS = [f"attention.{of}_length{layers}" for of in ("key", "value") for layers in ("", "_swa")]
 # Lengths that the tensors have, too, so that a model of other ones does not load, and what says nothing of numbers.
 _TOLD_BY_TENSORS = {
     "block_count", "context_length", "decoder_block_count", "decoder_start_token_id", "embedding_length",
@@ -138,19 +139,21 @@ class GgufFile:
         )
 
     def _lost(self, config: Any) -> Iterator[str]:
-        rotary, lengths = _Rotary(config), _head_lengths(config)
+        turned, lengths = _Rotary(config), _head_lengths(config)
+
+        def width(value: int) -> str | None:
+            return None if value in turned.widths() else str(min(turned.widths()))
+
+        def length(value: int) -> str | None:
+            return None if value in lengths else str(max(lengths))
+
         checks: dict[str, Callable[[Any], str | None]] = {
-            "rope.freq_base": lambda value: _unless(rotary.base("full_attention"), value),
-            "rope.freq_base_swa": lambda value: _unless(rotary.base("sliding_attention"), value),
-            "rope.dimension_count": lambda value: None if value in rotary.widths() else str(min(rotary.widths())),
-            "rope.dimension_count_swa": lambda value: None if value in rotary.widths() else str(min(rotary.widths())),
-            "rope.dimension_sections": lambda value: _unless(rotary.sections(), [each for each in value if each]),
+            "rope.freq_base": lambda value: _unless(turned.base("full_attention"), value),
+            "rope.freq_base_swa": lambda value: _unless(turned.base("sliding_attention"), value),
+            **dict.fromkeys(("rope.dimension_count", "rope.dimension_count_swa"), width),
+            "rope.dimension_sections": lambda value: _unless(turned.sections(), [each for each in value if each]),
+            **dict.fromkeys(_HEAD_LENGTHS, length),
             "attention.sliding_window": lambda value: self._window(config, value),
-            **{
-                f"attention.{of}_length{layers}": lambda value: None if value in lengths else f"{max(lengths):g}"
-                for of in ("key", "value")
-                for layers in ("", "_swa")
-            },
             "expert_gating_func": lambda value: _unless(_held(config, "scoring_func"), _GATES.get(value)),
             "attention.sliding_window_pattern": lambda value: _unless(_pattern(config), value),
         }
@@ -166,12 +169,12 @@ class GgufFile:
                 other = checks[name](value) if name in checks else "no place that is known"
             if other is not None:
                 yield f"{self.architecture}.{name} = {value!r} (the config has {other})"
-        if (scaling := self._scaling()) is not None and (other := rotary.differs(*scaling)) is not None:
+        if (scaling := self._scaling()) is not None and (other := turned.differs(*scaling)) is not None:
             kind, factor = scaling
             yield f"{self.architecture}.rope.scaling of type {kind!r} by {factor:g} (the config has {other})"
         for name, schemes in _OF_OTHER_FREQUENCIES.items():
-            if name in self.tensors and rotary.scheme() not in schemes and name not in self.of_ones:
-                yield f"the tensor {name}, which scales rotary frequencies (the config has {rotary.scheme()!r})"
+            if name in self.tensors and turned.scheme() not in schemes and name not in self.of_ones:
+                yield f"the tensor {name}, which scales rotary frequencies (the config has {turned.scheme()!r})"
         if (scalar := self._query_scalar()) is not None:
             other = _unless(_held(config, "query_pre_attn_scalar"), scalar)
             if other is not None:
@@ -197,7 +200,7 @@ class GgufFile:
             return self.entries["embedding_length"] // self.entries["attention.head_count"]
         return self.entries.get("attention.key_length")
 
-    def check_weights(self, model: nn.Module, owner: str) -> None:
+    def check_weights(self, model: Any, owner: str) -> None:
         """Refuses a model that has not as many weights as the file has numbers for it.
 
         Raises:
@@ -207,12 +210,12 @@ class GgufFile:
         if any(tensor.dtype == torch.uint8 for tensor in state.values()):  # kept as the file's own blocks
             return
         own = {tensor.data_ptr() or name: tensor.numel() for name, tensor in state.items()}  # ties once
-        layers = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", 0)  # type: ignore[union-attr,operator]
-        outputs, inputs = (get() for get in (model.get_output_embeddings, model.get_input_embeddings))  # type: ignore[operator]
+        layers = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", 0)
+        outputs, inputs = model.get_output_embeddings(), model.get_input_embeddings()
         unread = {"output.weight"} if outputs is None or outputs.weight is inputs.weight else set()
         there = sum(
             count for name, count in self.tensors.items()
-            if name not in unread and name.split(".")[-2:-1] != ["rope_freqs"] and name not in _OF_OTHER_FREQUENCIES
+            if name not in unread and "rope_freqs" not in name and name not in _OF_OTHER_FREQUENCIES
             and not (name.startswith("blk.") and int(name.split(".")[1]) >= layers)
         )  # fmt: skip
         if there != (needed := sum(own.values())):
@@ -254,8 +257,7 @@ class _Rotary:
 
     def __init__(self, config: Any) -> None:
         self._config = config
-        given = _held(config, "rope_parameters") or {}
-        self._by_layer = {kind: each for kind, each in given.items() if isinstance(each, Mapping)} or {"": given}
+        self._by_layer = rotary.by_layer(config)
 
     def _of(self, kind: str) -> Mapping[str, Any]:
         return self._by_layer.get(kind) or next(iter(self._by_layer.values()))

@@ -26,8 +26,7 @@ if TYPE_CHECKING:
     from peft import PeftConfig
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-# Of the options that a repository is found by, those of one of its files; and the files of an adapter there.
-OF_A_FILE = ("revision", "subfolder", "token", "cache_dir", "force_download", "local_files_only")
+# Of an adapter in a repository.
 _ADAPTER_FILES = ["adapter_*", "*token*", "*processor*", "*.jinja", "vocab*", "merges.txt", "special_*"]
 
 
@@ -144,7 +143,7 @@ class ModelDescription:
         model_source.check_name(self._source, self.kind)
         from transformers.utils.peft_utils import find_adapter_config_file
 
-        options = {k: v for k, v in model_source.finding(self.model_kwargs).items() if k in OF_A_FILE}
+        options = model_source.finding_a_file(self.model_kwargs)
         with reaching(self._source):
             if find_adapter_config_file(str(self._source), **options) is None:
                 return None
@@ -222,7 +221,7 @@ class ModelDescription:
         if self._gguf is None:
             from transformers.utils.hub import cached_file
 
-            options = {name: v for name, v in model_source.finding(self.model_kwargs).items() if name in OF_A_FILE}
+            options = model_source.finding_a_file(self.model_kwargs)
             path = cached_file(str(self._source), self.model_kwargs["gguf_file"], **options)
             assert path is not None  # else cached_file raises
             self._gguf = GgufFile.read(Path(path), repr(self))

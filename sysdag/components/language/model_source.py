@@ -18,10 +18,8 @@ from sysdag.components.precision import dtype_name, dtype_named
 from sysdag.errors import PlanError, SerializationError
 
 # Options of `from_pretrained` that the tokenizer and the config are found by, too.
-_FINDING = (
-    "revision", "subfolder", "token", "cache_dir", "force_download", "local_files_only", "trust_remote_code",
-    "gguf_file",
-)  # fmt: skip
+_OF_A_FILE = ("revision", "subfolder", "token", "cache_dir", "force_download", "local_files_only")
+_FINDING = (*_OF_A_FILE, "trust_remote_code", "gguf_file")
 # What a saved system may choose; everything else is the machine's (device_map, cache_dir) or must be said in code.
 _SAVED = ("dtype", "revision", "subfolder", "variant", "attn_implementation", "quantization_config", "gguf_file")
 _OF_THE_MODEL = ("dtype", "attn_implementation")  # those that still hold for the weights once they are saved
@@ -60,6 +58,11 @@ def chosen_dtype(options: Mapping[str, Any]) -> torch.dtype | None:
     """The dtype that was asked for; None where it is the checkpoint's."""
     found = options.get("dtype")
     return found if isinstance(found, torch.dtype) else None
+
+
+def finding_a_file(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the options that any file of the same repository is found by."""
+    return {name: options[name] for name in _OF_A_FILE if name in options}
 
 
 def finding(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -93,11 +93,9 @@ class PretrainedLM(ModelDescription):
 
     def _load_base(self) -> Any:
         assert self.config is not None  # which refuses what is of another kind, before its weights are read
-        options = {"trust_remote_code": False, **self.model_kwargs}
+        options = {"trust_remote_code": False, **self.model_kwargs, "output_loading_info": True}
         options |= {"dtype": torch.float32} if self._trains_in_fp32 else {}
-        is_gguf = "gguf_file" in self.model_kwargs
         options |= {"use_safetensors": True} if self._is_saved_here else {}
-        options["output_loading_info"] = True
         with reaching(self._source):
             loader, given = self.loader()
             model = loader.from_pretrained(self._source, **options, **given)
@@ -105,7 +103,7 @@ class PretrainedLM(ModelDescription):
             model = complete(model, self._source)
         else:
             model = without_new(model, repr(self), self._may_be_new)
-        if is_gguf:
+        if "gguf_file" in self.model_kwargs:
             self.gguf.check_weights(model, repr(self))
             _forget_gguf(model)
         return model

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sysdag.components import rotary
-from sysdag.components.language.model_description import OF_A_FILE
-from sysdag.components.language.model_source import finding
+from sysdag.components.language.model_source import finding_a_file
 from sysdag.components.language.pretrained import PretrainedLM
 from sysdag.components.loading_info import is_of_head
 from sysdag.errors import PlanError
@@ -52,7 +51,7 @@ class EncoderModel(_Pretrained):
             return path if path.is_file() else None
         from transformers.utils import cached_file
 
-        options = {option: value for option, value in finding(self.model_kwargs).items() if option in OF_A_FILE}
+        options = finding_a_file(self.model_kwargs)
         with reaching(source):
             found = cached_file(str(source), name, _raise_exceptions_for_missing_entries=False, **options)
         return None if found is None else Path(found)
